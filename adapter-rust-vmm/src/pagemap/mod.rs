@@ -1,0 +1,355 @@
+//! Dirty tracking of this process's own writes by userfaultfd write-protection and
+//! `PAGEMAP_SCAN`.
+//!
+//! Memory is write-protected in asynchronous mode: the kernel lets the first write to a page
+//! through and notes it in the page table, nobody handles a fault. A scan then returns the pages
+//! noted and protects them again in the same step, so harvesting is re-arming. Linux 6.7 or
+//! later; Documentation/admin-guide/mm/userfaultfd.rst ("Write Protect Notifications") and
+//! mm/pagemap.rst ("Pagemap Scan IOCTL") of the kernel describe it.
+
+mod ioctl;
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
+use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
+use thiserror::Error;
+
+use crate::bits::set_range;
+use crate::carry::CarryOver;
+use crate::misuse::{MisuseError, dirty_error};
+use ioctl::PageRegion;
+
+/// Name of the source in messages and statistics.
+const NAME: &str = "pagemap scan";
+
+/// Runs of written pages that one call returns, 24 bytes each.
+const RUNS: usize = 4096;
+
+/// Bytes given to one call, so that the lock on the address space is let go now and then. A
+/// multiple of every huge page size up to 1 GiB; larger ones are taken whole.
+const CALL_BYTES: u64 = 1 << 30;
+
+/// Why pages cannot be tracked.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PagemapError {
+    /// The process may not have a userfaultfd.
+    #[error(
+        "failed to create a userfaultfd: not permitted. Only user-mode faults are asked for, so \
+         neither CAP_SYS_PTRACE nor the sysctl vm.unprivileged_userfaultfd is needed: a seccomp \
+         filter or a security module forbids the system call"
+    )]
+    NotPermitted(#[source] io::Error),
+    /// There is no userfaultfd, or none can be had now.
+    #[error("failed to create a userfaultfd")]
+    Userfaultfd(#[source] io::Error),
+    /// The kernel's userfaultfd lacks what asynchronous write-protection needs.
+    #[error("this kernel's userfaultfd lacks {missing}; Linux 6.7 or later has it")]
+    FeatureMissing {
+        /// Names of what is missing.
+        missing: String,
+    },
+    /// The kernel has no `PAGEMAP_SCAN`.
+    #[error("this kernel has no PAGEMAP_SCAN; Linux 6.7 or later has it")]
+    NoScan(#[source] io::Error),
+    /// The process's page map could not be opened.
+    #[error("failed to open /proc/self/pagemap")]
+    OpenPagemap(#[source] io::Error),
+    /// The host's pages are not the engine's.
+    #[error("host pages of {host_page_bytes} bytes are not supported, only {PAGE_BYTES}")]
+    HostPageSize {
+        /// Bytes in a page of the host.
+        host_page_bytes: usize,
+    },
+    /// A region could not be registered for write-protection.
+    #[error("failed to register the region at guest address {guest_addr:#x}{}", hint(.cause))]
+    Register {
+        /// The region's guest physical address.
+        guest_addr: u64,
+        /// The kernel's answer.
+        #[source]
+        cause: io::Error,
+    },
+    /// A region could not be write-protected.
+    #[error("failed to write-protect the region at guest address {guest_addr:#x}")]
+    Protect {
+        /// The region's guest physical address.
+        guest_addr: u64,
+        /// The kernel's answer.
+        #[source]
+        cause: io::Error,
+    },
+    /// A region could not be scanned.
+    #[error("failed to scan the region at guest address {guest_addr:#x}{}", hint(.cause))]
+    Scan {
+        /// The region's guest physical address.
+        guest_addr: u64,
+        /// The kernel's answer.
+        #[source]
+        cause: io::Error,
+    },
+    /// A region could not be unregistered.
+    #[error("failed to unregister the region at guest address {guest_addr:#x}")]
+    Unregister {
+        /// The region's guest physical address.
+        guest_addr: u64,
+        /// The kernel's answer.
+        #[source]
+        cause: io::Error,
+    },
+    /// The source was called against its contract.
+    #[error(transparent)]
+    Misuse(#[from] MisuseError),
+}
+
+/// What the kernel means by an error that says something else.
+fn hint(cause: &io::Error) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EBUSY) => " (another userfaultfd has it)",
+        Some(libc::EINVAL) => {
+            " (only anonymous memory, memfds and hugetlbfs can be tracked, in whole huge pages)"
+        }
+        Some(libc::EPERM) => " (it was mapped anew since tracking started)",
+        _ => "",
+    }
+}
+
+/// Tracks every write to guest memory through this process's page tables: by threads of the
+/// process, by system calls, and by KVM's vCPUs, whose mappings follow the page tables.
+///
+/// Not seen are writes that do not go through them: by another process or another mapping of the
+/// same memfd, by `write` to the memfd, and by a device or an io_uring request that was given
+/// the pages before (DMA, registered buffers). Discarding pages (`MADV_DONTNEED`, hole punching)
+/// is not reported reliably; block it during a migration.
+///
+/// Works for anonymous memory, with transparent huge pages too (a huge page is split when it is
+/// first written after a harvest), for memfds, and for hugetlb memory, where a huge page written
+/// is reported whole.
+///
+/// # Thread safety
+///
+/// As [`DirtySource`] asks. Re-arming takes no lock and no system call.
+///
+/// # Resource cleanup
+///
+/// `stop`, or dropping the value while it tracks, ends write-protection and closes the
+/// userfaultfd. While it tracks, the page tables of all guest memory are populated: 2 MiB for
+/// each GiB. `memory` is kept until the value is dropped.
+#[derive(Debug)]
+pub struct PagemapScan {
+    memory: Arc<GuestMemory>,
+    carry: CarryOver,
+    /// Read by re-arming threads, which must not wait for a lock.
+    started: AtomicBool,
+    active: Mutex<Option<Active>>,
+}
+
+#[derive(Debug)]
+struct Active {
+    uffd: OwnedFd,
+    pagemap: File,
+    /// Where the kernel writes what it found.
+    runs: Vec<PageRegion>,
+}
+
+impl PagemapScan {
+    /// Prepares to track all of `memory`.
+    pub fn new(memory: Arc<GuestMemory>) -> Self {
+        let carry = CarryOver::new(memory.layout());
+        Self { memory, carry, started: AtomicBool::new(false), active: Mutex::new(None) }
+    }
+
+    /// Whether this process can track memory on this machine; if not, why.
+    pub fn supported() -> Result<(), PagemapError> {
+        Active::open().map(drop)
+    }
+
+    fn try_start(&self) -> Result<(), PagemapError> {
+        let mut active = self.lock();
+        if active.is_some() {
+            return Err(MisuseError::AlreadyStarted.into());
+        }
+        // Dropped on failure, which closes the userfaultfd and so undoes what was done.
+        let new = Active::open()?;
+        for region in self.memory.regions() {
+            let guest_addr = region.layout.guest_addr;
+            ioctl::register(&new.uffd, &addresses(region))
+                .map_err(|cause| PagemapError::Register { guest_addr, cause })?;
+        }
+        for region in self.memory.regions() {
+            let guest_addr = region.layout.guest_addr;
+            for range in call_ranges(region) {
+                // Also where nothing is populated: else a mere read of such a page would
+                // report it, and the engine reads all pages.
+                ioctl::write_protect(&new.uffd, &range)
+                    .map_err(|cause| PagemapError::Protect { guest_addr, cause })?;
+            }
+        }
+        *active = Some(new);
+        self.started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn try_harvest(&self, into: &mut DirtyBitmap) -> Result<(), PagemapError> {
+        let mut active = self.lock();
+        let active = active.as_mut().ok_or(MisuseError::NotStarted)?;
+        self.carry.harvest(into)?;
+        for (index, region) in (0..).zip(self.memory.regions()) {
+            let words = into.region_words_mut(index);
+            let guest_addr = region.layout.guest_addr;
+            for range in call_ranges(region) {
+                active
+                    .scan(region, range, words)
+                    .map_err(|cause| PagemapError::Scan { guest_addr, cause })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn try_rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), PagemapError> {
+        if !self.started.load(Ordering::Acquire) {
+            return Err(MisuseError::NotStarted.into());
+        }
+        Ok(self.carry.rearmed(region, first_page, words)?)
+    }
+
+    fn try_stop(&self) -> Result<(), PagemapError> {
+        let active = self.lock().take().ok_or(MisuseError::NotStarted)?;
+        self.started.store(false, Ordering::Release);
+        let mut result = Ok(());
+        for region in self.memory.regions() {
+            let guest_addr = region.layout.guest_addr;
+            let unregistered = ioctl::unregister(&active.uffd, &addresses(region));
+            if let Err(cause) = unregistered
+                && result.is_ok()
+            {
+                result = Err(PagemapError::Unregister { guest_addr, cause });
+            }
+        }
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
+        // Nothing panics between two changes of what it holds.
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Active {
+    fn open() -> Result<Self, PagemapError> {
+        let host_page_bytes = rustix::param::page_size();
+        if host_page_bytes as u64 != PAGE_BYTES {
+            return Err(PagemapError::HostPageSize { host_page_bytes });
+        }
+        let pagemap = File::open("/proc/self/pagemap").map_err(PagemapError::OpenPagemap)?;
+        ioctl::scan_and_protect(&pagemap, &(0..0), &mut []).map_err(PagemapError::NoScan)?;
+        let uffd = open_userfaultfd()?;
+        Ok(Self { uffd, pagemap, runs: vec![PageRegion::default(); RUNS] })
+    }
+
+    /// Adds the written pages of a part of `region` to its words.
+    fn scan(
+        &mut self,
+        region: &RawRegion,
+        mut range: Range<u64>,
+        words: &mut [u64],
+    ) -> io::Result<()> {
+        let base = addresses(region).start;
+        while !range.is_empty() {
+            let (found, looked_to) =
+                ioctl::scan_and_protect(&self.pagemap, &range, &mut self.runs)?;
+            for run in &self.runs[..found] {
+                let first = run.start.saturating_sub(base) / PAGE_BYTES;
+                let end = run.end.saturating_sub(base).div_ceil(PAGE_BYTES);
+                set_range(words, first, end);
+            }
+            if looked_to <= range.start {
+                return Err(io::Error::other("the kernel's scan made no progress"));
+            }
+            range.start = looked_to;
+        }
+        Ok(())
+    }
+}
+
+fn open_userfaultfd() -> Result<OwnedFd, PagemapError> {
+    let open = || {
+        ioctl::userfaultfd().map_err(|cause| match cause.kind() {
+            io::ErrorKind::PermissionDenied => PagemapError::NotPermitted(cause),
+            _ => PagemapError::Userfaultfd(cause),
+        })
+    };
+    let wanted = ioctl::FEATURES.iter().fold(0, |all, (_, feature)| all | feature);
+    let uffd = open()?;
+    let Err(refused) = ioctl::negotiate(&uffd, wanted) else { return Ok(uffd) };
+    // A descriptor negotiates once; another one says what there is.
+    let offered = ioctl::negotiate(&open()?, 0).map_err(PagemapError::Userfaultfd)?;
+    let missing: Vec<_> = ioctl::FEATURES
+        .iter()
+        .filter(|(_, feature)| offered & feature == 0)
+        .map(|(name, _)| *name)
+        .collect();
+    if missing.is_empty() {
+        return Err(PagemapError::Userfaultfd(refused));
+    }
+    Err(PagemapError::FeatureMissing { missing: missing.join(", ") })
+}
+
+/// Addresses of a region in this process.
+fn addresses(region: &RawRegion) -> Range<u64> {
+    let start = region.host_addr.addr() as u64;
+    start..start + region.layout.len_bytes
+}
+
+/// A region's addresses, cut for one call each.
+fn call_ranges(region: &RawRegion) -> impl Iterator<Item = Range<u64>> + use<> {
+    let Range { start, end } = addresses(region);
+    let step = CALL_BYTES.max(region.layout.backing_page_bytes);
+    (0..region.layout.len_bytes.div_ceil(step)).map(move |call| {
+        let first = start + call * step;
+        first..end.min(first.saturating_add(step))
+    })
+}
+
+impl DirtySource for PagemapScan {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn start(&self) -> Result<(), DirtyError> {
+        self.try_start().map_err(|error| dirty_error(NAME, "start", error))
+    }
+
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
+        self.try_harvest(into).map_err(|error| dirty_error(NAME, "harvest", error))
+    }
+
+    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
+        self.try_rearm(region, first_page, words)
+            .map_err(|error| dirty_error(NAME, "re-arm", error))
+    }
+
+    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
+        self.carry.put_back(pages).map_err(|error| dirty_error(NAME, "put pages back", error))
+    }
+
+    fn stop(&self) -> Result<(), DirtyError> {
+        self.try_stop().map_err(|error| dirty_error(NAME, "stop", error))
+    }
+}
+
+impl Drop for PagemapScan {
+    fn drop(&mut self) {
+        if self.started.load(Ordering::Acquire)
+            && let Err(error) = self.try_stop()
+        {
+            tracing::warn!(%error, "left guest memory write-protected");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! What tracking costs, printed. Run with
+//! `cargo test --release -p pageferry-rust-vmm --test dirty -- --ignored --nocapture --test-threads 1`.
+#![expect(unsafe_code, reason = "KvmDirtyLog relies on the slots it is given")]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::guest::Guest;
+use crate::suite::Writer;
+use pageferry::dirty::{DirtyBitmap, DirtySource};
+use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
+use pageferry_rust_vmm::{KvmDirtyLog, LogProtocol, PagemapScan, guest_memory};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+const LEN_BYTES: usize = 512 << 20;
+const PAGES: u32 = 131_072;
+/// Words in 2 MiB of guest memory.
+const STRIPE_WORDS: usize = 8;
+
+fn timed<T>(what: &str, run: impl FnOnce() -> T) -> T {
+    let begin = Instant::now();
+    let result = run();
+    eprintln!("{what}: {:?}", begin.elapsed());
+    result
+}
+
+/// Re-arms stripe by stripe, as senders do.
+fn rearm(source: &dyn DirtySource, pages: &DirtyBitmap) {
+    let mut spent = Duration::ZERO;
+    let mut calls = 0;
+    for (stripe, words) in (0..).zip(pages.region_words(0).chunks(STRIPE_WORDS)) {
+        if words.iter().any(|word| *word != 0) {
+            let begin = Instant::now();
+            source.rearm(0, stripe * STRIPE_WORDS as u64 * 64, words).unwrap();
+            spent += begin.elapsed();
+            calls += 1;
+        }
+    }
+    eprintln!("  re-arm, {calls} stripes of 2 MiB: {spent:?}, {:?} each", spent / calls.max(1));
+}
+
+fn harvest(what: &str, memory: &GuestMemory, source: &dyn DirtySource) -> DirtyBitmap {
+    let mut found = DirtyBitmap::new(memory.layout());
+    timed(what, || source.harvest(&mut found).unwrap());
+    eprintln!("    {} pages", found.count());
+    found
+}
+
+/// Clean, one page in eight, and all pages, with `write` as the writer.
+fn measure(memory: &GuestMemory, source: &dyn DirtySource, write: impl Fn(PageRange)) {
+    let all = PageRange { region: 0, first_page: 0, pages: PAGES };
+    timed("  write all pages, untracked", || write(all));
+    timed("  start", || source.start().unwrap());
+    let found = harvest("  harvest after start", memory, source);
+    rearm(source, &found);
+    harvest("  harvest, clean", memory, source);
+    timed("  write all pages, first time", || write(all));
+    let found = harvest("  harvest, all dirty", memory, source);
+    rearm(source, &found);
+    timed("  write all pages, re-armed", || write(all));
+    let found = harvest("  harvest, all dirty", memory, source);
+    rearm(source, &found);
+    for page in (0..u64::from(PAGES)).step_by(1024) {
+        write(PageRange { region: 0, first_page: page, pages: 1 });
+    }
+    let found = harvest("  harvest, one page in 1024 dirty", memory, source);
+    rearm(source, &found);
+    timed("  stop", || source.stop().unwrap());
+}
+
+#[test]
+#[ignore = "prints times, checks nothing"]
+fn kvm_dirty_log() {
+    for protocol in
+        [LogProtocol::ManualClearInitiallySet, LogProtocol::ManualClear, LogProtocol::GetClears]
+    {
+        for slots in [vec![(0, 0, u64::from(PAGES))], vec![(0, 0, 100), (0, 100, 130_972)]] {
+            let all = PageRange { region: 0, first_page: 0, pages: PAGES };
+            let Some(guest) = Guest::new(&[(0, LEN_BYTES)], &slots, vec![all]) else { return };
+            let (vm, memory) = (Arc::clone(&guest.vm), &guest.memory);
+            // SAFETY: these are the guest's slots, and stay so.
+            let source = unsafe { KvmDirtyLog::with_protocol(vm, memory, &guest.slots, protocol) };
+            eprintln!("kvm dirty log, {protocol:?}, {} slots, 512 MiB", guest.slots.len());
+            measure(memory, &source.unwrap(), |range| guest.touch(range));
+        }
+    }
+}
+
+#[test]
+#[ignore = "prints times, checks nothing"]
+fn pagemap_scan() {
+    for huge in [false, true] {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), LEN_BYTES)]).unwrap();
+        let memory = Arc::new(guest_memory(Arc::new(memory)).unwrap());
+        if huge {
+            let addr = memory.regions()[0].host_addr.cast();
+            // SAFETY: advice on a mapping that lives; it changes no byte.
+            assert_eq!(unsafe { libc::madvise(addr, LEN_BYTES, libc::MADV_HUGEPAGE) }, 0);
+        }
+        let source = PagemapScan::new(Arc::clone(&memory));
+        eprintln!("pagemap scan, 512 MiB, transparent huge pages: {huge}");
+        measure(&memory, &source, |range| {
+            let first = memory.span(range).unwrap().addr;
+            for page in 0..range.pages as usize {
+                // SAFETY: inside the range.
+                let byte = unsafe { first.add(page * usize::try_from(PAGE_BYTES).unwrap()) };
+                // SAFETY: mapped; nobody else accesses it.
+                unsafe { byte.write_volatile(1) };
+            }
+        });
+    }
+}

@@ -1,0 +1,46 @@
+//! Settings that both sides have.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::threads::{Spawn, StdThreads};
+
+/// Most data channels of one migration.
+pub const MAX_CHANNELS: u16 = 256;
+
+/// How long to wait for the other side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For each step of the handshake, and for opening the data channels.
+    pub handshake: Duration,
+    /// For any page to land, while pages are being sent.
+    pub stall: Duration,
+    /// For the destination to load the device state.
+    pub load: Duration,
+    /// For the commit and its answer. When it is over the migration is uncertain.
+    pub commit: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            stall: Duration::from_secs(30),
+            load: Duration::from_secs(60),
+            commit: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What [`crate::Source`] and [`crate::Destination`] have in common.
+#[derive(Clone)]
+pub(crate) struct Common {
+    pub(crate) timeouts: Timeouts,
+    pub(crate) spawn: Arc<dyn Spawn>,
+}
+
+impl Default for Common {
+    fn default() -> Self {
+        Self { timeouts: Timeouts::default(), spawn: Arc::new(StdThreads) }
+    }
+}

@@ -1,0 +1,337 @@
+//! The destination's driver.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_utils::CachePadded;
+
+use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
+use crate::config::Timeouts;
+use crate::digest::Digest;
+use crate::error::Error;
+use crate::handover::{DestinationHandover, DestinationInput, DestinationState};
+use crate::machine::{Machine, MachineOperation};
+use crate::memory::{GuestMemory, Layout};
+use crate::progress::{Event, EventSink, Phase, Shared};
+use crate::protocol::{
+    Agreement, FailureReason, Hello, MAX_DEVICE_STATE_BYTES, Message, Prepare, Prepared, Welcome,
+    negotiate as negotiate_hello,
+};
+use crate::receiver::{self, ReceiverReport};
+use crate::session::{Item, Patience, Session, unexpected};
+use crate::stats::{ChannelGauge, Statistics};
+use crate::threads::ThreadRole;
+use crate::transport::{ChannelCounters, DestinationLink, PageCounts};
+
+/// Waiting for the source while it sends pages: it decides how long that takes, and a dead link
+/// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
+const PATIENT: Duration = Duration::from_secs(365 * 86_400);
+
+/// How long the source has to end its channels in order once the guest runs here.
+const FINISH: Duration = Duration::from_secs(1);
+
+pub(super) struct Drive {
+    events: EventSink,
+    timeouts: Timeouts,
+    // Dropped in this order: threads end before the link they use.
+    session: Session<ReceiverReport>,
+    link: Box<dyn DestinationLink>,
+    hello: Hello,
+    welcome: Welcome,
+    agreement: Agreement,
+    handover: DestinationHandover,
+    gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
+    started: Instant,
+    statistics: Statistics,
+}
+
+/// Hears the greeting and answers if it does not fit.
+pub(super) fn negotiate(
+    destination: Destination,
+    mut link: Box<dyn DestinationLink>,
+) -> Result<Drive, Error> {
+    let Destination { common, most_channels, events, shared } = destination;
+    let started = Instant::now();
+    let control = link.control()?;
+    let mut session = Session::open(control, link.interrupter(), common.spawn, shared)?;
+    let heard = hear(&mut session, most_channels, common.timeouts.handshake);
+    match heard {
+        Ok((hello, agreement, welcome)) => {
+            let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
+            session.shared().set_gauges(Arc::clone(&gauges));
+            Ok(Drive {
+                events,
+                timeouts: common.timeouts,
+                session,
+                link,
+                hello,
+                welcome,
+                agreement,
+                handover: DestinationHandover::default(),
+                gauges,
+                started,
+                statistics: Statistics::default(),
+            })
+        }
+        Err(error) => {
+            tell(&mut session, &error);
+            session.close();
+            Err(error)
+        }
+    }
+}
+
+fn hear(
+    session: &mut Session<ReceiverReport>,
+    most_channels: u16,
+    patience: Duration,
+) -> Result<(Hello, Agreement, Welcome), Error> {
+    let hello = match session.next_message(Patience::now("the source's greeting", patience))? {
+        Message::Hello(hello) => hello,
+        other => return Err(unexpected(&other, "waiting for a greeting")),
+    };
+    let (agreement, welcome) = negotiate_hello(&hello, most_channels)?;
+    Ok((hello, agreement, welcome))
+}
+
+/// Tells the source what went wrong here, unless it knows better.
+fn tell(session: &mut Session<ReceiverReport>, error: &Error) {
+    if matches!(error, Error::PeerFailed { .. }) {
+        return;
+    }
+    let told = Message::Failed { reason: error.reason(), text: error.chain().to_string() };
+    if let Err(unheard) = session.send(&told) {
+        tracing::debug!(error = %unheard.chain(), "the source could not be told");
+    }
+}
+
+impl Drive {
+    pub(super) fn layout(&self) -> &Layout {
+        &self.hello.layout
+    }
+
+    pub(super) fn description(&self) -> &[u8] {
+        &self.hello.description
+    }
+
+    pub(super) fn agreement(&self) -> Agreement {
+        self.agreement
+    }
+
+    pub(super) fn decline(mut self, reason: &str) {
+        let told = Message::Failed { reason: FailureReason::Declined, text: reason.to_owned() };
+        if let Err(unheard) = self.session.send(&told) {
+            tracing::debug!(error = %unheard.chain(), "the source could not be told");
+        }
+        self.session.close();
+    }
+
+    pub(super) fn receive<M: Machine>(
+        mut self,
+        mut machine: M,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Arrived<M>, Box<DestinationFailure<M>>> {
+        let result = self.run(&mut machine, memory);
+        let verified = self.agreement.verify;
+        let outcome = self.conclude(result);
+        let statistics = self.end();
+        match outcome {
+            Ok(()) => Ok(Arrived { machine, statistics, verified }),
+            Err((error, guest)) => {
+                Err(Box::new(DestinationFailure { machine, guest, error, statistics }))
+            }
+        }
+    }
+
+    fn emit(&mut self, event: &Event) {
+        (self.events)(event);
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        self.session.shared()
+    }
+
+    fn run<M: Machine>(&mut self, machine: &mut M, memory: &Arc<GuestMemory>) -> Result<(), Error> {
+        self.hello.check_layout(memory.layout())?;
+        self.session.send(&Message::Welcome(self.welcome))?;
+        self.emit(&Event::Agreed(self.agreement));
+        self.open_channels(memory)?;
+        self.shared().set_phase(Phase::PreCopy);
+        self.statistics.setup = self.started.elapsed();
+
+        let (prepare, state) = self.take_in_pages()?;
+        self.shared().set_phase(Phase::Switchover);
+        let prepared = load(machine, memory, prepare, &state)?;
+        self.handover.handle(DestinationInput::Loaded);
+        self.session.send(&Message::Prepared(prepared))?;
+        self.emit(&Event::Loaded);
+        self.take_over(machine)
+    }
+
+    fn open_channels(&mut self, memory: &Arc<GuestMemory>) -> Result<(), Error> {
+        let interrupt = Arc::clone(self.session.interrupt());
+        let shared = Arc::clone(self.session.shared());
+        let registration = shared.while_blocked(&interrupt, || self.link.register(memory))?;
+        self.statistics.registration = registration;
+        self.emit(&Event::Registered(registration));
+        let channels = shared.while_blocked(&interrupt, || {
+            self.link.open_receivers(self.agreement.channels, self.timeouts.handshake)
+        })?;
+        for (channel, pages) in (0..).zip(channels) {
+            let gauges = Arc::clone(&self.gauges);
+            let feed = self.session.feed();
+            self.session.spawn(ThreadRole::Receiver(channel), move || {
+                receiver::run(channel, pages, &gauges, &feed);
+            })?;
+        }
+        self.session.send(&Message::Ready)
+    }
+
+    /// Until the source says that everything is here: pages land by themselves, device state
+    /// comes on the control channel.
+    fn take_in_pages(&mut self) -> Result<(Prepare, Vec<u8>), Error> {
+        let mut state = Vec::new();
+        loop {
+            match self.session.next(Patience::now("the source", PATIENT))? {
+                Item::Message(Message::Round { round, dirty_pages }) => {
+                    self.shared().set_round(round, dirty_pages);
+                    self.emit(&Event::RoundStarted { round, dirty_pages });
+                }
+                Item::Message(Message::StateChunk(chunk)) => {
+                    if (state.len() + chunk.len()) as u64 > MAX_DEVICE_STATE_BYTES {
+                        return Err(unexpected(&Message::StateChunk(chunk), "it had sent enough"));
+                    }
+                    state.extend_from_slice(&chunk);
+                }
+                Item::Message(Message::Prepare(prepare)) => {
+                    if prepare.state_bytes != state.len() as u64 {
+                        return Err(unexpected(
+                            &Message::Prepare(prepare),
+                            "its device state was incomplete",
+                        ));
+                    }
+                    return Ok((prepare, state));
+                }
+                Item::Message(other) => return Err(unexpected(&other, "pages were coming in")),
+                Item::Report(ReceiverReport::Failed(error)) => return Err(error),
+                Item::Report(ReceiverReport::Ended) => {}
+            }
+        }
+    }
+
+    /// Waits for the commit, and runs the guest.
+    fn take_over<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
+        let patience = Patience::now("the commit", self.timeouts.commit);
+        loop {
+            match self.session.next_committed(patience)? {
+                Item::Message(Message::Commit) => break,
+                Item::Message(other) => return Err(unexpected(&other, "waiting for the commit")),
+                // Everything has landed; how the data channels end matters no more.
+                Item::Report(_) => {}
+            }
+        }
+        let began = Instant::now();
+        self.handover.handle(DestinationInput::Commit);
+        self.shared().set_phase(Phase::Committed);
+        let resumed = machine
+            .reacquire_resources()
+            .map_err(|cause| (MachineOperation::ReacquireResources, cause))
+            .and_then(|()| machine.resume().map_err(|cause| (MachineOperation::Resume, cause)));
+        if let Err((operation, cause)) = resumed {
+            let error = Error::Machine { operation, cause };
+            self.handover.handle(DestinationInput::ResumeFailed);
+            self.session.send(&Message::GaveBack { text: error.chain().to_string() })?;
+            return Err(error);
+        }
+        self.handover.handle(DestinationInput::Resumed);
+        // The guest is ours and runs, whether the source hears of it or not.
+        let resume_ns = nanoseconds(began.elapsed());
+        if let Err(unheard) = self.session.send(&Message::Resumed { resume_ns }) {
+            tracing::warn!(error = %unheard.chain(), "the source could not be told that the guest runs");
+        }
+        self.statistics.downtime.resume = Duration::from_nanos(resume_ns);
+        self.emit(&Event::Committed);
+        self.emit(&Event::GuestRunsThere);
+        Ok(())
+    }
+
+    fn conclude(&mut self, result: Result<(), Error>) -> Result<(), (Error, GuestAtDestination)> {
+        let Err(error) = result else {
+            self.await_finish();
+            return Ok(());
+        };
+        let error = self.session.explain(error);
+        self.handover.handle(match error {
+            Error::PeerFailed { .. } => DestinationInput::SourceFailed,
+            _ => DestinationInput::Failed,
+        });
+        match self.handover.state() {
+            DestinationState::Uncertain => {
+                let error = Error::UncertainDestination(Box::new(error));
+                Err((error, GuestAtDestination::Uncertain))
+            }
+            DestinationState::GaveBack => Err((error, GuestAtDestination::GivenBack)),
+            _ => {
+                tell(&mut self.session, &error);
+                Err((error, GuestAtDestination::AtSource))
+            }
+        }
+    }
+
+    /// Waits a little for the channels to end in order, so that the source does not see us
+    /// break them.
+    fn await_finish(&mut self) {
+        let patience = Patience::now("channels to end", FINISH);
+        let mut missing = self.agreement.channels;
+        while missing > 0 {
+            match self.session.next_committed(patience) {
+                Ok(Item::Report(_)) => missing -= 1,
+                Err(Error::TimedOut { .. }) => return,
+                _ => {}
+            }
+        }
+    }
+
+    fn end(mut self) -> Statistics {
+        self.session.close();
+        self.shared().set_phase(Phase::Ended);
+        let mut counters = ChannelCounters::default();
+        let mut pages = PageCounts::default();
+        for gauge in self.gauges.iter() {
+            counters.add(&gauge.counters());
+            pages.add(&gauge.pages());
+        }
+        let mut statistics = std::mem::take(&mut self.statistics);
+        statistics.total = self.started.elapsed();
+        statistics.pages = pages;
+        statistics.wire_bytes = counters.wire_bytes + self.session.control_bytes();
+        statistics.user_copied_bytes = counters.user_copied_bytes;
+        statistics.system_calls = counters.system_calls;
+        statistics
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Loads what has arrived.
+fn load<M: Machine>(
+    machine: &mut M,
+    memory: &GuestMemory,
+    prepare: Prepare,
+    state: &[u8],
+) -> Result<Prepared, Error> {
+    let began = Instant::now();
+    // The source compares, and says so if they differ.
+    let digest = match prepare.digest {
+        Some(_) => Some(Digest::of(memory)?),
+        None => None,
+    };
+    let verify_ns = if digest.is_some() { nanoseconds(began.elapsed()) } else { 0 };
+    let began = Instant::now();
+    machine
+        .load(state)
+        .map_err(|cause| Error::Machine { operation: MachineOperation::Load, cause })?;
+    Ok(Prepared { load_ns: nanoseconds(began.elapsed()), verify_ns, digest })
+}

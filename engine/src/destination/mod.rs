@@ -1,0 +1,191 @@
+//! The destination's embedding API.
+
+mod drive;
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::config::{Common, MAX_CHANNELS, Timeouts};
+use crate::error::Error;
+use crate::machine::Machine;
+use crate::memory::{GuestMemory, Layout};
+use crate::progress::{Event, EventSink, MigrationHandle, Shared};
+use crate::stats::Statistics;
+use crate::threads::Spawn;
+use crate::transport::DestinationLink;
+
+/// Takes in a guest that comes from another host.
+///
+/// [`negotiate`](Self::negotiate) gives an [`Offer`]; its host looks at it, builds the machine
+/// and its memory, and [takes the guest in](Offer::receive) or [declines](Offer::decline).
+///
+/// # Thread safety
+///
+/// Both block the calling thread and call the [`Machine`] from it. Other threads watch and
+/// cancel through a [`MigrationHandle`].
+///
+/// # Resource cleanup
+///
+/// When [`Offer::receive`] returns, whatever the result, all threads of the migration have
+/// ended, the link is closed, registrations are revoked, and the engine holds no reference to
+/// guest memory.
+pub struct Destination {
+    common: Common,
+    most_channels: u16,
+    events: EventSink,
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Destination")
+            .field("most_channels", &self.most_channels)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for Destination {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A source that greeted, and fits so far.
+pub struct Offer {
+    drive: drive::Drive,
+}
+
+impl fmt::Debug for Offer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Offer").field("layout", self.layout()).finish_non_exhaustive()
+    }
+}
+
+/// Where the guest is after a failed migration, seen from the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GuestAtDestination {
+    /// Not here: the source keeps it. The machine holds a useless copy at most.
+    AtSource,
+    /// It is complete and paused here, and the source may have committed. Do not resume before
+    /// you know that the source does not run it: see [`Error::UncertainDestination`].
+    Uncertain,
+    /// It was ours, could not be resumed, and was given back: never resume it here.
+    GivenBack,
+}
+
+/// The guest runs here.
+#[derive(Debug)]
+pub struct Arrived<M> {
+    /// The machine, running.
+    pub machine: M,
+    /// What it took, seen from here: pages, bytes, channels. Rounds and downtime are measured at
+    /// the source.
+    pub statistics: Statistics,
+    /// Whether memory was compared by digest; if it was, it was equal.
+    pub verified: bool,
+}
+
+/// The migration failed.
+#[derive(Debug)]
+pub struct DestinationFailure<M> {
+    /// The machine, paused.
+    pub machine: M,
+    /// Where the guest is.
+    pub guest: GuestAtDestination,
+    /// Why.
+    pub error: Error,
+    /// How far it came.
+    pub statistics: Statistics,
+}
+
+impl Destination {
+    /// With up to [`MAX_CHANNELS`] data channels.
+    pub fn new() -> Self {
+        Self {
+            common: Common::default(),
+            most_channels: MAX_CHANNELS,
+            events: Box::new(|_| {}),
+            shared: Shared::new(),
+        }
+    }
+
+    /// Most data channels to accept; each costs a thread.
+    #[must_use]
+    pub fn most_channels(mut self, channels: u16) -> Self {
+        self.most_channels = channels.min(MAX_CHANNELS);
+        self
+    }
+
+    /// How long to wait for the other side.
+    #[must_use]
+    pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.common.timeouts = timeouts;
+        self
+    }
+
+    /// Who starts the engine's threads.
+    #[must_use]
+    pub fn threads(mut self, spawn: Arc<dyn Spawn>) -> Self {
+        self.common.spawn = spawn;
+        self
+    }
+
+    /// Who is told what happens; called on the thread that runs the migration.
+    #[must_use]
+    pub fn on_event(mut self, sink: impl FnMut(&Event) + Send + 'static) -> Self {
+        self.events = Box::new(sink);
+        self
+    }
+
+    /// To watch and to cancel from other threads.
+    pub fn handle(&self) -> MigrationHandle {
+        MigrationHandle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Hears the source's greeting. Nothing is allocated for the guest yet.
+    pub fn negotiate(self, link: Box<dyn DestinationLink>) -> Result<Offer, Error> {
+        Ok(Offer { drive: drive::negotiate(self, link)? })
+    }
+}
+
+impl Offer {
+    /// The guest's memory map. The destination's memory must look the same to the guest; its
+    /// backing is its own choice.
+    pub fn layout(&self) -> &Layout {
+        self.drive.layout()
+    }
+
+    /// What the source's host says about the machine ([`crate::Source::description`]). Not
+    /// checked by anyone yet.
+    pub fn description(&self) -> &[u8] {
+        self.drive.description()
+    }
+
+    /// Whether the source asks for memory to be compared by digest.
+    pub fn verify(&self) -> bool {
+        self.drive.agreement().verify
+    }
+
+    /// Number of data channels agreed on.
+    pub fn channels(&self) -> u16 {
+        self.drive.agreement().channels
+    }
+
+    /// Takes the guest in. Blocks until it runs here or the migration failed.
+    ///
+    /// `machine` is paused and stays so until the engine resumes it. All of `memory` must be
+    /// zero: pages that are zero at the source are never sent.
+    pub fn receive<M: Machine>(
+        self,
+        machine: M,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Arrived<M>, Box<DestinationFailure<M>>> {
+        self.drive.receive(machine, memory)
+    }
+
+    /// Says no, and tells the source why. The guest goes on there.
+    pub fn decline(self, reason: &str) {
+        self.drive.decline(reason);
+    }
+}

@@ -1,0 +1,168 @@
+//! A bit for each page of guest memory, in whole words a region.
+
+use std::ops::Range;
+
+use crate::memory::Layout;
+
+/// Pages in one bitmap word.
+pub const WORD_PAGES: u64 = u64::BITS as u64;
+
+/// Which pages are dirty. Each region begins at a word of its own, so words never mix regions
+/// and can be given to threads as they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirtyBitmap {
+    words: Vec<u64>,
+    regions: Vec<RegionBits>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct RegionBits {
+    words: Range<usize>,
+    pages: u64,
+}
+
+impl DirtyBitmap {
+    /// A clean bitmap for a memory map.
+    pub fn new(layout: &Layout) -> Self {
+        let mut regions = Vec::with_capacity(layout.regions().len());
+        let mut end = 0;
+        for region in layout.regions() {
+            let start = end;
+            // Address space bounds a layout far below what usize can count.
+            end += usize::try_from(region.pages().div_ceil(WORD_PAGES)).unwrap_or(usize::MAX / 2);
+            regions.push(RegionBits { words: start..end, pages: region.pages() });
+        }
+        Self { words: vec![0; end], regions }
+    }
+
+    /// Number of regions.
+    pub fn regions(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Pages of a region.
+    ///
+    /// # Panics
+    ///
+    /// If `region` is not in the layout the bitmap was made for; so do the other methods.
+    pub fn region_pages(&self, region: u16) -> u64 {
+        self.regions[usize::from(region)].pages
+    }
+
+    /// The words of a region; bit `i` of word `w` is page `w * 64 + i`.
+    pub fn region_words(&self, region: u16) -> &[u64] {
+        &self.words[self.regions[usize::from(region)].words.clone()]
+    }
+
+    /// The words of a region, to add pages to. Bits beyond its last page are cleared by
+    /// [`trim`](Self::trim).
+    pub fn region_words_mut(&mut self, region: u16) -> &mut [u64] {
+        &mut self.words[self.regions[usize::from(region)].words.clone()]
+    }
+
+    /// Marks one page.
+    pub fn set(&mut self, region: u16, page: u64) {
+        let word = usize::try_from(page / WORD_PAGES).unwrap_or(usize::MAX);
+        self.region_words_mut(region)[word] |= 1 << (page % WORD_PAGES);
+    }
+
+    /// Whether a page is marked.
+    pub fn get(&self, region: u16, page: u64) -> bool {
+        let word = usize::try_from(page / WORD_PAGES).unwrap_or(usize::MAX);
+        self.region_words(region)[word] >> (page % WORD_PAGES) & 1 == 1
+    }
+
+    /// Adds words to a region, beginning with the word that holds `first_page`.
+    pub fn merge_words(&mut self, region: u16, first_page: u64, words: &[u64]) {
+        let start = usize::try_from(first_page / WORD_PAGES).unwrap_or(usize::MAX);
+        let into = &mut self.region_words_mut(region)[start..start + words.len()];
+        into.iter_mut().zip(words).for_each(|(mine, theirs)| *mine |= theirs);
+    }
+
+    /// Adds all pages of a bitmap of the same layout.
+    pub fn merge(&mut self, other: &Self) {
+        debug_assert_eq!(self.regions, other.regions);
+        self.words.iter_mut().zip(&other.words).for_each(|(mine, theirs)| *mine |= theirs);
+    }
+
+    /// Marks every page.
+    pub fn fill(&mut self) {
+        self.words.fill(u64::MAX);
+        self.trim();
+    }
+
+    /// Marks no page.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// Clears bits beyond the last page of each region.
+    pub fn trim(&mut self) {
+        for region in &self.regions {
+            let tail = region.pages % WORD_PAGES;
+            if tail != 0 {
+                self.words[region.words.end - 1] &= (1 << tail) - 1;
+            }
+        }
+    }
+
+    /// Number of marked pages.
+    pub fn count(&self) -> u64 {
+        pages_in(&self.words)
+    }
+
+    /// Whether no page is marked.
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+}
+
+/// Number of set bits.
+pub fn pages_in(words: &[u64]) -> u64 {
+    words.iter().map(|word| u64::from(word.count_ones())).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{PAGE_BYTES, RegionLayout};
+
+    fn layout(region_pages: &[u64]) -> Layout {
+        let mut guest_addr = 0;
+        let regions = region_pages.iter().map(|pages| {
+            let region = RegionLayout {
+                guest_addr,
+                len_bytes: pages * PAGE_BYTES,
+                backing_page_bytes: PAGE_BYTES,
+            };
+            guest_addr += region.len_bytes + PAGE_BYTES;
+            region
+        });
+        Layout::new(regions.collect()).unwrap()
+    }
+
+    #[test]
+    fn regions_start_at_words_of_their_own() {
+        let mut bitmap = DirtyBitmap::new(&layout(&[1, 65, 64]));
+        bitmap.set(1, 64);
+        assert_eq!(bitmap.region_words(0), [0]);
+        assert_eq!(bitmap.region_words(1), [0, 1]);
+        assert_eq!(bitmap.region_words(2), [0]);
+        assert!(bitmap.get(1, 64));
+        assert_eq!(bitmap.count(), 1);
+    }
+
+    #[test]
+    fn fill_marks_each_page_once_and_nothing_beyond() {
+        let layout = layout(&[1, 65, 64, 127]);
+        let bitmap = DirtyBitmap::all(&layout);
+        assert_eq!(bitmap.count(), layout.pages());
+    }
+
+    #[test]
+    fn words_merge_at_their_page() {
+        let mut bitmap = DirtyBitmap::new(&layout(&[200]));
+        bitmap.merge_words(0, 64, &[0b101]);
+        assert!(bitmap.get(0, 64) && bitmap.get(0, 66) && !bitmap.get(0, 65));
+    }
+}

@@ -1,0 +1,235 @@
+//! Errors by who is to blame.
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::dirty::DirtyError;
+use crate::machine::{MachineError, MachineOperation};
+use crate::memory::{LayoutError, OutOfRange};
+use crate::protocol::{DecodeError, FailureReason, Incompatibility};
+use crate::transport::TransportError;
+
+/// Why a migration failed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The peer sent bytes that are no message of the protocol.
+    #[error("the peer misbehaved")]
+    PeerMisbehaved(#[from] DecodeError),
+    /// The peer sent a message that may not come now.
+    #[error("the peer misbehaved: it sent {message} while {state}")]
+    UnexpectedMessage {
+        /// What came.
+        message: &'static str,
+        /// What this side was doing.
+        state: &'static str,
+    },
+    /// The two sides cannot work together; found before the first page moved.
+    #[error("the two sides do not fit")]
+    Incompatible(#[from] Incompatibility),
+    /// The peer failed and told why.
+    #[error("the other side failed ({reason}): {text}")]
+    PeerFailed {
+        /// Its own classification.
+        reason: FailureReason,
+        /// Its own words.
+        text: String,
+    },
+    /// The link broke or could not be set up.
+    #[error("the transport failed")]
+    Transport(#[from] TransportError),
+    /// Tracking of dirty pages failed.
+    #[error("dirty tracking failed")]
+    Dirty(#[from] DirtyError),
+    /// Guest memory is not what it was described as.
+    #[error("guest memory is not as described")]
+    Layout(#[from] LayoutError),
+    /// A page range outside guest memory.
+    #[error("guest memory was left")]
+    OutOfRange(#[from] OutOfRange),
+    /// The VMM's own [`crate::Machine`] refused.
+    #[error("failed to {operation}")]
+    Machine {
+        /// Which call.
+        operation: MachineOperation,
+        /// The cause.
+        #[source]
+        cause: MachineError,
+    },
+    /// A thread could not be started.
+    #[error("failed to start a thread")]
+    Thread(#[source] io::Error),
+    /// The operating system gave no randomness or the like.
+    #[error("failed to {operation}")]
+    Host {
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+    /// The configuration makes no sense.
+    #[error("bad configuration: {0}")]
+    Configuration(String),
+    /// [`crate::MigrationHandle::cancel`] was called in time.
+    #[error("cancelled")]
+    Cancelled,
+    /// The other side made no progress.
+    #[error("timed out after {after:?} while waiting for {what}")]
+    TimedOut {
+        /// What did not come.
+        what: &'static str,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The guest dirties memory faster than the downtime limit allows to move.
+    #[error(
+        "not converging after {rounds} rounds: the guest dirtied {dirty_pages} pages in the last \
+         one, which takes about {expected:?} to move against a downtime limit of {limit:?}; \
+         raise the limit, slow the guest down, or use a faster link"
+    )]
+    NotConverging {
+        /// Rounds made.
+        rounds: u32,
+        /// Pages dirty at the end.
+        dirty_pages: u64,
+        /// Downtime to expect.
+        expected: Duration,
+        /// Downtime allowed.
+        limit: Duration,
+    },
+    /// With verification: memory at the destination differs from memory at the source.
+    #[error(
+        "memory differs: digest {source_digest} at the source, {destination_digest} at the \
+         destination"
+    )]
+    MemoryDiffers {
+        /// Digest of the paused source.
+        source_digest: crate::digest::Digest,
+        /// Digest of what arrived.
+        destination_digest: crate::digest::Digest,
+    },
+    /// The link was lost after the commit was sent and before its answer came.
+    #[error(
+        "uncertain: the commit was sent and not answered, so the destination may be running the \
+         guest. It stays paused here. Look at the destination: if it runs the guest, destroy \
+         this copy; if it does not and never will, resume this one"
+    )]
+    Uncertain(#[source] Box<Error>),
+    /// The destination declared itself ready, and the link was lost before the commit came.
+    #[error(
+        "uncertain: ready to run the guest when the link was lost, so the source may have \
+         committed. The copy here stays paused. Look at the source: if it runs the guest, \
+         destroy this copy; if the source is uncertain too, or gone, resume this one"
+    )]
+    UncertainDestination(#[source] Box<Error>),
+    /// The destination could not run the guest after all and gave it back.
+    #[error("the destination gave the guest back: {text}")]
+    GivenBack {
+        /// Its own words.
+        text: String,
+    },
+}
+
+/// Who is to blame for an [`Error`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Blame {
+    /// The other side broke the protocol.
+    PeerMisbehaved,
+    /// The other side is sound and does not fit.
+    PeerIncompatible,
+    /// The other side failed by its own account.
+    PeerFailed,
+    /// The link.
+    Transport,
+    /// Guest memory or its tracking.
+    GuestMemory,
+    /// The VMM.
+    Machine,
+    /// This host.
+    Host,
+    /// This side's configuration.
+    Configuration,
+    /// The one who cancelled.
+    Cancelled,
+    /// Time.
+    TimedOut,
+    /// The guest's workload.
+    Guest,
+}
+
+impl Error {
+    /// Who is to blame.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::PeerMisbehaved(_)
+            | Self::UnexpectedMessage { .. }
+            | Self::Transport(TransportError::Malformed(_)) => Blame::PeerMisbehaved,
+            Self::Incompatible(_) => Blame::PeerIncompatible,
+            Self::PeerFailed { .. } | Self::GivenBack { .. } => Blame::PeerFailed,
+            Self::Transport(_) => Blame::Transport,
+            Self::Dirty(_) | Self::Layout(_) | Self::OutOfRange(_) | Self::MemoryDiffers { .. } => {
+                Blame::GuestMemory
+            }
+            Self::Machine { .. } => Blame::Machine,
+            Self::Thread(_) | Self::Host { .. } => Blame::Host,
+            Self::Configuration(_) => Blame::Configuration,
+            Self::Cancelled => Blame::Cancelled,
+            Self::TimedOut { .. } => Blame::TimedOut,
+            Self::NotConverging { .. } => Blame::Guest,
+            Self::Uncertain(cause) | Self::UncertainDestination(cause) => cause.blame(),
+        }
+    }
+
+    /// Whether it is open which side owns the guest.
+    pub fn is_uncertain(&self) -> bool {
+        matches!(self, Self::Uncertain(_) | Self::UncertainDestination(_))
+    }
+
+    /// The error and its causes on one line.
+    pub fn chain(&self) -> Chain<'_> {
+        Chain(self)
+    }
+
+    /// How this side tells the other one about it.
+    pub(crate) fn reason(&self) -> FailureReason {
+        match self.blame() {
+            Blame::PeerMisbehaved => FailureReason::PeerMisbehaved,
+            Blame::PeerIncompatible => FailureReason::Incompatible,
+            Blame::PeerFailed | Blame::Transport => FailureReason::Transport,
+            Blame::GuestMemory => FailureReason::GuestMemory,
+            Blame::Machine => FailureReason::Machine,
+            Blame::Host | Blame::Configuration => FailureReason::Host,
+            Blame::Cancelled => FailureReason::Cancelled,
+            Blame::TimedOut => FailureReason::TimedOut,
+            Blame::Guest => FailureReason::NotConverging,
+        }
+    }
+}
+
+/// Shows an error with its causes: "failed to …: cause: cause".
+#[derive(Debug)]
+pub struct Chain<'a>(&'a (dyn std::error::Error + 'static));
+
+impl<'a> Chain<'a> {
+    /// For any error.
+    pub fn of(error: &'a (dyn std::error::Error + 'static)) -> Self {
+        Self(error)
+    }
+}
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

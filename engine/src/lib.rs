@@ -1,0 +1,47 @@
+//! A live-migration engine that VMMs embed.
+//!
+//! pageferry moves a running guest to another host while it keeps working. Its pages go straight
+//! from guest memory through sender threads that each own a part of the dirty bitmap, and land
+//! straight in the destination's guest memory; for a few milliseconds at the end the guest stands
+//! still. What moves the bytes is a [transport] chosen at run time; the engine knows none by
+//! name.
+//!
+//! A VMM implements [`Machine`], describes its guest's memory ([`memory::GuestMemory`]) and its
+//! dirty trackers ([`dirty::DirtySource`]), and calls [`Source::migrate`] on one host and
+//! [`Destination::negotiate`] on the other. Both block, spawn their threads through a
+//! [hook](threads::Spawn), and give the machine back whatever happens.
+//!
+//! A page's way reads as a straight line through the modules: [`memory`] → [`dirty`] →
+//! [`partition`] → sender → [`transport`] ‖ receiver → [`memory`]. Beside it runs the control
+//! plane: [`protocol`] → [`convergence`] → [`handover`] → [`stats`].
+
+pub mod convergence;
+pub mod destination;
+pub mod digest;
+pub mod dirty;
+pub mod error;
+pub mod handover;
+pub mod machine;
+pub mod memory;
+pub mod partition;
+pub mod progress;
+pub mod protocol;
+pub mod source;
+pub mod stats;
+#[cfg(feature = "test-support")]
+pub mod testing;
+pub mod threads;
+pub mod transport;
+
+mod config;
+mod receiver;
+mod sender;
+mod session;
+
+pub use config::{MAX_CHANNELS, Timeouts};
+pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};
+pub use error::{Blame, Chain, Error};
+pub use machine::{Machine, MachineError};
+pub use progress::{Event, MigrationHandle, Phase, Progress};
+pub use source::{Departed, GuestAtSource, Source, SourceFailure};
+pub use stats::{Downtime, Statistics};

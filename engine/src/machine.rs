@@ -1,0 +1,82 @@
+//! The machine port: what the engine asks of the VMM.
+
+/// What a machine operation failed with; the engine passes it on as it is.
+pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
+
+/// One VM, as its VMM lets the engine drive it.
+///
+/// The engine calls these from the thread that runs the migration, never two at once, in these
+/// orders:
+///
+/// - at the source: `pause`, `save`, `release_resources`, and then either nothing more, or, when
+///   the migration failed, `reacquire_resources` (if released) and `resume`;
+/// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing.
+///
+/// The machine is given to a migration by value and comes back with its result, whatever that
+/// is.
+pub trait Machine {
+    /// Stops all vCPUs and all device emulation that writes guest memory, and returns when they
+    /// stand. The guest's standstill is counted from before this call.
+    fn pause(&mut self) -> Result<(), MachineError>;
+
+    /// Lets the guest run. At the source after a failure, at the destination at the end. When it
+    /// returns an error the guest must not have executed an instruction.
+    fn resume(&mut self) -> Result<(), MachineError>;
+
+    /// Appends the state of vCPUs and devices to `state`. The guest is paused. May still dirty
+    /// guest memory: the engine harvests once more afterwards.
+    fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError>;
+
+    /// Takes over the state that `save` made on the other side. The guest is paused and its
+    /// memory complete. A failed `load` leaves the guest to the source.
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError>;
+
+    /// Gives up what only one host may hold (disk locks, network identity) so that the other
+    /// side can take it. Called right before the point of no return.
+    fn release_resources(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    /// Takes what `release_resources` gave up: at the destination once the guest is its own, at
+    /// the source when the migration failed after a release.
+    fn reacquire_resources(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    /// Slows the guest's vCPUs down by `percent` (0: full speed, 99: almost still) so that its
+    /// dirty rate sinks. A machine that cannot does nothing.
+    fn throttle(&mut self, percent: u8) {
+        let _ = percent;
+    }
+}
+
+/// A call of [`Machine`], for messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MachineOperation {
+    /// [`Machine::pause`].
+    Pause,
+    /// [`Machine::resume`].
+    Resume,
+    /// [`Machine::save`].
+    Save,
+    /// [`Machine::load`].
+    Load,
+    /// [`Machine::release_resources`].
+    ReleaseResources,
+    /// [`Machine::reacquire_resources`].
+    ReacquireResources,
+}
+
+impl std::fmt::Display for MachineOperation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Pause => "pause the guest",
+            Self::Resume => "resume the guest",
+            Self::Save => "save device state",
+            Self::Load => "load device state",
+            Self::ReleaseResources => "release host resources",
+            Self::ReacquireResources => "acquire host resources",
+        })
+    }
+}

@@ -1,0 +1,375 @@
+//! Guest memory as the engine sees it: regions of pages at host addresses.
+//!
+//! The engine never forms a `&[u8]` over guest memory. vCPUs and devices write to it while we
+//! look, so a shared slice would be undefined behaviour. What leaves this module is raw
+//! addresses for the kernel or a NIC ([`HostSpan`]), and the few loads and stores the engine
+//! itself needs (zero check, zero fill, digest), all volatile.
+#![expect(unsafe_code, reason = "guest memory is reached through raw host pointers")]
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::RawFd;
+
+use thiserror::Error;
+
+/// Bytes in one page, the unit of dirty tracking and of transfer. Larger pages of the backing
+/// are a property of a region ([`RegionLayout::backing_page_bytes`]).
+pub const PAGE_BYTES: u64 = 4096;
+
+/// Most regions a layout may have; bounds what a peer can make us allocate.
+pub const MAX_REGIONS: usize = 1024;
+
+/// Most pages one region may have: 64 TiB, so that byte lengths stay far from overflow.
+pub const MAX_REGION_PAGES: u64 = 1 << 34;
+
+/// A region as both sides must agree on it: where the guest sees it and how long it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegionLayout {
+    /// Guest physical address of the first byte; a multiple of [`PAGE_BYTES`].
+    pub guest_addr: u64,
+    /// Length in bytes; a multiple of [`PAGE_BYTES`], not zero.
+    pub len_bytes: u64,
+    /// Size in bytes of the pages that back the region on this host (4096 for ordinary ones).
+    /// The sides may differ in it.
+    pub backing_page_bytes: u64,
+}
+
+impl RegionLayout {
+    /// Number of [`PAGE_BYTES`] pages.
+    pub fn pages(&self) -> u64 {
+        self.len_bytes / PAGE_BYTES
+    }
+}
+
+/// The guest's memory map: regions sorted by guest address, none overlapping.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    regions: Vec<RegionLayout>,
+}
+
+/// Why a description of guest memory was refused.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LayoutError {
+    /// No region at all.
+    #[error("guest memory has no region")]
+    Empty,
+    /// More than [`MAX_REGIONS`].
+    #[error("guest memory has {count} regions, at most {MAX_REGIONS} are supported")]
+    TooManyRegions {
+        /// How many there were.
+        count: usize,
+    },
+    /// Address or length is not made of whole pages, or the length is zero or too large.
+    #[error(
+        "region {index} at {guest_addr:#x}, {len_bytes} bytes, is not a sensible run of whole pages"
+    )]
+    BadRegion {
+        /// Index of the region.
+        index: usize,
+        /// Its guest physical address.
+        guest_addr: u64,
+        /// Its length in bytes.
+        len_bytes: u64,
+    },
+    /// Regions overlap or are not sorted by guest address.
+    #[error("region {index} at {guest_addr:#x} overlaps the one before it or is out of order")]
+    Overlap {
+        /// Index of the later region.
+        index: usize,
+        /// Its guest physical address.
+        guest_addr: u64,
+    },
+    /// The host address is null or not page-aligned.
+    #[error("region {index} has host address {host_addr:#x}, which is null or not page-aligned")]
+    BadHostAddress {
+        /// Index of the region.
+        index: usize,
+        /// The host address given.
+        host_addr: usize,
+    },
+}
+
+impl Layout {
+    /// Checks and takes a memory map.
+    pub fn new(regions: Vec<RegionLayout>) -> Result<Self, LayoutError> {
+        if regions.is_empty() {
+            return Err(LayoutError::Empty);
+        }
+        if regions.len() > MAX_REGIONS {
+            return Err(LayoutError::TooManyRegions { count: regions.len() });
+        }
+        let mut end_of_previous = 0;
+        for (index, region) in regions.iter().enumerate() {
+            let RegionLayout { guest_addr, len_bytes, backing_page_bytes } = *region;
+            let end = guest_addr.checked_add(len_bytes);
+            let well_formed = guest_addr.is_multiple_of(PAGE_BYTES)
+                && len_bytes.is_multiple_of(PAGE_BYTES)
+                && len_bytes > 0
+                && region.pages() <= MAX_REGION_PAGES
+                && backing_page_bytes >= PAGE_BYTES
+                && backing_page_bytes.is_power_of_two();
+            let Some(end) = end.filter(|_| well_formed) else {
+                return Err(LayoutError::BadRegion { index, guest_addr, len_bytes });
+            };
+            if guest_addr < end_of_previous {
+                return Err(LayoutError::Overlap { index, guest_addr });
+            }
+            end_of_previous = end;
+        }
+        Ok(Self { regions })
+    }
+
+    /// The regions, sorted by guest address.
+    pub fn regions(&self) -> &[RegionLayout] {
+        &self.regions
+    }
+
+    /// All guest memory, in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.len_bytes).sum()
+    }
+
+    /// All guest memory, in pages.
+    pub fn pages(&self) -> u64 {
+        self.len_bytes() / PAGE_BYTES
+    }
+
+    /// Whether a guest sees the same memory in both: addresses and lengths, not backing.
+    pub fn same_guest_view(&self, other: &Self) -> bool {
+        self.regions.len() == other.regions.len()
+            && self.regions.iter().zip(&other.regions).all(|(mine, theirs)| {
+                mine.guest_addr == theirs.guest_addr && mine.len_bytes == theirs.len_bytes
+            })
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, region) in self.regions.iter().enumerate() {
+            let separator = if index == 0 { "" } else { ", " };
+            let end = region.guest_addr + region.len_bytes;
+            write!(f, "{separator}{:#x}..{end:#x}", region.guest_addr)?;
+        }
+        Ok(())
+    }
+}
+
+/// The file behind a region, where there is one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileBacking {
+    /// Descriptor of the memfd or file; borrowed, open as long as the region is mapped.
+    pub fd: RawFd,
+    /// Offset in bytes of the region's first byte in the file.
+    pub offset_bytes: u64,
+}
+
+/// One region for [`GuestMemory::from_raw_parts`].
+#[derive(Debug, Clone, Copy)]
+pub struct RawRegion {
+    /// Where the guest sees it, and how long it is.
+    pub layout: RegionLayout,
+    /// Where this process has it mapped; page-aligned.
+    pub host_addr: *mut u8,
+    /// The file behind it, if any.
+    pub file: Option<FileBacking>,
+}
+
+/// Pages of one region that lie one after another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRange {
+    /// Index of the region in the layout.
+    pub region: u16,
+    /// First page, counted from the start of the region.
+    pub first_page: u64,
+    /// Number of pages.
+    pub pages: u32,
+}
+
+impl PageRange {
+    /// Length in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        u64::from(self.pages) * PAGE_BYTES
+    }
+}
+
+/// A page range is not inside guest memory.
+#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
+#[error(
+    "pages {first_page}..+{pages} of region {region} are not inside guest memory",
+    region = range.region, first_page = range.first_page, pages = range.pages
+)]
+pub struct OutOfRange {
+    /// The offending range.
+    pub range: PageRange,
+}
+
+/// Bytes of guest memory at a host address, for a kernel call or a work request.
+///
+/// Valid as long as the [`GuestMemory`] it came from. Others write to it concurrently: hand it
+/// to the kernel or a NIC, never make a reference of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostSpan {
+    /// First byte.
+    pub addr: *mut u8,
+    /// Length in bytes.
+    pub len_bytes: usize,
+}
+
+/// The guest memory of one VM, mapped in this process.
+///
+/// # Thread safety
+///
+/// `Send` and `Sync`. All access is by raw pointer and volatile; callers order their accesses
+/// by who owns which page (see the partition of the bitmap).
+///
+/// # Resource cleanup
+///
+/// Owns no mapping. The owner given at construction is dropped with the last clone of the `Arc`
+/// around this value; the engine drops its clones before a migration returns.
+pub struct GuestMemory {
+    layout: Layout,
+    regions: Vec<RawRegion>,
+    _owner: Option<Box<dyn Any + Send + Sync>>,
+}
+
+// SAFETY: the pointers are plain addresses of mappings that any thread may use; from_raw_parts
+// makes its caller promise that they stay valid for the value's lifetime.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above; shared access is volatile or by the kernel, never through references.
+unsafe impl Sync for GuestMemory {}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory").field("regions", &self.regions).finish_non_exhaustive()
+    }
+}
+
+impl GuestMemory {
+    /// Describes guest memory by raw parts.
+    ///
+    /// `owner` is kept until the value is dropped; give the mapping's owner here if the value
+    /// should keep the mapping alive, `None` if something else does.
+    ///
+    /// # Safety
+    ///
+    /// For each region, until the value is dropped:
+    /// - `host_addr..host_addr + len_bytes` is one mapping, readable and writable, that is not
+    ///   unmapped, moved, shrunk or made inaccessible, and no file behind it is truncated;
+    /// - the program holds no Rust reference into it: everyone reaches it by raw pointers, the
+    ///   way vm-memory does, for the engine may write to any page of it at a destination;
+    /// - regions do not overlap in host memory;
+    /// - `file`, if given, describes the same bytes.
+    pub unsafe fn from_raw_parts(
+        regions: Vec<RawRegion>,
+        owner: Option<Box<dyn Any + Send + Sync>>,
+    ) -> Result<Self, LayoutError> {
+        let layout = Layout::new(regions.iter().map(|region| region.layout).collect())?;
+        for (index, region) in regions.iter().enumerate() {
+            let host_addr = region.host_addr.addr();
+            if host_addr == 0 || !(host_addr as u64).is_multiple_of(PAGE_BYTES) {
+                return Err(LayoutError::BadHostAddress { index, host_addr });
+            }
+        }
+        Ok(Self { layout, regions, _owner: owner })
+    }
+
+    /// The memory map.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The regions with their host addresses, in the layout's order.
+    pub fn regions(&self) -> &[RawRegion] {
+        &self.regions
+    }
+
+    /// The host bytes of a page range.
+    pub fn span(&self, range: PageRange) -> Result<HostSpan, OutOfRange> {
+        let region = self.regions.get(usize::from(range.region)).ok_or(OutOfRange { range })?;
+        let end = range.first_page.checked_add(u64::from(range.pages));
+        if end.is_none_or(|end| end > region.layout.pages()) {
+            return Err(OutOfRange { range });
+        }
+        let offset_bytes = usize::try_from(range.first_page * PAGE_BYTES);
+        let len_bytes = usize::try_from(range.len_bytes());
+        let (Ok(offset_bytes), Ok(len_bytes)) = (offset_bytes, len_bytes) else {
+            return Err(OutOfRange { range });
+        };
+        // SAFETY: checked above to be inside the region, which is one mapping.
+        let addr = unsafe { region.host_addr.add(offset_bytes) };
+        Ok(HostSpan { addr, len_bytes })
+    }
+
+    /// Whether a page holds only zero bytes. The guest may write meanwhile; a page written after
+    /// its re-arm comes back with the next harvest, so either answer is right.
+    pub fn is_zero(&self, region: u16, page: u64) -> Result<bool, OutOfRange> {
+        let span = self.span(PageRange { region, first_page: page, pages: 1 })?;
+        Ok(words(span).all(|word| word == 0))
+    }
+
+    /// Fills pages with zero bytes.
+    pub fn fill_zero(&self, range: PageRange) -> Result<(), OutOfRange> {
+        let span = self.span(range)?;
+        // SAFETY: the span is inside a writable mapping, and no reference to it exists.
+        unsafe { std::ptr::write_bytes(span.addr, 0, span.len_bytes) };
+        Ok(())
+    }
+
+    /// Copies pages out of guest memory. A user-space copy of page bytes: nothing on the raw
+    /// path may call it.
+    pub fn copy_out(&self, range: PageRange, into: &mut Vec<u8>) -> Result<(), OutOfRange> {
+        let span = self.span(range)?;
+        into.clear();
+        into.reserve(span.len_bytes);
+        into.extend(words(span).flat_map(u64::to_ne_bytes));
+        Ok(())
+    }
+
+    /// Copies bytes into guest memory; `bytes` must be as long as the range. A user-space copy
+    /// of page bytes: nothing on the raw path may call it.
+    pub fn copy_in(&self, range: PageRange, bytes: &[u8]) -> Result<(), OutOfRange> {
+        let span = self.span(range)?;
+        if bytes.len() != span.len_bytes {
+            return Err(OutOfRange { range });
+        }
+        // SAFETY: source and destination are both `len_bytes` long; a Rust slice cannot overlap
+        // guest memory, to which no reference exists.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), span.addr, span.len_bytes) };
+        Ok(())
+    }
+
+    /// All pages of a region as consecutive ranges of at most `max_pages`.
+    pub(crate) fn chunks(
+        &self,
+        region: u16,
+        max_pages: u32,
+    ) -> impl Iterator<Item = PageRange> + use<> {
+        let pages = self.layout.regions()[usize::from(region)].pages();
+        let step = u64::from(max_pages);
+        (0..pages.div_ceil(step)).map(move |chunk| {
+            let first_page = chunk * step;
+            let pages = u32::try_from(step.min(pages - first_page)).unwrap_or(max_pages);
+            PageRange { region, first_page, pages }
+        })
+    }
+
+    /// Indices of the regions.
+    pub(crate) fn region_indices(&self) -> Range<u16> {
+        // MAX_REGIONS fits.
+        0..u16::try_from(self.regions.len()).unwrap_or(u16::MAX)
+    }
+}
+
+/// Volatile loads of a span, word by word.
+fn words(span: HostSpan) -> impl Iterator<Item = u64> {
+    (0..span.len_bytes / size_of::<u64>()).map(move |index| {
+        // SAFETY: inside the span; spans are whole pages.
+        let word = unsafe { span.addr.add(index * size_of::<u64>()) };
+        #[expect(clippy::cast_ptr_alignment, reason = "spans start at page boundaries")]
+        let word = word.cast::<u64>();
+        // SAFETY: readable and aligned. Volatile because the guest may be writing it.
+        unsafe { word.read_volatile() }
+    })
+}

@@ -1,0 +1,215 @@
+//! Watching and steering a migration from outside: events, a snapshot to poll, cancel.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_utils::CachePadded;
+
+use crate::convergence::Verdict;
+use crate::error::Error;
+use crate::protocol::Agreement;
+use crate::stats::{ChannelGauge, RoundStatistics};
+use crate::transport::{Interrupt, PageCounts, Registration, TransportError};
+
+/// What happened, as it happens. Sent from the thread that runs the migration: return quickly.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Event {
+    /// The handshake succeeded.
+    Agreed(Agreement),
+    /// Guest memory was registered with the transport.
+    Registered(Registration),
+    /// A round began.
+    RoundStarted {
+        /// Its number, from 1.
+        round: u32,
+        /// Pages to look at.
+        dirty_pages: u64,
+    },
+    /// A round ended. At the source, with what was decided on it.
+    RoundFinished {
+        /// Its number, from 1.
+        round: u32,
+        /// Its figures.
+        statistics: RoundStatistics,
+        /// What comes next.
+        verdict: Verdict,
+    },
+    /// At the source: the guest was paused.
+    GuestPaused,
+    /// At the destination: everything has arrived and is loaded.
+    Loaded,
+    /// The point of no return: from now on the destination owns the guest.
+    Committed,
+    /// The guest runs at the destination.
+    GuestRunsThere,
+    /// The migration failed and the guest runs on at the source.
+    GuestKept,
+}
+
+/// Where a migration stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Handshake, registration, opening of channels.
+    Setup,
+    /// Rounds over a running guest.
+    PreCopy,
+    /// The guest is paused, the last pages are on their way.
+    Switchover,
+    /// The point of no return is behind.
+    Committed,
+    /// Over, well or not.
+    Ended,
+}
+
+const PHASES: [Phase; 5] =
+    [Phase::Setup, Phase::PreCopy, Phase::Switchover, Phase::Committed, Phase::Ended];
+
+/// A moment of a migration. All figures only grow, but `round_pages`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Progress {
+    /// Where it stands.
+    pub phase: Phase,
+    /// Since it began.
+    pub elapsed: Duration,
+    /// The round, from 1; 0 before the first.
+    pub round: u32,
+    /// Pages to look at in this round.
+    pub round_pages: u64,
+    /// Pages looked at in all rounds, by kind.
+    pub pages: PageCounts,
+    /// Page bytes known to have landed.
+    pub landed_bytes: u64,
+    /// Bytes on the wire of data channels.
+    pub wire_bytes: u64,
+}
+
+/// Watches and steers one migration. Cheap to clone, usable from any thread, also before the
+/// migration began and after it ended.
+#[derive(Clone)]
+pub struct MigrationHandle {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl fmt::Debug for MigrationHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MigrationHandle").field("progress", &self.progress()).finish()
+    }
+}
+
+impl MigrationHandle {
+    /// Ends the migration as soon as possible, if the point of no return has not been reached:
+    /// the guest goes on at the source. Returns at once.
+    pub fn cancel(&self) {
+        self.shared.cancel();
+    }
+
+    /// A snapshot.
+    pub fn progress(&self) -> Progress {
+        self.shared.progress()
+    }
+}
+
+/// Takes events.
+pub(crate) type EventSink = Box<dyn FnMut(&Event) + Send>;
+
+/// What the driver and the handles share.
+pub(crate) struct Shared {
+    started: Instant,
+    phase: AtomicU8,
+    round: AtomicU32,
+    round_pages: AtomicU64,
+    gauges: OnceLock<Arc<Vec<CachePadded<ChannelGauge>>>>,
+    cancelled: AtomicBool,
+    wake: (Sender<()>, Receiver<()>),
+    /// Set while the driver is inside a call that only an interrupt can end.
+    blocked: Mutex<Option<Arc<dyn Interrupt>>>,
+}
+
+impl Shared {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            started: Instant::now(),
+            phase: AtomicU8::new(0),
+            round: AtomicU32::new(0),
+            round_pages: AtomicU64::new(0),
+            gauges: OnceLock::new(),
+            cancelled: AtomicBool::new(false),
+            wake: bounded(1),
+            blocked: Mutex::new(None),
+        })
+    }
+
+    fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+        // Full means that a wake-up is pending already.
+        let _ = self.wake.0.try_send(());
+        if let Some(interrupt) = &*self.blocked.lock().unwrap_or_else(PoisonError::into_inner) {
+            interrupt.interrupt();
+        }
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Becomes ready when cancelled.
+    pub(crate) fn wake(&self) -> &Receiver<()> {
+        &self.wake.1
+    }
+
+    /// Runs a call that only an interrupt can end, so that cancelling ends it.
+    pub(crate) fn while_blocked<T>(
+        &self,
+        interrupt: &Arc<dyn Interrupt>,
+        call: impl FnOnce() -> Result<T, TransportError>,
+    ) -> Result<T, Error> {
+        let set = |value| *self.blocked.lock().unwrap_or_else(PoisonError::into_inner) = value;
+        set(Some(Arc::clone(interrupt)));
+        // Cancelled before: leave the link alone, the peer should be told why it ends.
+        let result = if self.is_cancelled() { Err(TransportError::Interrupted) } else { call() };
+        set(None);
+        match result {
+            Err(TransportError::Interrupted) if self.is_cancelled() => Err(Error::Cancelled),
+            result => Ok(result?),
+        }
+    }
+
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        let index = PHASES.iter().position(|known| *known == phase).unwrap_or(0);
+        self.phase.store(u8::try_from(index).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_round(&self, round: u32, pages: u64) {
+        self.round_pages.store(pages, Ordering::Relaxed);
+        self.round.store(round, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_gauges(&self, gauges: Arc<Vec<CachePadded<ChannelGauge>>>) {
+        // Set once a migration; a handle has only one.
+        let _ = self.gauges.set(gauges);
+    }
+
+    fn progress(&self) -> Progress {
+        let mut pages = PageCounts::default();
+        let (mut landed_bytes, mut wire_bytes) = (0, 0);
+        for gauge in self.gauges.get().into_iter().flat_map(|gauges| gauges.iter()) {
+            pages.add(&gauge.pages());
+            landed_bytes += gauge.landed_bytes.load(Ordering::Relaxed);
+            wire_bytes += gauge.counters().wire_bytes;
+        }
+        Progress {
+            phase: PHASES[usize::from(self.phase.load(Ordering::Relaxed)) % PHASES.len()],
+            elapsed: self.started.elapsed(),
+            round: self.round.load(Ordering::Relaxed),
+            round_pages: self.round_pages.load(Ordering::Relaxed),
+            pages,
+            landed_bytes,
+            wire_bytes,
+        }
+    }
+}

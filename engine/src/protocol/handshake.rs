@@ -1,0 +1,203 @@
+//! Do the two sides fit? Decided before the first page moves, and before the destination
+//! allocates anything.
+
+use thiserror::Error;
+
+use super::message::PAGE_BYTES_ON_WIRE;
+use super::{Hello, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Welcome};
+use crate::memory::Layout;
+
+/// Why the two sides cannot work together.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Incompatibility {
+    /// No common protocol version.
+    #[error(
+        "protocol versions do not meet: the source speaks {source_oldest} to {source_newest}, \
+         the destination {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}"
+    )]
+    Version {
+        /// Oldest version of the source.
+        source_oldest: u16,
+        /// Newest version of the source.
+        source_newest: u16,
+    },
+    /// The destination answered with a version that was not offered.
+    #[error("the destination chose protocol version {0}, which was not offered")]
+    VersionNotOffered(u16),
+    /// Different page sizes.
+    #[error(
+        "page sizes differ: the source tracks pages of {source_bytes} bytes, the destination of \
+         {destination_bytes}"
+    )]
+    PageSize {
+        /// The source's, in bytes.
+        source_bytes: u32,
+        /// The destination's, in bytes.
+        destination_bytes: u32,
+    },
+    /// No channel, or too many.
+    #[error("{wanted} data channels wanted, 1 to {most} are possible")]
+    Channels {
+        /// What the source wants.
+        wanted: u16,
+        /// What the destination allows.
+        most: u16,
+    },
+    /// The destination agreed to another number of channels than asked for.
+    #[error("{wanted} data channels wanted, {agreed} agreed to")]
+    ChannelsChanged {
+        /// What the source wanted.
+        wanted: u16,
+        /// What the answer says.
+        agreed: u16,
+    },
+    /// Different memory maps.
+    #[error(
+        "memory maps differ: the source has {source_bytes} bytes at {source_map}, the \
+         destination {destination_bytes} bytes at {destination_map}"
+    )]
+    Layout {
+        /// All bytes at the source.
+        source_bytes: u64,
+        /// All bytes at the destination.
+        destination_bytes: u64,
+        /// The source's regions.
+        source_map: String,
+        /// The destination's regions.
+        destination_map: String,
+    },
+    /// The destination's memory is not zero, and this source relies on it.
+    #[error("the destination does not promise zeroed memory")]
+    MemoryNotZeroed,
+}
+
+/// What both sides hold to after the handshake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Agreement {
+    /// Protocol version.
+    pub version: u16,
+    /// Number of data channels.
+    pub channels: u16,
+    /// Whether memory is compared by digest before the commit.
+    pub verify: bool,
+}
+
+/// Whether a version range meets ours.
+pub(super) fn speaks_ours(oldest: u16, newest: u16) -> bool {
+    oldest.max(OLDEST_PROTOCOL_VERSION) <= newest.min(PROTOCOL_VERSION)
+}
+
+/// The destination's side: looks at a greeting and answers.
+pub fn negotiate(
+    hello: &Hello,
+    most_channels: u16,
+) -> Result<(Agreement, Welcome), Incompatibility> {
+    if !speaks_ours(hello.oldest_version, hello.newest_version) {
+        return Err(Incompatibility::Version {
+            source_oldest: hello.oldest_version,
+            source_newest: hello.newest_version,
+        });
+    }
+    if hello.page_bytes != PAGE_BYTES_ON_WIRE {
+        return Err(Incompatibility::PageSize {
+            source_bytes: hello.page_bytes,
+            destination_bytes: PAGE_BYTES_ON_WIRE,
+        });
+    }
+    if hello.channels == 0 || hello.channels > most_channels {
+        return Err(Incompatibility::Channels { wanted: hello.channels, most: most_channels });
+    }
+    let version = hello.newest_version.min(PROTOCOL_VERSION);
+    let agreement = Agreement { version, channels: hello.channels, verify: hello.verify };
+    let welcome = Welcome { version, channels: hello.channels, memory_zeroed: true };
+    Ok((agreement, welcome))
+}
+
+impl Hello {
+    /// The greeting of this engine.
+    pub fn new(layout: Layout, channels: u16, verify: bool, description: Vec<u8>) -> Self {
+        Self {
+            oldest_version: OLDEST_PROTOCOL_VERSION,
+            newest_version: PROTOCOL_VERSION,
+            page_bytes: PAGE_BYTES_ON_WIRE,
+            channels,
+            verify,
+            layout,
+            description,
+        }
+    }
+
+    /// The source's side: looks at the answer to this greeting.
+    pub fn check(&self, welcome: &Welcome) -> Result<Agreement, Incompatibility> {
+        if !(self.oldest_version..=self.newest_version).contains(&welcome.version) {
+            return Err(Incompatibility::VersionNotOffered(welcome.version));
+        }
+        if welcome.channels != self.channels {
+            return Err(Incompatibility::ChannelsChanged {
+                wanted: self.channels,
+                agreed: welcome.channels,
+            });
+        }
+        if !welcome.memory_zeroed {
+            return Err(Incompatibility::MemoryNotZeroed);
+        }
+        Ok(Agreement { version: welcome.version, channels: self.channels, verify: self.verify })
+    }
+
+    /// The destination's side, later: does the memory its host made fit the source's?
+    pub fn check_layout(&self, destination: &Layout) -> Result<(), Incompatibility> {
+        if self.layout.same_guest_view(destination) {
+            return Ok(());
+        }
+        Err(Incompatibility::Layout {
+            source_bytes: self.layout.len_bytes(),
+            destination_bytes: destination.len_bytes(),
+            source_map: self.layout.to_string(),
+            destination_map: destination.to_string(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{PAGE_BYTES, RegionLayout};
+
+    fn hello() -> Hello {
+        let region =
+            RegionLayout { guest_addr: 0, len_bytes: PAGE_BYTES, backing_page_bytes: PAGE_BYTES };
+        Hello::new(Layout::new(vec![region]).unwrap(), 2, true, Vec::new())
+    }
+
+    #[test]
+    fn two_of_this_version_agree() {
+        let hello = hello();
+        let (agreement, welcome) = negotiate(&hello, 8).unwrap();
+        assert_eq!(hello.check(&welcome), Ok(agreement));
+        assert_eq!(agreement, Agreement { version: 1, channels: 2, verify: true });
+    }
+
+    #[test]
+    fn a_newer_source_that_still_speaks_ours_is_welcome() {
+        let newer = Hello { newest_version: 9, ..hello() };
+        assert_eq!(negotiate(&newer, 8).unwrap().0.version, PROTOCOL_VERSION);
+    }
+
+    #[test]
+    fn each_misfit_is_named() {
+        let too_new = Hello { oldest_version: 8, newest_version: 9, ..hello() };
+        let refused = Incompatibility::Version { source_oldest: 8, source_newest: 9 };
+        assert_eq!(negotiate(&too_new, 8), Err(refused));
+        let pages = Hello { page_bytes: 16384, ..hello() };
+        assert!(matches!(negotiate(&pages, 8), Err(Incompatibility::PageSize { .. })));
+        for channels in [0, 9] {
+            let channels = Hello { channels, ..hello() };
+            assert!(matches!(negotiate(&channels, 8), Err(Incompatibility::Channels { .. })));
+        }
+        let welcome = Welcome { version: 1, channels: 2, memory_zeroed: true };
+        assert!(hello().check(&Welcome { version: 2, ..welcome }).is_err());
+        assert!(hello().check(&Welcome { channels: 1, ..welcome }).is_err());
+        assert!(hello().check(&Welcome { memory_zeroed: false, ..welcome }).is_err());
+    }
+}

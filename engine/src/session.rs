@@ -1,0 +1,236 @@
+//! What both drivers do alike: one queue of everything that can happen, fed by the control
+//! channel's thread, the data channels' threads and whoever cancels.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select_biased, unbounded};
+
+use crate::error::Error;
+use crate::progress::Shared;
+use crate::protocol::{DecodeError, Incompatibility, Message};
+use crate::threads::{Crew, Spawn, ThreadRole};
+use crate::transport::{ControlChannel, ControlReceiver, ControlSender, Interrupt, TransportError};
+
+/// How long a side that lost its link waits for the peer's own account of why: the last words
+/// come on the control channel, and data channels break at the same time.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What the threads of a session feed its queue with. `R` is what data channel threads report.
+pub(crate) enum Input<R> {
+    Message(Message),
+    Report(R),
+    /// From the control thread, its last.
+    ControlEnded(Error),
+}
+
+/// What the driver must look at: the inputs that are no failure.
+pub(crate) enum Item<R> {
+    Message(Message),
+    Report(R),
+}
+
+/// How long to wait, and for what.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    pub(crate) what: &'static str,
+    pub(crate) since: Instant,
+    pub(crate) at_most: Duration,
+}
+
+impl Patience {
+    pub(crate) fn now(what: &'static str, at_most: Duration) -> Self {
+        Self { what, since: Instant::now(), at_most }
+    }
+
+    fn error(&self) -> Error {
+        Error::TimedOut { what: self.what, after: self.at_most }
+    }
+
+    fn left(&self) -> Duration {
+        self.at_most.saturating_sub(self.since.elapsed())
+    }
+}
+
+pub(crate) struct Session<R> {
+    control: Box<dyn ControlSender>,
+    inputs: Receiver<Input<R>>,
+    feed: Sender<Input<R>>,
+    crew: Crew,
+    interrupt: Arc<dyn Interrupt>,
+    shared: Arc<Shared>,
+    control_bytes: Arc<AtomicU64>,
+}
+
+impl<R: Send + 'static> Session<R> {
+    /// Starts the control thread.
+    pub(crate) fn open(
+        control: ControlChannel,
+        interrupt: Arc<dyn Interrupt>,
+        spawn: Arc<dyn Spawn>,
+        shared: Arc<Shared>,
+    ) -> Result<Self, Error> {
+        let (feed, inputs) = unbounded();
+        let control_bytes = Arc::new(AtomicU64::new(0));
+        let mut session = Self {
+            control: control.sender,
+            inputs,
+            feed: feed.clone(),
+            crew: Crew::new(spawn),
+            interrupt,
+            shared,
+            control_bytes: Arc::clone(&control_bytes),
+        };
+        let receiver = control.receiver;
+        session.spawn(ThreadRole::Control, move || listen(receiver, &feed, &control_bytes))?;
+        Ok(session)
+    }
+
+    pub(crate) fn spawn(
+        &mut self,
+        role: ThreadRole,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<(), Error> {
+        self.crew.spawn(role, body).map_err(Error::Thread)
+    }
+
+    /// Where data channel threads report to.
+    pub(crate) fn feed(&self) -> Sender<Input<R>> {
+        self.feed.clone()
+    }
+
+    pub(crate) fn interrupt(&self) -> &Arc<dyn Interrupt> {
+        &self.interrupt
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Bytes of control messages so far, both ways.
+    pub(crate) fn control_bytes(&self) -> u64 {
+        self.control_bytes.load(Relaxed)
+    }
+
+    pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
+        let frame = message.encode();
+        self.control.send(&frame)?;
+        self.control_bytes.fetch_add(frame.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Waits for what happens next. Peer failures, a broken control channel, cancelling and the
+    /// end of patience are errors.
+    pub(crate) fn next(&mut self, patience: Patience) -> Result<Item<R>, Error> {
+        if self.shared.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        select_biased! {
+            recv(self.shared.wake()) -> _ => Err(Error::Cancelled),
+            recv(self.inputs) -> input => match input {
+                Ok(input) => refuse_failures(input),
+                // Unreachable: this side holds a sender.
+                Err(_) => Err(Error::Transport(TransportError::Closed)),
+            },
+            default(patience.left()) => Err(patience.error()),
+        }
+    }
+
+    /// As [`next`](Self::next), past the point where cancelling means anything.
+    pub(crate) fn next_committed(&mut self, patience: Patience) -> Result<Item<R>, Error> {
+        match self.inputs.recv_timeout(patience.left()) {
+            Ok(input) => refuse_failures(input),
+            Err(RecvTimeoutError::Timeout) => Err(patience.error()),
+            Err(RecvTimeoutError::Disconnected) => Err(Error::Transport(TransportError::Closed)),
+        }
+    }
+
+    /// Waits for a message. Reports that come meanwhile are dropped.
+    pub(crate) fn next_message(&mut self, patience: Patience) -> Result<Message, Error> {
+        loop {
+            if let Item::Message(message) = self.next(patience)? {
+                return Ok(message);
+            }
+        }
+    }
+
+    /// The peer's own account of a broken link, if it gives one soon; else the error itself.
+    pub(crate) fn explain(&mut self, error: Error) -> Error {
+        let lost = matches!(
+            &error,
+            Error::Transport(
+                TransportError::Lost { .. }
+                    | TransportError::Closed
+                    | TransportError::Refused { .. }
+                    | TransportError::Connect { .. }
+            )
+        );
+        if !lost {
+            return error;
+        }
+        let patience = Patience::now("last words", LAST_WORDS);
+        loop {
+            match self.next_committed(patience) {
+                Err(explained @ Error::PeerFailed { .. }) => return explained,
+                Err(Error::TimedOut { .. }) => return error,
+                // The control channel ended too: nothing more will come.
+                Err(Error::Transport(_)) if self.inputs.is_empty() => return error,
+                _ => {}
+            }
+        }
+    }
+
+    /// Ends all threads of this migration.
+    pub(crate) fn close(&mut self) {
+        self.interrupt.interrupt();
+        self.crew.join();
+    }
+}
+
+impl<R> Drop for Session<R> {
+    fn drop(&mut self) {
+        self.interrupt.interrupt();
+        self.crew.join();
+    }
+}
+
+fn refuse_failures<R>(input: Input<R>) -> Result<Item<R>, Error> {
+    match input {
+        Input::Message(Message::Failed { reason, text }) => Err(Error::PeerFailed { reason, text }),
+        Input::ControlEnded(error) => Err(error),
+        Input::Message(message) => Ok(Item::Message(message)),
+        Input::Report(report) => Ok(Item::Report(report)),
+    }
+}
+
+/// The control thread: decodes what comes until the channel ends.
+fn listen<R>(mut receiver: Box<dyn ControlReceiver>, feed: &Sender<Input<R>>, bytes: &AtomicU64) {
+    loop {
+        let input = match receiver.receive(None) {
+            Ok(frame) => {
+                bytes.fetch_add(frame.len() as u64, Relaxed);
+                match Message::decode(&frame) {
+                    Ok(message) => Input::Message(message),
+                    Err(DecodeError::Version { oldest, newest }) => {
+                        Input::ControlEnded(Error::Incompatible(Incompatibility::Version {
+                            source_oldest: oldest,
+                            source_newest: newest,
+                        }))
+                    }
+                    Err(error) => Input::ControlEnded(Error::PeerMisbehaved(error)),
+                }
+            }
+            Err(error) => Input::ControlEnded(Error::Transport(error)),
+        };
+        let ended = matches!(input, Input::ControlEnded(_));
+        if feed.send(input).is_err() || ended {
+            return;
+        }
+    }
+}
+
+/// The error for a message that has no place now.
+pub(crate) fn unexpected(message: &Message, state: &'static str) -> Error {
+    Error::UnexpectedMessage { message: message.name(), state }
+}

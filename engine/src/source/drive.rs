@@ -1,0 +1,272 @@
+//! The source's driver: one straight line from the handshake to the handover, and one place
+//! where every failure ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_utils::CachePadded;
+
+use super::{Departed, GuestAtSource, Source, SourceFailure};
+use crate::dirty::{DirtyBitmap, DirtySources};
+use crate::error::Error;
+use crate::handover::{SourceHandover, SourceInput, SourceState};
+use crate::machine::{Machine, MachineError, MachineOperation};
+use crate::memory::GuestMemory;
+use crate::partition::Partition;
+use crate::progress::{Event, Phase};
+use crate::protocol::{Agreement, Hello, Message};
+use crate::sender::{self, Command, SenderReport, SenderSetup};
+use crate::session::{Patience, Session, unexpected};
+use crate::stats::{ChannelGauge, Statistics};
+use crate::threads::ThreadRole;
+use crate::transport::{ChannelCounters, PageCounts, SourceLink};
+
+/// Moves the guest; everything that began is ended, whatever happens.
+pub(super) fn migrate<M: Machine>(
+    source: Source,
+    mut machine: M,
+    memory: &Arc<GuestMemory>,
+    dirty: DirtySources,
+    mut link: Box<dyn SourceLink>,
+    started: Instant,
+) -> Result<Departed<M>, Box<SourceFailure<M>>> {
+    let mut statistics = Statistics::default();
+    let mut source = source;
+    let opened = link.control().map_err(Error::from).and_then(|control| {
+        Session::open(
+            control,
+            link.interrupter(),
+            Arc::clone(&source.common.spawn),
+            Arc::clone(&source.shared),
+        )
+    });
+    let session = match opened {
+        Ok(session) => session,
+        Err(error) => {
+            statistics.total = started.elapsed();
+            let guest = GuestAtSource::Running;
+            return Err(Box::new(SourceFailure { machine, guest, error, statistics }));
+        }
+    };
+    let mut drive = Drive {
+        session,
+        link,
+        memory: Arc::clone(memory),
+        dirty: Arc::new(dirty),
+        tracking: false,
+        handover: SourceHandover::default(),
+        released: false,
+        senders: Vec::new(),
+        gauges: Arc::new(ChannelGauge::for_channels(source.channels)),
+        stop: Arc::new(AtomicBool::new(false)),
+        leftovers: unbounded(),
+        harvested: None,
+        given: None,
+        statistics,
+        source: &mut source,
+    };
+    drive.source.shared.set_gauges(Arc::clone(&drive.gauges));
+    let result = drive.run(&mut machine, started);
+    let outcome = drive.conclude(result, &mut machine);
+    let mut statistics = drive.end();
+    source.shared.set_phase(Phase::Ended);
+    statistics.total = started.elapsed();
+    match outcome {
+        Ok(()) => Ok(Departed { machine, statistics }),
+        Err(ended) => {
+            let (error, guest) = *ended;
+            Err(Box::new(SourceFailure { machine, guest, error, statistics }))
+        }
+    }
+}
+
+pub(super) struct Drive<'a> {
+    pub(super) source: &'a mut Source,
+    // Dropped in this order: threads end before the link they use.
+    pub(super) session: Session<SenderReport>,
+    pub(super) senders: Vec<Sender<Command>>,
+    link: Box<dyn SourceLink>,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) dirty: Arc<DirtySources>,
+    /// Whether `dirty` was started.
+    tracking: bool,
+    pub(super) handover: SourceHandover,
+    /// Whether the machine released its resources.
+    pub(super) released: bool,
+    pub(super) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
+    stop: Arc<AtomicBool>,
+    leftovers: (Sender<DirtyBitmap>, Receiver<DirtyBitmap>),
+    /// Pages that were harvested and not given to the senders yet.
+    pub(super) harvested: Option<DirtyBitmap>,
+    /// What the senders were given for this round; reused once they gave it back.
+    pub(super) given: Option<Arc<DirtyBitmap>>,
+    pub(super) statistics: Statistics,
+}
+
+impl Drive<'_> {
+    fn run<M: Machine>(&mut self, machine: &mut M, started: Instant) -> Result<(), Error> {
+        let agreement = self.handshake()?;
+        self.open_channels(agreement)?;
+        self.dirty.start()?;
+        self.tracking = true;
+        self.statistics.setup = started.elapsed();
+        let transfer = Instant::now();
+        self.pre_copy()?;
+        self.switch_over(machine, agreement, transfer)
+    }
+
+    pub(super) fn emit(&mut self, event: &Event) {
+        (self.source.events)(event);
+    }
+
+    fn handshake(&mut self) -> Result<Agreement, Error> {
+        let hello = Hello::new(
+            self.memory.layout().clone(),
+            self.source.channels,
+            self.source.verify,
+            std::mem::take(&mut self.source.description),
+        );
+        let patience = Patience::now(
+            "the destination's answer to the greeting",
+            self.source.common.timeouts.handshake,
+        );
+        self.session.send(&Message::Hello(hello.clone()))?;
+        let agreement = match self.session.next_message(patience)? {
+            Message::Welcome(welcome) => hello.check(&welcome)?,
+            other => return Err(unexpected(&other, "waiting for a welcome")),
+        };
+        self.emit(&Event::Agreed(agreement));
+        Ok(agreement)
+    }
+
+    fn open_channels(&mut self, agreement: Agreement) -> Result<(), Error> {
+        let interrupt = Arc::clone(self.session.interrupt());
+        let shared = Arc::clone(self.session.shared());
+        let registration = shared.while_blocked(&interrupt, || self.link.register(&self.memory))?;
+        self.statistics.registration = registration;
+        self.emit(&Event::Registered(registration));
+        let channels =
+            shared.while_blocked(&interrupt, || self.link.open_senders(agreement.channels))?;
+        let patience =
+            Patience::now("the destination to be ready", self.source.common.timeouts.handshake);
+        match self.session.next_message(patience)? {
+            Message::Ready => {}
+            other => return Err(unexpected(&other, "waiting for the destination to be ready")),
+        }
+        let partition = Partition::new(self.memory.layout(), agreement.channels);
+        for (channel, pages) in (0..).zip(channels) {
+            let (commands, theirs) = unbounded();
+            let setup = SenderSetup {
+                channel,
+                memory: Arc::clone(&self.memory),
+                sources: Arc::clone(&self.dirty),
+                partition: partition.clone(),
+                pages,
+                capabilities: self.link.capabilities(),
+                gauges: Arc::clone(&self.gauges),
+                stop: Arc::clone(&self.stop),
+                commands: theirs,
+                feed: self.session.feed(),
+                leftovers: self.leftovers.0.clone(),
+            };
+            self.session.spawn(ThreadRole::Sender(channel), move || sender::run(setup))?;
+            self.senders.push(commands);
+        }
+        Ok(())
+    }
+
+    /// What to do about the result: tell the peer, and let the guest run if it is ours.
+    fn conclude<M: Machine>(
+        &mut self,
+        result: Result<(), Error>,
+        machine: &mut M,
+    ) -> Result<(), Box<(Error, GuestAtSource)>> {
+        let Err(error) = result else {
+            self.emit(&Event::GuestRunsThere);
+            for sender in &self.senders {
+                // A sender that is gone has nothing to finish.
+                let _ = sender.send(Command::Finish);
+            }
+            return Ok(());
+        };
+        let was_stopped = self.handover.state() != SourceState::Running;
+        self.handover.handle(SourceInput::Failed);
+        if self.handover.state() == SourceState::Uncertain {
+            let error = self.session.explain(error);
+            return Err(Box::new((Error::Uncertain(Box::new(error)), GuestAtSource::Uncertain)));
+        }
+        // The guest first: it has stood still long enough.
+        let guest = if was_stopped { self.take_back(machine) } else { GuestAtSource::Running };
+        let error = self.session.explain(error);
+        if !matches!(error, Error::PeerFailed { .. } | Error::GivenBack { .. }) {
+            let told = Message::Failed { reason: error.reason(), text: error.chain().to_string() };
+            if let Err(unheard) = self.session.send(&told) {
+                tracing::debug!(error = %unheard.chain(), "the destination could not be told");
+            }
+        }
+        if matches!(guest, GuestAtSource::Running) {
+            self.emit(&Event::GuestKept);
+        }
+        Err(Box::new((error, guest)))
+    }
+
+    fn take_back<M: Machine>(&mut self, machine: &mut M) -> GuestAtSource {
+        if self.released
+            && let Err(cause) = machine.reacquire_resources()
+        {
+            return GuestAtSource::Paused(refused(MachineOperation::ReacquireResources, cause));
+        }
+        match machine.resume() {
+            Ok(()) => GuestAtSource::Running,
+            Err(cause) => GuestAtSource::Paused(refused(MachineOperation::Resume, cause)),
+        }
+    }
+
+    /// Ends threads, puts back what has not landed, ends tracking.
+    fn end(mut self) -> Statistics {
+        let handed_over = self.handover.state() == SourceState::HandedOver;
+        if !handed_over {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        // Senders end by their last command or by the lack of further ones; those that wait
+        // inside the transport by the interrupt.
+        self.senders.clear();
+        if handed_over {
+            self.await_finish();
+        }
+        self.session.close();
+        if self.tracking {
+            if !handed_over {
+                let harvested = self.harvested.take();
+                for leftover in harvested.into_iter().chain(self.leftovers.1.try_iter()) {
+                    if let Err(error) = self.dirty.put_back(&leftover) {
+                        let error = Error::from(error);
+                        tracing::warn!(error = %error.chain(), "dirty pages were not put back");
+                    }
+                }
+            }
+            if let Err(error) = self.dirty.stop() {
+                tracing::warn!(error = %Error::from(error).chain(), "dirty tracking goes on");
+            }
+        }
+        let mut counters = ChannelCounters::default();
+        let mut pages = PageCounts::default();
+        for gauge in self.gauges.iter() {
+            counters.add(&gauge.counters());
+            pages.add(&gauge.pages());
+        }
+        let mut statistics = std::mem::take(&mut self.statistics);
+        statistics.pages = pages;
+        statistics.wire_bytes = counters.wire_bytes + self.session.control_bytes();
+        statistics.user_copied_bytes = counters.user_copied_bytes;
+        statistics.system_calls = counters.system_calls;
+        statistics
+    }
+}
+
+/// The error for a refusal by the machine.
+pub(super) fn refused(operation: MachineOperation, cause: MachineError) -> Error {
+    Error::Machine { operation, cause }
+}

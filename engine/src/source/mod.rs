@@ -1,0 +1,218 @@
+//! The source's embedding API.
+
+mod drive;
+mod rounds;
+mod switchover;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::config::{Common, MAX_CHANNELS, Timeouts};
+use crate::dirty::DirtySources;
+use crate::error::Error;
+use crate::machine::Machine;
+use crate::memory::GuestMemory;
+use crate::progress::{Event, EventSink, MigrationHandle, Shared};
+use crate::protocol::MAX_DESCRIPTION_BYTES;
+use crate::stats::Statistics;
+use crate::threads::Spawn;
+use crate::transport::SourceLink;
+
+/// Moves a running guest away.
+///
+/// Made with [`Source::new`], set up with the methods that follow, and used up by
+/// [`migrate`](Source::migrate). See `docs/embedding.md` for a whole example.
+///
+/// # Thread safety
+///
+/// [`migrate`](Source::migrate) blocks the calling thread and calls the [`Machine`] from it.
+/// Other threads watch and cancel through a [`MigrationHandle`].
+///
+/// # Resource cleanup
+///
+/// When `migrate` returns, whatever the result, all threads of the migration have ended, the
+/// link is closed, registrations are revoked, dirty tracking is stopped, and the engine holds
+/// no reference to guest memory.
+pub struct Source {
+    common: Common,
+    channels: u16,
+    downtime_limit: Duration,
+    max_rounds: u32,
+    verify: bool,
+    description: Vec<u8>,
+    events: EventSink,
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source")
+            .field("channels", &self.channels)
+            .field("downtime_limit", &self.downtime_limit)
+            .field("max_rounds", &self.max_rounds)
+            .field("verify", &self.verify)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for Source {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Where the guest is after a failed migration, seen from the source.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum GuestAtSource {
+    /// It runs here, as before.
+    Running,
+    /// It is this side's and paused: the migration failed, and then letting it run failed too.
+    /// Resume the machine when the cause is mended.
+    Paused(Error),
+    /// It is paused here, and may be running at the destination. Do not resume before you know
+    /// that the destination does not run it: see [`Error::Uncertain`].
+    Uncertain,
+}
+
+/// The guest runs at the destination.
+#[derive(Debug)]
+pub struct Departed<M> {
+    /// The machine, paused, its resources released. Never resume it.
+    pub machine: M,
+    /// What it took.
+    pub statistics: Statistics,
+}
+
+/// The migration failed.
+#[derive(Debug)]
+pub struct SourceFailure<M> {
+    /// The machine, in the state that `guest` tells.
+    pub machine: M,
+    /// Where the guest is.
+    pub guest: GuestAtSource,
+    /// Why.
+    pub error: Error,
+    /// How far it came.
+    pub statistics: Statistics,
+}
+
+impl Source {
+    /// With 2 data channels, a downtime limit of 300 ms, 30 rounds, no verification.
+    pub fn new() -> Self {
+        Self {
+            common: Common::default(),
+            channels: 2,
+            downtime_limit: Duration::from_millis(300),
+            max_rounds: 30,
+            verify: false,
+            description: Vec::new(),
+            events: Box::new(|_| {}),
+            shared: Shared::new(),
+        }
+    }
+
+    /// Number of data channels, 1 to [`MAX_CHANNELS`]; each has a thread on both sides.
+    #[must_use]
+    pub fn channels(mut self, channels: u16) -> Self {
+        self.channels = channels;
+        self
+    }
+
+    /// How long the guest may stand still. The switchover begins when what remains is expected
+    /// to fit.
+    #[must_use]
+    pub fn downtime_limit(mut self, limit: Duration) -> Self {
+        self.downtime_limit = limit;
+        self
+    }
+
+    /// Rounds to try before [`Error::NotConverging`].
+    #[must_use]
+    pub fn max_rounds(mut self, rounds: u32) -> Self {
+        self.max_rounds = rounds;
+        self
+    }
+
+    /// Whether to compare all memory by digest before the commit. Reads all memory on both
+    /// sides with the guest paused: for tests.
+    #[must_use]
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.verify = verify;
+        self
+    }
+
+    /// What the destination's host must know to build the machine; opaque to the engine, at most
+    /// [`MAX_DESCRIPTION_BYTES`].
+    #[must_use]
+    pub fn description(mut self, description: Vec<u8>) -> Self {
+        self.description = description;
+        self
+    }
+
+    /// How long to wait for the other side.
+    #[must_use]
+    pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.common.timeouts = timeouts;
+        self
+    }
+
+    /// Who starts the engine's threads.
+    #[must_use]
+    pub fn threads(mut self, spawn: Arc<dyn Spawn>) -> Self {
+        self.common.spawn = spawn;
+        self
+    }
+
+    /// Who is told what happens; called on the thread that runs the migration.
+    #[must_use]
+    pub fn on_event(mut self, sink: impl FnMut(&Event) + Send + 'static) -> Self {
+        self.events = Box::new(sink);
+        self
+    }
+
+    /// To watch and to cancel from other threads.
+    pub fn handle(&self) -> MigrationHandle {
+        MigrationHandle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Moves the guest. Blocks until the guest runs at the destination or the migration failed.
+    ///
+    /// `machine` is running. `memory` is all of its memory, and `dirty` reports every write to
+    /// it. Before the point of no return any failure leaves the guest running here.
+    pub fn migrate<M: Machine>(
+        self,
+        machine: M,
+        memory: &Arc<GuestMemory>,
+        dirty: DirtySources,
+        link: Box<dyn SourceLink>,
+    ) -> Result<Departed<M>, Box<SourceFailure<M>>> {
+        let started = Instant::now();
+        match self.check() {
+            Ok(()) => drive::migrate(self, machine, memory, dirty, link, started),
+            Err(error) => Err(Box::new(SourceFailure {
+                machine,
+                guest: GuestAtSource::Running,
+                error,
+                statistics: Statistics::default(),
+            })),
+        }
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let complaint = if self.channels == 0 || self.channels > MAX_CHANNELS {
+            format!("{} channels, 1 to {MAX_CHANNELS} are possible", self.channels)
+        } else if self.max_rounds == 0 {
+            "at least one round is needed".to_owned()
+        } else if self.description.len() > MAX_DESCRIPTION_BYTES {
+            format!(
+                "description of {} bytes, at most {MAX_DESCRIPTION_BYTES} are possible",
+                self.description.len()
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Error::Configuration(complaint))
+    }
+}

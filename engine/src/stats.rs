@@ -1,0 +1,134 @@
+//! What a migration did and what it cost.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use crossbeam_utils::CachePadded;
+
+use crate::transport::{ChannelCounters, PageCounts, Registration};
+
+/// Time the guest stood still, in parts that follow one another and leave nothing out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Downtime {
+    /// [`crate::Machine::pause`].
+    pub pause: Duration,
+    /// Asking the trackers what was written until the pause.
+    pub final_harvest: Duration,
+    /// Sending the last pages, until all have landed. Device state is saved meanwhile.
+    pub final_pages: Duration,
+    /// Sending device state and loading it at the destination.
+    pub device_state: Duration,
+    /// Releasing resources, the commit's way and its answer's way back.
+    pub commit: Duration,
+    /// Acquiring resources and resuming at the destination, by its clock.
+    pub resume: Duration,
+    /// Comparing memory by digest, with verification only. The guest stands still for it, and it
+    /// is not counted in [`Self::total`].
+    pub verify: Duration,
+}
+
+impl Downtime {
+    /// The downtime: all parts but verification, which nobody uses in production.
+    pub fn total(&self) -> Duration {
+        self.pause
+            + self.final_harvest
+            + self.final_pages
+            + self.device_state
+            + self.commit
+            + self.resume
+    }
+
+    /// All the guest stood still, verification included.
+    pub fn standstill(&self) -> Duration {
+        self.total() + self.verify
+    }
+}
+
+/// One round of pre-copy. The last one, with the guest paused, is among them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RoundStatistics {
+    /// Pages dirty when it began.
+    pub dirty_pages: u64,
+    /// Page bytes that landed during it.
+    pub landed_bytes: u64,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Figures of a whole migration; meaningful for as far as it came if it failed.
+#[derive(Debug, Clone, Default)]
+pub struct Statistics {
+    /// From the call to its return.
+    pub total: Duration,
+    /// Handshake, registration, opening of channels: before the first page.
+    pub setup: Duration,
+    /// From the first page to the last one landed.
+    pub transfer: Duration,
+    /// The rounds; the last one with the guest paused.
+    pub rounds: Vec<RoundStatistics>,
+    /// Pages sent, by kind. `zero` counts all found to be zero, also those never mentioned on
+    /// the wire.
+    pub pages: PageCounts,
+    /// Bytes on the wire: data channels and control messages, both ways, without TCP/IP headers.
+    pub wire_bytes: u64,
+    /// Page bytes that user space copied; 0 on the raw path.
+    pub user_copied_bytes: u64,
+    /// System calls made to move data on the data channels.
+    pub system_calls: u64,
+    /// What registering guest memory cost.
+    pub registration: Registration,
+    /// Pages the guest dirtied a second, in the last full round.
+    pub dirty_pages_per_second: f64,
+    /// Page bytes that landed a second, as the switchover was decided on it.
+    pub bytes_per_second: f64,
+    /// The guest's standstill.
+    pub downtime: Downtime,
+}
+
+impl Statistics {
+    /// Bits on the wire a second, from the first page to the last one landed, in 10⁹.
+    pub fn throughput_gbps(&self) -> f64 {
+        let seconds = self.transfer.as_secs_f64();
+        if seconds > 0.0 { self.wire_bytes as f64 * 8.0 / seconds / 1e9 } else { 0.0 }
+    }
+}
+
+/// What one channel's thread publishes while it works; everyone else only reads.
+#[derive(Debug, Default)]
+pub(crate) struct ChannelGauge {
+    pub(crate) data_pages: AtomicU64,
+    pub(crate) zero_pages: AtomicU64,
+    pub(crate) landed_bytes: AtomicU64,
+    pub(crate) wire_bytes: AtomicU64,
+    pub(crate) user_copied_bytes: AtomicU64,
+    pub(crate) system_calls: AtomicU64,
+}
+
+impl ChannelGauge {
+    /// One for each channel, each in cache lines of its own.
+    pub(crate) fn for_channels(channels: u16) -> Vec<CachePadded<Self>> {
+        (0..channels).map(|_| CachePadded::new(Self::default())).collect()
+    }
+
+    pub(crate) fn publish_counters(&self, counters: &ChannelCounters) {
+        self.wire_bytes.store(counters.wire_bytes, Relaxed);
+        self.user_copied_bytes.store(counters.user_copied_bytes, Relaxed);
+        self.system_calls.store(counters.system_calls, Relaxed);
+    }
+
+    pub(crate) fn counters(&self) -> ChannelCounters {
+        ChannelCounters {
+            wire_bytes: self.wire_bytes.load(Relaxed),
+            user_copied_bytes: self.user_copied_bytes.load(Relaxed),
+            system_calls: self.system_calls.load(Relaxed),
+        }
+    }
+
+    pub(crate) fn pages(&self) -> PageCounts {
+        PageCounts {
+            data: self.data_pages.load(Relaxed),
+            zero: self.zero_pages.load(Relaxed),
+            encoded: 0,
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! A transport inside one process. Page bytes are copied twice on the way, and counted as
+//! copied: it is for tests, and the smallest complete example of the port.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError, after, bounded, never, select, unbounded};
+
+use crate::memory::GuestMemory;
+use crate::transport::{
+    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
+    Interrupt, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageCounts, PageReceiver, PageSender, Received,
+    Registration, Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
+};
+
+/// Batches and frames that may wait on a channel before its sender does.
+const DEPTH: usize = 16;
+const MAX_BATCH_BYTES: u64 = 1 << 20;
+
+const CAPABILITIES: Capabilities = Capabilities {
+    one_sided_write: false,
+    one_sided_read: false,
+    zero_copy: false,
+    needs_registration: false,
+    max_batch_bytes: MAX_BATCH_BYTES,
+    max_batch_runs: MAX_BATCH_RUNS,
+};
+
+/// Two ends of a link.
+pub fn pair() -> (MemorySource, MemoryDestination) {
+    let (to_destination, from_source) = bounded(DEPTH);
+    let (to_source, from_destination) = bounded(DEPTH);
+    let (lanes_out, lanes_in) = bounded(1);
+    let source = End::new(to_destination, from_destination);
+    let destination = End::new(to_source, from_source);
+    (
+        MemorySource { end: source, lanes: lanes_out },
+        MemoryDestination { end: destination, lanes: lanes_in },
+    )
+}
+
+/// The source's end.
+#[derive(Debug)]
+pub struct MemorySource {
+    end: End,
+    lanes: Sender<Vec<LaneOut>>,
+}
+
+/// The destination's end.
+#[derive(Debug)]
+pub struct MemoryDestination {
+    end: End,
+    lanes: Receiver<Vec<LaneOut>>,
+}
+
+/// What both ends have.
+#[derive(Debug)]
+struct End {
+    control: Option<ControlChannel>,
+    memory: Option<Arc<GuestMemory>>,
+    stop: Arc<Stop>,
+}
+
+impl End {
+    fn new(frames_out: Sender<Vec<u8>>, frames_in: Receiver<Vec<u8>>) -> Self {
+        let stop = Stop::new();
+        let sender = Box::new(FrameSender { frames: frames_out, stop: Arc::clone(&stop) });
+        let receiver = Box::new(FrameReceiver { frames: frames_in, stop: Arc::clone(&stop) });
+        Self { control: Some(ControlChannel { sender, receiver }), memory: None, stop }
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
+    }
+
+    fn memory(&self) -> Result<Arc<GuestMemory>, TransportError> {
+        self.memory.clone().ok_or(TransportError::OutOfOrder("guest memory is not registered"))
+    }
+}
+
+/// Interrupts one end: the latch's sender is dropped, which wakes everyone who selects on it.
+#[derive(Debug)]
+struct Stop {
+    hold: Mutex<Option<Sender<()>>>,
+    stopped: Receiver<()>,
+}
+
+impl Stop {
+    fn new() -> Arc<Self> {
+        let (hold, stopped) = bounded(0);
+        Arc::new(Self { hold: Mutex::new(Some(hold)), stopped })
+    }
+
+    fn check(&self) -> Result<(), TransportError> {
+        match self.stopped.try_recv() {
+            Err(TryRecvError::Disconnected) => Err(TransportError::Interrupted),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Interrupt for Stop {
+    fn interrupt(&self) {
+        *self.hold.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+fn lost(operation: &'static str) -> TransportError {
+    TransportError::Lost { operation, cause: io::ErrorKind::BrokenPipe.into() }
+}
+
+impl SourceLink for MemorySource {
+    fn name(&self) -> &'static str {
+        "memory"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.end.control()
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.end.memory = Some(Arc::clone(memory));
+        Ok(Registration::default())
+    }
+
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let memory = self.end.memory()?;
+        let mut senders: Vec<Box<dyn PageSender>> = Vec::new();
+        let mut theirs = Vec::new();
+        for _ in 0..channels {
+            let (records, their_records) = bounded(DEPTH);
+            let (their_landings, landings) = unbounded();
+            theirs.push(LaneOut { records: their_records, landings: their_landings });
+            senders.push(Box::new(LaneSender {
+                records,
+                landings,
+                memory: Arc::clone(&memory),
+                stop: Arc::clone(&self.end.stop),
+                marks: Watermarks::default(),
+                counters: ChannelCounters::default(),
+            }));
+        }
+        self.end.stop.check()?;
+        select! {
+            send(self.lanes, theirs) -> sent => sent.map_err(|_| lost("open channels"))?,
+            recv(self.end.stop.stopped) -> _ => return Err(TransportError::Interrupted),
+        }
+        Ok(senders)
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.end.stop) as Arc<dyn Interrupt>
+    }
+}
+
+impl DestinationLink for MemoryDestination {
+    fn name(&self) -> &'static str {
+        "memory"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.end.control()
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.end.memory = Some(Arc::clone(memory));
+        Ok(Registration::default())
+    }
+
+    fn open_receivers(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
+        let memory = self.end.memory()?;
+        self.end.stop.check()?;
+        let lanes = select! {
+            recv(self.lanes) -> lanes => lanes.map_err(|_| lost("accept channels"))?,
+            recv(self.end.stop.stopped) -> _ => return Err(TransportError::Interrupted),
+            default(timeout) => {
+                let operation = "accept channels";
+                return Err(TransportError::TimedOut { operation, after: timeout });
+            }
+        };
+        if lanes.len() != usize::from(channels) {
+            return Err(TransportError::OutOfOrder("the two sides open different channels"));
+        }
+        Ok(lanes
+            .into_iter()
+            .map(|lane| -> Box<dyn PageReceiver> {
+                Box::new(LaneReceiver {
+                    lane,
+                    memory: Arc::clone(&memory),
+                    stop: Arc::clone(&self.end.stop),
+                    landed: 0,
+                    counters: ChannelCounters::default(),
+                })
+            })
+            .collect())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.end.stop) as Arc<dyn Interrupt>
+    }
+}
+
+struct FrameSender {
+    frames: Sender<Vec<u8>>,
+    stop: Arc<Stop>,
+}
+
+impl ControlSender for FrameSender {
+    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+        if frame.is_empty() || frame.len() > MAX_FRAME_BYTES {
+            return Err(TransportError::TooLarge {
+                what: "control frame",
+                size: frame.len() as u64,
+                limit: MAX_FRAME_BYTES as u64,
+            });
+        }
+        self.stop.check()?;
+        select! {
+            send(self.frames, frame.to_vec()) -> sent => sent.map_err(|_| lost("send a frame")),
+            recv(self.stop.stopped) -> _ => Err(TransportError::Interrupted),
+        }
+    }
+}
+
+struct FrameReceiver {
+    frames: Receiver<Vec<u8>>,
+    stop: Arc<Stop>,
+}
+
+impl ControlReceiver for FrameReceiver {
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        self.stop.check()?;
+        let deadline = timeout.map_or_else(never, after);
+        select! {
+            recv(self.frames) -> frame => frame.map_err(|_| TransportError::Closed),
+            recv(self.stop.stopped) -> _ => Err(TransportError::Interrupted),
+            recv(deadline) -> _ => Err(TransportError::TimedOut {
+                operation: "receive a frame",
+                after: timeout.unwrap_or_default(),
+            }),
+        }
+    }
+}
+
+/// One record on a data channel.
+enum Record {
+    Batch { runs: Vec<Run>, payload: Vec<u8> },
+    End,
+}
+
+/// The receiver's end of a lane.
+struct LaneOut {
+    records: Receiver<Record>,
+    landings: Sender<Ticket>,
+}
+
+struct LaneSender {
+    records: Sender<Record>,
+    landings: Receiver<Ticket>,
+    memory: Arc<GuestMemory>,
+    stop: Arc<Stop>,
+    marks: Watermarks,
+    counters: ChannelCounters,
+}
+
+impl LaneSender {
+    fn put(&mut self, record: Record) -> Result<(), TransportError> {
+        self.stop.check()?;
+        select! {
+            send(self.records, record) -> sent => sent.map_err(|_| lost("send a batch")),
+            recv(self.stop.stopped) -> _ => Err(TransportError::Interrupted),
+        }
+    }
+}
+
+impl PageSender for LaneSender {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        CAPABILITIES.check(runs)?;
+        let mut payload = Vec::new();
+        let mut bytes_of_run = Vec::new();
+        for run in runs {
+            // Zero runs are looked up too: they must lie inside guest memory.
+            self.memory.span(run.range)?;
+            if run.kind == RunKind::Data {
+                self.memory.copy_out(run.range, &mut bytes_of_run)?;
+                payload.extend_from_slice(&bytes_of_run);
+            }
+        }
+        self.counters.user_copied_bytes += payload.len() as u64;
+        self.counters.wire_bytes += payload.len() as u64;
+        self.put(Record::Batch { runs: runs.to_vec(), payload })?;
+        self.marks.released += 1;
+        Ok(self.marks.released)
+    }
+
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        self.stop.check()?;
+        let before = self.marks.landed;
+        let deadline = wait.map(|wait| Instant::now() + wait);
+        loop {
+            match self.landings.try_recv() {
+                Ok(ticket) => self.marks.landed = ticket,
+                Err(TryRecvError::Disconnected) if self.marks.landed < self.marks.released => {
+                    return Err(lost("wait for batches to land"));
+                }
+                Err(_) => {
+                    let Some(deadline) = deadline else { return Ok(self.marks) };
+                    if self.marks.landed > before || self.marks.landed == self.marks.released {
+                        return Ok(self.marks);
+                    }
+                    select! {
+                        recv(self.landings) -> ticket => match ticket {
+                            Ok(ticket) => self.marks.landed = ticket,
+                            Err(_) => return Err(lost("wait for batches to land")),
+                        },
+                        recv(self.stop.stopped) -> _ => return Err(TransportError::Interrupted),
+                        recv(crossbeam_channel::at(deadline)) -> _ => return Ok(self.marks),
+                    }
+                }
+            }
+        }
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.counters
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.put(Record::End)
+    }
+}
+
+struct LaneReceiver {
+    lane: LaneOut,
+    memory: Arc<GuestMemory>,
+    stop: Arc<Stop>,
+    landed: Ticket,
+    counters: ChannelCounters,
+}
+
+impl PageReceiver for LaneReceiver {
+    fn receive(&mut self) -> Result<Received, TransportError> {
+        self.stop.check()?;
+        let record = select! {
+            recv(self.lane.records) -> record => record.map_err(|_| lost("receive a batch"))?,
+            recv(self.stop.stopped) -> _ => return Err(TransportError::Interrupted),
+        };
+        let Record::Batch { runs, payload } = record else { return Ok(Received::End) };
+        for run in &runs {
+            self.memory.span(run.range)?;
+        }
+        let mut rest = payload.as_slice();
+        for run in &runs {
+            match run.kind {
+                RunKind::Zero => self.memory.fill_zero(run.range)?,
+                RunKind::Data => {
+                    // Cut by the same runs that it was put together by.
+                    let (bytes, more) = rest.split_at(rest.len().min(payload_len(run)));
+                    self.memory.copy_in(run.range, bytes)?;
+                    rest = more;
+                }
+            }
+        }
+        self.counters.user_copied_bytes += payload.len() as u64;
+        self.counters.wire_bytes += payload.len() as u64;
+        self.landed += 1;
+        // A sender that is gone does not wait for landings.
+        let _ = self.lane.landings.send(self.landed);
+        Ok(Received::Batch(PageCounts::of(&runs)))
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.counters
+    }
+}
+
+fn payload_len(run: &Run) -> usize {
+    usize::try_from(run.payload_bytes()).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,40 @@
+//! Support for tests of transports and embedders, behind the feature `test-support`:
+//!
+//! - [`conformance`]: the suite every transport passes, third parties' too;
+//! - [`memory_transport`]: a transport inside one process, without sockets;
+//! - [`faulty`]: a wrapper that makes any transport slow, choppy, unordered between channels, or
+//!   breaks it, by a seed;
+//! - [`TestMemory`]: guest memory of its own, with a pattern to compare.
+
+pub mod conformance;
+pub mod faulty;
+pub mod memory_transport;
+
+mod test_memory;
+
+pub use test_memory::TestMemory;
+
+/// A small deterministic random generator (splitmix64), so that a seed says it all.
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    /// From a seed; the same seed gives the same numbers.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number.
+    pub fn next_u64(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// A number below `bound`, which is not 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next_u64() % bound
+    }
+}

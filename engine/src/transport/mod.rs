@@ -1,0 +1,365 @@
+//! The transport port: what moves bytes between the two sides.
+//!
+//! A transport is chosen at run time, so its traits are object-safe; a call hands over a batch
+//! of page runs, never a single page. One migration goes through these stages, each a value that
+//! the one before it gives:
+//!
+//! 1. a **link** ([`SourceLink`], [`DestinationLink`]): the two sides found each other. Its
+//!    [control channel](ControlChannel) is reliable, ordered, framed and works both ways. The
+//!    handshake runs over it; only after it may the destination allocate memory;
+//! 2. **registration** of guest memory ([`SourceLink::register`]): pinning, memory regions,
+//!    fixed buffers, or nothing. Explicit, since it costs; revoked when the link is dropped;
+//! 3. N **data channels** ([`PageSender`], [`PageReceiver`]), each driven by one thread on each
+//!    side. Batches of one channel land in the order they were sent. Nothing is promised between
+//!    channels, nor between a data channel and the control channel.
+//!
+//! Every transport passes the conformance suite (`pageferry::testing::conformance`, behind the
+//! feature `test-support`).
+
+mod batch;
+pub mod stream;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+
+pub use batch::{MAX_BATCH_RUNS, PageCounts, Run, RunKind};
+
+use crate::memory::{GuestMemory, OutOfRange};
+
+/// Largest control frame in bytes. A sender may not pass more, a receiver refuses more before
+/// it allocates.
+pub const MAX_FRAME_BYTES: usize = 1 << 20;
+
+/// Names one migration: random, made by the source. Data channels find their control channel
+/// by it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MigrationId(pub [u8; 16]);
+
+impl MigrationId {
+    /// A fresh random id from the operating system.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MigrationId({self})")
+    }
+}
+
+/// What a transport can do; asked, never assumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent properties, each asked by name")]
+pub struct Capabilities {
+    /// The source writes the destination's memory; its CPU does nothing per page.
+    pub one_sided_write: bool,
+    /// The destination can read the source's memory (what post-copy wants).
+    pub one_sided_read: bool,
+    /// The kernel or NIC reads guest memory after `send` returned. Then *released* matters:
+    /// memory may not be unmapped before it.
+    pub zero_copy: bool,
+    /// Guest memory must be registered, and so must not be discarded meanwhile.
+    pub needs_registration: bool,
+    /// Most page bytes in one batch.
+    pub max_batch_bytes: u64,
+    /// Most runs in one batch, at most [`MAX_BATCH_RUNS`].
+    pub max_batch_runs: usize,
+}
+
+impl Capabilities {
+    /// Refuses a batch that is over the limits.
+    pub fn check(&self, runs: &[Run]) -> Result<(), TransportError> {
+        let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
+        for (what, size, limit) in [
+            ("batch of runs", runs.len() as u64, self.max_batch_runs as u64),
+            ("batch of page bytes", payload_bytes, self.max_batch_bytes),
+        ] {
+            if size > limit {
+                return Err(TransportError::TooLarge { what, size, limit });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What went wrong on a link, by what the caller can do about it.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TransportError {
+    /// The other side could not be reached or found.
+    #[error("failed to connect to {address}")]
+    Connect {
+        /// Where to.
+        address: String,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+    /// The address to listen on could not be had.
+    #[error("failed to listen on {address}")]
+    Listen {
+        /// Where.
+        address: String,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+    /// The other side answered, and said no.
+    #[error("refused by {address}: {reason}")]
+    Refused {
+        /// Who refused.
+        address: String,
+        /// Its words.
+        reason: String,
+    },
+    /// The link was lost: reset, closed in the middle, or dead for too long.
+    #[error("link lost while trying to {operation}")]
+    Lost {
+        /// What was being done.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+    /// The other side closed the link in an orderly way.
+    #[error("closed by the other side")]
+    Closed,
+    /// The other side sent something that no peer of this protocol sends.
+    #[error("malformed data from the other side: {0}")]
+    Malformed(#[from] stream::StreamError),
+    /// Nothing came within the time given.
+    #[error("timed out after {after:?} while trying to {operation}")]
+    TimedOut {
+        /// What was being done.
+        operation: &'static str,
+        /// How long it was tried.
+        after: Duration,
+    },
+    /// [`Interrupt::interrupt`] was called.
+    #[error("interrupted")]
+    Interrupted,
+    /// A batch or frame breaks this side's own limits ([`Capabilities`], [`MAX_FRAME_BYTES`]).
+    #[error("{what} of {size} exceeds the limit of {limit}")]
+    TooLarge {
+        /// What was too large.
+        what: &'static str,
+        /// Its size.
+        size: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// A run is not inside guest memory.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// A stage was skipped: data channels before registration, say.
+    #[error("used out of order: {0}")]
+    OutOfOrder(&'static str),
+    /// Guest memory could not be registered.
+    #[error("failed to register guest memory: {advice}")]
+    Register {
+        /// Which limit, and what to set.
+        advice: String,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+    /// The machine refused something else.
+    #[error("failed to {operation}")]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// What registering guest memory cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Registration {
+    /// Bytes of guest memory registered; 0 where none is needed.
+    pub registered_bytes: u64,
+    /// Time it took.
+    pub took: Duration,
+}
+
+/// Ends every operation on a link, now and later, with [`TransportError::Interrupted`].
+///
+/// May be called from any thread, several times, also after the link was dropped.
+pub trait Interrupt: Send + Sync {
+    /// Wakes everyone up. Does not wait.
+    fn interrupt(&self);
+}
+
+/// The control channel, cut into its two directions so that each can have its thread.
+pub struct ControlChannel {
+    /// To the other side.
+    pub sender: Box<dyn ControlSender>,
+    /// From the other side.
+    pub receiver: Box<dyn ControlReceiver>,
+}
+
+impl fmt::Debug for ControlChannel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ControlChannel").finish_non_exhaustive()
+    }
+}
+
+/// Sends control frames.
+pub trait ControlSender: Send {
+    /// Sends one frame of 1 to [`MAX_FRAME_BYTES`] bytes. Returns when the transport has taken
+    /// it; frames arrive whole and in order, or the link is lost.
+    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError>;
+}
+
+/// Receives control frames.
+pub trait ControlReceiver: Send {
+    /// Waits for the next frame, at most `timeout` (`None`: until the link ends). After
+    /// [`TransportError::TimedOut`] the call may be repeated and no byte is lost.
+    /// [`TransportError::Closed`] says that the other side dropped its half in order.
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError>;
+}
+
+/// The source's end of a link.
+///
+/// # Resource cleanup
+///
+/// Dropping it closes the link and revokes the registration. The engine drops all data channels
+/// and the control channel first.
+pub trait SourceLink: Send {
+    /// Short name: "tcp".
+    fn name(&self) -> &'static str;
+
+    /// What this end can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Takes the control channel; the second call fails with [`TransportError::OutOfOrder`].
+    fn control(&mut self) -> Result<ControlChannel, TransportError>;
+
+    /// Registers guest memory for reading.
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError>;
+
+    /// Opens `channels` data channels; the destination calls
+    /// [`DestinationLink::open_receivers`] with the same number meanwhile. Channel `i` here is
+    /// channel `i` there.
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError>;
+
+    /// A handle that ends all operations of this end.
+    fn interrupter(&self) -> Arc<dyn Interrupt>;
+}
+
+/// The destination's end of a link. Duties as [`SourceLink`]'s.
+pub trait DestinationLink: Send {
+    /// Short name: "tcp".
+    fn name(&self) -> &'static str;
+
+    /// What this end can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Takes the control channel; the second call fails with [`TransportError::OutOfOrder`].
+    fn control(&mut self) -> Result<ControlChannel, TransportError>;
+
+    /// Registers guest memory for writing by the source.
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError>;
+
+    /// Accepts `channels` data channels, in order of their index; gives up after `timeout`.
+    fn open_receivers(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError>;
+
+    /// A handle that ends all operations of this end.
+    fn interrupter(&self) -> Arc<dyn Interrupt>;
+}
+
+/// Number of a batch on its channel, from 1.
+pub type Ticket = u64;
+
+/// How far a channel has come. Both only grow; `released ≤ sent`, `landed ≤ sent`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Watermarks {
+    /// Batches up to this ticket will not be read from guest memory any more.
+    pub released: Ticket,
+    /// All bytes of batches up to this ticket are in the destination's memory.
+    pub landed: Ticket,
+}
+
+/// What a channel's end has done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ChannelCounters {
+    /// Bytes given to or taken from the wire: pages, headers, acknowledgements of this end's
+    /// data channel. Without what lies below the transport (TCP/IP headers).
+    pub wire_bytes: u64,
+    /// Page bytes that user space copied. 0 on the raw path.
+    pub user_copied_bytes: u64,
+    /// System calls made to move data.
+    pub system_calls: u64,
+}
+
+impl ChannelCounters {
+    /// Adds another channel's.
+    pub fn add(&mut self, other: &Self) {
+        self.wire_bytes += other.wire_bytes;
+        self.user_copied_bytes += other.user_copied_bytes;
+        self.system_calls += other.system_calls;
+    }
+}
+
+/// The source's end of a data channel; used by one thread at a time.
+pub trait PageSender: Send {
+    /// Sends a batch: data runs straight from registered guest memory, zero runs as a mention.
+    /// May wait for room. Batches land in order, and the newest bytes win.
+    ///
+    /// The guest may write to the pages until they are released; whatever mix of bytes is sent,
+    /// a later batch repairs, since the page was re-armed before.
+    ///
+    /// `runs` is at most [`Capabilities::max_batch_runs`] long, holds at most
+    /// [`Capabilities::max_batch_bytes`] of page bytes and is not empty.
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError>;
+
+    /// Asks for the watermarks. With `wait`, waits until `landed` has grown since the last call
+    /// or the time is over, and makes sure that everything sent is under way and will be
+    /// acknowledged; without, only takes what is there. Time over is no error.
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError>;
+
+    /// What this channel has done.
+    fn counters(&self) -> ChannelCounters;
+
+    /// Ends the channel in order: the receiver sees [`Received::End`] after the last batch.
+    fn finish(&mut self) -> Result<(), TransportError>;
+}
+
+/// What a receiver got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Received {
+    /// A batch that is in guest memory now.
+    Batch(PageCounts),
+    /// The source ended the channel in order.
+    End,
+}
+
+/// The destination's end of a data channel; used by one thread at a time.
+pub trait PageReceiver: Send {
+    /// Waits for the next batch, places it and acknowledges it when due. A one-sided transport
+    /// only returns what needs a CPU here (zero runs) and the end.
+    ///
+    /// Every run is checked against the registered memory before a byte is written.
+    fn receive(&mut self) -> Result<Received, TransportError>;
+
+    /// What this channel has done.
+    fn counters(&self) -> ChannelCounters;
+}

@@ -1,0 +1,358 @@
+//! The wire codec that all stream transports share (tcp, io_uring, unix), so that they
+//! interoperate. Diagrams: `docs/protocol.md`, "data channel".
+//!
+//! A batch is a header, a table of its runs, and the page bytes of its data runs in table order.
+//! The receiver answers with cumulative acknowledgements. All integers are little-endian.
+
+use thiserror::Error;
+
+use super::batch::{MAX_BATCH_RUNS, Run, RunKind};
+use super::{PageCounts, Ticket};
+use crate::memory::{Layout, PAGE_BYTES, PageRange};
+
+/// Length of a batch header in bytes.
+pub const HEADER_BYTES: usize = 24;
+/// Length of one run in the table in bytes.
+pub const RUN_BYTES: usize = 16;
+/// Length of an acknowledgement in bytes: the ticket up to which everything has landed.
+pub const ACK_BYTES: usize = 8;
+/// Longest header with its table.
+pub const MAX_HEAD_BYTES: usize = HEADER_BYTES + MAX_BATCH_RUNS * RUN_BYTES;
+/// Most page bytes a batch may carry on a stream.
+pub const MAX_PAYLOAD_BYTES: u64 = 64 << 20;
+
+const MAGIC: [u8; 4] = *b"PFB1";
+const TYPE_BATCH: u8 = 1;
+const TYPE_END: u8 = 2;
+const FLAG_ACK: u8 = 1;
+const KIND_DATA: u8 = 0;
+const KIND_ZERO: u8 = 1;
+
+/// What is wrong with bytes that claim to be a batch.
+#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StreamError {
+    /// Not a header of ours: the two sides are out of step, or the peer is no peer.
+    #[error("batch header begins with {0:02x?}")]
+    BadMagic([u8; 4]),
+    /// Unknown record type.
+    #[error("unknown record type {0}")]
+    UnknownType(u8),
+    /// Unknown flag bits or reserved bytes that are not zero.
+    #[error("reserved bits {0:#x} are set")]
+    Reserved(u32),
+    /// The table is empty or too long.
+    #[error("batch of {0} runs, 1 to {MAX_BATCH_RUNS} are allowed")]
+    RunCount(u16),
+    /// Batches must be numbered one after another.
+    #[error("batch {got} where {expected} was due")]
+    Sequence {
+        /// The number due.
+        expected: Ticket,
+        /// The number that came.
+        got: Ticket,
+    },
+    /// Unknown run kind.
+    #[error("unknown kind {0} of run")]
+    UnknownKind(u8),
+    /// A run of no pages or outside the agreed layout.
+    #[error("run of pages {first_page}..+{pages} of region {region} is not inside guest memory", first_page = .0.first_page, pages = .0.pages, region = .0.region)]
+    OutOfRange(PageRange),
+    /// The header's payload length is not the sum of the data runs, or is too large.
+    #[error("payload of {announced} bytes announced, runs add up to {actual}")]
+    Payload {
+        /// What the header says.
+        announced: u64,
+        /// What the table says.
+        actual: u64,
+    },
+    /// An acknowledgement of something never sent, or going backwards.
+    #[error("acknowledgement of batch {got}, {sent} were sent and {landed} acknowledged before")]
+    Ack {
+        /// What came.
+        got: Ticket,
+        /// The last ticket given out.
+        sent: Ticket,
+        /// The last acknowledgement.
+        landed: Ticket,
+    },
+    /// A control frame of a forbidden length.
+    #[error("control frame of {0} bytes")]
+    FrameLength(u32),
+}
+
+/// A decoded header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Header {
+    /// A batch follows: first its table, then its payload.
+    Batch(BatchHeader),
+    /// The channel ends here, in order.
+    End,
+}
+
+/// The header of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchHeader {
+    /// Number of the batch on its channel, from 1.
+    pub ticket: Ticket,
+    /// Runs in the table.
+    pub runs: u16,
+    /// Page bytes after the table.
+    pub payload_bytes: u64,
+    /// Whether the receiver owes an acknowledgement once the batch has landed.
+    pub ack: bool,
+}
+
+impl BatchHeader {
+    /// Length of the table in bytes.
+    pub fn table_bytes(&self) -> usize {
+        usize::from(self.runs) * RUN_BYTES
+    }
+}
+
+/// Writes header and table of a batch into `into`, replacing what is there. `runs` must not be
+/// empty nor longer than [`MAX_BATCH_RUNS`].
+pub fn encode_batch(ticket: Ticket, runs: &[Run], ack: bool, into: &mut Vec<u8>) {
+    debug_assert!((1..=MAX_BATCH_RUNS).contains(&runs.len()));
+    let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
+    let count = u16::try_from(runs.len()).unwrap_or(u16::MAX);
+    into.clear();
+    encode_header(TYPE_BATCH, if ack { FLAG_ACK } else { 0 }, count, payload_bytes, ticket, into);
+    for run in runs {
+        into.extend_from_slice(&run.range.first_page.to_le_bytes());
+        into.extend_from_slice(&run.range.pages.to_le_bytes());
+        into.extend_from_slice(&run.range.region.to_le_bytes());
+        into.push(match run.kind {
+            RunKind::Data => KIND_DATA,
+            RunKind::Zero => KIND_ZERO,
+        });
+        into.push(0);
+    }
+}
+
+/// Writes the record that ends a channel into `into`, replacing what is there.
+pub fn encode_end(into: &mut Vec<u8>) {
+    into.clear();
+    encode_header(TYPE_END, 0, 0, 0, 0, into);
+}
+
+fn encode_header(
+    record: u8,
+    flags: u8,
+    runs: u16,
+    payload_bytes: u64,
+    ticket: Ticket,
+    into: &mut Vec<u8>,
+) {
+    into.extend_from_slice(&MAGIC);
+    into.push(record);
+    into.push(flags);
+    into.extend_from_slice(&runs.to_le_bytes());
+    into.extend_from_slice(&payload_bytes.to_le_bytes());
+    into.extend_from_slice(&ticket.to_le_bytes());
+}
+
+/// Reads a header. `expected` is the ticket due.
+pub fn decode_header(bytes: &[u8; HEADER_BYTES], expected: Ticket) -> Result<Header, StreamError> {
+    let (magic, rest) = take::<4>(bytes);
+    let (kind, rest) = take::<1>(rest);
+    let (flags, rest) = take::<1>(rest);
+    let (runs, rest) = take::<2>(rest);
+    let (payload_bytes, rest) = take::<8>(rest);
+    let (ticket, _) = take::<8>(rest);
+    if magic != MAGIC {
+        return Err(StreamError::BadMagic(magic));
+    }
+    let (kind, flags) = (kind[0], flags[0]);
+    let runs = u16::from_le_bytes(runs);
+    let payload_bytes = u64::from_le_bytes(payload_bytes);
+    let ticket = u64::from_le_bytes(ticket);
+    match kind {
+        TYPE_END => {
+            if flags != 0 || runs != 0 || payload_bytes != 0 || ticket != 0 {
+                return Err(StreamError::Reserved(u32::from(flags)));
+            }
+            Ok(Header::End)
+        }
+        TYPE_BATCH => {
+            if flags & !FLAG_ACK != 0 {
+                return Err(StreamError::Reserved(u32::from(flags)));
+            }
+            if runs == 0 || usize::from(runs) > MAX_BATCH_RUNS {
+                return Err(StreamError::RunCount(runs));
+            }
+            if ticket != expected {
+                return Err(StreamError::Sequence { expected, got: ticket });
+            }
+            if payload_bytes > MAX_PAYLOAD_BYTES {
+                return Err(StreamError::Payload {
+                    announced: payload_bytes,
+                    actual: MAX_PAYLOAD_BYTES,
+                });
+            }
+            Ok(Header::Batch(BatchHeader { ticket, runs, payload_bytes, ack: flags != 0 }))
+        }
+        other => Err(StreamError::UnknownType(other)),
+    }
+}
+
+/// Reads the table of a batch into `runs`, replacing what is there. Every run is checked against
+/// the layout. `table` must be [`BatchHeader::table_bytes`] long.
+pub fn decode_table(
+    header: &BatchHeader,
+    table: &[u8],
+    layout: &Layout,
+    runs: &mut Vec<Run>,
+) -> Result<PageCounts, StreamError> {
+    runs.clear();
+    let mut actual = 0;
+    for entry in table.chunks_exact(RUN_BYTES) {
+        let (first_page, rest) = take::<8>(entry);
+        let (pages, rest) = take::<4>(rest);
+        let (region, rest) = take::<2>(rest);
+        let (kind, rest) = take::<1>(rest);
+        let (reserved, _) = take::<1>(rest);
+        let range = PageRange {
+            region: u16::from_le_bytes(region),
+            first_page: u64::from_le_bytes(first_page),
+            pages: u32::from_le_bytes(pages),
+        };
+        let kind = match kind[0] {
+            KIND_DATA => RunKind::Data,
+            KIND_ZERO => RunKind::Zero,
+            other => return Err(StreamError::UnknownKind(other)),
+        };
+        if reserved[0] != 0 {
+            return Err(StreamError::Reserved(u32::from(reserved[0])));
+        }
+        let inside = layout.regions().get(usize::from(range.region)).is_some_and(|region| {
+            range.pages > 0
+                && range
+                    .first_page
+                    .checked_add(u64::from(range.pages))
+                    .is_some_and(|end| end <= region.len_bytes / PAGE_BYTES)
+        });
+        if !inside {
+            return Err(StreamError::OutOfRange(range));
+        }
+        let run = Run { range, kind };
+        actual += run.payload_bytes();
+        runs.push(run);
+    }
+    if runs.len() != usize::from(header.runs) || actual != header.payload_bytes {
+        return Err(StreamError::Payload { announced: header.payload_bytes, actual });
+    }
+    Ok(PageCounts::of(runs))
+}
+
+/// Checks an acknowledgement: it may not go back nor name what was never sent.
+pub fn decode_ack(
+    bytes: [u8; ACK_BYTES],
+    sent: Ticket,
+    landed: Ticket,
+) -> Result<Ticket, StreamError> {
+    let got = u64::from_le_bytes(bytes);
+    if got > sent || got < landed {
+        return Err(StreamError::Ack { got, sent, landed });
+    }
+    Ok(got)
+}
+
+/// The first `N` bytes, and the rest. Callers pass slices of a length they checked.
+fn take<const N: usize>(bytes: &[u8]) -> ([u8; N], &[u8]) {
+    let (head, rest) = bytes.split_at(N);
+    let mut array = [0; N];
+    array.copy_from_slice(head);
+    (array, rest)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::memory::RegionLayout;
+
+    fn layout() -> Layout {
+        let region = |guest_addr, pages| RegionLayout {
+            guest_addr,
+            len_bytes: pages * PAGE_BYTES,
+            backing_page_bytes: PAGE_BYTES,
+        };
+        Layout::new(vec![region(0, 100), region(1 << 32, 1000)]).unwrap()
+    }
+
+    fn a_run() -> impl Strategy<Value = Run> {
+        (any::<bool>(), any::<bool>(), 0..90_u64, 1..10_u32).prop_map(
+            |(second, zero, first_page, pages)| Run {
+                range: PageRange { region: u16::from(second), first_page, pages },
+                kind: if zero { RunKind::Zero } else { RunKind::Data },
+            },
+        )
+    }
+
+    fn decode(bytes: &[u8], expected: Ticket) -> Result<(BatchHeader, Vec<Run>), StreamError> {
+        let (head, table) = take::<HEADER_BYTES>(bytes);
+        let Header::Batch(header) = decode_header(&head, expected)? else {
+            return Err(StreamError::UnknownType(TYPE_END));
+        };
+        let mut runs = Vec::new();
+        let table = &table[..table.len().min(header.table_bytes())];
+        decode_table(&header, table, &layout(), &mut runs)?;
+        Ok((header, runs))
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded(
+            runs in prop::collection::vec(a_run(), 1..=MAX_BATCH_RUNS),
+            ticket: u64,
+            ack: bool,
+        ) {
+            let mut bytes = Vec::new();
+            encode_batch(ticket, &runs, ack, &mut bytes);
+            let (header, decoded) = decode(&bytes, ticket).unwrap();
+            prop_assert_eq!(header.ack, ack);
+            prop_assert_eq!(bytes.len(), HEADER_BYTES + header.table_bytes());
+            prop_assert_eq!(decoded, runs);
+        }
+
+        #[test]
+        fn any_bytes_are_decoded_or_refused(
+            mut bytes in prop::collection::vec(any::<u8>(), HEADER_BYTES..400),
+            lead: bool,
+        ) {
+            if lead {
+                bytes[..5].copy_from_slice(b"PFB1\x01");
+                bytes[5] &= FLAG_ACK;
+                bytes[7] = 0;
+            }
+            let (head, _) = take::<HEADER_BYTES>(&bytes);
+            let ticket = u64::from_le_bytes(take::<8>(&head[16..]).0);
+            // An answer, not a panic; what is accepted lies inside the layout.
+            if let Ok((_, runs)) = decode(&bytes, ticket) {
+                for Run { range, .. } in runs {
+                    let region = layout().regions()[usize::from(range.region)];
+                    prop_assert!(range.first_page + u64::from(range.pages) <= region.pages());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn runs_outside_the_layout_are_refused() {
+        for (region, first_page, pages) in [(0, 99, 2), (2, 0, 1), (0, u64::MAX, 1), (0, 0, 0)] {
+            let range = PageRange { region, first_page, pages };
+            let mut bytes = Vec::new();
+            encode_batch(1, &[Run { range, kind: RunKind::Data }], false, &mut bytes);
+            assert_eq!(decode(&bytes, 1), Err(StreamError::OutOfRange(range)));
+        }
+    }
+
+    #[test]
+    fn acknowledgements_only_grow_and_never_pass_what_was_sent() {
+        assert_eq!(decode_ack(5_u64.to_le_bytes(), 5, 5), Ok(5));
+        assert!(decode_ack(6_u64.to_le_bytes(), 5, 0).is_err());
+        assert!(decode_ack(1_u64.to_le_bytes(), 5, 2).is_err());
+    }
+}

@@ -1,0 +1,238 @@
+//! A guest made of threads, for tests of the engine: it writes to its memory and marks what it
+//! wrote in a bitmap of its own.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+
+use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
+use pageferry::memory::PAGE_BYTES;
+use pageferry::testing::{Random, TestMemory};
+use pageferry::{Machine, MachineError};
+
+/// Dirty bits that are forgotten when harvested, as a bitmap that is swapped out would.
+pub(crate) struct SoftwareLog {
+    bits: Mutex<DirtyBitmap>,
+    pub(crate) tracking: AtomicBool,
+    pub(crate) put_back: Mutex<DirtyBitmap>,
+}
+
+impl SoftwareLog {
+    pub(crate) fn new(memory: &TestMemory) -> Arc<Self> {
+        let clean = DirtyBitmap::new(memory.memory().layout());
+        Arc::new(Self {
+            bits: Mutex::new(clean.clone()),
+            tracking: AtomicBool::new(false),
+            put_back: Mutex::new(clean),
+        })
+    }
+
+    pub(crate) fn mark(&self, region: u16, page: u64) {
+        self.bits.lock().unwrap().set(region, page);
+    }
+}
+
+/// The engine's view of a shared log.
+pub(crate) struct SharedLog(pub(crate) Arc<SoftwareLog>);
+
+impl DirtySource for SharedLog {
+    fn name(&self) -> &'static str {
+        "software log"
+    }
+
+    fn start(&self) -> Result<(), DirtyError> {
+        assert!(!self.0.tracking.swap(true, Ordering::SeqCst), "started twice");
+        Ok(())
+    }
+
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
+        let mut bits = self.0.bits.lock().unwrap();
+        into.merge(&bits);
+        bits.clear();
+        Ok(())
+    }
+
+    fn rearm(&self, _region: u16, _first_page: u64, _words: &[u64]) -> Result<(), DirtyError> {
+        Ok(())
+    }
+
+    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
+        self.0.put_back.lock().unwrap().merge(pages);
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), DirtyError> {
+        assert!(self.0.tracking.swap(false, Ordering::SeqCst), "stopped without start");
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Control {
+    run: bool,
+    parked: bool,
+    quit: bool,
+}
+
+struct Inner {
+    memory: TestMemory,
+    log: Arc<SoftwareLog>,
+    control: Mutex<Control>,
+    changed: Condvar,
+    writes: AtomicU64,
+}
+
+/// What a test wants a machine to refuse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refuse {
+    Nothing,
+    Pause,
+    Save,
+    Load,
+    Release,
+    Reacquire,
+    Resume,
+}
+
+pub(crate) struct TestMachine {
+    inner: Arc<Inner>,
+    thread: Option<JoinHandle<()>>,
+    pub(crate) refuse: Refuse,
+    pub(crate) resources: bool,
+    pub(crate) loaded: Option<u64>,
+}
+
+impl TestMachine {
+    /// A paused guest that, once resumed, rewrites random pages among the first `working_set`
+    /// of region 0, and now and then makes one zero.
+    pub(crate) fn new(
+        memory: &TestMemory,
+        log: &Arc<SoftwareLog>,
+        working_set: u64,
+        seed: u64,
+    ) -> Self {
+        let inner = Arc::new(Inner {
+            memory: memory.clone(),
+            log: Arc::clone(log),
+            control: Mutex::default(),
+            changed: Condvar::new(),
+            writes: AtomicU64::new(0),
+        });
+        let theirs = Arc::clone(&inner);
+        let thread = std::thread::spawn(move || write_pages(&theirs, working_set, seed));
+        Self { inner, thread: Some(thread), refuse: Refuse::Nothing, resources: true, loaded: None }
+    }
+
+    pub(crate) fn writes(&self) -> u64 {
+        self.inner.writes.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.inner.control.lock().unwrap().run
+    }
+
+    /// Waits until the guest has written more: it really runs.
+    pub(crate) fn await_writes(&self) {
+        let before = self.writes();
+        while self.writes() < before + 10 {
+            std::thread::yield_now();
+        }
+    }
+
+    fn refuse(&self, what: Refuse) -> Result<(), MachineError> {
+        if self.refuse == what {
+            Err(format!("{what:?} refused by the test").into())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn set_running(&self, run: bool) {
+        let mut control = self.inner.control.lock().unwrap();
+        control.run = run;
+        self.inner.changed.notify_all();
+        while !run && !control.parked {
+            control = self.inner.changed.wait(control).unwrap();
+        }
+    }
+}
+
+fn write_pages(inner: &Inner, working_set: u64, seed: u64) {
+    let mut random = Random::new(seed);
+    loop {
+        {
+            let mut control = inner.control.lock().unwrap();
+            while !control.run && !control.quit {
+                control.parked = true;
+                inner.changed.notify_all();
+                control = inner.changed.wait(control).unwrap();
+            }
+            control.parked = false;
+            if control.quit {
+                return;
+            }
+        }
+        let page = random.below(working_set);
+        if random.below(8) == 0 {
+            inner.memory.write(0, page, &vec![0; usize::try_from(PAGE_BYTES).unwrap()]);
+        } else {
+            inner.memory.fill_page(0, page, random.next_u64());
+        }
+        // Marked after the write, as a CPU does: who harvests before the mark reads again.
+        inner.log.mark(0, page);
+        inner.writes.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Machine for TestMachine {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.refuse(Refuse::Pause)?;
+        self.set_running(false);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.refuse(Refuse::Resume)?;
+        assert!(self.resources, "resumed without resources");
+        self.set_running(true);
+        Ok(())
+    }
+
+    fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
+        self.refuse(Refuse::Save)?;
+        // Saving dirties memory, as real devices do.
+        let last = self.inner.memory.memory().layout().regions()[0].pages() - 1;
+        self.inner.memory.fill_page(0, last, self.writes());
+        self.inner.log.mark(0, last);
+        state.extend_from_slice(&self.writes().to_le_bytes());
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.refuse(Refuse::Load)?;
+        self.loaded = Some(u64::from_le_bytes(state.try_into()?));
+        Ok(())
+    }
+
+    fn release_resources(&mut self) -> Result<(), MachineError> {
+        self.refuse(Refuse::Release)?;
+        self.resources = false;
+        Ok(())
+    }
+
+    fn reacquire_resources(&mut self) -> Result<(), MachineError> {
+        self.refuse(Refuse::Reacquire)?;
+        self.resources = true;
+        Ok(())
+    }
+}
+
+impl Drop for TestMachine {
+    fn drop(&mut self) {
+        self.inner.control.lock().unwrap().quit = true;
+        self.inner.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
