@@ -7,10 +7,7 @@ use std::fmt;
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::memory::{GuestMemory, OutOfRange};
-
-/// Pages read at once: small enough to stay in the L2 cache between copy and hash.
-const CHUNK_PAGES: u32 = 16;
+use crate::memory::{GuestMemory, OutOfRange, PageRange};
 
 /// 128 bits of XXH3 over all pages in the order of the layout.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -19,18 +16,19 @@ pub struct Digest(pub [u8; 16]);
 impl Digest {
     /// Reads all guest memory. Nobody may write to it meanwhile.
     ///
-    /// Zero pages are hashed by number only, so that untouched memory is cheap.
+    /// Zero pages are left out, and all others hashed with their place.
     pub fn of(memory: &GuestMemory) -> Result<Self, OutOfRange> {
         let mut hasher = Xxh3Default::new();
         let mut bytes = Vec::new();
         for region in memory.region_indices() {
-            for chunk in memory.chunks(region, CHUNK_PAGES) {
-                memory.copy_out(chunk, &mut bytes)?;
-                if bytes.iter().any(|byte| *byte != 0) {
-                    hasher.update(&region.to_le_bytes());
-                    hasher.update(&chunk.first_page.to_le_bytes());
-                    hasher.update(&bytes);
+            for first_page in 0..memory.layout().regions()[usize::from(region)].pages() {
+                if memory.is_zero(region, first_page)? {
+                    continue;
                 }
+                memory.copy_out(PageRange { region, first_page, pages: 1 }, &mut bytes)?;
+                hasher.update(&region.to_le_bytes());
+                hasher.update(&first_page.to_le_bytes());
+                hasher.update(&bytes);
             }
         }
         Ok(Self(hasher.digest128().to_le_bytes()))

@@ -54,6 +54,8 @@ pub trait Machine {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MachineOperation {
+    /// Describing memory and trackers to the engine; the host's own doing before a migration.
+    Describe,
     /// [`Machine::pause`].
     Pause,
     /// [`Machine::resume`].
@@ -71,6 +73,7 @@ pub enum MachineOperation {
 impl std::fmt::Display for MachineOperation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Describe => "describe the guest to the engine",
             Self::Pause => "pause the guest",
             Self::Resume => "resume the guest",
             Self::Save => "save device state",

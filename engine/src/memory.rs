@@ -321,9 +321,9 @@ impl GuestMemory {
     /// path may call it.
     pub fn copy_out(&self, range: PageRange, into: &mut Vec<u8>) -> Result<(), OutOfRange> {
         let span = self.span(range)?;
-        into.clear();
-        into.reserve(span.len_bytes);
-        into.extend(words(span).flat_map(u64::to_ne_bytes));
+        into.resize(span.len_bytes, 0);
+        let (chunks, _) = into.as_chunks_mut::<{ size_of::<u64>() }>();
+        words(span).zip(chunks).for_each(|(word, chunk)| *chunk = word.to_ne_bytes());
         Ok(())
     }
 
@@ -338,21 +338,6 @@ impl GuestMemory {
         // guest memory, to which no reference exists.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), span.addr, span.len_bytes) };
         Ok(())
-    }
-
-    /// All pages of a region as consecutive ranges of at most `max_pages`.
-    pub(crate) fn chunks(
-        &self,
-        region: u16,
-        max_pages: u32,
-    ) -> impl Iterator<Item = PageRange> + use<> {
-        let pages = self.layout.regions()[usize::from(region)].pages();
-        let step = u64::from(max_pages);
-        (0..pages.div_ceil(step)).map(move |chunk| {
-            let first_page = chunk * step;
-            let pages = u32::try_from(step.min(pages - first_page)).unwrap_or(max_pages);
-            PageRange { region, first_page, pages }
-        })
     }
 
     /// Indices of the regions.

@@ -9,6 +9,8 @@ use std::thread::{self, JoinHandle};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ThreadRole {
+    /// Accepts connections for a transport. Started by the transport, if its host asks it to.
+    Acceptor,
     /// Waits for control messages.
     Control,
     /// Drives a data channel at the source.
@@ -21,6 +23,7 @@ impl fmt::Display for ThreadRole {
     /// A name that fits the kernel's 15 bytes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Acceptor => f.write_str("ferry-accept"),
             Self::Control => f.write_str("ferry-control"),
             Self::Sender(channel) => write!(f, "ferry-send-{channel}"),
             Self::Receiver(channel) => write!(f, "ferry-recv-{channel}"),

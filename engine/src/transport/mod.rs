@@ -327,13 +327,14 @@ pub trait PageSender: Send {
     /// The guest may write to the pages until they are released; whatever mix of bytes is sent,
     /// a later batch repairs, since the page was re-armed before.
     ///
-    /// `runs` is at most [`Capabilities::max_batch_runs`] long, holds at most
-    /// [`Capabilities::max_batch_bytes`] of page bytes and is not empty.
+    /// `runs` is not empty, at most [`Capabilities::max_batch_runs`] long and holds at most
+    /// [`Capabilities::max_batch_bytes`] of page bytes. No run is empty, no page is in two.
     fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError>;
 
     /// Asks for the watermarks. With `wait`, waits until `landed` has grown since the last call
     /// or the time is over, and makes sure that everything sent is under way and will be
-    /// acknowledged; without, only takes what is there. Time over is no error.
+    /// acknowledged; returns at once when everything has landed. Without, only takes what is
+    /// there. Time over is no error.
     fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError>;
 
     /// What this channel has done.

@@ -1,0 +1,217 @@
+//! The command line.
+
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry_vmm::guest::{GuestKind, kvm_available};
+use pageferry_vmm::ram::Backing;
+use pageferry_vmm::workload::WorkloadKind;
+use serde::Serialize;
+
+const EXIT_CODES: &str = "\
+Exit status:
+  0  the guest arrived and every check passed
+  1  the migration failed (the guest was not lost: the message says where it is)
+  2  the command line makes no sense
+  3  cancelled
+  4  uncertain: the link was lost at the handover, see the message";
+
+const EXAMPLES: &str = "\
+Examples:
+  A guest moves between two processes of this host, and everything is checked:
+    pageferry-vmm demo
+    pageferry-vmm demo --memory 1G --working-set 256M --channels 4 --vcpus 2 --json
+
+  The same by hand, on two hosts (the guest goes on at the second):
+    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400
+    host-a$ pageferry-vmm run --memory 1G --migrate-to host-b:7400
+
+  A guest that moves when it is told to (SIGUSR1, or \"migrate\" on stdin):
+    pageferry-vmm run --migrate-to host-b:7400 --on-demand";
+
+/// A small KVM virtual machine that migrates live.
+#[derive(Debug, Parser)]
+#[command(version, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Move a guest between two processes of this host, and check that nothing was lost.
+    #[command(after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+    Demo(DemoArgs),
+    /// Run a guest, and migrate it away.
+    #[command(after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+    Run(RunArgs),
+    /// Wait for a guest to arrive, and run it.
+    #[command(after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+    Receive(ReceiveArgs),
+}
+
+/// What runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum GuestChoice {
+    /// KVM, or a process where there is no /dev/kvm.
+    Auto,
+    /// A KVM virtual machine.
+    Kvm,
+    /// Threads of a process.
+    Process,
+}
+
+impl GuestChoice {
+    /// Decides; without KVM, says so on stderr.
+    pub(crate) fn decide(self) -> GuestKind {
+        match self {
+            Self::Kvm => GuestKind::Kvm,
+            Self::Process => GuestKind::Process,
+            Self::Auto => match kvm_available() {
+                Ok(()) => GuestKind::Kvm,
+                Err(reason) => {
+                    eprintln!("no KVM guest, because {reason}: threads of a process instead");
+                    GuestKind::Process
+                }
+            },
+        }
+    }
+}
+
+/// What moves the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Transport {
+    /// TCP sockets.
+    Tcp,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GuestArgs {
+    /// Guest memory.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
+    pub(crate) memory: u64,
+    /// Memory the guest writes to.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size)]
+    pub(crate) working_set: u64,
+    /// How the guest writes.
+    #[arg(long, default_value = "sequential")]
+    pub(crate) workload: WorkloadKind,
+    /// Pages the guest writes a second, by all vCPUs together [default: as fast as it can].
+    #[arg(long, value_name = "PAGES")]
+    pub(crate) dirty_rate: Option<u64>,
+    /// Virtual CPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub(crate) vcpus: u8,
+    /// What backs the guest's memory.
+    #[arg(long, default_value = "anonymous")]
+    pub(crate) backing: Backing,
+    /// What runs the guest.
+    #[arg(long, default_value = "auto")]
+    pub(crate) guest: GuestChoice,
+    /// Seed of everything random in the guest.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct MigrationArgs {
+    /// What moves the pages.
+    #[arg(long, default_value = "tcp")]
+    pub(crate) transport: Transport,
+    /// Data channels, each with a thread on both sides.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) channels: u16,
+    /// How long the guest may stand still.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
+    pub(crate) downtime_limit: Duration,
+    /// Rounds over dirty pages to try before giving up on the downtime limit.
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_rounds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+    #[command(flatten)]
+    pub(crate) migration: MigrationArgs,
+    /// Compare all memory by digest before the guest resumes. The guest stands still for it,
+    /// which is reported apart from the downtime.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) verify: bool,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[expect(clippy::struct_excessive_bools, reason = "independent switches")]
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+    #[command(flatten)]
+    pub(crate) migration: MigrationArgs,
+    /// Where a `pageferry-vmm receive` listens: HOST:PORT.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) migrate_to: Option<String>,
+    /// How long the guest runs before it is migrated.
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = time)]
+    pub(crate) migrate_after: Duration,
+    /// Migrate on SIGUSR1 or a line "migrate [ADDR]" on stdin, not by itself.
+    #[arg(long)]
+    pub(crate) on_demand: bool,
+    /// Compare all memory by digest before the guest resumes. The guest stands still for it.
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// After a migration that failed: run on for this long, check the guest's memory, and exit
+    /// [default: run on until Ctrl-C or "quit" on stdin].
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) run_for: Option<Duration>,
+    /// Print one JSON object per migration and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// End when the parent process does.
+    #[arg(long, hide = true)]
+    pub(crate) with_parent: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArgs {
+    /// Where to listen: HOST:PORT, port 0 for one that is free.
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:7400")]
+    pub(crate) listen: String,
+    /// What moves the pages.
+    #[arg(long, default_value = "tcp")]
+    pub(crate) transport: Transport,
+    /// Take only a guest with this much memory [default: any].
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) memory: Option<u64>,
+    /// What backs the guest's memory here.
+    #[arg(long, default_value = "anonymous")]
+    pub(crate) backing: Backing,
+    /// After the guest arrived: run it for this long, check its memory, and exit [default: run
+    /// it until Ctrl-C].
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) run_for: Option<Duration>,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// End when the parent process does.
+    #[arg(long, hide = true)]
+    pub(crate) with_parent: bool,
+}
+
+/// "512M", "1G", "64MiB": binary units.
+fn size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| format!("{error}; a size is like 512M or 1G"))
+}
+
+/// "300ms", "1s", "2s 500ms".
+fn time(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}; a time is like 300ms or 2s"))
+}

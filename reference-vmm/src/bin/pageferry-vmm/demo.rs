@@ -1,0 +1,207 @@
+//! `demo`: a source and a destination as two processes, a guest that moves from one to the
+//! other, and a verdict.
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use crossbeam_channel::{Receiver, bounded, unbounded};
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+
+use crate::args::{DemoArgs, GuestChoice};
+use crate::outcome::Outcome;
+use crate::report::{GuestAt, Report};
+use crate::signals::{Wish, listen_to_signals};
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// How long the guest runs on where it ends up, before its memory is checked.
+const RUN_ON: &str = "300ms";
+
+/// How long a process may take to listen, or to end once the other has.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Has the kernel end this process when its parent ends.
+pub(crate) fn end_with_parent() -> Result<()> {
+    Ok(set_parent_process_death_signal(Some(Signal::TERM))?)
+}
+
+pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
+    let mut destination = Process::start("destination", &destination_args(args), Stdio::piped())?;
+    let address = destination.listening_on()?;
+    let mut source = Process::start("source", &source_args(args, &address), Stdio::inherit())?;
+
+    let departed = source.await_report(&wishes)?;
+    // A source that kept its guest has told the destination so: it will end too.
+    let arrived = destination.await_report(&wishes);
+    let report = merge(departed, arrived);
+    report.print(args.json)?;
+    Ok(report.outcome)
+}
+
+fn source_args(args: &DemoArgs, address: &str) -> Vec<OsString> {
+    let (guest, migration) = (&args.guest, &args.migration);
+    // Decided once, so that it is said once.
+    let kind = match guest.guest.decide() {
+        pageferry_vmm::guest::GuestKind::Kvm => GuestChoice::Kvm,
+        _ => GuestChoice::Process,
+    };
+    let mut list: Vec<OsString> =
+        ["run", "--json", "--with-parent", "--run-for", RUN_ON].map(OsString::from).into();
+    let mut option = |name: &str, value: String| {
+        list.push(format!("--{name}").into());
+        list.push(value.into());
+    };
+    option("migrate-to", address.to_owned());
+    option("memory", guest.memory.to_string());
+    option("working-set", guest.working_set.to_string());
+    option("workload", value_name(&guest.workload));
+    option("vcpus", guest.vcpus.to_string());
+    option("backing", value_name(&guest.backing));
+    option("guest", value_name(&kind));
+    option("seed", guest.seed.to_string());
+    if let Some(rate) = guest.dirty_rate {
+        option("dirty-rate", rate.to_string());
+    }
+    option("transport", value_name(&migration.transport));
+    option("channels", migration.channels.to_string());
+    option("downtime-limit", format!("{}us", migration.downtime_limit.as_micros()));
+    option("max-rounds", migration.max_rounds.to_string());
+    if args.verify {
+        list.push("--verify".into());
+    }
+    list
+}
+
+fn destination_args(args: &DemoArgs) -> Vec<OsString> {
+    ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", "127.0.0.1:0"]
+        .map(OsString::from)
+        .into_iter()
+        .chain(["--backing".into(), value_name(&args.guest.backing).into()])
+        .chain(["--transport".into(), value_name(&args.migration.transport).into()])
+        .collect()
+}
+
+fn value_name(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// One side.
+struct Process {
+    name: &'static str,
+    child: Child,
+    lines: Option<Receiver<String>>,
+}
+
+impl Process {
+    fn start(name: &'static str, args: &[OsString], stderr: Stdio) -> Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            // Ctrl-C is for the demo, which passes it on to the source.
+            .process_group(0)
+            .spawn()
+            .map_err(|error| format!("failed to start the {name}: {error}"))?;
+        let lines = child.stderr.take().map(|stderr| forward_lines(name, stderr));
+        Ok(Self { name, child, lines })
+    }
+
+    /// The address from the line that a listening destination writes.
+    fn listening_on(&mut self) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        let lines = self.lines.as_ref().ok_or("the destination's messages are not read")?;
+        while let Ok(line) = lines.recv_deadline(deadline) {
+            if let Some(address) = line.strip_prefix("listening on ") {
+                return Ok(address.to_owned());
+            }
+        }
+        Err("the destination did not start to listen; its messages are above".into())
+    }
+
+    /// Waits for the process to end, and reads its report. Ctrl-C goes on to the process.
+    fn await_report(&mut self, wishes: &Receiver<Wish>) -> Result<Report> {
+        let Some(mut stdout) = self.child.stdout.take() else {
+            return Err(format!("the {}'s report was read before", self.name).into());
+        };
+        let (done, ended) = bounded(1);
+        thread::spawn(move || {
+            let mut text = String::new();
+            let read = stdout.read_to_string(&mut text).map(|_| text);
+            done.send(read)
+        });
+        let text = loop {
+            crossbeam_channel::select! {
+                recv(ended) -> text => break text??,
+                recv(wishes) -> wish => if matches!(wish, Ok(Wish::Interrupt)) {
+                    self.interrupt();
+                }
+            }
+        };
+        let status = self.child.wait()?;
+        serde_json::from_str(&text).map_err(|_| {
+            format!("the {} ended with {status} and without a report", self.name).into()
+        })
+    }
+
+    fn interrupt(&self) {
+        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
+            && let Err(error) = kill_process(pid, Signal::INT)
+        {
+            eprintln!("failed to interrupt the {}: {error}", self.name);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both calls do nothing to a process that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Shows a process's messages with its name, and hands them on.
+fn forward_lines(name: &'static str, stderr: impl Read + Send + 'static) -> Receiver<String> {
+    let (lines_in, lines) = unbounded();
+    thread::spawn(move || {
+        for line in BufReader::new(stderr).lines().map_while(std::io::Result::ok) {
+            eprintln!("{name}: {line}");
+            // Nobody listens once the address is known.
+            let _ = lines_in.send(line);
+        }
+    });
+    lines
+}
+
+/// One report of both sides': the source knows the migration, the destination the guest after it.
+fn merge(mut report: Report, arrived: Result<Report>) -> Report {
+    match (report.outcome, arrived) {
+        (Outcome::Completed, Ok(arrived)) => {
+            report.oracle_ok = arrived.oracle_ok;
+            report.oracle = arrived.oracle;
+            report.heartbeats = arrived.heartbeats;
+            report.heartbeat_gap_ms = arrived.heartbeat_gap_ms;
+            if arrived.outcome != Outcome::Completed {
+                report.fail(arrived.error.unwrap_or_else(|| "the destination failed".to_owned()));
+            } else if !report.checks_passed() || report.oracle_ok.is_none() {
+                report.fail("a check failed at the destination".to_owned());
+            }
+        }
+        (Outcome::Completed, Err(error)) => {
+            report.guest_at = GuestAt::Unknown;
+            report.fail(format!("the guest was handed over, and then: {error}"));
+        }
+        // The guest is at the source, which has said all there is to say.
+        _ => {}
+    }
+    report
+}

@@ -1,0 +1,257 @@
+//! `receive`: waits for a guest, and runs it.
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, after, never, select, unbounded};
+use pageferry::transport::TransportError;
+use pageferry::{Destination, GuestAtDestination, MigrationHandle, Offer, Statistics};
+use pageferry_tcp::{TcpAcceptor, TcpOptions};
+use pageferry_vmm::embed::GuestMachine;
+use pageferry_vmm::guest::{Guest, GuestConfig};
+
+use crate::args::{ReceiveArgs, Transport};
+use crate::outcome::Outcome;
+use crate::report::{GuestAt, Report};
+use crate::signals::{Wish, listen_to_signals};
+use crate::watch::Watch;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
+    if args.with_parent {
+        crate::demo::end_with_parent()?;
+    }
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
+    let Transport::Tcp = args.transport;
+    let acceptor = TcpAcceptor::bind(&args.listen, TcpOptions::default())?;
+    // Scripts read the port from this line.
+    eprintln!("listening on {}", acceptor.local_addr());
+
+    let accepting = {
+        let interrupt = acceptor.interrupter();
+        let (done, accepted) = crossbeam_channel::bounded(1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| done.send(acceptor.accept(None)));
+            loop {
+                select! {
+                    recv(accepted) -> link => break link.map_err(|_| TransportError::Closed)?,
+                    recv(wishes) -> wish => {
+                        if matches!(wish, Ok(Wish::Interrupt)) {
+                            interrupt.interrupt();
+                        }
+                    }
+                }
+            }
+        })
+    };
+    let link = match accepting {
+        Err(TransportError::Interrupted) => {
+            eprintln!("interrupted before a guest came");
+            return Ok(Outcome::Cancelled);
+        }
+        link => link?,
+    };
+    eprintln!("a source connected from {}", link.peer_addr());
+
+    let destination = Destination::new();
+    let handle = destination.handle();
+    let watch = Watch::start(handle.clone())?;
+    let destination = destination.on_event(watch.sink());
+    let migrating = cancel_on_interrupt(&wishes, &handle);
+    let offer = match destination.negotiate(Box::new(link)) {
+        Ok(offer) => offer,
+        Err(error) => {
+            drop(watch);
+            let mut report = Report::new(
+                Outcome::of(&error),
+                GuestAt::Source,
+                "tcp",
+                0,
+                args.memory.unwrap_or_default(),
+                &Statistics::default(),
+            );
+            report.error = Some(error.chain().to_string());
+            return finish(&report, args.json);
+        }
+    };
+    let (channels, memory_bytes) = (offer.channels(), offer.layout().len_bytes());
+    let machine = match machine_for(args, &offer) {
+        Ok(machine) => machine,
+        Err(error) => {
+            let reason = pageferry::Chain::of(&*error).to_string();
+            offer.decline(&reason);
+            drop(watch);
+            let statistics = Statistics::default();
+            let outcome = Outcome::Failed;
+            let mut report =
+                Report::new(outcome, GuestAt::Source, "tcp", channels, memory_bytes, &statistics);
+            report.error = Some(reason);
+            return finish(&report, args.json);
+        }
+    };
+    let config = machine.guest.config().clone();
+    let memory = machine.memory()?;
+    let result = offer.receive(machine, &memory);
+    drop(migrating);
+    drop(watch);
+    match result {
+        Ok(arrived) => {
+            let statistics = &arrived.statistics;
+            let mut report = Report::new(
+                Outcome::Completed,
+                GuestAt::Destination,
+                "tcp",
+                channels,
+                memory_bytes,
+                statistics,
+            );
+            report.guest(&config);
+            report.memory_match = arrived.verified.then_some(true);
+            run_on(args, arrived.machine.guest, report, &wishes)
+        }
+        Err(failure) => {
+            let at = match failure.guest {
+                GuestAtDestination::Uncertain => GuestAt::Unknown,
+                _ => GuestAt::Source,
+            };
+            let outcome = Outcome::of(&failure.error);
+            let mut report =
+                Report::new(outcome, at, "tcp", channels, memory_bytes, &failure.statistics);
+            report.guest(&config);
+            report.error = Some(failure.error.chain().to_string());
+            let outcome = finish(&report, args.json)?;
+            if failure.guest == GuestAtDestination::Uncertain {
+                keep_copy(&wishes);
+            }
+            Ok(outcome)
+        }
+    }
+}
+
+/// Builds the machine that the source describes.
+fn machine_for(args: &ReceiveArgs, offer: &Offer) -> Result<GuestMachine> {
+    let memory_bytes = offer.layout().len_bytes();
+    if let Some(wanted) = args.memory
+        && wanted != memory_bytes
+    {
+        return Err(format!(
+            "the source has {memory_bytes} bytes of guest memory, --memory here takes only {wanted}"
+        )
+        .into());
+    }
+    let mut config: GuestConfig = serde_json::from_slice(offer.description()).map_err(|error| {
+        format!("the source's description of the guest makes no sense: {error}")
+    })?;
+    let described: Vec<_> = config.regions.clone();
+    let offered =
+        offer.layout().regions().iter().map(|region| (region.guest_addr, region.len_bytes));
+    if !offered.eq(described) {
+        return Err("the source's description of the guest does not fit its memory map".into());
+    }
+    config.backing = args.backing;
+    Ok(GuestMachine { guest: Guest::create(config)? })
+}
+
+/// Runs the guest that arrived: for as long as asked, or until told to end.
+fn run_on(
+    args: &ReceiveArgs,
+    mut guest: Guest,
+    mut report: Report,
+    wishes: &Receiver<Wish>,
+) -> Result<Outcome> {
+    let before = guest.heartbeat().beats;
+    if !await_beats(&guest, before + 10) {
+        report.fail("the guest does not beat at the destination".to_owned());
+    }
+    let Some(time) = args.run_for else {
+        report.heartbeat(guest.heartbeat());
+        let outcome = finish(&report, args.json)?;
+        eprintln!("the guest runs here; Ctrl-C ends it");
+        wait_or_quit(wishes, None);
+        return Ok(outcome);
+    };
+    wait_or_quit(wishes, Some(time));
+    guest.pause()?;
+    let oracle = guest.check_oracle();
+    report.oracle(&oracle);
+    if !oracle.ok {
+        report.fail(format!("the guest's memory is wrong: {}", oracle.detail));
+    }
+    if let Some(failure) = guest.failure() {
+        report.fail(format!("the guest ended: {failure}"));
+    }
+    report.heartbeat(guest.heartbeat());
+    finish(&report, args.json)
+}
+
+/// Waits until the guest has beaten so often.
+pub(crate) fn await_beats(guest: &Guest, beats: u64) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while guest.heartbeat().beats < beats {
+        if Instant::now() > deadline || guest.failure().is_some() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+/// Waits for the time to pass, or for someone to quit.
+pub(crate) fn wait_or_quit(wishes: &Receiver<Wish>, time: Option<Duration>) {
+    let timer = time.map_or_else(never, after);
+    loop {
+        select! {
+            recv(timer) -> _ => return,
+            recv(wishes) -> wish => match wish {
+                Ok(Wish::Interrupt | Wish::Quit) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+/// Cancels the migration on Ctrl-C, until dropped.
+fn cancel_on_interrupt(wishes: &Receiver<Wish>, handle: &MigrationHandle) -> CancelOnInterrupt {
+    let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
+    let (wishes, handle) = (wishes.clone(), handle.clone());
+    let thread = std::thread::spawn(move || {
+        loop {
+            select! {
+                recv(stopped) -> _ => return,
+                recv(wishes) -> wish => match wish {
+                    Ok(Wish::Interrupt) => handle.cancel(),
+                    Ok(_) => {}
+                    Err(_) => return,
+                }
+            }
+        }
+    });
+    CancelOnInterrupt { stop: Some(stop), thread: Some(thread) }
+}
+
+struct CancelOnInterrupt {
+    stop: Option<crossbeam_channel::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for CancelOnInterrupt {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The copy of a guest whose owner is unknown is kept until the operator ends this process.
+fn keep_copy(wishes: &Receiver<Wish>) {
+    eprintln!("the copy is kept, paused; Ctrl-C destroys it");
+    wait_or_quit(wishes, None);
+}
+
+fn finish(report: &Report, json: bool) -> Result<Outcome> {
+    report.print(json)?;
+    Ok(report.outcome)
+}

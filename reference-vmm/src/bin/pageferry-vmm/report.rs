@@ -1,0 +1,274 @@
+//! What a migration did, as one JSON object and as a table for people.
+
+use std::time::Duration;
+
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use indicatif::{HumanBytes, HumanCount};
+use pageferry::Statistics;
+use pageferry::memory::PAGE_BYTES;
+use pageferry_vmm::guest::GuestConfig;
+use pageferry_vmm::heartbeat::HeartbeatSnapshot;
+use pageferry_vmm::workload::OracleReport;
+use serde::{Deserialize, Serialize};
+
+use crate::args::MigrationArgs;
+use crate::outcome::Outcome;
+
+/// Version of the JSON object. Fields are added, never repurposed.
+const SCHEMA: u32 = 1;
+
+/// Where the guest is at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum GuestAt {
+    /// It runs at the source.
+    Source,
+    /// It runs at the destination.
+    Destination,
+    /// It is paused at the source, which owns it.
+    Paused,
+    /// Both sides have a paused copy, or one has and the other runs.
+    Unknown,
+}
+
+/// The JSON object. What a side cannot know is null.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Report {
+    pub(crate) schema: u32,
+    pub(crate) outcome: Outcome,
+    /// Why it is not "completed".
+    pub(crate) error: Option<String>,
+    pub(crate) guest_at: GuestAt,
+    /// "kvm" or "process".
+    pub(crate) guest: Option<String>,
+    pub(crate) workload: Option<String>,
+    pub(crate) vcpus: Option<u8>,
+    pub(crate) backing: Option<String>,
+    pub(crate) transport: String,
+    pub(crate) channels: u16,
+    pub(crate) memory_bytes: u64,
+    pub(crate) working_set_bytes: Option<u64>,
+    pub(crate) total_ms: f64,
+    pub(crate) setup_ms: f64,
+    pub(crate) registration_ms: f64,
+    pub(crate) downtime_ms: f64,
+    pub(crate) downtime: DowntimeReport,
+    /// Standstill for comparing memory, on top of `downtime_ms`.
+    pub(crate) verify_ms: f64,
+    pub(crate) downtime_limit_ms: Option<f64>,
+    pub(crate) rounds: usize,
+    pub(crate) pages: PagesReport,
+    pub(crate) bytes_on_wire: u64,
+    pub(crate) user_copied_bytes: u64,
+    pub(crate) system_calls: u64,
+    pub(crate) throughput_gbps: f64,
+    pub(crate) dirty_pages_per_second: f64,
+    pub(crate) heartbeats: Option<u64>,
+    pub(crate) heartbeat_gap_ms: Option<f64>,
+    pub(crate) oracle_ok: Option<bool>,
+    pub(crate) oracle: Option<String>,
+    pub(crate) memory_match: Option<bool>,
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct DowntimeReport {
+    pub(crate) pause: f64,
+    pub(crate) final_harvest: f64,
+    pub(crate) final_pages: f64,
+    pub(crate) device_state: f64,
+    pub(crate) commit: f64,
+    pub(crate) resume: f64,
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct PagesReport {
+    pub(crate) data: u64,
+    pub(crate) zero: u64,
+    pub(crate) encoded: u64,
+}
+
+fn ms(duration: Duration) -> f64 {
+    // Microseconds are as far as these figures mean anything.
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+impl Report {
+    pub(crate) fn new(
+        outcome: Outcome,
+        guest_at: GuestAt,
+        transport: &str,
+        channels: u16,
+        memory_bytes: u64,
+        statistics: &Statistics,
+    ) -> Self {
+        let downtime = &statistics.downtime;
+        Self {
+            schema: SCHEMA,
+            outcome,
+            error: None,
+            guest_at,
+            guest: None,
+            workload: None,
+            vcpus: None,
+            backing: None,
+            transport: transport.to_owned(),
+            channels,
+            memory_bytes,
+            working_set_bytes: None,
+            total_ms: ms(statistics.total),
+            setup_ms: ms(statistics.setup),
+            registration_ms: ms(statistics.registration.took),
+            downtime_ms: ms(downtime.total()),
+            downtime: DowntimeReport {
+                pause: ms(downtime.pause),
+                final_harvest: ms(downtime.final_harvest),
+                final_pages: ms(downtime.final_pages),
+                device_state: ms(downtime.device_state),
+                commit: ms(downtime.commit),
+                resume: ms(downtime.resume),
+            },
+            verify_ms: ms(downtime.verify),
+            downtime_limit_ms: None,
+            rounds: statistics.rounds.len(),
+            pages: PagesReport {
+                data: statistics.pages.data,
+                zero: statistics.pages.zero,
+                encoded: statistics.pages.encoded,
+            },
+            bytes_on_wire: statistics.wire_bytes,
+            user_copied_bytes: statistics.user_copied_bytes,
+            system_calls: statistics.system_calls,
+            throughput_gbps: statistics.throughput_gbps(),
+            dirty_pages_per_second: statistics.dirty_pages_per_second,
+            heartbeats: None,
+            heartbeat_gap_ms: None,
+            oracle_ok: None,
+            oracle: None,
+            memory_match: None,
+        }
+    }
+
+    pub(crate) fn limit(&mut self, args: &MigrationArgs) {
+        self.downtime_limit_ms = Some(ms(args.downtime_limit));
+    }
+
+    pub(crate) fn guest(&mut self, config: &GuestConfig) {
+        self.guest = Some(config.kind.to_string());
+        self.workload = Some(config.workload.kind.to_string());
+        self.vcpus = Some(config.vcpus);
+        self.backing = Some(config.backing.to_string());
+        self.working_set_bytes = Some(config.workload.working_set_bytes);
+    }
+
+    pub(crate) fn heartbeat(&mut self, seen: HeartbeatSnapshot) {
+        self.heartbeats = Some(seen.beats);
+        self.heartbeat_gap_ms = Some(ms(Duration::from_nanos(seen.longest_gap_ns)));
+    }
+
+    pub(crate) fn oracle(&mut self, oracle: &OracleReport) {
+        self.oracle_ok = Some(oracle.ok);
+        self.oracle = Some(oracle.detail.clone());
+    }
+
+    /// Records a failure, without making an earlier one better.
+    pub(crate) fn fail(&mut self, why: String) {
+        if self.outcome == Outcome::Completed {
+            self.outcome = Outcome::Failed;
+        }
+        self.error.get_or_insert(why);
+    }
+
+    /// Whether no check that was made failed.
+    pub(crate) fn checks_passed(&self) -> bool {
+        self.oracle_ok != Some(false) && self.memory_match != Some(false)
+    }
+
+    /// The object on stdout, or the table.
+    #[expect(clippy::print_stdout, reason = "this is what the user asked for")]
+    pub(crate) fn print(&self, json: bool) -> Result<(), serde_json::Error> {
+        if json {
+            println!("{}", serde_json::to_string(self)?);
+        } else {
+            println!("{}", self.table());
+        }
+        Ok(())
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_BORDERS_ONLY);
+        let mut row = |name: &str, value: String| {
+            let value = Cell::new(value).set_alignment(CellAlignment::Left);
+            table.add_row(vec![Cell::new(name), value]);
+        };
+        let outcome = match self.outcome {
+            Outcome::Completed => "completed: the guest runs at the destination",
+            Outcome::Cancelled => "cancelled: the guest runs on at the source",
+            Outcome::Failed if self.guest_at == GuestAt::Source => {
+                "failed: the guest runs on at the source"
+            }
+            Outcome::Failed if self.guest_at == GuestAt::Paused => {
+                "failed: the guest is paused at the source"
+            }
+            Outcome::Failed => "failed",
+            Outcome::Uncertain => "uncertain: see below",
+        };
+        row("outcome", outcome.to_owned());
+        if let Some(error) = &self.error {
+            row("error", error.clone());
+        }
+        if let (Some(guest), Some(workload), Some(vcpus), Some(backing)) =
+            (&self.guest, &self.workload, self.vcpus, &self.backing)
+        {
+            let memory = HumanBytes(self.memory_bytes);
+            let working_set = HumanBytes(self.working_set_bytes.unwrap_or_default());
+            let text =
+                format!("{guest}, {vcpus} vCPU, {memory} {backing}, {workload} over {working_set}");
+            row("guest", text);
+        }
+        row("transport", format!("{}, {} data channels", self.transport, self.channels));
+        row("total time", format!("{:.1} ms, {} rounds", self.total_ms, self.rounds));
+        let moved = HumanBytes(self.bytes_on_wire);
+        row("throughput", format!("{:.2} Gb/s, {moved} on the wire", self.throughput_gbps));
+        let limit = match self.downtime_limit_ms {
+            Some(limit) => format!(" (limit {limit:.0} ms)"),
+            None => String::new(),
+        };
+        row("downtime", format!("{:.2} ms{limit}", self.downtime_ms));
+        let parts = &self.downtime;
+        for (name, value) in [
+            ("  pause", parts.pause),
+            ("  final harvest", parts.final_harvest),
+            ("  final pages", parts.final_pages),
+            ("  device state", parts.device_state),
+            ("  commit", parts.commit),
+            ("  resume", parts.resume),
+        ] {
+            row(name, format!("{value:.2} ms"));
+        }
+        if self.verify_ms > 0.0 {
+            row("verification", format!("{:.1} ms more of standstill, to compare", self.verify_ms));
+        }
+        let data = HumanBytes(self.pages.data * PAGE_BYTES);
+        row("pages sent", format!("{} ({data})", HumanCount(self.pages.data)));
+        row("pages zero", format!("{}, not sent", HumanCount(self.pages.zero)));
+        row("copied in user space", HumanBytes(self.user_copied_bytes).to_string());
+        if let (Some(beats), Some(gap)) = (self.heartbeats, self.heartbeat_gap_ms) {
+            let beats = HumanCount(beats);
+            row("the guest noticed", format!("a gap of {gap:.1} ms in {beats} heartbeats"));
+        }
+        row(
+            "memory",
+            match self.memory_match {
+                Some(true) => "equal on both sides, by digest".to_owned(),
+                Some(false) => "DIFFERS between the sides".to_owned(),
+                None => "not compared".to_owned(),
+            },
+        );
+        if let (Some(ok), Some(oracle)) = (self.oracle_ok, &self.oracle) {
+            let verdict = if ok { "right" } else { "WRONG" };
+            row("oracle in the guest", format!("{verdict}: {oracle}"));
+        }
+        table
+    }
+}

@@ -1,0 +1,92 @@
+//! Signals and lines on stdin as commands.
+
+use std::io::BufRead;
+use std::thread;
+
+use crossbeam_channel::Sender;
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+
+/// What the operator wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Migrate, to this address if one is given.
+    Migrate(Option<String>),
+    /// Ctrl-C: cancel what is under way; if nothing is, quit.
+    Interrupt,
+    /// Cancel the migration under way.
+    Cancel,
+    /// End the guest.
+    Quit,
+    /// Say how the guest is.
+    Status,
+}
+
+/// Turns signals into wishes, on a thread of its own that lives as long as the process.
+pub(crate) fn listen_to_signals(wishes: Sender<Wish>) -> std::io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            let wish = if signal == SIGUSR1 { Wish::Migrate(None) } else { Wish::Interrupt };
+            if wishes.send(wish).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Turns lines on stdin into wishes. The end of stdin means nothing: the guest runs on.
+pub(crate) fn listen_to_stdin(wishes: Sender<Wish>) -> std::io::Result<()> {
+    thread::Builder::new().name("stdin".into()).spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            let Ok(line) = line else { return };
+            match parse(&line) {
+                Ok(Some(wish)) => {
+                    if wishes.send(wish).is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => {}
+                Err(complaint) => eprintln!("{complaint}"),
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn parse(line: &str) -> Result<Option<Wish>, String> {
+    let mut words = line.split_whitespace();
+    let wish = match (words.next(), words.next()) {
+        (None, _) => return Ok(None),
+        (Some("migrate"), address) => Wish::Migrate(address.map(str::to_owned)),
+        (Some("cancel"), None) => Wish::Cancel,
+        (Some("status"), None) => Wish::Status,
+        (Some("quit"), None) => Wish::Quit,
+        _ => {
+            return Err(format!(
+                "\"{line}\" is not known here; try migrate [ADDR], cancel, status, quit"
+            ));
+        }
+    };
+    match words.next() {
+        None => Ok(Some(wish)),
+        Some(extra) => Err(format!("nothing more was expected after the address: \"{extra}\"")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_wishes_or_complaints() {
+        assert_eq!(parse("  "), Ok(None));
+        assert_eq!(parse("migrate"), Ok(Some(Wish::Migrate(None))));
+        assert_eq!(parse("migrate h:1"), Ok(Some(Wish::Migrate(Some("h:1".into())))));
+        assert_eq!(parse("quit"), Ok(Some(Wish::Quit)));
+        assert!(parse("quit now").is_err());
+        assert!(parse("migrate a b").is_err());
+        assert!(parse("dance").is_err());
+    }
+}

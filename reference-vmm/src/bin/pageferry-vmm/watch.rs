@@ -1,0 +1,117 @@
+//! Shows a migration while it runs: a progress bar on a terminal, a line an event elsewhere.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+use pageferry::convergence::Verdict;
+use pageferry::{Event, MigrationHandle, Phase};
+
+const TICK: Duration = Duration::from_millis(50);
+
+/// Watches until dropped.
+pub(crate) struct Watch {
+    bar: ProgressBar,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    pub(crate) fn start(handle: MigrationHandle) -> std::io::Result<Self> {
+        let bar = if std::io::stderr().is_terminal() {
+            ProgressBar::new(1)
+        } else {
+            ProgressBar::hidden()
+        };
+        let template = "{prefix:>12} [{bar:30}] {percent:>3} % of {human_len} pages  {msg}";
+        bar.set_style(
+            ProgressStyle::with_template(template)
+                .unwrap_or_else(|_| ProgressStyle::default_bar())
+                .progress_chars("=> "),
+        );
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let (bar, stop) = (bar.clone(), Arc::clone(&stop));
+            thread::Builder::new().name("watch".into()).spawn(move || draw(&bar, &handle, &stop))?
+        };
+        Ok(Self { bar, stop, thread: Some(thread) })
+    }
+
+    /// A sink for the engine's events.
+    pub(crate) fn sink(&self) -> impl FnMut(&Event) + Send + 'static + use<> {
+        let bar = self.bar.clone();
+        move |event| {
+            if let Some(line) = line(event) {
+                if bar.is_hidden() { eprintln!("{line}") } else { bar.println(line) }
+            }
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
+        self.bar.finish_and_clear();
+    }
+}
+
+fn draw(bar: &ProgressBar, handle: &MigrationHandle, stop: &AtomicBool) {
+    let mut round = (0, 0);
+    while !stop.load(Ordering::Relaxed) {
+        let progress = handle.progress();
+        let looked_at = progress.pages.total();
+        if progress.round != round.0 {
+            // Pages looked at before this round began.
+            round = (progress.round, looked_at);
+        }
+        bar.set_prefix(match progress.phase {
+            Phase::Setup => "connecting".to_owned(),
+            Phase::PreCopy => format!("round {}", progress.round),
+            Phase::Switchover => "switchover".to_owned(),
+            Phase::Committed => "commit".to_owned(),
+            _ => "done".to_owned(),
+        });
+        bar.set_length(progress.round_pages.max(1));
+        bar.set_position(looked_at.saturating_sub(round.1).min(progress.round_pages));
+        bar.set_message(format!("{} landed", HumanBytes(progress.landed_bytes)));
+        thread::park_timeout(TICK);
+    }
+}
+
+/// What a person wants to hear of an event.
+fn line(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::RoundFinished { round, statistics, verdict } => {
+            let next = match verdict {
+                Verdict::Iterate { expected: Some(expected) } => {
+                    format!("would take {} ms to switch over, so again", expected.as_millis())
+                }
+                Verdict::SwitchOver { expected } => {
+                    format!("switching over in about {} ms", expected.as_millis())
+                }
+                Verdict::GiveUp { expected } => {
+                    format!("would still take {} ms, giving up", expected.as_millis())
+                }
+                Verdict::Iterate { expected: None } => "again".to_owned(),
+            };
+            format!(
+                "round {round}: {} pages looked at, {} landed in {} ms; {next}",
+                HumanCount(statistics.dirty_pages),
+                HumanBytes(statistics.landed_bytes),
+                statistics.took.as_millis(),
+            )
+        }
+        Event::GuestPaused => "guest paused at the source".to_owned(),
+        Event::Loaded => "guest loaded at the destination".to_owned(),
+        Event::GuestRunsThere => "guest runs at the destination".to_owned(),
+        Event::GuestKept => "guest runs on at the source".to_owned(),
+        _ => return None,
+    })
+}

@@ -1,0 +1,96 @@
+//! What can go wrong with a guest.
+
+use std::io;
+
+use vm_memory::GuestMemoryError;
+
+use crate::layout::LayoutError;
+use crate::ram::RamError;
+pub use crate::state::StateError;
+
+/// Why an operation on a guest failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// Guest memory could not be allocated.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The guest does not fit its memory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// KVM can't be used.
+    #[error("failed to open KVM: {reason}")]
+    KvmUnavailable {
+        /// Why.
+        reason: String,
+    },
+    /// A KVM call failed.
+    #[error("failed to {operation}: {source}")]
+    Kvm {
+        /// What was tried.
+        operation: String,
+        /// What the kernel said.
+        source: kvm_ioctls::Error,
+    },
+    /// The kernel let only part of the model specific registers through.
+    #[error("failed to {operation} model specific register {index:#x} (value {value:#x})")]
+    Msr {
+        /// "read" or "restore".
+        operation: &'static str,
+        /// Which.
+        index: u32,
+        /// The value to restore.
+        value: u64,
+    },
+    /// A device of the VMM failed.
+    #[error("failed to {operation}: {source}")]
+    Device {
+        /// What was tried.
+        operation: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// Guest memory could not be accessed.
+    #[error("failed to access guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+    /// A thread could not be started.
+    #[error("failed to start the guest's threads: {0}")]
+    Thread(io::Error),
+    /// Only a paused guest can do that.
+    #[error("failed to {operation}: the guest is running")]
+    Running {
+        /// What was asked.
+        operation: &'static str,
+    },
+    /// The guest has neither been booted nor been given a state.
+    #[error("failed to {operation}: the guest was neither booted nor loaded")]
+    Empty {
+        /// What was asked.
+        operation: &'static str,
+    },
+    /// A load failed half-way, so the guest is a mix of two.
+    #[error("failed to {operation}: loading the guest's state failed earlier")]
+    HalfLoaded {
+        /// What was asked.
+        operation: &'static str,
+    },
+    /// A virtual CPU ended by itself.
+    #[error("failed to {operation}: {detail}")]
+    Failed {
+        /// What was asked.
+        operation: &'static str,
+        /// How it ended.
+        detail: String,
+    },
+    /// Virtual CPUs did not leave the guest in time. The request to pause stays.
+    #[error("failed to pause the guest: {vcpus} virtual CPUs still running after {waited_ms} ms")]
+    PauseTimedOut {
+        /// How many.
+        vcpus: usize,
+        /// How long was waited.
+        waited_ms: u128,
+    },
+    /// A saved state can't be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+}

@@ -1,0 +1,318 @@
+//! A guest: memory, virtual CPUs and devices, started, stopped, saved and loaded.
+//!
+//! # Lifecycle
+//!
+//! [`Guest::create`] makes a paused guest that knows nothing. A source calls [`Guest::boot`]; a
+//! destination has the memory brought to it and calls [`Guest::load`]. Then both may
+//! [`Guest::resume`] and [`Guest::pause`].
+//!
+//! # Thread safety
+//!
+//! A `Guest` may be shared and sent. What changes it takes `&mut self`; heartbeat, failure and
+//! serial output can be read while it runs.
+//!
+//! # Resource cleanup
+//!
+//! Dropping a guest ends and joins its threads and closes its virtual machine. Memory goes when
+//! the last clone of its [`Ram`] does. A dropped guest with [`KvmHandles`] still around keeps the
+//! VM, which does nothing without its virtual CPUs.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::devices::Devices;
+use crate::error::GuestError;
+use crate::heartbeat::HeartbeatSnapshot;
+use crate::kvm::{self, KvmMachine};
+use crate::layout::Layout;
+use crate::linear::LinearMemory;
+use crate::process::ProcessMachine;
+use crate::ram::{Backing, Ram};
+use crate::run_control::{StillRunning, Workers};
+use crate::state::{GuestState, MachineState, StateError};
+use crate::workload::oracle;
+use crate::workload::{OracleReport, WorkloadConfig, contents};
+
+pub use crate::kvm::{KvmHandles, MemorySlot};
+
+/// A virtual CPU that does not stop for this long sits in the kernel, waiting for memory.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum GuestKind {
+    /// A KVM virtual machine.
+    Kvm,
+    /// Threads of this process.
+    Process,
+}
+
+impl fmt::Display for GuestKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Kvm => "kvm",
+            Self::Process => "process",
+        })
+    }
+}
+
+/// What a guest is made of. Source and destination have the same, but for the backing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestConfig {
+    /// What runs it.
+    pub kind: GuestKind,
+    /// Its memory: (guest physical address, length in bytes).
+    pub regions: Vec<(u64, u64)>,
+    /// What backs its memory.
+    pub backing: Backing,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// What it does.
+    pub workload: WorkloadConfig,
+}
+
+/// Whether KVM guests can run here; the reason when not.
+pub fn kvm_available() -> Result<(), String> {
+    kvm::open().map(|_| ())
+}
+
+/// A guest.
+#[derive(Debug)]
+pub struct Guest {
+    machine: Machine,
+    devices: Arc<Devices>,
+    ram: Ram,
+    memory: LinearMemory,
+    layout: Layout,
+    config: GuestConfig,
+    contents: Contents,
+}
+
+#[derive(Debug)]
+enum Machine {
+    Kvm(KvmMachine),
+    Process(ProcessMachine),
+}
+
+/// What registers and devices hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Contents {
+    Nothing,
+    Guest,
+    HalfLoaded,
+}
+
+impl Guest {
+    /// Allocates memory and makes virtual CPUs, paused. Nothing in memory is touched.
+    pub fn create(config: GuestConfig) -> Result<Self, GuestError> {
+        let layout = Layout::new(&config.regions, config.vcpus, config.workload.working_set_bytes)?;
+        let ram = Ram::allocate(&config.regions, config.backing)?;
+        let memory = LinearMemory::new(&ram, &layout);
+        let workload = &config.workload;
+        let (machine, devices) = match config.kind {
+            GuestKind::Kvm => {
+                let (board, serial_interrupt) = kvm::Board::new()?;
+                let devices = Arc::new(Devices::new(serial_interrupt));
+                let machine =
+                    KvmMachine::create(board, &ram, &memory, &layout, workload, &devices)?;
+                (Machine::Kvm(machine), devices)
+            }
+            GuestKind::Process => {
+                let devices = Arc::new(Devices::new(None));
+                let machine = ProcessMachine::create(&memory, &layout, workload, &devices)?;
+                (Machine::Process(machine), devices)
+            }
+        };
+        Ok(Self { machine, devices, ram, memory, layout, config, contents: Contents::Nothing })
+    }
+
+    /// Fills memory and sets the registers. For a source, once; the guest stays paused.
+    pub fn boot(&mut self) -> Result<(), GuestError> {
+        self.ensure_paused("boot the guest")?;
+        let workload = &self.config.workload;
+        let banner = contents::banner(workload, self.config.vcpus);
+        contents::fill(&self.memory, &self.layout, workload)?;
+        match &self.machine {
+            Machine::Kvm(machine) => machine.boot(&self.layout, workload, &banner)?,
+            Machine::Process(machine) => machine.boot(&banner, &self.devices),
+        }
+        self.contents = Contents::Guest;
+        Ok(())
+    }
+
+    /// Lets the guest run. Nothing happens if it does already.
+    pub fn resume(&mut self) -> Result<(), GuestError> {
+        self.ensure_alive("resume the guest")?;
+        self.workers().resume();
+        Ok(())
+    }
+
+    /// Stops the guest: every virtual CPU is outside it, its pending I/O done. Nothing happens if
+    /// it stands already.
+    pub fn pause(&mut self) -> Result<(), GuestError> {
+        self.workers().pause(PAUSE_TIMEOUT).map_err(|StillRunning { vcpus }| {
+            GuestError::PauseTimedOut { vcpus, waited_ms: PAUSE_TIMEOUT.as_millis() }
+        })
+    }
+
+    /// Everything of a paused guest that is not in its memory, as bytes for [`Self::load`].
+    pub fn save(&mut self) -> Result<Vec<u8>, GuestError> {
+        const OPERATION: &str = "save the guest's state";
+        self.ensure_paused(OPERATION)?;
+        self.ensure_alive(OPERATION)?;
+        let machine = match &self.machine {
+            Machine::Kvm(machine) => MachineState::Kvm(Box::new(machine.save()?)),
+            Machine::Process(machine) => MachineState::Process(machine.save()),
+        };
+        let (heartbeat, serial) = self.devices.save();
+        Ok(GuestState { heartbeat, serial, machine }.encode()?)
+    }
+
+    /// Takes over what [`Self::save`] gave. If it fails half-way the guest can only be dropped,
+    /// or loaded again.
+    pub fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        self.ensure_paused("load the guest's state")?;
+        let GuestState { heartbeat, serial, machine: saved } = GuestState::decode(state)?;
+        match (&self.machine, saved) {
+            (Machine::Kvm(machine), MachineState::Kvm(saved)) => {
+                machine.check(&saved)?;
+                self.contents = Contents::HalfLoaded;
+                machine.load(&saved)?;
+            }
+            (Machine::Process(machine), MachineState::Process(saved)) => {
+                machine.check(&saved)?;
+                self.contents = Contents::HalfLoaded;
+                machine.load(saved);
+            }
+            (_, saved) => {
+                let found = match saved {
+                    MachineState::Kvm(_) => GuestKind::Kvm,
+                    MachineState::Process(_) => GuestKind::Process,
+                };
+                let [found, expected] = [found, self.config.kind].map(|kind| kind.to_string());
+                return Err(StateError::Mismatch { what: "its kind", found, expected }.into());
+            }
+        }
+        self.devices.restore(heartbeat, serial)?;
+        self.contents = Contents::Guest;
+        Ok(())
+    }
+
+    /// Its memory.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// What it was made of.
+    pub fn config(&self) -> &GuestConfig {
+        &self.config
+    }
+
+    /// The virtual machine, for who tracks its writes. `None` for a process guest.
+    pub fn kvm(&self) -> Option<KvmHandles> {
+        match &self.machine {
+            Machine::Kvm(machine) => Some(machine.handles().clone()),
+            Machine::Process(_) => None,
+        }
+    }
+
+    /// What the heartbeat saw.
+    pub fn heartbeat(&self) -> HeartbeatSnapshot {
+        self.devices.heartbeat.snapshot()
+    }
+
+    /// Forgets the longest gap between beats.
+    pub fn reset_heartbeat_gap(&self) {
+        self.devices.heartbeat.reset_gap();
+    }
+
+    /// Whether a paused guest's vector registers hold what they were given at boot.
+    pub fn fpu_intact(&self) -> Result<bool, GuestError> {
+        Ok(self.registers()?.0)
+    }
+
+    /// Checks the memory and vector registers of a paused guest.
+    pub fn check_oracle(&self) -> OracleReport {
+        let mut report = OracleReport {
+            ok: false,
+            detail: String::new(),
+            writes: 0,
+            beats: 0,
+            pages: 0,
+            fpu_intact: false,
+        };
+        let writes_in_flight = match self.registers() {
+            Ok((fpu_intact, writes_in_flight)) => {
+                report.fpu_intact = fpu_intact;
+                writes_in_flight
+            }
+            Err(error) => {
+                report.detail = error.to_string();
+                return report;
+            }
+        };
+        let workload = &self.config.workload;
+        match oracle::check(&self.memory, &self.layout, workload, &writes_in_flight) {
+            Ok(totals) => {
+                (report.writes, report.beats) = (totals.writes, totals.beats);
+                report.pages = totals.pages;
+                report.ok = report.fpu_intact;
+                report.detail = if report.ok {
+                    let (kind, pages) = (workload.kind, totals.pages);
+                    format!("{kind}: {pages} pages and the vector registers are as they should be")
+                } else {
+                    "the vector registers lost their contents".to_owned()
+                };
+            }
+            Err(violation) => report.detail = violation.to_string(),
+        }
+        report
+    }
+
+    /// How the guest ended, if a virtual CPU did so by itself.
+    pub fn failure(&self) -> Option<String> {
+        self.workers().control().failure()
+    }
+
+    /// Everything the guest printed since it was created here.
+    pub fn serial_output(&self) -> Vec<u8> {
+        self.devices.serial.output()
+    }
+
+    /// What the oracle takes from registers: whether the vector registers are intact, and for each
+    /// virtual CPU whether it is between the two counts of a write.
+    fn registers(&self) -> Result<(bool, Vec<bool>), GuestError> {
+        const OPERATION: &str = "read the guest's registers";
+        self.ensure_paused(OPERATION)?;
+        self.ensure_alive(OPERATION)?;
+        match &self.machine {
+            Machine::Kvm(machine) => Ok((machine.fpu_intact()?, machine.writes_in_flight()?)),
+            Machine::Process(machine) => Ok((machine.fpu_intact(), machine.writes_in_flight())),
+        }
+    }
+
+    fn workers(&self) -> &Workers {
+        match &self.machine {
+            Machine::Kvm(machine) => machine.workers(),
+            Machine::Process(machine) => machine.workers(),
+        }
+    }
+
+    fn ensure_paused(&self, operation: &'static str) -> Result<(), GuestError> {
+        if self.workers().is_paused() { Ok(()) } else { Err(GuestError::Running { operation }) }
+    }
+
+    fn ensure_alive(&self, operation: &'static str) -> Result<(), GuestError> {
+        match (self.contents, self.failure()) {
+            (Contents::Nothing, _) => Err(GuestError::Empty { operation }),
+            (Contents::HalfLoaded, _) => Err(GuestError::HalfLoaded { operation }),
+            (Contents::Guest, Some(detail)) => Err(GuestError::Failed { operation, detail }),
+            (Contents::Guest, None) => Ok(()),
+        }
+    }
+}

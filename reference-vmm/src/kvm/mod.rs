@@ -1,0 +1,327 @@
+//! The KVM guest: a small PC in 64-bit mode, with KVM's interrupt controllers where it has them.
+#![expect(unsafe_code, reason = "KVM is given guest memory by address")]
+
+pub(crate) mod boot;
+mod code;
+mod cpuid;
+pub(crate) mod fpu;
+pub(crate) mod state;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state,
+    kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::devices::{Devices, SERIAL_IRQ};
+use crate::error::GuestError;
+use crate::layout::{CODE, Layout};
+use crate::linear::LinearMemory;
+use crate::ram::Ram;
+use crate::run_control::{RunControl, Workers};
+use crate::state::StateError;
+use crate::workload::WorkloadConfig;
+use crate::workload::contents::write_banner;
+use crate::workload::pacer::Pacer;
+use state::{Capabilities, KvmState, VcpuState, failed};
+
+/// The version of KVM's interface; it has not changed since Linux 2.6.22.
+const KVM_API_VERSION: i32 = 12;
+/// Three pages below the BIOS that Intel processors need, in the hole below 4 GiB.
+const TASK_STATE_ADDRESS: usize = 0xfffb_d000;
+/// One page below those, likewise.
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// A memory slot of a KVM guest: a region of guest memory as KVM was told it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemorySlot {
+    /// KVM's number for it.
+    pub slot: u32,
+    /// Guest physical address.
+    pub guest_address: u64,
+    /// Length.
+    pub len_bytes: u64,
+    /// Where it is mapped in this process.
+    pub host_address: u64,
+}
+
+/// What others need to track a KVM guest's writes: the VM and its memory slots, registered with no
+/// flags. Setting a slot anew with `KVM_MEM_LOG_DIRTY_PAGES` is theirs to do.
+#[derive(Debug, Clone)]
+pub struct KvmHandles {
+    /// The virtual machine.
+    pub vm: Arc<VmFd>,
+    /// Its memory.
+    pub slots: Vec<MemorySlot>,
+}
+
+/// A virtual machine.
+#[derive(Debug)]
+pub(crate) struct KvmMachine {
+    /// First, so that the threads are gone before what they use.
+    workers: Workers,
+    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    handles: KvmHandles,
+    capabilities: Capabilities,
+    /// XCR0 for a guest with all the components that have a pattern.
+    xcr0: u64,
+    memory: LinearMemory,
+    seed: u64,
+}
+
+/// Opens KVM, or says why it can't be used.
+pub(crate) fn open() -> Result<Kvm, String> {
+    let kvm = Kvm::new().map_err(|error| format!("/dev/kvm can't be opened: {error}"))?;
+    match kvm.get_api_version() {
+        KVM_API_VERSION => {}
+        version => return Err(format!("/dev/kvm has version {version}, not {KVM_API_VERSION}")),
+    }
+    for (capability, name) in [
+        (Cap::UserMemory, "user memory"),
+        (Cap::ImmediateExit, "immediate exit"),
+        (Cap::ExtCpuid, "cpuid"),
+        (Cap::MpState, "run states"),
+        (Cap::VcpuEvents, "vcpu events"),
+        (Cap::Debugregs, "debug registers"),
+        (Cap::Xsave, "xsave"),
+    ] {
+        if !kvm.check_extension(capability) {
+            return Err(format!("/dev/kvm lacks {name}"));
+        }
+    }
+    Ok(kvm)
+}
+
+/// A virtual machine without virtual CPUs, and the event that raises the serial port's interrupt.
+pub(crate) struct Board {
+    kvm: Kvm,
+    vm: VmFd,
+    irqchip: bool,
+    pit: bool,
+}
+
+impl Board {
+    pub(crate) fn new() -> Result<(Self, Option<EventFd>), GuestError> {
+        let kvm = open().map_err(|reason| GuestError::KvmUnavailable { reason })?;
+        let vm = kvm.create_vm().map_err(failed("create a virtual machine"))?;
+        if vm.check_extension(Cap::SetTssAddr) {
+            vm.set_tss_address(TASK_STATE_ADDRESS).map_err(failed("place the task state"))?;
+        }
+        if vm.check_extension(Cap::SetIdentityMapAddr) {
+            vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+                .map_err(failed("place the identity map"))?;
+        }
+        let irqchip = vm.check_extension(Cap::Irqchip);
+        let pit = irqchip && vm.check_extension(Cap::Pit2) && vm.check_extension(Cap::PitState2);
+        let mut serial_interrupt = None;
+        if irqchip {
+            vm.create_irq_chip().map_err(failed("create the interrupt controllers"))?;
+            let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
+                GuestError::Device { operation: "create the serial port's interrupt", source }
+            })?;
+            vm.register_irqfd(&event, SERIAL_IRQ)
+                .map_err(failed("connect the serial port's interrupt"))?;
+            serial_interrupt = Some(event);
+        }
+        if pit {
+            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            vm.create_pit2(config).map_err(failed("create the timer (PIT)"))?;
+        }
+        Ok((Self { kvm, vm, irqchip, pit }, serial_interrupt))
+    }
+
+    fn capabilities(&self) -> Result<Capabilities, GuestError> {
+        let msrs = self.kvm.get_msr_index_list().map_err(failed("list the registers to save"))?;
+        Ok(Capabilities {
+            irqchip: self.irqchip,
+            pit: self.pit,
+            clock: self.vm.check_extension(Cap::AdjustClock),
+            xcrs: self.vm.check_extension(Cap::Xcrs),
+            tsc_khz: self.vm.check_extension(Cap::GetTscKhz),
+            tsc_control: self.vm.check_extension(Cap::TscControl),
+            xsave_words: Capabilities::xsave_words(&self.vm),
+            msrs: msrs.as_slice().to_vec(),
+        })
+    }
+
+    fn add_memory(&self, ram: &Ram) -> Result<Vec<MemorySlot>, GuestError> {
+        let mut slots = Vec::new();
+        for (slot, region) in (0..).zip(ram.memory().iter()) {
+            let added = MemorySlot {
+                slot,
+                guest_address: region.start_addr().0,
+                len_bytes: region.len(),
+                host_address: region.as_ptr() as u64,
+            };
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: added.guest_address,
+                memory_size: added.len_bytes,
+                userspace_addr: added.host_address,
+            };
+            // SAFETY: the memory is a mapping that the machine keeps for as long as virtual CPUs
+            // run, and that this VMM accesses as memory others write.
+            unsafe { self.vm.set_user_memory_region(region) }
+                .map_err(failed(format!("give KVM the memory at {:#x}", added.guest_address)))?;
+            slots.push(added);
+        }
+        Ok(slots)
+    }
+}
+
+impl KvmMachine {
+    pub(crate) fn create(
+        board: Board,
+        ram: &Ram,
+        memory: &LinearMemory,
+        layout: &Layout,
+        workload: &WorkloadConfig,
+        devices: &Arc<Devices>,
+    ) -> Result<Self, GuestError> {
+        vcpu::install_kick_handler()?;
+        let slots = board.add_memory(ram)?;
+        let capabilities = board.capabilities()?;
+        let supported = board
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("read what cpuid may offer"))?;
+        let count = layout.vcpus();
+        let mut vcpus = Vec::with_capacity(count.into());
+        let mut bodies = Vec::with_capacity(count.into());
+        for id in 0..count {
+            let fd = board
+                .vm
+                .create_vcpu(id.into())
+                .map_err(failed(format!("create virtual CPU {id}")))?;
+            fd.set_cpuid2(&cpuid::for_vcpu(&supported, id, count))
+                .map_err(failed(format!("set the cpuid of virtual CPU {id}")))?;
+            let fd = Arc::new(Mutex::new(fd));
+            vcpus.push(fd.clone());
+            let devices = devices.clone();
+            let mut pacer = Pacer::new(workload, id, count);
+            bodies.push(move |control: &RunControl| {
+                vcpu::run(&mut lock(&fd), control, &devices, &mut pacer)
+            });
+        }
+        let workers = Workers::spawn(bodies, vcpu::kick).map_err(GuestError::Thread)?;
+        Ok(Self {
+            workers,
+            vcpus,
+            handles: KvmHandles { vm: Arc::new(board.vm), slots },
+            capabilities,
+            xcr0: cpuid::xcr0(&supported, fpu::X87 | fpu::SSE | fpu::AVX),
+            memory: memory.clone(),
+            seed: workload.seed,
+        })
+    }
+
+    pub(crate) fn workers(&self) -> &Workers {
+        &self.workers
+    }
+
+    pub(crate) fn handles(&self) -> &KvmHandles {
+        &self.handles
+    }
+
+    /// Writes code and tables and sets the registers. The virtual CPUs must be parked, here and
+    /// below.
+    pub(crate) fn boot(
+        &self,
+        layout: &Layout,
+        workload: &WorkloadConfig,
+        banner: &str,
+    ) -> Result<(), GuestError> {
+        boot::write_tables(&self.memory, layout)?;
+        write_banner(&self.memory, banner)?;
+        let mut components = fpu::X87 | fpu::SSE | fpu::AVX;
+        for (id, vcpu) in (0..).zip(&self.vcpus) {
+            let vcpu = lock(vcpu);
+            let mut sregs = vcpu.get_sregs().map_err(failed("read the special registers"))?;
+            boot::enter_long_mode(&mut sregs);
+            vcpu.set_sregs(&sregs).map_err(failed("enter 64-bit mode"))?;
+            vcpu.set_regs(&boot::registers(layout, workload, id))
+                .map_err(failed("set the registers"))?;
+            components = self.set_pattern(&vcpu, id, components)?;
+            let mp_state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+            vcpu.set_mp_state(mp_state).map_err(failed("make a virtual CPU runnable"))?;
+        }
+        Ok(boot::store_xsave_components(&self.memory, components)?)
+    }
+
+    /// Sets the vector registers, and says which of the components keep what was set.
+    fn set_pattern(&self, vcpu: &VcpuFd, id: u8, components: u64) -> Result<u64, GuestError> {
+        if self.capabilities.xcrs {
+            let mut xcrs = vcpu.get_xcrs().map_err(failed("read XCR0"))?;
+            xcrs.nr_xcrs = 1;
+            xcrs.xcrs[0].xcr = 0;
+            xcrs.xcrs[0].value = self.xcr0;
+            vcpu.set_xcrs(&xcrs).map_err(failed("set XCR0"))?;
+        }
+        let words = self.capabilities.xsave_words;
+        // A KVM without AVX refuses the lot.
+        for wanted in [components, components & !fpu::AVX] {
+            let pattern = fpu::pattern(self.seed, id, wanted);
+            if state::write_xsave(vcpu, words, &pattern).is_ok() {
+                let kept = state::read_xsave(vcpu, words)?;
+                return Ok(wanted & !fpu::missing(self.seed, id, wanted, &kept));
+            }
+        }
+        let nothing = fpu::pattern(self.seed, id, 0);
+        state::write_xsave(vcpu, words, &nothing).map(|()| 0)
+    }
+
+    pub(crate) fn save(&self) -> Result<KvmState, GuestError> {
+        let vcpus = self.vcpus.iter().map(|vcpu| VcpuState::save(&lock(vcpu), &self.capabilities));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        let vm = state::save_vm(&self.handles.vm, &self.capabilities)?;
+        Ok(KvmState { vm, vcpus })
+    }
+
+    /// Checks what can be told without touching the virtual machine.
+    pub(crate) fn check(&self, state: &KvmState) -> Result<(), StateError> {
+        state::same("the number of virtual CPUs", state.vcpus.len(), self.vcpus.len())?;
+        state.vm.check(&self.capabilities)?;
+        state.vcpus.iter().try_for_each(|vcpu| vcpu.check(&self.capabilities))
+    }
+
+    pub(crate) fn load(&self, state: &KvmState) -> Result<(), GuestError> {
+        state::restore_interrupts(&self.handles.vm, &state.vm)?;
+        for (vcpu, saved) in self.vcpus.iter().zip(&state.vcpus) {
+            saved.restore(&lock(vcpu), &self.capabilities)?;
+        }
+        state::restore_clock(&self.handles.vm, &state.vm)
+    }
+
+    /// For each virtual CPU, whether it stands between the two counts of a write.
+    pub(crate) fn writes_in_flight(&self) -> Result<Vec<bool>, GuestError> {
+        let in_flight = |vcpu: &Arc<Mutex<VcpuFd>>| {
+            let registers = lock(vcpu).get_regs().map_err(failed("read the registers"))?;
+            Ok(code::write_in_flight(registers.rip.wrapping_sub(CODE)))
+        };
+        self.vcpus.iter().map(in_flight).collect()
+    }
+
+    /// Whether the vector registers hold what was set at boot, wherever that was.
+    pub(crate) fn fpu_intact(&self) -> Result<bool, GuestError> {
+        let components = boot::load_xsave_components(&self.memory)?;
+        for (id, vcpu) in (0..).zip(&self.vcpus) {
+            let found = state::read_xsave(&lock(vcpu), self.capabilities.xsave_words)?;
+            if !fpu::intact(self.seed, id, components, &found) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,6 @@
+//! Guests of both kinds, by themselves and moved.
+
+mod alone;
+mod common;
+mod moving;
+mod oracle;

@@ -1,0 +1,173 @@
+//! The destination's listener.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use pageferry::transport::{Interrupt, MigrationId, TransportError};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::board::{Bell, Board, Incoming};
+use crate::connection::LinkState;
+use crate::destination::TcpDestinationLink;
+use crate::options::TcpOptions;
+use crate::poll_loop::PollLoop;
+
+const BACKLOG: i32 = 128;
+/// Fits the kernel's 15 bytes.
+const THREAD_NAME: &str = "ferry-accept";
+
+/// Waits for migrations on a port. Serves one at a time; a second source is told to come later.
+///
+/// Strangers on the port (scanners, health checks, garbage) are turned away with a warning in
+/// the log that names their address, and disturb nobody.
+///
+/// # Thread safety
+///
+/// All methods take `&self`; a link that was accepted lives on its own.
+///
+/// # Resource cleanup
+///
+/// A thread owns the listener. Dropping the acceptor and the links that came from it ends the
+/// thread and frees the port.
+#[derive(Debug)]
+pub struct TcpAcceptor {
+    desk: Arc<Desk>,
+    local_addr: SocketAddr,
+}
+
+impl TcpAcceptor {
+    /// Listens on the first of the addresses that can be had. Port 0 lets the kernel choose one,
+    /// see [`TcpAcceptor::local_addr`].
+    pub fn bind(
+        addr: impl ToSocketAddrs + fmt::Debug,
+        options: TcpOptions,
+    ) -> Result<Self, TransportError> {
+        Self::bind_with(addr, options, |body| {
+            thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(body)
+        })
+    }
+
+    /// As [`TcpAcceptor::bind`], for a host that wants to start the acceptor's thread itself (to
+    /// put a seccomp filter on it first, say). The thread must run what it is given to its end.
+    pub fn bind_with(
+        addr: impl ToSocketAddrs + fmt::Debug,
+        options: TcpOptions,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
+    ) -> Result<Self, TransportError> {
+        let failed = |cause| TransportError::Listen { address: crate::address_text(&addr), cause };
+        let addresses = addr.to_socket_addrs().map_err(failed)?;
+        let mut last_error = failed(io::ErrorKind::NotFound.into());
+        for address in addresses {
+            match listen(address, &options) {
+                Ok((listener, local_addr)) => {
+                    let desk = Desk::open(listener, options, spawn).map_err(|cause| {
+                        TransportError::Io { operation: "start the acceptor's thread", cause }
+                    })?;
+                    return Ok(Self { desk: Arc::new(desk), local_addr });
+                }
+                Err(cause) => {
+                    last_error = TransportError::Listen { address: address.to_string(), cause };
+                }
+            }
+        }
+        Err(last_error)
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Waits for a source, at most `timeout` (`None`: until there is one). While the link of the
+    /// migration before lives, no source is let in.
+    pub fn accept(&self, timeout: Option<Duration>) -> Result<TcpDestinationLink, TransportError> {
+        let (id, Incoming { socket, peer }) = self.desk.board.next_migration(timeout)?;
+        self.link(id, socket, peer).inspect_err(|_| self.desk.board.end_migration())
+    }
+
+    fn link(
+        &self,
+        id: MigrationId,
+        socket: Socket,
+        peer: SocketAddr,
+    ) -> Result<TcpDestinationLink, TransportError> {
+        let board = Arc::downgrade(&self.desk.board);
+        let state = LinkState::new(move || {
+            if let Some(board) = board.upgrade() {
+                board.wake_all();
+            }
+        });
+        let control = state.adopt(socket, peer)?;
+        Ok(TcpDestinationLink::new(id, Arc::clone(&self.desk), state, control))
+    }
+
+    /// A handle that ends [`TcpAcceptor::accept`], now and later, with
+    /// [`TransportError::Interrupted`]. Links that were accepted are not concerned.
+    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::new(AcceptInterrupter(Arc::clone(&self.desk.board)))
+    }
+}
+
+#[derive(Debug)]
+struct AcceptInterrupter(Arc<Board>);
+
+impl Interrupt for AcceptInterrupter {
+    fn interrupt(&self) {
+        self.0.interrupt_accept();
+    }
+}
+
+/// The acceptor's thread, shared by the acceptor and its links. Ends with the last of them.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    board: Arc<Board>,
+    bell: Arc<Bell>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Desk {
+    fn open(
+        listener: Socket,
+        options: TcpOptions,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
+    ) -> io::Result<Self> {
+        let board = Arc::new(Board::default());
+        let bell = Arc::new(Bell::new()?);
+        let poll_loop = PollLoop::new(listener, Arc::clone(&bell), Arc::clone(&board), options);
+        let thread = spawn(Box::new(move || poll_loop.run()))?;
+        Ok(Self { board, bell, thread: Some(thread) })
+    }
+
+    pub(crate) fn board(&self) -> &Board {
+        &self.board
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        self.board.stop(None);
+        self.bell.ring();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the acceptor's thread panicked");
+        }
+    }
+}
+
+fn listen(address: SocketAddr, options: &TcpOptions) -> io::Result<(Socket, SocketAddr)> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // A port whose last migration has just ended can be had again at once.
+    socket.set_reuse_address(true)?;
+    // Accepted sockets inherit the sizes.
+    options.apply_buffers(&socket)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::from(address))?;
+    socket.listen(BACKLOG)?;
+    let local = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+    Ok((socket, local))
+}

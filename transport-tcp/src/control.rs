@@ -1,0 +1,170 @@
+//! The control channel: frames, each behind its length.
+//!
+//! | offset | bytes | field                                        |
+//! |-------:|------:|----------------------------------------------|
+//! |      0 |     4 | length, 1 to `MAX_FRAME_BYTES`, little-endian |
+//! |      4 |     … | the frame                                    |
+
+use std::io::{self, IoSlice};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::transport::stream::StreamError;
+use pageferry::transport::{
+    ControlChannel, ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError,
+};
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+
+use crate::connection::{Connection, deadline_after};
+
+const LENGTH_BYTES: usize = 4;
+const SENDING: &str = "send a control frame";
+const RECEIVING: &str = "receive a control frame";
+
+pub(crate) fn channel(connection: &Arc<Connection>) -> ControlChannel {
+    ControlChannel {
+        sender: Box::new(TcpControlSender { connection: Arc::clone(connection) }),
+        receiver: Box::new(TcpControlReceiver {
+            connection: Arc::clone(connection),
+            length: [0; LENGTH_BYTES],
+            frame: Vec::new(),
+            filled: 0,
+            broken: None,
+        }),
+    }
+}
+
+#[derive(Debug)]
+struct TcpControlSender {
+    connection: Arc<Connection>,
+}
+
+impl ControlSender for TcpControlSender {
+    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+        self.connection.check()?;
+        if frame.is_empty() {
+            let cause = io::Error::new(io::ErrorKind::InvalidInput, "the frame is empty");
+            return Err(TransportError::Io { operation: SENDING, cause });
+        }
+        if frame.len() > MAX_FRAME_BYTES {
+            return Err(TransportError::TooLarge {
+                what: "control frame",
+                size: frame.len() as u64,
+                limit: MAX_FRAME_BYTES as u64,
+            });
+        }
+        // Cannot fail: the length was checked.
+        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX).to_le_bytes();
+        let total = LENGTH_BYTES + frame.len();
+        let mut sent = 0;
+        while sent < total {
+            let left_of_length = &length[sent.min(LENGTH_BYTES)..];
+            let left_of_frame = &frame[sent.saturating_sub(LENGTH_BYTES)..];
+            let result = rustix::net::sendmsg(
+                &self.connection,
+                &[IoSlice::new(left_of_length), IoSlice::new(left_of_frame)],
+                &mut SendAncillaryBuffer::default(),
+                SendFlags::NOSIGNAL,
+            );
+            match result {
+                Ok(more) => sent += more,
+                Err(Errno::INTR) => {}
+                Err(errno) => {
+                    // Half a frame may be out: nothing sensible can follow it.
+                    self.connection.shutdown(Shutdown::Write);
+                    return Err(self.connection.failed(SENDING, errno.into()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for TcpControlSender {
+    fn drop(&mut self) {
+        // The other side reads the end of the stream, and so `Closed`.
+        self.connection.shutdown(Shutdown::Write);
+    }
+}
+
+/// Keeps what it has of a frame over calls, so a timeout in the middle of one loses nothing.
+#[derive(Debug)]
+struct TcpControlReceiver {
+    connection: Arc<Connection>,
+    length: [u8; LENGTH_BYTES],
+    /// As long as the length says once that is known, empty before.
+    frame: Vec<u8>,
+    /// Bytes there of length and frame together.
+    filled: usize,
+    broken: Option<StreamError>,
+}
+
+impl TcpControlReceiver {
+    /// Where the next bytes go; empty when the frame is complete.
+    fn room(&mut self) -> &mut [u8] {
+        if self.filled < LENGTH_BYTES {
+            &mut self.length[self.filled..]
+        } else {
+            &mut self.frame[self.filled - LENGTH_BYTES..]
+        }
+    }
+
+    /// Makes room for the frame once its length is known.
+    fn prepare(&mut self) -> Result<(), StreamError> {
+        let announced = u32::from_le_bytes(self.length);
+        match usize::try_from(announced) {
+            Ok(length @ 1..=MAX_FRAME_BYTES) => {
+                self.frame = vec![0; length];
+                Ok(())
+            }
+            _ => Err(StreamError::FrameLength(announced)),
+        }
+    }
+}
+
+impl ControlReceiver for TcpControlReceiver {
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        let connection = Arc::clone(&self.connection);
+        connection.check()?;
+        if let Some(error) = self.broken {
+            return Err(error.into());
+        }
+        let deadline = deadline_after(timeout);
+        let mut flags = RecvFlags::DONTWAIT;
+        loop {
+            match connection.receive(self.room(), flags) {
+                Ok(0) if self.filled == 0 => {
+                    connection.check()?;
+                    return Err(TransportError::Closed);
+                }
+                Ok(0) => return Err(connection.ended(RECEIVING)),
+                Ok(received) => {
+                    self.filled += received;
+                    if self.filled == LENGTH_BYTES
+                        && let Err(error) = self.prepare()
+                    {
+                        self.broken = Some(error);
+                        connection.shutdown(Shutdown::Both);
+                        return Err(error.into());
+                    }
+                    if self.filled == LENGTH_BYTES + self.frame.len() {
+                        self.filled = 0;
+                        return Ok(std::mem::take(&mut self.frame));
+                    }
+                }
+                // Without a deadline the next `recv` may as well do the waiting.
+                Err(Errno::AGAIN) if deadline.is_none() => flags = RecvFlags::empty(),
+                Err(Errno::AGAIN) => {
+                    if connection.wait(PollFlags::IN, deadline)?.is_empty() {
+                        let after = timeout.unwrap_or_default();
+                        return Err(TransportError::TimedOut { operation: RECEIVING, after });
+                    }
+                }
+                Err(errno) => return Err(connection.failed(RECEIVING, errno.into())),
+            }
+        }
+    }
+}

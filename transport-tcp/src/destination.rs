@@ -1,0 +1,129 @@
+//! The destination's end of a link: the acceptor found its control connection, and finds the
+//! data connections.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{
+    Capabilities, ControlChannel, DestinationLink, Interrupt, MigrationId, PageReceiver,
+    Registration, TransportError,
+};
+
+use crate::acceptor::Desk;
+use crate::connection::{Connection, LinkState, close_all};
+use crate::receiver::TcpPageReceiver;
+use crate::{CAPABILITIES, NAME, control};
+
+/// The destination's end of a link over TCP. Made by
+/// [`TcpAcceptor::accept`](crate::TcpAcceptor::accept).
+///
+/// # Resource cleanup
+///
+/// Dropping it closes all connections of the migration, and the acceptor takes the next one. It
+/// keeps the acceptor's thread and port alive even if the acceptor was dropped.
+#[derive(Debug)]
+pub struct TcpDestinationLink {
+    id: MigrationId,
+    desk: Arc<Desk>,
+    state: Arc<LinkState>,
+    /// Control first, then data.
+    connections: Vec<Arc<Connection>>,
+    control_taken: bool,
+    memory: Option<Arc<GuestMemory>>,
+    opened: bool,
+}
+
+impl TcpDestinationLink {
+    pub(crate) fn new(
+        id: MigrationId,
+        desk: Arc<Desk>,
+        state: Arc<LinkState>,
+        control: Arc<Connection>,
+    ) -> Self {
+        Self {
+            id,
+            desk,
+            state,
+            connections: vec![control],
+            control_taken: false,
+            memory: None,
+            opened: false,
+        }
+    }
+
+    /// The migration, as the acceptor's logs call it.
+    pub fn migration_id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// The source's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.connections[0].peer()
+    }
+}
+
+impl DestinationLink for TcpDestinationLink {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.state.check()?;
+        if std::mem::replace(&mut self.control_taken, true) {
+            return Err(TransportError::OutOfOrder("the control channel is taken"));
+        }
+        Ok(control::channel(&self.connections[0]))
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.state.check()?;
+        self.memory = Some(Arc::clone(memory));
+        Ok(Registration::default())
+    }
+
+    fn open_receivers(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
+        self.state.check()?;
+        let Some(memory) = &self.memory else {
+            return Err(TransportError::OutOfOrder("data channels before registration"));
+        };
+        crate::check_channels(channels)?;
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
+        let sockets = self.desk.board().collect_channels(channels, timeout, &self.state)?;
+        self.opened = true;
+        let connections = sockets
+            .into_iter()
+            .map(|incoming| self.state.adopt(incoming.socket, incoming.peer))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.connections.extend(connections.iter().cloned());
+        Ok(connections
+            .into_iter()
+            .map(|connection| {
+                Box::new(TcpPageReceiver::new(connection, Arc::clone(memory)))
+                    as Box<dyn PageReceiver>
+            })
+            .collect())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.state) as Arc<dyn Interrupt>
+    }
+}
+
+impl Drop for TcpDestinationLink {
+    fn drop(&mut self) {
+        close_all(&self.connections);
+        self.desk.board().end_migration();
+    }
+}

@@ -1,0 +1,119 @@
+//! Connections that have not said yet what they are for, and those that are being turned away.
+
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use crate::board::{Board, Incoming, Unwanted};
+use crate::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Status, check_start};
+
+/// How long a refused connection may take to read why.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(crate) struct HalfOpen {
+    pub(crate) incoming: Incoming,
+    pub(crate) deadline: Instant,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Preamble {
+        bytes: [u8; PREAMBLE_BYTES],
+        filled: usize,
+    },
+    /// Answered and shut. Closing a socket with unread bytes in it sends a reset, which can
+    /// destroy the answer before it is read: so read on until the other side has hung up.
+    Refused,
+}
+
+impl HalfOpen {
+    pub(crate) fn new(incoming: Incoming, deadline: Instant) -> Self {
+        Self {
+            incoming,
+            deadline,
+            phase: Phase::Preamble { bytes: [0; PREAMBLE_BYTES], filled: 0 },
+        }
+    }
+
+    /// Goes on with what has come. `None` when the connection went to the board or is closed.
+    pub(crate) fn advance(mut self, board: &Board) -> Option<Self> {
+        let Phase::Preamble { bytes, filled } = &mut self.phase else {
+            return self.discard();
+        };
+        let room = &mut bytes[*filled..];
+        let received = rustix::io::retry_on_intr(|| {
+            rustix::net::recv(&self.incoming.socket, &mut *room, RecvFlags::DONTWAIT)
+        });
+        let peer = self.incoming.peer;
+        match received {
+            Ok((_, 0)) => {
+                tracing::warn!(%peer, "closed a connection: it ended within its preamble");
+                return None;
+            }
+            Ok((_, received)) => *filled += received,
+            Err(Errno::AGAIN) => return Some(self),
+            Err(errno) => {
+                tracing::warn!(%peer, "closed a connection: {errno}");
+                return None;
+            }
+        }
+        let judged = match check_start(&bytes[..*filled]) {
+            Ok(()) if *filled < PREAMBLE_BYTES => return Some(self),
+            Ok(()) => Preamble::decode(bytes),
+            Err(error) => Err(error),
+        };
+        let unwanted = match judged {
+            Ok(preamble) => match board.admit(self.incoming, &preamble) {
+                Ok(()) => return None,
+                Err(unwanted) => unwanted,
+            },
+            Err(error) => {
+                let status = match error {
+                    PreambleError::Version(_) => Status::Version,
+                    _ => Status::Malformed,
+                };
+                Unwanted { incoming: self.incoming, status, reason: error.to_string() }
+            }
+        };
+        Some(Self::refuse(unwanted))
+    }
+
+    /// Says why it is over, and gives the other side time to read it.
+    fn refuse(Unwanted { incoming, status, reason }: Unwanted) -> Self {
+        tracing::warn!(peer = %incoming.peer, ?status, "refused a connection: {reason}");
+        // If the other side is gone, nobody misses the answer.
+        let _ = incoming.answer(status, &reason);
+        let _ = incoming.socket.shutdown(Shutdown::Write);
+        Self { incoming, deadline: Instant::now() + FAREWELL, phase: Phase::Refused }
+    }
+
+    /// Reads what nobody wants.
+    fn discard(self) -> Option<Self> {
+        let mut unwanted = [0; 4096];
+        match rustix::net::recv(&self.incoming.socket, &mut unwanted, RecvFlags::DONTWAIT) {
+            Ok((_, 1..)) | Err(Errno::AGAIN | Errno::INTR) => Some(self),
+            Ok((_, 0)) | Err(_) => None,
+        }
+    }
+
+    /// Whether it still matters to its other side that it lives.
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(self.phase, Phase::Refused)
+    }
+
+    /// Closes it for a reason of this side.
+    pub(crate) fn expire(self, why: &str) {
+        if let Phase::Preamble { filled, .. } = self.phase {
+            let peer = self.incoming.peer;
+            tracing::warn!(
+                %peer,
+                "closed a connection: {why} after {filled} of {PREAMBLE_BYTES} bytes of its preamble"
+            );
+            let _ = self.incoming.answer(Status::Malformed, why);
+        }
+    }
+}

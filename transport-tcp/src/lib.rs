@@ -1,0 +1,102 @@
+//! TCP transport of [pageferry]: pages go straight from guest memory into sockets by
+//! `sendmsg`, and straight from sockets into guest memory by `recvmsg`. No page byte is copied in
+//! user space.
+//!
+//! The destination [binds](TcpAcceptor::bind) and [accepts](TcpAcceptor::accept), the source
+//! [connects](connect()). A link is one control connection and any number of data connections to
+//! the same port, found by a random migration id; how each begins is in [`preamble`]. Both ends
+//! then speak pageferry's stream codec ([`pageferry::transport::stream`]). IPv4 and IPv6.
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use pageferry::transport::{DestinationLink, SourceLink, TransportError};
+//! use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+//!
+//! # fn main() -> Result<(), TransportError> {
+//! let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default())?;
+//! let address = acceptor.local_addr();
+//!
+//! // On the other host.
+//! let source = std::thread::spawn(move || -> Result<(), TransportError> {
+//!     let mut link = connect(address, TcpOptions::default())?;
+//!     link.control()?.sender.send(b"hello")
+//! });
+//!
+//! let mut link = acceptor.accept(Some(Duration::from_secs(10)))?;
+//! let frame = link.control()?.receiver.receive(Some(Duration::from_secs(10)))?;
+//! assert_eq!(frame, b"hello");
+//! # source.join().unwrap()
+//! # }
+//! ```
+//!
+//! # Who is let in
+//!
+//! Whoever reaches the port may start a migration, and whoever knows the migration id may join
+//! one; nothing is encrypted. Listen on a network that only hosts can reach.
+//!
+//! # Thread safety
+//!
+//! Links and channels are [`Send`] and driven by one thread at a time. The two directions of the
+//! control channel and all data channels may be used at once, each from its own thread.
+//! [`Interrupt`](pageferry::transport::Interrupt) handles may be used from any thread at any
+//! time. The crate starts one thread, the acceptor's ([`TcpAcceptor::bind_with`] lets the host
+//! start it), and blocks no signal.
+//!
+//! # Resource cleanup
+//!
+//! Sockets belong to the link: a channel that is dropped ends its direction of the connection,
+//! the descriptor is closed when the link is dropped. A data channel dropped without
+//! [`finish`](pageferry::transport::PageSender::finish) is a lost one for the other side.
+//! Guest memory is kept alive by an [`Arc`](std::sync::Arc) until link and channels are gone.
+
+mod acceptor;
+mod board;
+mod connection;
+mod control;
+mod destination;
+mod half_open;
+mod options;
+mod poll_loop;
+pub mod preamble;
+mod raw_io;
+mod receiver;
+mod sender;
+mod source;
+
+use std::fmt;
+
+use pageferry::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
+
+pub use acceptor::TcpAcceptor;
+pub use destination::TcpDestinationLink;
+pub use options::{Keepalive, TcpOptions};
+pub use source::{TcpSourceLink, connect};
+
+/// Most data channels of a link; bounds how many connections a peer can make us hold.
+pub const MAX_CHANNELS: u16 = 256;
+
+const NAME: &str = "tcp";
+
+/// Both ends can do the same.
+const CAPABILITIES: Capabilities = Capabilities {
+    one_sided_write: false,
+    one_sided_read: false,
+    zero_copy: false,
+    needs_registration: false,
+    max_batch_bytes: sender::MAX_BATCH_BYTES,
+    max_batch_runs: MAX_BATCH_RUNS,
+};
+
+fn check_channels(channels: u16) -> Result<(), TransportError> {
+    if channels > MAX_CHANNELS {
+        let (size, limit) = (u64::from(channels), u64::from(MAX_CHANNELS));
+        return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
+    }
+    Ok(())
+}
+
+/// An address as its owner wrote it, for an error; without the quotes of a string.
+fn address_text(addr: &impl fmt::Debug) -> String {
+    format!("{addr:?}").trim_matches('"').to_owned()
+}

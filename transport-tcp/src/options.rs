@@ -1,0 +1,97 @@
+//! Settings of the sockets.
+
+use std::io;
+use std::time::Duration;
+
+use socket2::{Socket, TcpKeepalive};
+
+/// When a silent connection is probed, and given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Silence before the first probe.
+    pub idle: Duration,
+    /// Time between probes.
+    pub interval: Duration,
+    /// Unanswered probes before the connection counts as lost. The kernel only looks at it when
+    /// [`TcpOptions::user_timeout`] is not set.
+    pub probes: u32,
+}
+
+impl Default for Keepalive {
+    fn default() -> Self {
+        Self { idle: Duration::from_secs(10), interval: Duration::from_secs(5), probes: 4 }
+    }
+}
+
+/// Settings of all connections of a link; both sides choose theirs freely.
+///
+/// ```
+/// use std::time::Duration;
+/// use pageferry_tcp::TcpOptions;
+///
+/// let options = TcpOptions { connect_timeout: Duration::from_secs(3), ..TcpOptions::default() };
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TcpOptions {
+    /// At the source: how long one address may take to accept a connection and to answer.
+    pub connect_timeout: Duration,
+    /// At the destination: how long a fresh connection may take to say what it wants.
+    pub preamble_timeout: Duration,
+    /// How long sent bytes may stay unacknowledged by the other kernel, or its receive window
+    /// shut, until the link counts as lost (`TCP_USER_TIMEOUT`). `None` leaves it to the
+    /// kernel's retransmission limits, which take many minutes.
+    ///
+    /// The second case means that a destination which does not read for this long loses its
+    /// link, even if it is alive.
+    pub user_timeout: Option<Duration>,
+    /// Probes on silent connections; `None` for no probes.
+    pub keepalive: Option<Keepalive>,
+    /// Send buffer of each connection in bytes. `None` lets the kernel tune it, which is best
+    /// nearly always; a fixed size is capped by `net.core.wmem_max`.
+    pub send_buffer_bytes: Option<usize>,
+    /// Receive buffer of each connection in bytes. `None` lets the kernel tune it, which is best
+    /// nearly always; a fixed size is capped by `net.core.rmem_max`.
+    pub receive_buffer_bytes: Option<usize>,
+}
+
+impl Default for TcpOptions {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(10),
+            preamble_timeout: Duration::from_secs(5),
+            user_timeout: Some(Duration::from_secs(30)),
+            keepalive: Some(Keepalive::default()),
+            send_buffer_bytes: None,
+            receive_buffer_bytes: None,
+        }
+    }
+}
+
+impl TcpOptions {
+    /// Sets buffer sizes. Must happen before `connect` and `listen`: the window scale that a
+    /// large buffer needs is negotiated with the first packet.
+    pub(crate) fn apply_buffers(&self, socket: &Socket) -> io::Result<()> {
+        if let Some(bytes) = self.send_buffer_bytes {
+            socket.set_send_buffer_size(bytes)?;
+        }
+        if let Some(bytes) = self.receive_buffer_bytes {
+            socket.set_recv_buffer_size(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Sets everything else.
+    pub(crate) fn apply(&self, socket: &Socket) -> io::Result<()> {
+        // Batches and frames are whole when they are handed over: nothing to wait for.
+        socket.set_tcp_nodelay(true)?;
+        if let Some(Keepalive { idle, interval, probes }) = self.keepalive {
+            let keepalive =
+                TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        if self.user_timeout.is_some() {
+            socket.set_tcp_user_timeout(self.user_timeout)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,244 @@
+//! The source's end of a link: it connects.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::Instant;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{
+    Capabilities, ControlChannel, Interrupt, MigrationId, PageSender, Registration, SourceLink,
+    TransportError,
+};
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::connection::{Connection, LinkState, close_all, deadline_after};
+use crate::options::TcpOptions;
+use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
+use crate::sender::TcpPageSender;
+use crate::{CAPABILITIES, NAME, control};
+
+/// Connects to a destination that accepts migrations ([`TcpAcceptor`](crate::TcpAcceptor)).
+///
+/// Tries the addresses one after another, each for at most [`TcpOptions::connect_timeout`], until
+/// one answers. A refusal is an answer: it is returned as [`TransportError::Refused`].
+pub fn connect(
+    addr: impl ToSocketAddrs + fmt::Debug,
+    options: TcpOptions,
+) -> Result<TcpSourceLink, TransportError> {
+    let unreachable =
+        |cause| TransportError::Connect { address: crate::address_text(&addr), cause };
+    let addresses = addr.to_socket_addrs().map_err(unreachable)?;
+    let id = MigrationId::random()
+        .map_err(|cause| TransportError::Io { operation: "make a migration id", cause })?;
+    let state = LinkState::new(|| {});
+    let preamble = Preamble { id, kind: Kind::Control };
+    let mut last_error = None;
+    for peer in addresses {
+        let dialled =
+            Dialled::begin(peer, &preamble, &options, &state).and_then(Dialled::await_answer);
+        match dialled {
+            Ok(control) => {
+                return Ok(TcpSourceLink {
+                    id,
+                    options,
+                    state,
+                    connections: vec![control],
+                    control_taken: false,
+                    memory: None,
+                    opened: false,
+                });
+            }
+            Err(error @ TransportError::Connect { .. }) => last_error = Some(error),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last_error.unwrap_or_else(|| {
+        unreachable(io::Error::new(io::ErrorKind::NotFound, "the name has no address"))
+    }))
+}
+
+/// The source's end of a link over TCP. Made by [`connect()`].
+///
+/// # Resource cleanup
+///
+/// Dropping it closes all connections. If data channels were finished and dropped before all
+/// their batches were acknowledged, it first waits for the other side to take them, at most two
+/// seconds in all.
+#[derive(Debug)]
+pub struct TcpSourceLink {
+    id: MigrationId,
+    options: TcpOptions,
+    state: Arc<LinkState>,
+    /// Control first, then data. Held open here, so that dropping a channel sends no reset
+    /// after what was sent last.
+    connections: Vec<Arc<Connection>>,
+    control_taken: bool,
+    memory: Option<Arc<GuestMemory>>,
+    opened: bool,
+}
+
+impl TcpSourceLink {
+    /// The migration, as the destination's logs call it.
+    pub fn migration_id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// The destination's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.connections[0].peer()
+    }
+}
+
+impl SourceLink for TcpSourceLink {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.state.check()?;
+        if std::mem::replace(&mut self.control_taken, true) {
+            return Err(TransportError::OutOfOrder("the control channel is taken"));
+        }
+        Ok(control::channel(&self.connections[0]))
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.state.check()?;
+        self.memory = Some(Arc::clone(memory));
+        Ok(Registration::default())
+    }
+
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        self.state.check()?;
+        let Some(memory) = &self.memory else {
+            return Err(TransportError::OutOfOrder("data channels before registration"));
+        };
+        crate::check_channels(channels)?;
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
+        let peer = self.peer_addr();
+        // All preambles go out before the first answer is waited for.
+        let dialled = (0..channels)
+            .map(|channel| {
+                let preamble = Preamble { id: self.id, kind: Kind::Data { channel } };
+                Dialled::begin(peer, &preamble, &self.options, &self.state)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let connections =
+            dialled.into_iter().map(Dialled::await_answer).collect::<Result<Vec<_>, _>>()?;
+        self.opened = true;
+        self.connections.extend(connections.iter().cloned());
+        Ok(connections
+            .into_iter()
+            .map(|connection| {
+                Box::new(TcpPageSender::new(connection, Arc::clone(memory))) as Box<dyn PageSender>
+            })
+            .collect())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.state) as Arc<dyn Interrupt>
+    }
+}
+
+impl Drop for TcpSourceLink {
+    fn drop(&mut self) {
+        close_all(&self.connections);
+    }
+}
+
+/// A connection whose preamble is out and whose answer is not there yet.
+struct Dialled {
+    connection: Arc<Connection>,
+    deadline: Option<Instant>,
+}
+
+impl Dialled {
+    fn begin(
+        peer: SocketAddr,
+        preamble: &Preamble,
+        options: &TcpOptions,
+        state: &Arc<LinkState>,
+    ) -> Result<Self, TransportError> {
+        let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
+        let deadline = deadline_after(Some(options.connect_timeout));
+        let socket = start(peer, options).map_err(failed)?;
+        // Part of the link while it still connects, so that an interrupt ends that too: shutting
+        // down a socket in SYN_SENT aborts the attempt.
+        let connection = state.adopt(socket, peer)?;
+        if connection.wait(PollFlags::OUT, deadline)?.is_empty() {
+            return Err(failed(io::ErrorKind::TimedOut.into()));
+        }
+        connection.check()?;
+        if let Some(cause) = connection.socket().take_error().map_err(failed)? {
+            return Err(failed(cause));
+        }
+        connection.socket().set_nonblocking(false).map_err(failed)?;
+        // A fresh socket has room for these few bytes, always.
+        let preamble = preamble.encode();
+        match connection.send(&preamble, SendFlags::DONTWAIT) {
+            Ok(sent) if sent == preamble.len() => Ok(Self { connection, deadline }),
+            Ok(_) => Err(failed(io::ErrorKind::WriteZero.into())),
+            Err(errno) => {
+                connection.check()?;
+                Err(failed(errno.into()))
+            }
+        }
+    }
+
+    fn await_answer(self) -> Result<Arc<Connection>, TransportError> {
+        let Self { connection, deadline } = self;
+        let address = || connection.peer().to_string();
+        let failed = |cause| TransportError::Connect { address: address(), cause };
+        let mut bytes = [0; ANSWER_BYTES];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            match connection.receive(&mut bytes[filled..], RecvFlags::DONTWAIT) {
+                Ok(0) => {
+                    connection.check()?;
+                    return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+                }
+                Ok(received) => filled += received,
+                Err(Errno::AGAIN) => {
+                    if connection.wait(PollFlags::IN, deadline)?.is_empty() {
+                        return Err(failed(io::ErrorKind::TimedOut.into()));
+                    }
+                }
+                Err(errno) => {
+                    connection.check()?;
+                    return Err(failed(errno.into()));
+                }
+            }
+        }
+        match Answer::decode(&bytes) {
+            Ok(Answer { status: Status::Ok, .. }) => Ok(connection),
+            Ok(Answer { reason, .. }) => {
+                Err(TransportError::Refused { address: address(), reason })
+            }
+            // Something listens there, but it is no destination of ours.
+            Err(error) => Err(failed(io::Error::new(io::ErrorKind::InvalidData, error))),
+        }
+    }
+}
+
+/// Starts to connect; the socket is left in non-blocking mode.
+fn start(peer: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(peer), Type::STREAM, Some(Protocol::TCP))?;
+    options.apply_buffers(&socket)?;
+    options.apply(&socket)?;
+    socket.set_nonblocking(true)?;
+    match socket.connect(&SockAddr::from(peer)) {
+        Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => Err(error),
+        _ => Ok(socket),
+    }
+}

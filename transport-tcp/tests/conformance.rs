@@ -1,0 +1,47 @@
+//! TCP passes the conformance suite: on IPv4, on IPv6, and with socket buffers so small that
+//! nothing ever fits in one piece.
+
+use std::time::Duration;
+
+use pageferry::testing::conformance::Pair;
+use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+
+fn pair(address: &str, options: TcpOptions) -> Pair {
+    let acceptor = TcpAcceptor::bind(address, options.clone()).expect("a port of loopback");
+    let source = connect(acceptor.local_addr(), options).expect("the acceptor answers");
+    let destination = acceptor.accept(Some(Duration::from_secs(10))).expect("a source came");
+    (Box::new(source), Box::new(destination))
+}
+
+fn ipv4() -> Pair {
+    pair("127.0.0.1:0", TcpOptions::default())
+}
+
+fn small_buffers() -> Pair {
+    let options = TcpOptions {
+        send_buffer_bytes: Some(4096),
+        receive_buffer_bytes: Some(4096),
+        ..TcpOptions::default()
+    };
+    pair("127.0.0.1:0", options)
+}
+
+mod over_ipv4 {
+    use super::*;
+    pageferry::conformance_suite!(ipv4);
+}
+
+mod with_small_buffers {
+    use super::*;
+    pageferry::conformance_suite!(small_buffers);
+}
+
+#[test]
+fn over_ipv6() {
+    if let Err(error) = std::net::TcpListener::bind("[::1]:0") {
+        eprintln!("skipped, because there is no IPv6 loopback: {error}");
+        return;
+    }
+    let ipv6 = || pair("[::1]:0", TcpOptions::default());
+    pageferry::testing::conformance::run_all(&ipv6);
+}

@@ -1,0 +1,125 @@
+//! The control channel keeps frames whole.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use pageferry::transport::stream::StreamError;
+use pageferry::transport::{
+    ControlReceiver, DestinationLink, MAX_FRAME_BYTES, SourceLink, TransportError,
+};
+use pageferry_tcp::preamble::Kind;
+use pageferry_tcp::{TcpDestinationLink, TcpOptions};
+
+use crate::support::{PATIENCE, Random, acceptor, pair, raw};
+
+const SHORT: Option<Duration> = Some(Duration::from_millis(20));
+
+/// A control channel whose other side is a plain socket.
+fn with_raw_source() -> (TcpStream, TcpDestinationLink, Box<dyn ControlReceiver>) {
+    let acceptor = acceptor(&TcpOptions::default());
+    let stream = raw::dial(acceptor.local_addr(), Kind::Control);
+    let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
+    assert_eq!(link.migration_id(), raw::ID);
+    let receiver = link.control().unwrap().receiver;
+    (stream, link, receiver)
+}
+
+#[test]
+fn frames_of_all_lengths_pass_both_ways() {
+    let mut random = Random::new("frames");
+    let mut link = pair(&TcpOptions::default());
+    let mut here = link.source.control().unwrap();
+    let mut there = link.destination.control().unwrap();
+    for length in [1, 2, 5, 4096, 100_000, MAX_FRAME_BYTES - 1, MAX_FRAME_BYTES] {
+        let frame: Vec<u8> = (0..length).map(|_| random.next().to_le_bytes()[3]).collect();
+        thread::scope(|scope| {
+            scope.spawn(|| here.sender.send(&frame).unwrap());
+            scope.spawn(|| there.sender.send(&frame).unwrap());
+            assert!(there.receiver.receive(Some(PATIENCE)).unwrap() == frame);
+            assert!(here.receiver.receive(None).unwrap() == frame);
+        });
+    }
+    assert!(matches!(
+        here.sender.send(&vec![0; MAX_FRAME_BYTES + 1]),
+        Err(TransportError::TooLarge { .. })
+    ));
+    assert!(matches!(here.sender.send(&[]), Err(TransportError::Io { .. })));
+    // Both refusals left the channel whole.
+    here.sender.send(b"last").unwrap();
+    assert_eq!(there.receiver.receive(Some(PATIENCE)).unwrap(), b"last");
+    assert!(matches!(
+        there.receiver.receive(Some(Duration::ZERO)),
+        Err(TransportError::TimedOut { .. })
+    ));
+    assert!(matches!(link.source.control(), Err(TransportError::OutOfOrder(_))));
+    assert!(matches!(link.destination.control(), Err(TransportError::OutOfOrder(_))));
+}
+
+#[test]
+fn a_timeout_in_the_middle_of_a_frame_loses_nothing() {
+    let (mut stream, _link, mut receiver) = with_raw_source();
+    let frame = b"a frame in many pieces";
+    let mut bytes = u32::try_from(frame.len()).unwrap().to_le_bytes().to_vec();
+    bytes.extend_from_slice(frame);
+    for piece in bytes.chunks(3) {
+        let error = receiver.receive(SHORT).unwrap_err();
+        assert!(matches!(error, TransportError::TimedOut { .. }), "{error}");
+        stream.write_all(piece).unwrap();
+    }
+    // And the next frame behind it.
+    stream.write_all(&[1, 0, 0, 0, b'!']).unwrap();
+    assert_eq!(receiver.receive(Some(PATIENCE)).unwrap(), frame);
+    assert_eq!(receiver.receive(Some(PATIENCE)).unwrap(), b"!");
+}
+
+#[test]
+fn an_end_between_frames_is_closed_and_within_one_is_lost() {
+    let (mut stream, _link, mut receiver) = with_raw_source();
+    stream.write_all(&[2, 0, 0, 0, b'o', b'k']).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(receiver.receive(None).unwrap(), b"ok");
+    assert!(matches!(receiver.receive(Some(PATIENCE)), Err(TransportError::Closed)));
+    assert!(matches!(receiver.receive(None), Err(TransportError::Closed)));
+
+    for cut_short in [&[2, 0][..], &[2, 0, 0, 0], &[2, 0, 0, 0, b'o']] {
+        let (mut stream, _link, mut receiver) = with_raw_source();
+        stream.write_all(cut_short).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let error = receiver.receive(Some(PATIENCE)).unwrap_err();
+        assert!(matches!(error, TransportError::Lost { .. }), "{error}");
+    }
+}
+
+#[test]
+fn dropping_a_half_or_a_link_closes_in_order() {
+    let mut link = pair(&TcpOptions::default());
+    let here = link.source.control().unwrap();
+    let mut there = link.destination.control().unwrap();
+    drop(here.sender);
+    assert!(matches!(there.receiver.receive(Some(PATIENCE)), Err(TransportError::Closed)));
+    // The other direction still works.
+    let mut receiver = here.receiver;
+    there.sender.send(b"still").unwrap();
+    assert_eq!(receiver.receive(Some(PATIENCE)).unwrap(), b"still");
+    drop(there);
+    drop(link.destination);
+    assert!(matches!(receiver.receive(Some(PATIENCE)), Err(TransportError::Closed)));
+}
+
+#[test]
+fn forbidden_lengths_are_malformed_for_good() {
+    for length in [0, u32::try_from(MAX_FRAME_BYTES).unwrap() + 1, u32::MAX] {
+        let (mut stream, _link, mut receiver) = with_raw_source();
+        stream.write_all(&length.to_le_bytes()).unwrap();
+        stream.write_all(&[1, 0, 0, 0, b'x']).unwrap();
+        for _ in 0..2 {
+            let error = receiver.receive(Some(PATIENCE)).unwrap_err();
+            assert!(
+                matches!(error, TransportError::Malformed(StreamError::FrameLength(l)) if l == length),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Finding each other, limits of time, and interrupts.
+
+use std::net::TcpListener;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use pageferry::transport::{DestinationLink, Received, SourceLink, TransportError};
+use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+
+use crate::support::memory::guest_memory;
+use crate::support::{Ends, PATIENCE, acceptor, data, pair, raw, until_asleep};
+
+/// Runs `blocking` in a thread, waits until it sleeps, interrupts it, and hands out its result.
+fn interrupted<T: Send>(
+    interrupter: &dyn pageferry::transport::Interrupt,
+    blocking: impl FnOnce() -> Result<T, TransportError> + Send,
+) {
+    thread::scope(|scope| {
+        let (announce, announced) = mpsc::channel();
+        let thread = scope.spawn(move || {
+            announce.send(rustix::thread::gettid()).unwrap();
+            blocking().err()
+        });
+        until_asleep(announced.recv().unwrap());
+        interrupter.interrupt();
+        let error = thread.join().unwrap().expect("it was interrupted");
+        assert!(matches!(error, TransportError::Interrupted), "{error}");
+    });
+}
+
+#[test]
+fn nobody_there_is_a_connect_error_with_the_address() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let error = connect(free, TcpOptions::default()).unwrap_err();
+    assert_eq!(error.to_string(), format!("failed to connect to {free}"));
+    let error = connect("no-such-host.invalid:1", TcpOptions::default()).unwrap_err();
+    assert_eq!(error.to_string(), "failed to connect to no-such-host.invalid:1");
+}
+
+#[test]
+fn the_next_address_is_tried() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let acceptor = acceptor(&TcpOptions::default());
+    let addresses = [free, acceptor.local_addr()];
+    let source = connect(&addresses[..], TcpOptions::default()).unwrap();
+    assert_eq!(source.peer_addr(), acceptor.local_addr());
+}
+
+#[test]
+fn a_silent_destination_is_a_connect_error_in_time() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let options =
+        TcpOptions { connect_timeout: Duration::from_millis(50), ..TcpOptions::default() };
+    let error = connect(listener.local_addr().unwrap(), options).unwrap_err();
+    let TransportError::Connect { cause, .. } = error else { panic!("{error}") };
+    assert_eq!(cause.kind(), std::io::ErrorKind::TimedOut);
+}
+
+#[test]
+fn a_port_in_use_is_a_listen_error() {
+    let acceptor = acceptor(&TcpOptions::default());
+    let error = TcpAcceptor::bind(acceptor.local_addr(), TcpOptions::default()).unwrap_err();
+    let TransportError::Listen { address, cause } = error else { panic!("{error}") };
+    assert_eq!(address, acceptor.local_addr().to_string());
+    assert_eq!(cause.kind(), std::io::ErrorKind::AddrInUse);
+}
+
+#[test]
+fn the_host_may_start_the_thread() {
+    let acceptor = TcpAcceptor::bind_with("127.0.0.1:0", TcpOptions::default(), |body| {
+        thread::Builder::new().name("mine".to_owned()).spawn(body)
+    })
+    .unwrap();
+    connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+    let error = TcpAcceptor::bind_with("127.0.0.1:0", TcpOptions::default(), |_| {
+        Err(std::io::ErrorKind::PermissionDenied.into())
+    })
+    .unwrap_err();
+    assert_eq!(error.to_string(), "failed to start the acceptor's thread");
+}
+
+#[test]
+fn interrupts_end_accept() {
+    let acceptor = acceptor(&TcpOptions::default());
+    let interrupter = acceptor.interrupter();
+    interrupted(&*interrupter, || acceptor.accept(None));
+    assert!(matches!(acceptor.accept(None), Err(TransportError::Interrupted)));
+    drop(acceptor);
+    interrupter.interrupt();
+}
+
+#[test]
+fn interrupts_end_every_wait_of_a_destination() {
+    let mut link = pair(&TcpOptions::default());
+    let interrupter = link.destination.interrupter();
+    link.destination.register(&guest_memory(&[1])).unwrap();
+    assert!(matches!(
+        link.destination.open_receivers(1, Duration::from_millis(20)),
+        Err(TransportError::TimedOut { .. })
+    ));
+    let mut control = link.destination.control().unwrap();
+    interrupted(&*interrupter, || link.destination.open_receivers(1, PATIENCE));
+    assert!(matches!(control.receiver.receive(None), Err(TransportError::Interrupted)));
+    assert!(matches!(control.sender.send(b"x"), Err(TransportError::Interrupted)));
+    assert!(matches!(link.destination.control(), Err(TransportError::Interrupted)));
+    drop(control);
+    drop(link.destination);
+    interrupter.interrupt();
+}
+
+#[test]
+fn interrupts_end_a_wait_for_frames() {
+    for timeout in [None, Some(PATIENCE)] {
+        let mut link = pair(&TcpOptions::default());
+        let mut control = link.source.control().unwrap();
+        interrupted(&*link.source.interrupter(), || control.receiver.receive(timeout));
+        // The other side is not interrupted, it lost its peer.
+        let mut control = link.destination.control().unwrap();
+        assert!(matches!(control.receiver.receive(None), Err(TransportError::Closed)));
+    }
+}
+
+#[test]
+fn interrupts_end_a_receiver_and_its_sender_is_lost() {
+    let memory = guest_memory(&[1024]);
+    let mut link = pair(&TcpOptions::default());
+    let Ends { mut senders, mut receivers } = link.open(&memory, &guest_memory(&[1024]), 1);
+    interrupted(&*link.destination.interrupter(), || receivers[0].receive());
+    assert!(matches!(receivers[0].receive(), Err(TransportError::Interrupted)));
+    let error = loop {
+        if let Err(error) = senders[0].send(&[data(0, 0, 1024)]) {
+            break error;
+        }
+    };
+    assert!(matches!(error, TransportError::Lost { .. }), "{error}");
+}
+
+#[test]
+fn interrupts_end_a_sender_on_a_full_socket() {
+    let memory = guest_memory(&[1024]);
+    let options = TcpOptions {
+        send_buffer_bytes: Some(4096),
+        receive_buffer_bytes: Some(4096),
+        ..TcpOptions::default()
+    };
+    let mut link = pair(&options);
+    let Ends { mut senders, mut receivers } = link.open(&memory, &guest_memory(&[1024]), 1);
+    let interrupter = link.source.interrupter();
+    interrupted(&*interrupter, || senders[0].send(&[data(0, 0, 1024)]));
+    assert!(matches!(senders[0].watermarks(None), Err(TransportError::Interrupted)));
+    assert!(matches!(senders[0].finish(), Err(TransportError::Interrupted)));
+    assert!(matches!(receivers[0].receive(), Err(TransportError::Lost { .. })));
+}
+
+#[test]
+fn interrupts_end_a_wait_for_watermarks() {
+    let memory = guest_memory(&[1]);
+    let mut link = pair(&TcpOptions::default());
+    let Ends { mut senders, mut receivers } = link.open(&memory, &guest_memory(&[1]), 1);
+    senders[0].send(&[data(0, 0, 1)]).unwrap();
+    // Time over is no error.
+    let marks = senders[0].watermarks(Some(Duration::from_millis(20))).unwrap();
+    assert_eq!((marks.released, marks.landed), (1, 0));
+    interrupted(&*link.source.interrupter(), || senders[0].watermarks(Some(PATIENCE)));
+    // What was sent before arrives; then the channel is lost.
+    assert!(matches!(receivers[0].receive(), Ok(Received::Batch(_))));
+    assert!(matches!(receivers[0].receive(), Err(TransportError::Lost { .. })));
+}
+
+#[test]
+fn interrupts_end_open_senders() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let source = thread::spawn(move || connect(address, TcpOptions::default()).unwrap());
+    let _control = raw::welcome(&listener);
+    let mut source = source.join().unwrap();
+    assert!(matches!(source.open_senders(1), Err(TransportError::OutOfOrder(_))));
+    source.register(&guest_memory(&[1])).unwrap();
+    // Connections get no answer.
+    let interrupter = source.interrupter();
+    interrupted(&*interrupter, || source.open_senders(3));
+    assert!(matches!(source.open_senders(3), Err(TransportError::Interrupted)));
+}
+
+/// A listener whose queue is full ignores further attempts: a connection that hangs in SYN_SENT.
+#[test]
+fn interrupts_end_a_hanging_connection_attempt() {
+    let listener =
+        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    listener.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    listener.listen(0).unwrap();
+    let listener = TcpListener::from(listener);
+    let address = listener.local_addr().unwrap();
+    let source = thread::spawn(move || connect(address, TcpOptions::default()).unwrap());
+    let _control = raw::welcome(&listener);
+    let mut source = source.join().unwrap();
+    source.register(&guest_memory(&[1])).unwrap();
+    let interrupter = source.interrupter();
+    interrupted(&*interrupter, || source.open_senders(8));
+}

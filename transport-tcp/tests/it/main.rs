@@ -1,0 +1,9 @@
+//! Tests of both ends over real sockets of this machine.
+
+mod channels;
+mod control;
+mod failures;
+mod links;
+mod measure;
+mod strangers;
+mod support;

@@ -1,0 +1,128 @@
+//! What the tests share.
+
+pub(crate) mod log;
+pub(crate) mod memory;
+pub(crate) mod raw;
+pub(crate) mod relay;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::memory::{GuestMemory, PageRange};
+use pageferry::transport::{
+    DestinationLink, PageReceiver, PageSender, Received, Run, RunKind, SourceLink, Ticket,
+};
+use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
+
+/// Long enough for any machine; only a failure takes it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Random numbers that a seed reproduces (xorshift64*).
+pub(crate) struct Random(u64);
+
+impl Random {
+    /// From `PAGEFERRY_TEST_SEED`, or fresh; printed, so that a failure can be repeated.
+    pub(crate) fn new(what: &str) -> Self {
+        let seed = std::env::var("PAGEFERRY_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = seed.unwrap_or_else(|| {
+            let id = pageferry::transport::MigrationId::random().unwrap();
+            u64::from_le_bytes(id.0[..8].try_into().unwrap())
+        });
+        eprintln!("{what}: PAGEFERRY_TEST_SEED={seed}");
+        Self::with_seed(seed)
+    }
+
+    pub(crate) fn with_seed(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        (self.next() >> 16) % limit
+    }
+}
+
+pub(crate) struct Pair {
+    pub(crate) source: TcpSourceLink,
+    pub(crate) destination: TcpDestinationLink,
+}
+
+pub(crate) fn acceptor(options: &TcpOptions) -> TcpAcceptor {
+    TcpAcceptor::bind("127.0.0.1:0", options.clone()).unwrap()
+}
+
+/// A link over the loopback.
+pub(crate) fn pair(options: &TcpOptions) -> Pair {
+    let acceptor = acceptor(options);
+    let source = connect(acceptor.local_addr(), options.clone()).unwrap();
+    let destination = acceptor.accept(Some(PATIENCE)).unwrap();
+    Pair { source, destination }
+}
+
+pub(crate) struct Ends {
+    pub(crate) senders: Vec<Box<dyn PageSender>>,
+    pub(crate) receivers: Vec<Box<dyn PageReceiver>>,
+}
+
+impl Pair {
+    pub(crate) fn open(
+        &mut self,
+        from: &Arc<GuestMemory>,
+        to: &Arc<GuestMemory>,
+        channels: u16,
+    ) -> Ends {
+        self.source.register(from).unwrap();
+        self.destination.register(to).unwrap();
+        let senders = self.source.open_senders(channels).unwrap();
+        let receivers = self.destination.open_receivers(channels, PATIENCE).unwrap();
+        Ends { senders, receivers }
+    }
+}
+
+pub(crate) fn data(region: u16, first_page: u64, pages: u32) -> Run {
+    Run { range: PageRange { region, first_page, pages }, kind: RunKind::Data }
+}
+
+pub(crate) fn zero(region: u16, first_page: u64, pages: u32) -> Run {
+    Run { range: PageRange { region, first_page, pages }, kind: RunKind::Zero }
+}
+
+/// Waits until everything up to `ticket` has landed.
+pub(crate) fn until_landed(sender: &mut dyn PageSender, ticket: Ticket) {
+    loop {
+        let marks = sender.watermarks(Some(PATIENCE)).unwrap();
+        assert!(marks.released >= marks.landed);
+        if marks.landed >= ticket {
+            assert_eq!(marks.landed, ticket);
+            return;
+        }
+    }
+}
+
+/// Receives until the end; the number of batches.
+pub(crate) fn drain(receiver: &mut dyn PageReceiver) -> u64 {
+    let mut batches = 0;
+    while let Received::Batch(_) = receiver.receive().unwrap() {
+        batches += 1;
+    }
+    batches
+}
+
+/// Waits until a thread of this process sleeps in the kernel.
+pub(crate) fn until_asleep(thread: rustix::process::Pid) {
+    let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+    loop {
+        let stat = std::fs::read_to_string(&path).unwrap();
+        // "tid (name) state …"; the name may hold anything, so look from its end.
+        if stat.rsplit(')').next().unwrap().trim_start().starts_with('S') {
+            return;
+        }
+        std::thread::yield_now();
+    }
+}

@@ -1,0 +1,41 @@
+//! A relay that forwards every byte in random small pieces, so that reads and writes are short.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+
+use super::Random;
+
+/// Relays all connections to `to` in pieces of 1 to `most_bytes` bytes. Lives as long as the
+/// process.
+pub(crate) fn start(to: SocketAddr, most_bytes: usize, mut random: Random) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        while let Ok((near, _)) = listener.accept() {
+            let far = TcpStream::connect(to).unwrap();
+            for (from, to) in [(&near, &far), (&far, &near)] {
+                let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                let random = Random::with_seed(random.next());
+                thread::spawn(move || forward(from, to, most_bytes, random));
+            }
+        }
+    });
+    address
+}
+
+fn forward(mut from: TcpStream, mut to: TcpStream, most_bytes: usize, mut random: Random) {
+    to.set_nodelay(true).unwrap();
+    let mut piece = vec![0; most_bytes];
+    loop {
+        let length = 1 + usize::try_from(random.below(most_bytes as u64)).unwrap();
+        let Ok(length @ 1..) = from.read(&mut piece[..length]) else {
+            let _ = to.shutdown(Shutdown::Write);
+            return;
+        };
+        if to.write_all(&piece[..length]).is_err() {
+            let _ = from.shutdown(Shutdown::Read);
+            return;
+        }
+    }
+}
