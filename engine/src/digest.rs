@@ -21,14 +21,19 @@ impl Digest {
         let mut hasher = Xxh3Default::new();
         let mut bytes = Vec::new();
         for region in memory.region_indices() {
-            for first_page in 0..memory.layout().regions()[usize::from(region)].pages() {
-                if memory.is_zero(region, first_page)? {
-                    continue;
+            let end = memory.layout().regions()[usize::from(region)].pages();
+            let mut data = memory.next_data(region, 0, end);
+            while !data.is_empty() {
+                for first_page in data.clone() {
+                    if memory.is_zero(region, first_page)? {
+                        continue;
+                    }
+                    memory.copy_out(PageRange { region, first_page, pages: 1 }, &mut bytes)?;
+                    hasher.update(&region.to_le_bytes());
+                    hasher.update(&first_page.to_le_bytes());
+                    hasher.update(&bytes);
                 }
-                memory.copy_out(PageRange { region, first_page, pages: 1 }, &mut bytes)?;
-                hasher.update(&region.to_le_bytes());
-                hasher.update(&first_page.to_le_bytes());
-                hasher.update(&bytes);
+                data = memory.next_data(region, data.end, end);
             }
         }
         Ok(Self(hasher.digest128().to_le_bytes()))

@@ -9,8 +9,10 @@
 use std::any::Any;
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use thiserror::Error;
 
 /// Bytes in one page, the unit of dirty tracking and of transfer. Larger pages of the backing
@@ -156,13 +158,33 @@ impl fmt::Display for Layout {
     }
 }
 
-/// The file behind a region, where there is one.
+/// The file behind a region, where there is one: the region is a shared mapping of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileBacking {
     /// Descriptor of the memfd or file; borrowed, open as long as the region is mapped.
     pub fd: RawFd,
     /// Offset in bytes of the region's first byte in the file.
     pub offset_bytes: u64,
+}
+
+impl FileBacking {
+    /// The next run of bytes at or after `from_bytes` (counted from the start of the region)
+    /// that the file holds something for; the rest is a hole, which reads as zero and is
+    /// allocated when it is read through a mapping. `None` if there is none any more, or all of
+    /// the rest where the file system cannot tell. Moves the descriptor's file position.
+    fn next_data(&self, from_bytes: u64) -> Option<Range<u64>> {
+        // SAFETY: open as long as the region is mapped, says the type's contract.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let from = self.offset_bytes + from_bytes;
+        let data = match seek(fd, SeekFrom::Data(from)) {
+            Ok(data) => data,
+            // Nothing but a hole until the end.
+            Err(Errno::NXIO) => return None,
+            Err(_) => return Some(from_bytes..u64::MAX),
+        };
+        let hole = seek(fd, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
+        Some(data.saturating_sub(self.offset_bytes)..hole.saturating_sub(self.offset_bytes))
+    }
 }
 
 /// One region for [`GuestMemory::from_raw_parts`].
@@ -307,6 +329,24 @@ impl GuestMemory {
     pub fn is_zero(&self, region: u16, page: u64) -> Result<bool, OutOfRange> {
         let span = self.span(PageRange { region, first_page: page, pages: 1 })?;
         Ok(words(span).all(|word| word == 0))
+    }
+
+    /// The next pages at or after `from_page`, and before `to_page`, that may hold something; an
+    /// empty range at `to_page` if there are none. Pages in between were never written: they are
+    /// zero, and reading them would allocate memory for nothing.
+    ///
+    /// Known for regions with a file behind them (memfd), by `SEEK_DATA` (lseek(2)). Elsewhere
+    /// all pages may hold something.
+    pub fn next_data(&self, region: u16, from_page: u64, to_page: u64) -> Range<u64> {
+        let file = self.regions.get(usize::from(region)).and_then(|region| region.file);
+        let Some(file) = file else { return from_page..to_page };
+        match file.next_data(from_page * PAGE_BYTES) {
+            None => to_page..to_page,
+            Some(bytes) => {
+                let first = (bytes.start / PAGE_BYTES).clamp(from_page, to_page);
+                first..bytes.end.div_ceil(PAGE_BYTES).clamp(first, to_page)
+            }
+        }
     }
 
     /// Fills pages with zero bytes.

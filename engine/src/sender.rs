@@ -82,6 +82,8 @@ struct SenderThread {
     pending: Vec<u64>,
     /// Pages of my stripes that may hold data at the destination; laid out like `pending`.
     sent_data: Vec<u64>,
+    /// Whether all my stripes were looked at once. Only the first look finds large holes.
+    seen_all: bool,
     batch: Vec<Run>,
     batch_bytes: u64,
     max_batch_bytes: u64,
@@ -96,6 +98,7 @@ pub(crate) fn run(setup: SenderSetup) {
     let mut thread = SenderThread {
         pending: vec![0; words],
         sent_data: vec![0; words],
+        seen_all: false,
         batch: Vec::new(),
         batch_bytes: 0,
         // A batch holds at least one page, whatever a transport says.
@@ -185,9 +188,35 @@ impl SenderThread {
                 stripe.first_page(),
                 &self.pending[words.clone()],
             )?;
+            if !self.seen_all {
+                self.skip_holes(stripe, words.start);
+            }
             self.scan_stripe(stripe, words.start)?;
         }
+        self.seen_all = true;
         self.send_batch()
+    }
+
+    /// Counts pages of a stripe that were never written as zero, without reading them: reading
+    /// would allocate them. After the re-arm: who writes from now on is in the next harvest.
+    fn skip_holes(&mut self, stripe: Stripe, mine: usize) {
+        let memory = Arc::clone(&self.setup.memory);
+        let begin = stripe.first_page();
+        let end = begin + stripe.words as u64 * WORD_PAGES;
+        let mut hole_begin = begin;
+        while hole_begin < end {
+            let data = memory.next_data(stripe.region, hole_begin, end);
+            for page in hole_begin..data.start {
+                let word = &mut self.pending[mine + word_index(page - begin)];
+                let mask = 1 << (page % WORD_PAGES);
+                if *word & mask != 0 {
+                    *word &= !mask;
+                    let gauge = &self.setup.gauges[usize::from(self.setup.channel)];
+                    gauge.zero_pages.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            hole_begin = data.end;
+        }
     }
 
     fn scan_stripe(&mut self, stripe: Stripe, mine: usize) -> Result<(), Error> {
@@ -311,4 +340,9 @@ impl SenderThread {
         }
         leftover
     }
+}
+
+/// The word of a page, counted from the first page of the first word.
+fn word_index(page: u64) -> usize {
+    usize::try_from(page / WORD_PAGES).unwrap_or(usize::MAX)
 }

@@ -86,6 +86,20 @@ pub struct Statistics {
 }
 
 impl Statistics {
+    /// Adds up what the channels did.
+    pub(crate) fn take_from(&mut self, gauges: &[CachePadded<ChannelGauge>], control_bytes: u64) {
+        let mut counters = ChannelCounters::default();
+        let mut pages = PageCounts::default();
+        for gauge in gauges {
+            counters.add(&gauge.counters());
+            pages.add(&gauge.pages());
+        }
+        self.pages = pages;
+        self.wire_bytes = counters.wire_bytes + control_bytes;
+        self.user_copied_bytes = counters.user_copied_bytes;
+        self.system_calls = counters.system_calls;
+    }
+
     /// Bits on the wire a second, from the first page to the last one landed, in 10⁹.
     pub fn throughput_gbps(&self) -> f64 {
         let seconds = self.transfer.as_secs_f64();

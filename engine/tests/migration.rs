@@ -105,6 +105,18 @@ impl Outcome {
     /// The guest left, and memory was equal at the handover (by digest, so that the guest could
     /// run on at once).
     fn expect_moved(self) -> (Departed<TestMachine>, Arrived<TestMachine>) {
+        let (here, there) = (self.here.clone(), self.there.clone());
+        let moved = self.expect_moved_without_reading();
+        // Pages the guest does not write are equal still.
+        for (region, pages) in [(0, WORKING_SET..REGION_PAGES[0]), (1, 0..REGION_PAGES[1])] {
+            for page in pages {
+                assert!(here.read(region, page) == there.read(region, page));
+            }
+        }
+        moved
+    }
+
+    fn expect_moved_without_reading(self) -> (Departed<TestMachine>, Arrived<TestMachine>) {
         let departed = self.source.expect("the source hands over");
         let arrived = self.destination.expect("the greeting fits").expect("the guest arrives");
         assert!(arrived.verified);
@@ -112,12 +124,6 @@ impl Outcome {
         arrived.machine.await_writes();
         assert_eq!(arrived.machine.loaded, Some(departed.machine.writes()));
         assert!(arrived.machine.resources && !departed.machine.resources);
-        // Pages the guest does not write are equal still.
-        for (region, pages) in [(0, WORKING_SET..REGION_PAGES[0]), (1, 0..REGION_PAGES[1])] {
-            for page in pages {
-                assert!(self.here.read(region, page) == self.there.read(region, page));
-            }
-        }
         (departed, arrived)
     }
 
@@ -169,9 +175,21 @@ fn a_busy_guest_moves_with_any_number_of_channels() {
 }
 
 #[test]
-fn pages_that_are_zero_are_not_touched_at_the_destination() {
-    let scene = Scene::new();
-    let (_, arrived) = scene.play(|link| link).expect_moved();
+fn pages_that_are_zero_are_not_touched_on_either_side() {
+    let mut scene = Scene::new();
+    scene.here = TestMemory::of_memfds(&REGION_PAGES);
+    scene.there = TestMemory::of_memfds(&REGION_PAGES);
+    scene.log = SoftwareLog::new(&scene.here);
+    (0..1000).for_each(|page| scene.here.fill_page(0, page, 1));
+    // Zero pages that the source has touched are not touched at the destination either.
+    (1000..2000).for_each(|page| scene.here.write(0, page, &[0; 4096]));
+    let (here, there) = (scene.here.clone(), scene.there.clone());
+    let before = here.allocated_bytes();
+    let (_, arrived) = scene.play(|link| link).expect_moved_without_reading();
+    // One page more at the source: saving the machine writes it.
+    assert_eq!(here.allocated_bytes(), before + 4096);
+    // The guest makes some of its pages zero; those are not touched either.
+    assert!(there.allocated_bytes() <= 1001 * 4096, "{}", there.allocated_bytes());
     // Only pages that were sent as data before are mentioned as zero.
     assert!(arrived.statistics.pages.zero <= arrived.statistics.pages.data);
 }
@@ -373,6 +391,41 @@ fn a_declined_offer_leaves_the_guest_at_the_source() {
             .expect_err("declined")
     });
     assert!(failure.error.to_string().contains("no room"), "{}", failure.error);
+}
+
+/// A machine that breaks its contract by panicking must not hang the host or leak its memory.
+#[test]
+fn a_machine_that_panics_takes_nothing_along() {
+    struct Panicking;
+    impl pageferry::Machine for Panicking {
+        fn pause(&mut self) -> Result<(), pageferry::MachineError> {
+            panic!("as the test wants");
+        }
+        fn resume(&mut self) -> Result<(), pageferry::MachineError> {
+            Ok(())
+        }
+        fn save(&mut self, _: &mut Vec<u8>) -> Result<(), pageferry::MachineError> {
+            Ok(())
+        }
+        fn load(&mut self, _: &[u8]) -> Result<(), pageferry::MachineError> {
+            Ok(())
+        }
+    }
+    let Scene { here, there, source, destination, .. } = Scene::new();
+    let (source_link, destination_link) = memory_transport::pair();
+    thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let offer = destination.negotiate(Box::new(destination_link)).unwrap();
+            offer.receive(Panicking, there.memory()).map(drop)
+        });
+        let migrating = scope.spawn(|| {
+            let (sources, link) = (DirtySources::new(vec![]), Box::new(source_link));
+            source.migrate(Panicking, here.memory(), sources, link).map(drop)
+        });
+        assert!(migrating.join().is_err());
+        assert!(receiving.join().unwrap().is_err());
+    });
+    assert_eq!(Arc::strong_count(here.memory()), 1);
 }
 
 #[test]

@@ -33,13 +33,34 @@ pub(super) fn of_mapping(host_addr: usize) -> io::Result<u64> {
     kernel_page_bytes(smaps, host_addr)
 }
 
+/// Whether the mapping at `host_addr` is a shared one, so that what is written to it is in its
+/// file. In doubt it is not: nothing depends on a file that is not mentioned.
+pub(super) fn is_shared(host_addr: usize) -> bool {
+    File::open("/proc/self/maps")
+        .and_then(|maps| perms_of_mapping(BufReader::new(maps), host_addr))
+        .is_ok_and(|perms| perms.ends_with('s'))
+}
+
 fn inode_of_mapping(maps: impl BufRead, host_addr: usize) -> io::Result<u64> {
+    field_of_mapping(maps, host_addr, 4, |field| field.parse().ok())
+}
+
+fn perms_of_mapping(maps: impl BufRead, host_addr: usize) -> io::Result<String> {
+    field_of_mapping(maps, host_addr, 1, |field| Some(field.to_owned()))
+}
+
+/// A field of the mapping's line: address perms offset dev inode pathname.
+fn field_of_mapping<T>(
+    maps: impl BufRead,
+    host_addr: usize,
+    index: usize,
+    parse: impl Fn(&str) -> Option<T>,
+) -> io::Result<T> {
     for line in maps.lines() {
         let line = line?;
         if header_range(&line).is_some_and(|range| range.contains(&host_addr)) {
-            // address perms offset dev inode pathname
-            let inode = line.split_ascii_whitespace().nth(4).and_then(|field| field.parse().ok());
-            return inode.ok_or_else(|| malformed(&line));
+            let field = line.split_ascii_whitespace().nth(index).and_then(&parse);
+            return field.ok_or_else(|| malformed(&line));
         }
     }
     Err(unmapped(host_addr))
@@ -94,6 +115,8 @@ VmFlags: rd wr sh ht
         assert_eq!(kernel_page_bytes(SMAPS.as_bytes(), 0x7f00_0030_0000).unwrap(), 2 << 20);
         assert_eq!(inode_of_mapping(SMAPS.as_bytes(), 0x7f00_001f_ffff).unwrap(), 0);
         assert_eq!(inode_of_mapping(SMAPS.as_bytes(), 0x7f00_0020_0000).unwrap(), 1234);
+        assert_eq!(perms_of_mapping(SMAPS.as_bytes(), 0x7f00_0000_0000).unwrap(), "rw-p");
+        assert_eq!(perms_of_mapping(SMAPS.as_bytes(), 0x7f00_0020_0000).unwrap(), "rw-s");
     }
 
     #[test]

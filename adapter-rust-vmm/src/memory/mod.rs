@@ -104,7 +104,7 @@ where
     // Holding raw parts beside the Arc is how self-borrowing cells are built.
     // No Rust references: VolatileSlice exists so that all access is by pointer, for the guest
     // writes to it at any time. No overlap in host memory: checked above. The file is the one
-    // the region says it maps; its fd lives in an Arc that the region owns.
+    // the region says it maps, and mapped shared; its fd lives in an Arc that the region owns.
     let memory = unsafe { GuestMemory::from_raw_parts(regions, Some(owner)) }?;
     Ok(memory)
 }
@@ -128,7 +128,9 @@ fn raw_region<R: GuestMemoryRegion>(region: &R) -> Result<RawRegion, MemoryError
     }
     let backing_page_bytes = page_bytes(region, host_addr.addr())
         .map_err(|cause| MemoryError::PageSize { guest_addr, cause })?;
-    let file = region.file_offset().map(|file_offset| FileBacking {
+    // What is written to a private mapping is not in its file.
+    let file = region.file_offset().filter(|_| backing::is_shared(host_addr.addr()));
+    let file = file.map(|file_offset| FileBacking {
         fd: file_offset.file().as_raw_fd(),
         offset_bytes: file_offset.start(),
     });

@@ -21,7 +21,7 @@ use crate::receiver::{self, ReceiverReport};
 use crate::session::{Item, Patience, Session, unexpected};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{ChannelCounters, DestinationLink, PageCounts};
+use crate::transport::DestinationLink;
 
 /// Waiting for the source while it sends pages: it decides how long that takes, and a dead link
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
@@ -295,18 +295,9 @@ impl Drive {
     fn end(mut self) -> Statistics {
         self.session.close();
         self.shared().set_phase(Phase::Ended);
-        let mut counters = ChannelCounters::default();
-        let mut pages = PageCounts::default();
-        for gauge in self.gauges.iter() {
-            counters.add(&gauge.counters());
-            pages.add(&gauge.pages());
-        }
         let mut statistics = std::mem::take(&mut self.statistics);
         statistics.total = self.started.elapsed();
-        statistics.pages = pages;
-        statistics.wire_bytes = counters.wire_bytes + self.session.control_bytes();
-        statistics.user_copied_bytes = counters.user_copied_bytes;
-        statistics.system_calls = counters.system_calls;
+        statistics.take_from(&self.gauges, self.session.control_bytes());
         statistics
     }
 }

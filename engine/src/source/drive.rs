@@ -21,7 +21,7 @@ use crate::sender::{self, Command, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{ChannelCounters, PageCounts, SourceLink};
+use crate::transport::SourceLink;
 
 /// Moves the guest; everything that began is ended, whatever happens.
 pub(super) fn migrate<M: Machine>(
@@ -84,9 +84,10 @@ pub(super) fn migrate<M: Machine>(
 
 pub(super) struct Drive<'a> {
     pub(super) source: &'a mut Source,
-    // Dropped in this order: threads end before the link they use.
-    pub(super) session: Session<SenderReport>,
+    // Dropped in this order, also when the machine panics: senders learn that there are no more
+    // commands, threads end, and only then the link they use.
     pub(super) senders: Vec<Sender<Command>>,
+    pub(super) session: Session<SenderReport>,
     link: Box<dyn SourceLink>,
     pub(super) memory: Arc<GuestMemory>,
     pub(super) dirty: Arc<DirtySources>,
@@ -251,17 +252,8 @@ impl Drive<'_> {
                 tracing::warn!(error = %Error::from(error).chain(), "dirty tracking goes on");
             }
         }
-        let mut counters = ChannelCounters::default();
-        let mut pages = PageCounts::default();
-        for gauge in self.gauges.iter() {
-            counters.add(&gauge.counters());
-            pages.add(&gauge.pages());
-        }
         let mut statistics = std::mem::take(&mut self.statistics);
-        statistics.pages = pages;
-        statistics.wire_bytes = counters.wire_bytes + self.session.control_bytes();
-        statistics.user_copied_bytes = counters.user_copied_bytes;
-        statistics.system_calls = counters.system_calls;
+        statistics.take_from(&self.gauges, self.session.control_bytes());
         statistics
     }
 }

@@ -1,72 +1,111 @@
-//! Guest memory for tests: anonymous mappings, all zero at first.
+//! Guest memory for tests: anonymous or of memfds, all zero at first.
 #![expect(unsafe_code, reason = "describes its own mappings by raw parts")]
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use memmap2::MmapRaw;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::Random;
-use crate::memory::{GuestMemory, Layout, PAGE_BYTES, PageRange, RawRegion, RegionLayout};
+use crate::memory::{
+    FileBacking, GuestMemory, Layout, PAGE_BYTES, PageRange, RawRegion, RegionLayout,
+};
+
+fn layout(region_pages: &[u64]) -> Layout {
+    let mut guest_addr = 0;
+    let regions = region_pages.iter().map(|pages| {
+        let len_bytes = pages * PAGE_BYTES;
+        let region = RegionLayout { guest_addr, len_bytes, backing_page_bytes: PAGE_BYTES };
+        guest_addr += len_bytes + (1 << 30);
+        region
+    });
+    Layout::new(regions.collect()).expect("a test's layout makes sense")
+}
+
+fn len(region: &RegionLayout) -> usize {
+    usize::try_from(region.len_bytes).expect("fits into the address space")
+}
 
 /// Guest memory that a test owns.
 #[derive(Debug, Clone)]
 pub struct TestMemory {
     memory: Arc<GuestMemory>,
+    files: Arc<Vec<File>>,
 }
 
 impl TestMemory {
-    /// Regions of so many pages each, with gaps between them in guest addresses.
+    /// Anonymous regions of so many pages each, with gaps between them in guest addresses.
     ///
     /// # Panics
     ///
-    /// If the machine gives no memory or the layout makes no sense.
+    /// If the machine gives no memory or the layout makes no sense; so do the other
+    /// constructors.
     pub fn new(region_pages: &[u64]) -> Self {
-        let mut guest_addr = 0;
-        let regions: Vec<_> = region_pages
-            .iter()
-            .map(|pages| {
-                let len_bytes = pages * PAGE_BYTES;
-                let region = RegionLayout { guest_addr, len_bytes, backing_page_bytes: PAGE_BYTES };
-                guest_addr += len_bytes + (1 << 30);
-                region
-            })
-            .collect();
-        Self::with_layout(&Layout::new(regions).expect("a test's layout makes sense"))
+        Self::with_layout(&layout(region_pages))
     }
 
-    /// Memory of a given layout.
-    ///
-    /// # Panics
-    ///
-    /// If the machine gives no memory.
+    /// Anonymous memory of a given layout.
     pub fn with_layout(layout: &Layout) -> Self {
-        let mappings: Vec<MmapRaw> = layout
-            .regions()
-            .iter()
-            .map(|region| {
-                let len = usize::try_from(region.len_bytes).expect("fits into the address space");
-                memmap2::MmapMut::map_anon(len).expect("memory for a test").into()
-            })
-            .collect();
+        let map = |region: &RegionLayout| {
+            let mapping = memmap2::MmapMut::map_anon(len(region)).expect("memory for a test");
+            (mapping.into(), None)
+        };
+        Self::of_mappings(layout, layout.regions().iter().map(map).collect())
+    }
+
+    /// As [`new`](Self::new), each region a shared mapping of a memfd.
+    pub fn of_memfds(region_pages: &[u64]) -> Self {
+        let layout = layout(region_pages);
+        let map = |region: &RegionLayout| {
+            let fd = memfd_create("test memory", MemfdFlags::CLOEXEC).expect("a memfd");
+            let file = File::from(fd);
+            file.set_len(region.len_bytes).expect("memory for a test");
+            let options = memmap2::MmapOptions::new().len(len(region)).to_owned();
+            (options.map_raw(&file).expect("a mapping of the memfd"), Some(file))
+        };
+        Self::of_mappings(&layout, layout.regions().iter().map(map).collect())
+    }
+
+    fn of_mappings(layout: &Layout, mappings: Vec<(MmapRaw, Option<File>)>) -> Self {
         let regions = layout
             .regions()
             .iter()
             .zip(&mappings)
-            .map(|(layout, mapping)| RawRegion {
+            .map(|(layout, (mapping, file))| RawRegion {
                 layout: *layout,
                 host_addr: mapping.as_mut_ptr(),
-                file: None,
+                file: file
+                    .as_ref()
+                    .map(|file| FileBacking { fd: file.as_raw_fd(), offset_bytes: 0 }),
             })
             .collect();
+        let (mappings, files): (Vec<_>, Vec<_>) = mappings.into_iter().unzip();
+        let files = Arc::new(files.into_iter().flatten().collect::<Vec<File>>());
+        let owner = Box::new((mappings, Arc::clone(&files)));
         // SAFETY: the mappings are as long as the regions, readable and writable, owned by the
-        // value as `owner`, and nobody makes references into a MmapRaw.
-        let memory = unsafe { GuestMemory::from_raw_parts(regions, Some(Box::new(mappings))) };
-        Self { memory: Arc::new(memory.expect("the layout was checked")) }
+        // value as `owner` together with their files, which nobody truncates; and nobody makes
+        // references into a MmapRaw.
+        let memory = unsafe { GuestMemory::from_raw_parts(regions, Some(owner)) };
+        Self { memory: Arc::new(memory.expect("the layout was checked")), files }
     }
 
     /// To hand to the engine or a transport.
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    /// Bytes that the memfds have allocated: what was ever touched.
+    ///
+    /// # Panics
+    ///
+    /// If the machine does not tell.
+    pub fn allocated_bytes(&self) -> u64 {
+        let blocks = |file: &File| file.metadata().expect("a memfd has metadata").blocks();
+        // stat(2) counts in units of 512 bytes.
+        self.files.iter().map(|file| blocks(file) * 512).sum()
     }
 
     /// Fills a page with bytes that depend on `seed`, none of them a run of zeros.

@@ -4,9 +4,12 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry_vmm::guest::{GuestKind, kvm_available};
+use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::workload::WorkloadKind;
 use serde::Serialize;
+
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -50,6 +53,17 @@ pub(crate) enum Command {
     Receive(ReceiveArgs),
 }
 
+impl Command {
+    /// Whether what was given fits together.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Demo(args) => args.guest.check(),
+            Self::Run(args) => args.guest.check(),
+            Self::Receive(_) => Ok(()),
+        }
+    }
+}
+
 /// What runs the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -71,7 +85,7 @@ impl GuestChoice {
             Self::Auto => match kvm_available() {
                 Ok(()) => GuestKind::Kvm,
                 Err(reason) => {
-                    eprintln!("no KVM guest, because {reason}: threads of a process instead");
+                    say!("no KVM guest, because {reason}: threads of a process instead");
                     GuestKind::Process
                 }
             },
@@ -113,6 +127,31 @@ pub(crate) struct GuestArgs {
     /// Seed of everything random in the guest.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+}
+
+impl GuestArgs {
+    fn check(&self) -> Result<(), String> {
+        let Self { memory, working_set, vcpus, .. } = *self;
+        let needed = working_set.saturating_add(WORKING_SET);
+        let unit = if self.backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        if memory < needed {
+            Err(format!(
+                "--working-set {working_set} needs at least {needed} bytes of memory, --memory is \
+                 {memory}"
+            ))
+        } else if memory > MAX_MEMORY_BYTES {
+            Err(format!("--memory {memory} is too much, at most {MAX_MEMORY_BYTES} is possible"))
+        } else if !memory.is_multiple_of(unit) {
+            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
+        } else if working_set / PAGE_BYTES < u64::from(vcpus) {
+            Err(format!(
+                "--working-set {working_set} has less than one page of {PAGE_BYTES} bytes for each \
+                 of --vcpus {vcpus}"
+            ))
+        } else {
+            Ok(())
+        }
+    }
 }
 
 #[derive(Debug, Clone, Args)]
@@ -205,10 +244,11 @@ pub(crate) struct ReceiveArgs {
 
 /// "512M", "1G", "64MiB": binary units.
 fn size(text: &str) -> Result<u64, String> {
-    parse_size::Config::new()
-        .with_binary()
-        .parse_size(text)
-        .map_err(|error| format!("{error}; a size is like 512M or 1G"))
+    match parse_size::Config::new().with_binary().parse_size(text) {
+        Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(format!("{error}; a size is like 512M or 1G")),
+    }
 }
 
 /// "300ms", "1s", "2s 500ms".

@@ -4,13 +4,14 @@
 use std::error::Error;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use crossbeam_channel::{Receiver, bounded, unbounded};
+use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
+use pageferry::Statistics;
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 
 use crate::args::{DemoArgs, GuestChoice};
@@ -38,12 +39,27 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
     let address = destination.listening_on()?;
     let mut source = Process::start("source", &source_args(args, &address), Stdio::inherit())?;
 
-    let departed = source.await_report(&wishes)?;
-    // A source that kept its guest has told the destination so: it will end too.
-    let arrived = destination.await_report(&wishes);
+    let departed = source.await_report(&wishes, None)?.unwrap_or_else(|| called_off(args));
+    if departed.outcome != Outcome::Completed {
+        // The destination ends by what the source tells it; but a source that never came to
+        // connect has told it nothing.
+        destination.interrupt();
+    }
+    let arrived = destination
+        .await_report(&wishes, Some(PATIENCE))
+        .and_then(|arrived| arrived.ok_or_else(|| "the destination was interrupted".into()));
     let report = merge(departed, arrived);
     report.print(args.json)?;
     Ok(report.outcome)
+}
+
+/// The report in place of a source's that was interrupted before it listened to that.
+fn called_off(args: &DemoArgs) -> Report {
+    let config = crate::run::config(&args.guest);
+    let ended = (Outcome::Cancelled, GuestAt::Source);
+    let mut report = Report::of_source(ended, &config, &args.migration, &Statistics::default());
+    report.error = Some("cancelled before the guest had started".to_owned());
+    report
 }
 
 fn source_args(args: &DemoArgs, address: &str) -> Vec<OsString> {
@@ -127,8 +143,13 @@ impl Process {
         Err("the destination did not start to listen; its messages are above".into())
     }
 
-    /// Waits for the process to end, and reads its report. Ctrl-C goes on to the process.
-    fn await_report(&mut self, wishes: &Receiver<Wish>) -> Result<Report> {
+    /// Waits for the process to end, and reads its report; `None` if a Ctrl-C ended it before
+    /// it had one. Ctrl-C goes on to the process.
+    fn await_report(
+        &mut self,
+        wishes: &Receiver<Wish>,
+        patience: Option<Duration>,
+    ) -> Result<Option<Report>> {
         let Some(mut stdout) = self.child.stdout.take() else {
             return Err(format!("the {}'s report was read before", self.name).into());
         };
@@ -138,8 +159,10 @@ impl Process {
             let read = stdout.read_to_string(&mut text).map(|_| text);
             done.send(read)
         });
+        let timer = patience.map_or_else(never, after);
         let text = loop {
-            crossbeam_channel::select! {
+            select! {
+                recv(timer) -> _ => return Err(format!("the {} does not end", self.name).into()),
                 recv(ended) -> text => break text??,
                 recv(wishes) -> wish => if matches!(wish, Ok(Wish::Interrupt)) {
                     self.interrupt();
@@ -147,7 +170,10 @@ impl Process {
             }
         };
         let status = self.child.wait()?;
-        serde_json::from_str(&text).map_err(|_| {
+        if text.is_empty() && status.signal() == Some(Signal::INT.as_raw()) {
+            return Ok(None);
+        }
+        serde_json::from_str(&text).map(Some).map_err(|_| {
             format!("the {} ended with {status} and without a report", self.name).into()
         })
     }
@@ -156,7 +182,7 @@ impl Process {
         if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
             && let Err(error) = kill_process(pid, Signal::INT)
         {
-            eprintln!("failed to interrupt the {}: {error}", self.name);
+            say!("failed to interrupt the {}: {error}", self.name);
         }
     }
 }
@@ -174,7 +200,7 @@ fn forward_lines(name: &'static str, stderr: impl Read + Send + 'static) -> Rece
     let (lines_in, lines) = unbounded();
     thread::spawn(move || {
         for line in BufReader::new(stderr).lines().map_while(std::io::Result::ok) {
-            eprintln!("{name}: {line}");
+            say!("{name}: {line}");
             // Nobody listens once the address is known.
             let _ = lines_in.send(line);
         }

@@ -1,5 +1,14 @@
 //! `pageferry-vmm`: runs a small KVM guest and migrates it live.
 
+/// As `eprintln!`, but in one write, since several processes may share stderr; and if nobody reads
+/// it any more, that is no reason for a guest to end.
+macro_rules! say {
+    ($($message:tt)+) => {{
+        let line = format!("{}\n", format_args!($($message)+));
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+    }};
+}
+
 mod args;
 mod demo;
 mod outcome;
@@ -11,7 +20,8 @@ mod watch;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command};
 use outcome::Outcome;
@@ -19,6 +29,7 @@ use outcome::Outcome;
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .log_internal_errors(false)
         .with_target(false)
         .without_time()
         .with_env_filter(
@@ -26,7 +37,11 @@ fn main() -> ExitCode {
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
         )
         .init();
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if let Err(complaint) = command.check() {
+        Cli::command().error(ErrorKind::ValueValidation, complaint).exit();
+    }
+    let result = match command {
         Command::Demo(args) => demo::demo(&args),
         Command::Run(args) => run::run(&args),
         Command::Receive(args) => receive::receive(&args),
@@ -34,7 +49,7 @@ fn main() -> ExitCode {
     match result {
         Ok(outcome) => outcome.exit_code(),
         Err(error) => {
-            eprintln!("error: {}", pageferry::Chain::of(&*error));
+            say!("error: {}", pageferry::Chain::of(&*error));
             Outcome::Failed.exit_code()
         }
     }

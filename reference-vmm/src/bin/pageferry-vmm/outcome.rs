@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use pageferry::protocol::FailureReason;
 use pageferry::{Blame, Error};
 use serde::{Deserialize, Serialize};
 
@@ -21,12 +22,12 @@ pub(crate) enum Outcome {
 
 impl Outcome {
     pub(crate) fn of(error: &Error) -> Self {
-        if error.is_uncertain() {
-            Self::Uncertain
-        } else if error.blame() == Blame::Cancelled {
-            Self::Cancelled
-        } else {
-            Self::Failed
+        match error {
+            error if error.is_uncertain() => Self::Uncertain,
+            // By someone at the other side.
+            Error::PeerFailed { reason: FailureReason::Cancelled, .. } => Self::Cancelled,
+            error if error.blame() == Blame::Cancelled => Self::Cancelled,
+            _ => Self::Failed,
         }
     }
 

@@ -27,7 +27,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     let Transport::Tcp = args.transport;
     let acceptor = TcpAcceptor::bind(&args.listen, TcpOptions::default())?;
     // Scripts read the port from this line.
-    eprintln!("listening on {}", acceptor.local_addr());
+    say!("listening on {}", acceptor.local_addr());
 
     let accepting = {
         let interrupt = acceptor.interrupter();
@@ -48,12 +48,15 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     };
     let link = match accepting {
         Err(TransportError::Interrupted) => {
-            eprintln!("interrupted before a guest came");
+            say!("interrupted before a guest came");
             return Ok(Outcome::Cancelled);
         }
         link => link?,
     };
-    eprintln!("a source connected from {}", link.peer_addr());
+    // The port stays with the link, which has others told to come later. Without it they are
+    // refused at once, and do not wait for a guest's home that is taken.
+    drop(acceptor);
+    say!("a source connected from {}", link.peer_addr());
 
     let destination = Destination::new();
     let handle = destination.handle();
@@ -168,20 +171,12 @@ fn run_on(
     let Some(time) = args.run_for else {
         report.heartbeat(guest.heartbeat());
         let outcome = finish(&report, args.json)?;
-        eprintln!("the guest runs here; Ctrl-C ends it");
+        say!("the guest runs here; Ctrl-C ends it");
         wait_or_quit(wishes, None);
         return Ok(outcome);
     };
     wait_or_quit(wishes, Some(time));
-    guest.pause()?;
-    let oracle = guest.check_oracle();
-    report.oracle(&oracle);
-    if !oracle.ok {
-        report.fail(format!("the guest's memory is wrong: {}", oracle.detail));
-    }
-    if let Some(failure) = guest.failure() {
-        report.fail(format!("the guest ended: {failure}"));
-    }
+    crate::run::check(&mut guest, &mut report)?;
     report.heartbeat(guest.heartbeat());
     finish(&report, args.json)
 }
@@ -247,7 +242,7 @@ impl Drop for CancelOnInterrupt {
 
 /// The copy of a guest whose owner is unknown is kept until the operator ends this process.
 fn keep_copy(wishes: &Receiver<Wish>) {
-    eprintln!("the copy is kept, paused; Ctrl-C destroys it");
+    say!("the copy is kept, paused; Ctrl-C destroys it");
     wait_or_quit(wishes, None);
 }
 

@@ -1,5 +1,6 @@
 //! What a migration did, as one JSON object and as a table for people.
 
+use std::io::Write;
 use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Table, presets};
@@ -148,8 +149,19 @@ impl Report {
         }
     }
 
-    pub(crate) fn limit(&mut self, args: &MigrationArgs) {
-        self.downtime_limit_ms = Some(ms(args.downtime_limit));
+    /// Of the side that has the whole picture.
+    pub(crate) fn of_source(
+        (outcome, guest_at): (Outcome, GuestAt),
+        config: &GuestConfig,
+        args: &MigrationArgs,
+        statistics: &Statistics,
+    ) -> Self {
+        let memory_bytes = config.regions.iter().map(|(_, len_bytes)| len_bytes).sum();
+        let mut report =
+            Self::new(outcome, guest_at, "tcp", args.channels, memory_bytes, statistics);
+        report.guest(config);
+        report.downtime_limit_ms = Some(ms(args.downtime_limit));
+        report
     }
 
     pub(crate) fn guest(&mut self, config: &GuestConfig) {
@@ -172,10 +184,13 @@ impl Report {
 
     /// Records a failure, without making an earlier one better.
     pub(crate) fn fail(&mut self, why: String) {
-        if self.outcome == Outcome::Completed {
+        if matches!(self.outcome, Outcome::Completed | Outcome::Cancelled) {
             self.outcome = Outcome::Failed;
         }
-        self.error.get_or_insert(why);
+        self.error = Some(match self.error.take() {
+            Some(earlier) => format!("{earlier}; {why}"),
+            None => why,
+        });
     }
 
     /// Whether no check that was made failed.
@@ -183,13 +198,11 @@ impl Report {
         self.oracle_ok != Some(false) && self.memory_match != Some(false)
     }
 
-    /// The object on stdout, or the table.
-    #[expect(clippy::print_stdout, reason = "this is what the user asked for")]
+    /// The object on stdout, or the table. If nobody reads it, the guest runs all the same.
     pub(crate) fn print(&self, json: bool) -> Result<(), serde_json::Error> {
-        if json {
-            println!("{}", serde_json::to_string(self)?);
-        } else {
-            println!("{}", self.table());
+        let text = if json { serde_json::to_string(self)? } else { self.table().to_string() };
+        if let Err(error) = std::io::stdout().write_all(format!("{text}\n").as_bytes()) {
+            say!("failed to print the report: {error}");
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
 use pageferry::machine::MachineOperation;
+use pageferry::transport::{SourceLink, TransportError};
 use pageferry::{Departed, GuestAtSource, Source, SourceFailure, Statistics};
 use pageferry_tcp::{TcpOptions, connect};
 use pageferry_vmm::embed::GuestMachine;
@@ -12,7 +13,7 @@ use pageferry_vmm::guest::{Guest, GuestConfig};
 use pageferry_vmm::ram::Ram;
 use pageferry_vmm::workload::WorkloadConfig;
 
-use crate::args::{GuestArgs, MigrationArgs, RunArgs, Transport};
+use crate::args::{GuestArgs, RunArgs, Transport};
 use crate::outcome::Outcome;
 use crate::receive::{await_beats, wait_or_quit};
 use crate::report::{GuestAt, Report};
@@ -51,15 +52,15 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome> {
         return Err(format!("the guest did not start: {reason}").into());
     }
     for line in String::from_utf8_lossy(&guest.serial_output()).lines() {
-        eprintln!("guest: {line}");
+        say!("guest: {line}");
     }
     serve(args, GuestMachine { guest }, &wishes)
 }
 
 /// Does what the operator wishes until the guest is gone or told to end.
 fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> Result<Outcome> {
-    let by_itself = args.migrate_to.is_some() && !args.on_demand;
-    let mut timer = if by_itself { after(args.migrate_after) } else { never() };
+    let mut planned = args.migrate_to.is_some() && !args.on_demand;
+    let mut timer = if planned { after(args.migrate_after) } else { never() };
     let mut last = Outcome::Completed;
     loop {
         let wish = select! {
@@ -67,13 +68,19 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
             recv(wishes) -> wish => wish?,
         };
         match wish {
+            // What was asked for will not happen: whoever waits for the report is told.
+            Wish::Interrupt | Wish::Quit if planned => {
+                let report = called_off(args, &mut machine.guest)?;
+                report.print(args.json)?;
+                return Ok(report.outcome);
+            }
             Wish::Interrupt | Wish::Quit => return Ok(last),
-            Wish::Cancel => eprintln!("no migration is under way"),
+            Wish::Cancel => say!("no migration is under way"),
             Wish::Status => status(&machine.guest),
             Wish::Migrate(address) => {
-                timer = never();
+                (planned, timer) = (false, never());
                 let Some(address) = address.or_else(|| args.migrate_to.clone()) else {
-                    eprintln!("migrate where to? say \"migrate HOST:PORT\"");
+                    say!("migrate where to? say \"migrate HOST:PORT\"");
                     continue;
                 };
                 let (report, left) = migrate(args, machine, &address, wishes)?;
@@ -95,12 +102,41 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
     }
 }
 
+/// The report of a migration that was cancelled before it began.
+fn called_off(args: &RunArgs, guest: &mut Guest) -> Result<Report> {
+    let mut report = Report::of_source(
+        (Outcome::Cancelled, GuestAt::Source),
+        guest.config(),
+        &args.migration,
+        &Statistics::default(),
+    );
+    report.error = Some("cancelled before the migration began".to_owned());
+    if args.run_for.is_some() {
+        check(guest, &mut report)?;
+    }
+    report.heartbeat(guest.heartbeat());
+    Ok(report)
+}
+
 fn status(guest: &Guest) {
     let beats = guest.heartbeat().beats;
     match guest.failure() {
-        Some(failure) => eprintln!("the guest ended after {beats} heartbeats: {failure}"),
-        None => eprintln!("the guest runs here, {beats} heartbeats so far"),
+        Some(failure) => say!("the guest ended after {beats} heartbeats: {failure}"),
+        None => say!("the guest runs here, {beats} heartbeats so far"),
     }
+}
+
+/// Whether a wish that comes during a migration is to cancel it.
+fn cancels(wish: &Wish) -> bool {
+    match wish {
+        Wish::Interrupt | Wish::Cancel => {
+            say!("cancelling; the guest stays here unless it is gone already");
+            return true;
+        }
+        Wish::Quit => say!("a migration is under way: cancel it first"),
+        Wish::Migrate(_) | Wish::Status => say!("a migration is under way"),
+    }
+    false
 }
 
 /// Migrates the guest, on a thread of its own so that wishes are heard meanwhile. Gives the
@@ -124,34 +160,24 @@ fn migrate(
     let source = source.on_event(watch.sink());
     machine.guest.reset_heartbeat_gap();
     let (done, ended) = bounded(1);
+    let link = connect_to(address, migration.transport, wishes);
     let result = thread::scope(|scope| {
         scope.spawn(move || {
             // The receiver waits below for just this.
-            let _ = done.send(depart(source, machine, address, migration));
+            let _ = done.send(depart(source, machine, link));
         });
         loop {
             select! {
                 recv(ended) -> result => break result,
-                recv(wishes) -> wish => match wish {
-                    Ok(Wish::Interrupt | Wish::Cancel) => {
-                        eprintln!("cancelling; the guest stays here unless it is gone already");
-                        handle.cancel();
-                    }
-                    Ok(Wish::Quit) => eprintln!("a migration is under way: cancel it first"),
-                    Ok(_) => eprintln!("a migration is under way"),
-                    Err(_) => {}
+                recv(wishes) -> wish => if wish.is_ok_and(|wish| cancels(&wish)) {
+                    handle.cancel();
                 }
             }
         }
     })?;
     drop(watch);
-    let memory_bytes: u64 = config.regions.iter().map(|(_, len_bytes)| len_bytes).sum();
     let report = |outcome, at, statistics: &Statistics| {
-        let mut report =
-            Report::new(outcome, at, "tcp", migration.channels, memory_bytes, statistics);
-        report.guest(&config);
-        report.limit(migration);
-        report
+        Report::of_source((outcome, at), &config, migration, statistics)
     };
     Ok(match result {
         Ok(departed) => {
@@ -172,31 +198,52 @@ fn migrate(
                 report.memory_match = Some(false);
             }
             if let GuestAtSource::Paused(why) = guest {
-                eprintln!("error: the guest could not be resumed: {}", why.chain());
+                say!("error: the guest could not be resumed: {}", why.chain());
             }
             (report, Some(machine))
         }
     })
 }
 
-/// Connects and hands the guest to the engine.
+/// Connects. Who cancels meanwhile need not wait for a host that does not answer.
+fn connect_to(
+    address: &str,
+    transport: Transport,
+    wishes: &Receiver<Wish>,
+) -> std::result::Result<Box<dyn SourceLink>, pageferry::Error> {
+    let (done, connected) = bounded(1);
+    let address = address.to_owned();
+    let Transport::Tcp = transport;
+    // It ends by itself once it has connected or timed out.
+    thread::spawn(move || done.send(connect(address, TcpOptions::default())));
+    loop {
+        select! {
+            recv(connected) -> link => {
+                let link = link.map_err(|_| TransportError::Closed)??;
+                return Ok(Box::new(link));
+            }
+            recv(wishes) -> wish => if wish.is_ok_and(|wish| cancels(&wish)) {
+                return Err(pageferry::Error::Cancelled);
+            }
+        }
+    }
+}
+
+/// Hands the guest to the engine.
 fn depart(
     source: Source,
     machine: GuestMachine,
-    address: &str,
-    migration: &MigrationArgs,
+    link: std::result::Result<Box<dyn SourceLink>, pageferry::Error>,
 ) -> std::result::Result<Departed<GuestMachine>, Box<SourceFailure<GuestMachine>>> {
     let prepared = || -> std::result::Result<_, pageferry::Error> {
         let refused =
             |cause| pageferry::Error::Machine { operation: MachineOperation::Describe, cause };
         let memory = machine.memory().map_err(refused)?;
         let dirty = machine.dirty_sources(&memory).map_err(refused)?;
-        let Transport::Tcp = migration.transport;
-        let link = connect(address, TcpOptions::default())?;
-        Ok((memory, dirty, link))
+        Ok((memory, dirty, link?))
     };
     match prepared() {
-        Ok((memory, dirty, link)) => source.migrate(machine, &memory, dirty, Box::new(link)),
+        Ok((memory, dirty, link)) => source.migrate(machine, &memory, dirty, link),
         // Nothing has touched the guest yet.
         Err(error) => Err(Box::new(SourceFailure {
             machine,
@@ -205,6 +252,20 @@ fn depart(
             statistics: Statistics::default(),
         })),
     }
+}
+
+/// Pauses the guest for good and looks whether its memory is what it wrote.
+pub(crate) fn check(guest: &mut Guest, report: &mut Report) -> Result<()> {
+    guest.pause()?;
+    let oracle = guest.check_oracle();
+    report.oracle(&oracle);
+    if !oracle.ok {
+        report.fail(format!("the guest's memory is wrong: {}", oracle.detail));
+    }
+    if let Some(failure) = guest.failure() {
+        report.fail(format!("the guest ended: {failure}"));
+    }
+    Ok(())
 }
 
 /// After a migration that failed: shows that the guest goes on, and reports. Returns whether the
@@ -218,7 +279,7 @@ fn stay(
     if report.guest_at != GuestAt::Source {
         report.heartbeat(guest.heartbeat());
         report.print(args.json)?;
-        eprintln!("the guest's copy is kept here, paused; Ctrl-C destroys it");
+        say!("the guest's copy is kept here, paused; Ctrl-C destroys it");
         wait_or_quit(wishes, None);
         return Ok(true);
     }
@@ -228,14 +289,13 @@ fn stay(
     }
     if let Some(time) = args.run_for {
         wait_or_quit(wishes, Some(time));
-        guest.pause()?;
-        report.oracle(&guest.check_oracle());
+        check(guest, &mut report)?;
     }
     report.heartbeat(guest.heartbeat());
     report.print(args.json)?;
     if args.run_for.is_some() {
         return Ok(true);
     }
-    eprintln!("the guest runs on here; \"migrate [ADDR]\" tries again, Ctrl-C ends it");
+    say!("the guest runs on here; \"migrate [ADDR]\" tries again, Ctrl-C ends it");
     Ok(false)
 }

@@ -1,6 +1,6 @@
 //! Signals and lines on stdin as commands.
 
-use std::io::BufRead;
+use std::io::{BufRead, stdin};
 use std::thread;
 
 use crossbeam_channel::Sender;
@@ -39,16 +39,16 @@ pub(crate) fn listen_to_signals(wishes: Sender<Wish>) -> std::io::Result<()> {
 /// Turns lines on stdin into wishes. The end of stdin means nothing: the guest runs on.
 pub(crate) fn listen_to_stdin(wishes: Sender<Wish>) -> std::io::Result<()> {
     thread::Builder::new().name("stdin".into()).spawn(move || {
-        for line in std::io::stdin().lock().lines() {
+        for line in stdin().lock().split(b'\n') {
             let Ok(line) = line else { return };
-            match parse(&line) {
+            match parse(&String::from_utf8_lossy(&line)) {
                 Ok(Some(wish)) => {
                     if wishes.send(wish).is_err() {
                         return;
                     }
                 }
                 Ok(None) => {}
-                Err(complaint) => eprintln!("{complaint}"),
+                Err(complaint) => say!("{complaint}"),
             }
         }
     })?;

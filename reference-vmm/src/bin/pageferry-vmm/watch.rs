@@ -45,7 +45,7 @@ impl Watch {
         let bar = self.bar.clone();
         move |event| {
             if let Some(line) = line(event) {
-                if bar.is_hidden() { eprintln!("{line}") } else { bar.println(line) }
+                if bar.is_hidden() { say!("{line}") } else { bar.println(line) }
             }
         }
     }

@@ -1,0 +1,1 @@
+//! The documents whose examples are compiled and run.
