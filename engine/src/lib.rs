@@ -34,9 +34,11 @@ pub mod threads;
 pub mod transport;
 
 mod config;
+mod limit;
 mod receiver;
 mod sender;
 mod session;
+mod zero;
 
 pub use config::{MAX_CHANNELS, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};

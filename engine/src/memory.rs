@@ -15,6 +15,8 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::zero;
+
 /// Bytes in one page, the unit of dirty tracking and of transfer. Larger pages of the backing
 /// are a property of a region ([`RegionLayout::backing_page_bytes`]).
 pub const PAGE_BYTES: u64 = 4096;
@@ -328,7 +330,8 @@ impl GuestMemory {
     /// its re-arm comes back with the next harvest, so either answer is right.
     pub fn is_zero(&self, region: u16, page: u64) -> Result<bool, OutOfRange> {
         let span = self.span(PageRange { region, first_page: page, pages: 1 })?;
-        Ok(words(span).all(|word| word == 0))
+        // SAFETY: a whole page inside a readable mapping.
+        Ok(unsafe { zero::is_zero(span) })
     }
 
     /// The next pages at or after `from_page`, and before `to_page`, that may hold something; an

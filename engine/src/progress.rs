@@ -1,6 +1,7 @@
 //! Watching and steering a migration from outside: events, a snapshot to poll, cancel.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::convergence::Verdict;
 use crate::error::Error;
+use crate::limit::Limiter;
 use crate::protocol::Agreement;
 use crate::stats::{ChannelGauge, RoundStatistics};
 use crate::transport::{Interrupt, PageCounts, Registration, TransportError};
@@ -108,6 +110,12 @@ impl MigrationHandle {
         self.shared.cancel();
     }
 
+    /// Limits page bytes per second over all channels, from the next batch on; `None` lifts the
+    /// limit. Not applied while the guest stands still. May be called before the migration.
+    pub fn limit_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.shared.limiter.set(bytes_per_second);
+    }
+
     /// A snapshot.
     pub fn progress(&self) -> Progress {
         self.shared.progress()
@@ -124,6 +132,7 @@ pub(crate) struct Shared {
     round: AtomicU32,
     round_pages: AtomicU64,
     gauges: OnceLock<Arc<Vec<CachePadded<ChannelGauge>>>>,
+    limiter: Limiter,
     cancelled: AtomicBool,
     wake: (Sender<()>, Receiver<()>),
     /// Set while the driver is inside a call that only an interrupt can end.
@@ -138,6 +147,7 @@ impl Shared {
             round: AtomicU32::new(0),
             round_pages: AtomicU64::new(0),
             gauges: OnceLock::new(),
+            limiter: Limiter::default(),
             cancelled: AtomicBool::new(false),
             wake: bounded(1),
             blocked: Mutex::new(None),
@@ -155,6 +165,17 @@ impl Shared {
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Takes the link for page bytes; returns how long to wait before using it.
+    pub(crate) fn take_bandwidth(&self, bytes: u64) -> Duration {
+        let now_ns = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.limiter.take(now_ns, bytes)
+    }
+
+    /// Most page bytes to send at a time under the bandwidth limit.
+    pub(crate) fn bandwidth_at_a_time(&self) -> u64 {
+        self.limiter.at_a_time()
     }
 
     /// Becomes ready when cancelled.

@@ -16,6 +16,7 @@ use crate::dirty::{DirtyBitmap, DirtySources, WORD_PAGES};
 use crate::error::Error;
 use crate::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use crate::partition::{Partition, Stripe};
+use crate::progress::Shared;
 use crate::session::Input;
 use crate::stats::ChannelGauge;
 use crate::transport::{Capabilities, PageSender, Run, RunKind, Ticket, TransportError};
@@ -31,6 +32,10 @@ const IN_FLIGHT_BATCHES: usize = 256;
 
 /// How often a waiting sender looks for commands and cancelling.
 const GLANCE: Duration = Duration::from_micros(500);
+
+/// Longest wait for a batch under the bandwidth limit, so that a limit near zero that is lifted
+/// again does not hold a sender for good.
+const LONGEST_TURN: Duration = Duration::from_secs(1);
 
 /// What the driver tells a sender.
 pub(crate) enum Command {
@@ -64,6 +69,7 @@ pub(crate) struct SenderSetup {
     pub(crate) capabilities: Capabilities,
     pub(crate) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
     pub(crate) stop: Arc<AtomicBool>,
+    pub(crate) shared: Arc<Shared>,
     pub(crate) commands: Receiver<Command>,
     pub(crate) feed: Sender<Input<SenderReport>>,
     /// Where pages go that have not landed when the thread ends.
@@ -90,6 +96,8 @@ struct SenderThread {
     max_batch_runs: usize,
     in_flight: VecDeque<InFlight>,
     in_flight_bytes: u64,
+    /// Whether the bandwidth limit applies.
+    limited: bool,
 }
 
 /// The body of a sender thread.
@@ -106,6 +114,7 @@ pub(crate) fn run(setup: SenderSetup) {
         max_batch_runs: setup.capabilities.max_batch_runs.max(1),
         in_flight: VecDeque::new(),
         in_flight_bytes: 0,
+        limited: true,
         setup,
     };
     let result = thread.serve();
@@ -133,6 +142,8 @@ impl SenderThread {
                 Some(Command::Finish) => return Ok(self.setup.pages.finish()?),
                 Some(Command::Round { dirty, settle }) => {
                     self.take_up(&dirty);
+                    // The last round is sent with the guest standing still.
+                    self.limited = !settle;
                     // Given back before the report, so that the driver can reuse it.
                     drop(dirty);
                     self.scan()?;
@@ -251,7 +262,11 @@ impl SenderThread {
     /// Adds a page to the batch, to its last run if it continues that one.
     fn append(&mut self, region: u16, page: u64, kind: RunKind) -> Result<(), Error> {
         let bytes = if kind == RunKind::Data { PAGE_BYTES } else { 0 };
-        if self.batch_bytes + bytes > self.max_batch_bytes {
+        let most_bytes = match self.limited {
+            true => self.max_batch_bytes.min(self.setup.shared.bandwidth_at_a_time()),
+            false => self.max_batch_bytes,
+        };
+        if self.batch_bytes > 0 && self.batch_bytes + bytes > most_bytes {
             self.send_batch()?;
         }
         let continues = |run: &&mut Run| {
@@ -281,12 +296,29 @@ impl SenderThread {
         while self.in_flight_bytes > IN_FLIGHT_BYTES || self.in_flight.len() >= IN_FLIGHT_BATCHES {
             self.reap(Some(GLANCE))?;
         }
+        if self.limited {
+            self.wait_for_bandwidth()?;
+        }
         let ticket = self.setup.pages.send(&self.batch)?;
         let runs = std::mem::take(&mut self.batch);
         let bytes = std::mem::take(&mut self.batch_bytes);
         self.in_flight.push_back(InFlight { ticket, bytes, runs });
         self.in_flight_bytes += bytes;
         self.reap(None)
+    }
+
+    /// Waits for the batch's turn under the bandwidth limit.
+    fn wait_for_bandwidth(&mut self) -> Result<(), Error> {
+        let wait = self.setup.shared.take_bandwidth(self.batch_bytes);
+        let turn = Instant::now() + wait.min(LONGEST_TURN);
+        while let Some(wait) = turn.checked_duration_since(Instant::now()) {
+            if wait.is_zero() {
+                break;
+            }
+            std::thread::sleep(wait.min(GLANCE));
+            self.reap(None)?;
+        }
+        Ok(())
     }
 
     /// Waits until everything sent has landed.

@@ -429,6 +429,27 @@ fn a_machine_that_panics_takes_nothing_along() {
 }
 
 #[test]
+fn a_bandwidth_limit_is_kept_and_can_be_lifted() {
+    let mut scene = Scene::new();
+    let handle = scene.source.handle();
+    let limit: u32 = 16 << 20;
+    handle.limit_bandwidth(std::num::NonZeroU64::new(limit.into()));
+    let lifting = handle.clone();
+    scene.source = scene.source.on_event(move |event| {
+        if matches!(event, Event::RoundFinished { round: 1, .. }) {
+            lifting.limit_bandwidth(None);
+        }
+    });
+    let (departed, _) = scene.play(|link| link).expect_moved();
+    let first = departed.statistics.rounds[0];
+    // At least 2000 pages in the first round; each channel's last batch may still be under way.
+    let sent_bytes = f64::from(2000 * 4096_u32);
+    let expected =
+        Duration::from_secs_f64((sent_bytes - 3.0 * f64::from(1_u32 << 20)) / f64::from(limit));
+    assert!(first.took >= expected, "{:?} for a limit of {limit} B/s", first.took);
+}
+
+#[test]
 fn events_tell_the_story_in_order() {
     let story = Arc::new(Mutex::new(Vec::new()));
     let mut scene = Scene::new();

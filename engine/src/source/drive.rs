@@ -168,6 +168,7 @@ impl Drive<'_> {
                 capabilities: self.link.capabilities(),
                 gauges: Arc::clone(&self.gauges),
                 stop: Arc::clone(&self.stop),
+                shared: Arc::clone(&shared),
                 commands: theirs,
                 feed: self.session.feed(),
                 leftovers: self.leftovers.0.clone(),
