@@ -72,7 +72,8 @@ impl Convergence {
         }
         let remaining_bytes = round.dirty_pages * PAGE_BYTES;
         let expected = match self.bytes_per_second {
-            _ if remaining_bytes == 0 => FIXED_COST,
+            // Another round could not make it shorter.
+            _ if remaining_bytes == 0 => return Verdict::SwitchOver { expected: FIXED_COST },
             Some(bandwidth) if bandwidth > 0.0 => {
                 // A day stands for "never", so that the sum cannot overflow.
                 let seconds = (remaining_bytes as f64 / bandwidth).min(86_400.0);
@@ -113,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_quiet_guest_is_moved_after_the_first_round() {
-        let mut convergence = Convergence::new(Duration::from_millis(20), 30);
+        let mut convergence = Convergence::new(Duration::from_millis(1), 30);
         let verdict = convergence.observe(round(0, 5, 0));
         assert_eq!(verdict, Verdict::SwitchOver { expected: FIXED_COST });
     }

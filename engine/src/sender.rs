@@ -262,10 +262,10 @@ impl SenderThread {
     /// Adds a page to the batch, to its last run if it continues that one.
     fn append(&mut self, region: u16, page: u64, kind: RunKind) -> Result<(), Error> {
         let bytes = if kind == RunKind::Data { PAGE_BYTES } else { 0 };
-        let most_bytes = match self.limited {
-            true => self.max_batch_bytes.min(self.setup.shared.bandwidth_at_a_time()),
-            false => self.max_batch_bytes,
-        };
+        let mut most_bytes = self.max_batch_bytes;
+        if self.limited {
+            most_bytes = most_bytes.min(self.setup.shared.bandwidth_at_a_time());
+        }
         if self.batch_bytes > 0 && self.batch_bytes + bytes > most_bytes {
             self.send_batch()?;
         }

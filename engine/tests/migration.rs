@@ -315,6 +315,13 @@ fn a_senseless_configuration_is_refused() {
 fn a_guest_faster_than_the_link_is_kept_and_the_figures_are_named() {
     let mut scene = Scene::new();
     scene.source = scene.source.downtime_limit(Duration::from_millis(1)).max_rounds(3);
+    // However the machine is loaded, the guest has written something in every round.
+    let log = Arc::clone(&scene.log);
+    scene.source = scene.source.on_event(move |event| {
+        if matches!(event, Event::RoundStarted { .. }) {
+            log.mark(0, 7);
+        }
+    });
     let outcome = scene.play(|link| link);
     let untouched = DirtyBitmap::new(outcome.here.memory().layout());
     assert_ne!(*outcome.log.put_back.lock().unwrap(), untouched);

@@ -120,9 +120,10 @@ fn called_off(args: &RunArgs, guest: &mut Guest) -> Result<Report> {
 
 fn status(guest: &Guest) {
     let beats = guest.heartbeat().beats;
-    match guest.failure() {
-        Some(failure) => say!("the guest ended after {beats} heartbeats: {failure}"),
-        None => say!("the guest runs here, {beats} heartbeats so far"),
+    if let Some(failure) = guest.failure() {
+        say!("the guest ended after {beats} heartbeats: {failure}");
+    } else {
+        say!("the guest runs here, {beats} heartbeats so far");
     }
 }
 
@@ -215,7 +216,10 @@ fn connect_to(
     let address = address.to_owned();
     let Transport::Tcp = transport;
     // It ends by itself once it has connected or timed out.
-    thread::spawn(move || done.send(connect(address, TcpOptions::default())));
+    thread::spawn(move || {
+        // By then nobody may be listening any more.
+        let _ = done.send(connect(address, TcpOptions::default()));
+    });
     loop {
         select! {
             recv(connected) -> link => {

@@ -1,0 +1,72 @@
+//! A side that is killed or stands still in the middle, and guests that cannot be moved in time.
+
+use rustix::process::Signal;
+
+use crate::support::sides::{destination, source, under_way};
+
+#[test]
+fn the_destination_is_killed() {
+    let (mut source, mut destination, beats) = under_way(&[]);
+    destination.signal(Signal::KILL);
+    assert!(destination.finish().reports.is_empty());
+    let report = source.finish().report(1);
+    report.assert_kept("failed", &["the transport failed"], beats);
+    assert!(report.count("bytes_on_wire") > 0, "{report:?}");
+}
+
+#[test]
+fn the_source_is_killed() {
+    let (mut source, mut destination, _) = under_way(&[]);
+    source.signal(Signal::KILL);
+    source.finish();
+    // No guest was its own, so none may run.
+    let report = destination.finish().report(1);
+    report.assert_did_not_come("failed", &["the transport failed"]);
+}
+
+#[test]
+fn the_destination_stands_still_and_the_source_is_told_to_stop() {
+    let (mut source, mut destination, beats) = under_way(&[]);
+    destination.signal(Signal::STOP);
+    source.signal(Signal::INT);
+    source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+    destination.signal(Signal::CONT);
+    destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
+}
+
+#[test]
+#[ignore = "takes 30 seconds"]
+fn the_destination_stands_still() {
+    let (mut source, destination, beats) = under_way(&["--dirty-rate", "2000"]);
+    destination.signal(Signal::STOP);
+    source.finish().report(1).assert_kept("failed", &["timed out"], beats);
+}
+
+#[test]
+fn a_destination_that_never_answers() {
+    let (destination, address) = destination(&[]);
+    let mut source = source(&["--workload", "idle"]);
+    let beats = source.beats();
+    destination.signal(Signal::STOP);
+    // Its kernel takes the connection.
+    source.say(format!("migrate {address}"));
+    let report = source.finish().report(1);
+    report.assert_kept("failed", &["failed to connect to", &address, "timed out"], beats);
+}
+
+#[test]
+fn a_guest_that_writes_too_fast() {
+    let (mut destination, address) = destination(&[]);
+    let mut source = source(&["--downtime-limit", "1ms", "--max-rounds", "3"]);
+    let beats = source.beats();
+    source.say(format!("migrate {address}"));
+    let report = source.finish().report(1);
+    report.assert_kept(
+        "failed",
+        &["not converging after 3 rounds", "pages", "limit of 1ms"],
+        beats,
+    );
+    assert_eq!(report.count("rounds"), 3);
+    let why = ["not converging", "limit of 1ms"];
+    destination.finish().report(1).assert_did_not_come("failed", &why);
+}

@@ -1,0 +1,101 @@
+//! `run` and `receive` by hand.
+
+use rustix::process::Signal;
+
+use crate::support::host::guest_kind;
+use crate::support::peer::closed_port;
+use crate::support::process::Process;
+use crate::support::sides::{
+    SMALL, destination, destination_that_stays, source, source_that_stays,
+};
+
+#[test]
+fn a_guest_moves_by_itself() {
+    let (mut destination, address) = destination(&[]);
+    let own = ["run", "--with-parent", "--json", "--migrate-to", &address, "--verify"];
+    let own = [&own, SMALL, &["--migrate-after", "50ms", "--guest", guest_kind()]].concat();
+    let departed = Process::start("source", &own).finish().report(0);
+    departed.assert_departed();
+    assert_eq!(departed.flag("memory_match"), Some(true));
+    let arrived = destination.finish().report(0);
+    arrived.assert_arrived();
+    assert_eq!(arrived.flag("memory_match"), Some(true));
+    assert_eq!(arrived.text("guest"), guest_kind());
+    assert!(arrived.count("heartbeats") > 0);
+}
+
+#[test]
+fn a_guest_moves_on_a_signal() {
+    let (mut destination, address) = destination(&[]);
+    let mut source = source_that_stays(&["--migrate-to", &address]);
+    let before = source.beats();
+    source.await_beats_beyond(before);
+    source.signal(Signal::USR1);
+    source.finish().report(0).assert_departed();
+    let arrived = destination.finish().report(0);
+    arrived.assert_arrived();
+    // The heartbeats moved with it.
+    assert!(arrived.count("heartbeats") > before, "{before} before: {arrived:?}");
+}
+
+#[test]
+fn a_guest_moves_on_a_line_on_stdin() {
+    let (mut destination, address) = destination(&[]);
+    let mut source = source_that_stays(&[]);
+    source.say("migrate");
+    source.await_message("migrate where to?");
+    source.say("cancel");
+    source.await_message("no migration is under way");
+    source.say("dance");
+    source.await_message("\"dance\" is not known here");
+    source.say("migrate here there");
+    source.await_message("nothing more was expected");
+    source.say(b"\xff\xfe\x00");
+    source.await_message("is not known here");
+    source.say("");
+    let before = source.beats();
+    source.await_beats_beyond(before);
+    source.say(format!("  migrate   {address} "));
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
+}
+
+#[test]
+fn a_migration_that_failed_can_be_tried_again() {
+    let (_held, nowhere) = closed_port();
+    let (mut destination, address) = destination_that_stays(&[]);
+    let mut source = source_that_stays(&["--migrate-to", &nowhere]);
+    source.signal(Signal::USR1);
+    let failed = source.await_report();
+    assert_eq!((failed.text("outcome"), failed.text("guest_at")), ("failed", "source"));
+    source.await_message("\"migrate [ADDR]\" tries again");
+    let before = source.beats();
+    source.await_beats_beyond(before);
+    source.say(format!("migrate {address}"));
+    source.await_report().assert_departed();
+    source.finish().assert_status(0);
+
+    let arrived = destination.await_report();
+    assert_eq!(arrived.text("outcome"), "completed");
+    destination.await_message("the guest runs here; Ctrl-C ends it");
+    assert!(destination.lives());
+    destination.signal(Signal::INT);
+    destination.finish().assert_status(0);
+}
+
+#[test]
+fn quit_ends_a_guest() {
+    let mut source = source(&[]);
+    source.say("quit");
+    let ended = source.finish();
+    ended.assert_status(0);
+    assert!(ended.reports.is_empty(), "{:?}", ended.reports);
+}
+
+#[test]
+fn waiting_for_a_guest_can_be_ended() {
+    let (mut destination, _) = destination(&[]);
+    destination.signal(Signal::INT);
+    destination.finish().assert_status(3);
+    destination.await_message("interrupted before a guest came");
+}

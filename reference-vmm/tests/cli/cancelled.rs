@@ -1,0 +1,98 @@
+//! Ctrl-C and what comes of it, at every stage and on each side.
+
+use rustix::process::Signal;
+
+use crate::support::host::guest_kind;
+use crate::support::peer::{listen, take};
+use crate::support::process::Process;
+use crate::support::sides::{ENDLESS, SMALL, source, source_that_stays, under_way};
+
+#[test]
+fn at_the_source() {
+    let (mut source, mut destination, beats) = under_way(&[]);
+    source.signal(Signal::INT);
+    let report = source.finish().report(3);
+    report.assert_kept("cancelled", &["cancelled"], beats);
+    source.await_message("cancelling; the guest stays here");
+    destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
+}
+
+#[test]
+fn at_the_destination() {
+    let (mut source, mut destination, beats) = under_way(&[]);
+    destination.signal(Signal::INT);
+    destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
+    source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+}
+
+#[test]
+fn while_the_destination_does_not_answer() {
+    let (listener, address) = listen();
+    let mut source = source(&[]);
+    let beats = source.beats();
+    source.say(format!("migrate {address}"));
+    let _control = take(&listener);
+    source.signal(Signal::INT);
+    source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+}
+
+#[test]
+fn before_the_migration_begins() {
+    let args = ["run", "--with-parent", "--json", "--migrate-to", "127.0.0.1:1"];
+    let more = ["--migrate-after", "1h", "--run-for", "100ms", "--guest", guest_kind()];
+    let mut source = Process::start("source", &[&args, SMALL, &more].concat());
+    source.await_message("pageferry guest: ");
+    let beats = source.beats();
+    source.await_beats_beyond(beats);
+    source.signal(Signal::INT);
+    source.finish().report(3).assert_kept("cancelled", &["before the migration began"], beats);
+}
+
+#[test]
+fn then_the_guest_goes_on_until_it_is_told_to_end() {
+    let (listener, address) = listen();
+    let mut source = source_that_stays(&["--migrate-to", &address]);
+    source.signal(Signal::USR1);
+    let control = take(&listener);
+    source.signal(Signal::TERM);
+    assert_eq!(source.await_report().text("outcome"), "cancelled");
+    drop(control);
+    source.await_message("the guest runs on here");
+    let beats = source.beats();
+    source.await_beats_beyond(beats);
+    source.signal(Signal::INT);
+    source.finish().assert_status(3);
+}
+
+#[test]
+fn a_demo_under_way() {
+    let mut demo = demo();
+    demo.await_message("round 3: ");
+    demo.signal(Signal::INT);
+    let report = demo.finish().report(3);
+    report.assert_kept("cancelled", &["cancelled"], 0);
+    assert!(report.count("rounds") >= 3, "{report:?}");
+}
+
+#[test]
+fn a_demo_whose_guest_has_just_started() {
+    let mut demo = demo();
+    demo.await_message("pageferry guest: ");
+    demo.signal(Signal::INT);
+    demo.finish().report(3).assert_kept("cancelled", &["cancelled"], 0);
+}
+
+#[test]
+fn a_demo_that_has_hardly_begun() {
+    let mut demo = demo();
+    demo.await_message("listening on ");
+    demo.signal(Signal::INT);
+    let report = demo.finish().report(3);
+    assert_eq!((report.text("outcome"), report.text("guest_at")), ("cancelled", "source"));
+    assert_ne!(report.flag("oracle_ok"), Some(false), "{report:?}");
+}
+
+/// A demo whose migration does not end by itself.
+fn demo() -> Process {
+    Process::start("demo", &[&["demo", "--json"], SMALL, ENDLESS].concat())
+}

@@ -1,0 +1,56 @@
+//! Command lines that make no sense, and the help.
+
+use crate::support::process::Process;
+
+#[test]
+fn nonsense_is_refused_with_help() {
+    let cases: &[(&[&str], &[&str])] = &[
+        (&["run", "--channels", "0"], &["--channels", "1..=256"]),
+        (&["demo", "--channels", "257"], &["--channels", "1..=256"]),
+        (&["run", "--memory", "1Q"], &["--memory", "'1Q'", "512M"]),
+        (&["run", "--memory", "0"], &["--memory", "512M"]),
+        (&["demo", "--memory", "0"], &["--memory", "512M"]),
+        (&["receive", "--memory", "0"], &["--memory", "512M"]),
+        (&["run", "--working-set", "0"], &["--working-set", "512M"]),
+        (&["run", "--memory=64M", "--working-set=65M"], &["--working-set", "--memory"]),
+        (&["demo", "--memory=64M", "--working-set=65M"], &["--working-set", "--memory"]),
+        // Fits the memory, but not beside the guest's code and page tables.
+        (&["run", "--memory=64M", "--working-set=63M"], &["--working-set", "--memory"]),
+        (&["run", "--working-set=8E"], &["--working-set", "--memory"]),
+        (&["run", "--memory=1P"], &["--memory", "at most"]),
+        (&["run", "--memory=100000001"], &["--memory", "4096"]),
+        (&["run", "--memory=67M", "--backing=hugetlb"], &["--memory", "2097152"]),
+        (&["run", "--working-set=4K", "--vcpus=2"], &["--working-set", "--vcpus"]),
+        (&["run", "--vcpus", "0"], &["--vcpus", "1..=64"]),
+        (&["run", "--max-rounds", "0"], &["--max-rounds"]),
+        (&["run", "--downtime-limit", "5"], &["--downtime-limit", "300ms"]),
+        (&["run", "--workload", "busy"], &["--workload", "sequential"]),
+        (&["run", "--transport", "pigeon"], &["--transport", "tcp"]),
+        (&["run", "--dirty-rate", "-1"], &["-1"]),
+        (&["demo", "--verify=perhaps"], &["--verify"]),
+        (&["dance"], &["dance"]),
+        (&[], &["demo", "run", "receive"]),
+    ];
+    for (args, parts) in cases {
+        let mut process = Process::start("program", args);
+        let (status, out) = process.finish_for_people();
+        assert_eq!(status, Some(2), "{args:?}");
+        assert_eq!(out, "", "{args:?}");
+        let messages = process.messages();
+        for part in *parts {
+            assert!(messages.contains(part), "{args:?}: no {part:?} in {messages}");
+        }
+        assert!(!messages.contains("listening on"), "{args:?}: {messages}");
+    }
+}
+
+#[test]
+fn help_has_examples_and_exit_codes() {
+    for args in [&["--help"][..], &["demo", "--help"], &["run", "--help"], &["receive", "--help"]] {
+        let (status, help) = Process::start("program", args).finish_for_people();
+        assert_eq!(status, Some(0), "{args:?}");
+        for part in ["Examples:", "pageferry-vmm demo", "Exit status:", "3  cancelled"] {
+            assert!(help.contains(part), "{args:?}: no {part:?} in\n{help}");
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! `demo`: every kind of guest gets through, and the report says so.
+
+use crate::support::host::{HugePages, guest_kind, process_guests_work};
+use crate::support::process::Process;
+use crate::support::report::Report;
+
+/// Runs a demo that must succeed.
+fn completes(more: &[&str]) -> Report {
+    let own = ["demo", "--json", "--memory", "64M", "--working-set", "8M"];
+    let report = Process::start("demo", &[&own, more].concat()).finish().report(0);
+    report.assert_contract();
+    report.assert_departed();
+    report.assert_arrived();
+    assert_eq!(report.text("transport"), "tcp");
+    assert_eq!(report.count("memory_bytes"), 64 << 20);
+    assert_eq!(report.count("working_set_bytes"), 8 << 20);
+    assert_eq!(report.count("pages.encoded"), 0);
+    // Most of the working set is not zero, and most of the rest is.
+    assert!(report.count("pages.data") >= (8 << 20) / 4096 * 3 / 4, "{report:?}");
+    assert!(report.count("pages.zero") > 0, "{report:?}");
+    assert!(report.count("heartbeats") > 0, "{report:?}");
+    report
+}
+
+fn assert_verified(report: &Report) {
+    assert_eq!(report.flag("memory_match"), Some(true), "{report:?}");
+}
+
+#[test]
+fn one_channel_and_a_sequential_guest() {
+    let report = completes(&["--channels", "1", "--backing", "memfd"]);
+    assert_verified(&report);
+    assert_eq!(report.count("channels"), 1);
+    assert_eq!((report.text("workload"), report.count("vcpus")), ("sequential", 1));
+    assert_eq!((report.text("guest"), report.text("backing")), (guest_kind(), "memfd"));
+    assert!((report.number("downtime_limit_ms") - 300.0).abs() < 0.001, "{report:?}");
+}
+
+#[test]
+fn two_channels_two_vcpus_and_a_random_guest() {
+    let report = completes(&[
+        "--channels=2",
+        "--vcpus=2",
+        "--workload=random",
+        "--backing=memfd",
+        "--downtime-limit=250ms",
+        "--verify",
+    ]);
+    assert_verified(&report);
+    assert_eq!((report.count("channels"), report.count("vcpus")), (2, 2));
+    assert_eq!(report.text("workload"), "random");
+    assert!((report.number("downtime_limit_ms") - 250.0).abs() < 0.001, "{report:?}");
+}
+
+#[test]
+fn four_channels_and_a_hot_cold_guest_in_anonymous_memory() {
+    let report = completes(&["--channels=4", "--workload=hot-cold", "--backing=anonymous"]);
+    assert_verified(&report);
+    assert_eq!(report.count("channels"), 4);
+    assert_eq!((report.text("workload"), report.text("backing")), ("hot-cold", "anonymous"));
+}
+
+#[test]
+fn eight_channels_and_an_idle_guest() {
+    let report = completes(&["--channels=8", "--workload=idle", "--backing=memfd"]);
+    assert_verified(&report);
+    assert_eq!((report.count("channels"), report.text("workload")), (8, "idle"));
+}
+
+#[test]
+fn a_guest_in_huge_pages() {
+    // Both sides' memory.
+    let Some(_reserved) = HugePages::reserve(2 * 32) else { return };
+    let report = completes(&["--backing", "hugetlb"]);
+    assert_verified(&report);
+    assert_eq!(report.text("backing"), "hugetlb");
+}
+
+#[test]
+fn a_guest_of_threads_that_writes_at_a_rate() {
+    if !process_guests_work() {
+        return;
+    }
+    let report =
+        completes(&["--guest=process", "--dirty-rate=20000", "--backing=memfd", "--vcpus=2"]);
+    assert_verified(&report);
+    assert_eq!((report.text("guest"), report.count("vcpus")), ("process", 2));
+}
+
+#[test]
+fn a_kvm_guest_that_writes_at_a_rate_and_is_not_compared() {
+    if guest_kind() != "kvm" {
+        eprintln!("skipped, because there is no KVM here");
+        return;
+    }
+    let report = completes(&[
+        "--guest=kvm",
+        "--dirty-rate=5000",
+        "--workload=random",
+        "--backing=memfd",
+        "--verify=false",
+    ]);
+    assert_eq!(report.text("guest"), "kvm");
+    assert!(report.is_null("memory_match") && report.number("verify_ms") == 0.0, "{report:?}");
+    // What the guest noticed is not shorter than what was measured.
+    let (gap, downtime) = (report.number("heartbeat_gap_ms"), report.number("downtime_ms"));
+    assert!(gap >= downtime - 1.0, "{report:?}");
+}
+
+#[test]
+fn without_json_there_is_a_table() {
+    let args = ["demo", "--memory=64M", "--working-set=8M", "--backing=memfd", "--verify=false"];
+    let mut demo = Process::start("demo", &args);
+    let (status, table) = demo.finish_for_people();
+    assert_eq!(status, Some(0));
+    for part in ["completed: the guest runs at the destination", "downtime", "final harvest"] {
+        assert!(table.contains(part), "no {part:?} in\n{table}");
+    }
+}

@@ -1,0 +1,13 @@
+//! The `pageferry-vmm` program as its users run it: every test starts real processes and looks at
+//! their exit status, their JSON and their messages.
+
+mod broken;
+mod by_hand;
+mod cancelled;
+mod command_line;
+mod demo;
+mod refused;
+mod strangers;
+mod support;
+mod unread;
+mod versions;

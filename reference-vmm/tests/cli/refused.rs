@@ -1,0 +1,75 @@
+//! Migrations that cannot begin: a clear error, and the guest goes on where it is.
+
+use crate::support::peer::{closed_port, listen};
+use crate::support::process::Process;
+use crate::support::sides::{destination, destination_that_stays, source};
+
+/// A source that is told to migrate to `address` fails for all these reasons, and keeps its guest.
+fn assert_fails(address: &str, why: &[&str]) {
+    let mut source = source(&[]);
+    let beats = source.beats();
+    source.say(format!("migrate {address}"));
+    source.finish().report(1).assert_kept("failed", why, beats);
+}
+
+#[test]
+fn nobody_listens() {
+    let (_held, address) = closed_port();
+    assert_fails(&address, &["failed to connect to", &address, "refused"]);
+}
+
+#[test]
+fn addresses_that_are_none() {
+    // No name has a part of more than 63 characters: no name server is asked.
+    let unknown = format!("{}.invalid:7400", "a".repeat(64));
+    for address in ["nonsense", "127.0.0.1:port", "127.0.0.1:99999", &unknown] {
+        assert_fails(address, &["failed to connect to", address]);
+    }
+}
+
+#[test]
+fn a_port_that_is_in_use_and_addresses_that_cannot_be_listened_on() {
+    let (_listener, used) = listen();
+    for (address, why) in [
+        (used.as_str(), "in use"),
+        // For documentation (RFC 5737), so never this host's.
+        ("192.0.2.1:0", "assign requested address"),
+        ("nonsense", "invalid socket address"),
+    ] {
+        let mut destination =
+            Process::start("destination", &["receive", "--json", "--listen", address]);
+        let ended = destination.finish();
+        ended.assert_status(1);
+        assert!(ended.reports.is_empty(), "{:?}", ended.reports);
+        let message = destination.await_message("error: failed to listen on ");
+        assert!(message.contains(address) && message.contains(why), "{message}");
+    }
+}
+
+#[test]
+fn memory_of_another_size() {
+    let (mut destination, address) = destination(&["--memory", "128M"]);
+    assert_fails(&address, &["(declined)", "67108864", "134217728"]);
+    let why = ["67108864", "134217728"];
+    destination.finish().report(1).assert_did_not_come("failed", &why);
+}
+
+#[test]
+fn memory_of_the_size_that_is_wanted() {
+    let (mut destination, address) = destination(&["--memory", "64M"]);
+    let mut source = source(&[]);
+    source.say(format!("migrate {address}"));
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
+}
+
+#[test]
+fn a_destination_that_has_a_guest_already() {
+    let (mut destination, address) = destination_that_stays(&[]);
+    let mut first = source(&[]);
+    first.say(format!("migrate {address}"));
+    first.finish().report(0).assert_departed();
+    destination.await_report();
+    assert_fails(&address, &["failed to connect to", "refused"]);
+    assert!(destination.lives());
+}

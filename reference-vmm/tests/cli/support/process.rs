@@ -1,0 +1,198 @@
+//! A `pageferry-vmm` process.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::PATIENCE;
+use super::lines::Lines;
+use super::report::Report;
+
+/// A process, killed when dropped. When a test fails, what it wrote is shown.
+pub(crate) struct Process {
+    name: &'static str,
+    child: Child,
+    pidfd: OwnedFd,
+    stdin: Option<ChildStdin>,
+    outputs: [UnixStream; 2],
+    stdout: Lines,
+    stderr: Lines,
+    ended: Option<ExitStatus>,
+}
+
+/// How a process ended, and its reports.
+pub(crate) struct Ended {
+    name: &'static str,
+    status: ExitStatus,
+    pub(crate) reports: Vec<Report>,
+}
+
+impl Process {
+    /// Starts the program. `name` is for messages.
+    pub(crate) fn start(name: &'static str, args: &[&str]) -> Self {
+        let ((stdout, stdout_end), (stderr, stderr_end)) = (output(), output());
+        let mut child = Command::new(env!("CARGO_BIN_EXE_pageferry-vmm"))
+            .args(args)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::piped())
+            .stdout(stdout_end)
+            .stderr(stderr_end)
+            .spawn()
+            .expect("start the program");
+        let pid = Pid::from_child(&child);
+        Self {
+            name,
+            pidfd: pidfd_open(pid, PidfdFlags::empty()).expect("open a pidfd"),
+            stdin: child.stdin.take(),
+            outputs: [&stdout, &stderr].map(|stream| stream.try_clone().expect("clone")),
+            stdout: Lines::of(stdout),
+            stderr: Lines::of(stderr),
+            child,
+            ended: None,
+        }
+    }
+
+    /// Waits for a message that contains `part`.
+    pub(crate) fn await_message(&mut self, part: &str) -> String {
+        self.stderr
+            .wait_for(part, Instant::now() + PATIENCE)
+            .unwrap_or_else(|| panic!("the {} did not say {part:?}", self.name))
+    }
+
+    /// All messages so far.
+    pub(crate) fn messages(&self) -> String {
+        self.stderr.so_far().join("\n")
+    }
+
+    /// Waits for a report of a process that goes on.
+    pub(crate) fn await_report(&mut self) -> Report {
+        let line = self.stdout.wait_for("", Instant::now() + PATIENCE);
+        Report::parse(&line.unwrap_or_else(|| panic!("the {} did not report", self.name)))
+    }
+
+    /// A line on stdin.
+    pub(crate) fn say(&mut self, line: impl AsRef<[u8]>) {
+        let stdin = self.stdin.as_mut().expect("its stdin is open");
+        let line = [line.as_ref(), b"\n"].concat();
+        stdin.write_all(&line).unwrap_or_else(|error| panic!("the {}: {error}", self.name));
+    }
+
+    /// Asks a source for the heartbeats of its guest.
+    pub(crate) fn beats(&mut self) -> u64 {
+        self.say("status");
+        let line = self.await_message("the guest runs here, ");
+        let beats = line.split(' ').find_map(|word| word.parse().ok());
+        beats.unwrap_or_else(|| panic!("no number in {line:?}"))
+    }
+
+    /// Waits until the guest at this source has beaten more often than that.
+    pub(crate) fn await_beats_beyond(&mut self, beats: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.beats() <= beats {
+            assert!(Instant::now() < deadline, "the guest at the {} does not beat", self.name);
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        pidfd_send_signal(&self.pidfd, signal)
+            .unwrap_or_else(|error| panic!("failed to signal the {}: {error}", self.name));
+    }
+
+    /// Whether it has not ended.
+    pub(crate) fn lives(&self) -> bool {
+        self.wait_until(Instant::now()).is_none()
+    }
+
+    /// From now on nobody reads what it writes, and its writes fail.
+    pub(crate) fn close_outputs(&mut self) {
+        for output in &self.outputs {
+            output.shutdown(Shutdown::Both).expect("shut an output down");
+        }
+    }
+
+    /// Waits for its end.
+    pub(crate) fn finish(&mut self) -> Ended {
+        let (status, lines) = self.end();
+        let reports = lines.iter().map(|line| Report::parse(line)).collect();
+        Ended { name: self.name, status, reports }
+    }
+
+    /// Waits for its end, for one whose stdout is for people.
+    pub(crate) fn finish_for_people(&mut self) -> (Option<i32>, String) {
+        let (status, lines) = self.end();
+        (status.code(), lines.join("\n"))
+    }
+
+    fn end(&mut self) -> (ExitStatus, Vec<String>) {
+        self.wait_until(Instant::now() + PATIENCE)
+            .unwrap_or_else(|| panic!("the {} does not end", self.name));
+        let status = self.child.wait().expect("wait");
+        self.ended = Some(status);
+        self.stderr.all();
+        (status, self.stdout.all())
+    }
+
+    fn wait_until(&self, deadline: Instant) -> Option<()> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).expect("a time that poll knows");
+            let mut polled = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            match poll(&mut polled, Some(&left)) {
+                Ok(0) => return None,
+                Ok(_) => return Some(()),
+                Err(Errno::INTR) => {}
+                Err(error) => panic!("failed to wait for the {}: {error}", self.name),
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.ended.is_none() {
+            // Fails only if it has just ended.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            let (out, err) = (self.stdout.so_far(), self.stderr.so_far());
+            // A source that goes round and round has a lot to say.
+            let skipped = err.len().saturating_sub(60);
+            let (name, ended) = (self.name, self.ended);
+            eprintln!("--- the {name}, ended: {ended:?}\nstdout:\n{}", out.join("\n"));
+            eprintln!("stderr, but the first {skipped} lines:\n{}", err[skipped..].join("\n"));
+        }
+    }
+}
+
+/// An output to read, and the end for the process. A socket, for it can be shut down while a
+/// thread reads.
+fn output() -> (UnixStream, OwnedFd) {
+    let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+    (ours, theirs.into())
+}
+
+impl Ended {
+    /// Its one report, after it ended with that exit status.
+    pub(crate) fn report(mut self, exit_status: i32) -> Report {
+        self.assert_status(exit_status);
+        let report = self.reports.pop();
+        assert!(self.reports.is_empty(), "the {} reported twice", self.name);
+        report.unwrap_or_else(|| panic!("the {} did not report", self.name))
+    }
+
+    /// It ended with that exit status.
+    pub(crate) fn assert_status(&self, exit_status: i32) {
+        let (name, status) = (self.name, self.status);
+        assert_eq!(status.signal(), None, "the {name} was killed");
+        assert_eq!(status.code(), Some(exit_status), "exit status of the {name}");
+    }
+}

@@ -1,0 +1,132 @@
+//! Peers of other versions, both ways round.
+
+use std::io::Write;
+
+use pageferry::memory::{Layout, RegionLayout};
+use pageferry::protocol::{FailureReason, Hello, Message, PROTOCOL_VERSION, Welcome};
+use pageferry_tcp::preamble::{Answer, Status, VERSION};
+
+use crate::support::peer::{
+    control_preamble, dial, listen, ok_answer, read_answer, receive, send, take,
+};
+use crate::support::process::{Ended, Process};
+use crate::support::sides::{destination, source};
+
+/// A greeting whose versions are changed.
+fn hello(oldest_version: u16, newest_version: u16) -> Vec<u8> {
+    let region = RegionLayout { guest_addr: 0, len_bytes: 1 << 20, backing_page_bytes: 4096 };
+    let layout = Layout::new(vec![region]).expect("a layout");
+    let hello = Hello::new(layout, 1, false, Vec::new());
+    Message::Hello(Hello { oldest_version, newest_version, ..hello }).encode()
+}
+
+/// What a source says first, after the answer `then` has it do.
+fn with_source(then: impl FnOnce(&std::net::TcpListener)) -> (Process, Ended, u64) {
+    let (listener, address) = listen();
+    let mut source = source(&[]);
+    let beats = source.beats();
+    source.say(format!("migrate {address}"));
+    then(&listener);
+    let ended = source.finish();
+    (source, ended, beats)
+}
+
+#[test]
+fn a_source_of_another_protocol_version() {
+    let (mut destination, address) = destination(&[]);
+    let mut source = dial(&address);
+    source.write_all(&control_preamble()).expect("write");
+    assert_eq!(read_answer(&mut source).status, Status::Ok);
+    send(&mut source, &hello(PROTOCOL_VERSION + 1, PROTOCOL_VERSION + 4));
+    let Message::Failed { reason, text } = receive(&mut source) else { panic!("no failure") };
+    assert_eq!(reason, FailureReason::Incompatible);
+    let why = [
+        "protocol versions do not meet",
+        &format!("{} to {}", PROTOCOL_VERSION + 1, PROTOCOL_VERSION + 4),
+    ];
+    assert!(why.iter().all(|part| text.contains(part)), "{text}");
+    destination.finish().report(1).assert_did_not_come("failed", &why);
+}
+
+#[test]
+fn a_source_of_another_transport_version() {
+    let (mut destination, address) = destination(&[]);
+    let mut preamble = control_preamble();
+    preamble[8..10].copy_from_slice(&(VERSION + 1).to_le_bytes());
+    let mut stranger = dial(&address);
+    stranger.write_all(&preamble).expect("write");
+    let answer = read_answer(&mut stranger);
+    assert_eq!(answer.status, Status::Version);
+    assert!(answer.reason.contains(&format!("version {}", VERSION + 1)), "{answer:?}");
+    // It was no source: the next one is welcome.
+    let mut source = source(&[]);
+    source.say(format!("migrate {address}"));
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
+}
+
+#[test]
+fn a_destination_that_chooses_a_version_nobody_offered() {
+    let (_source, ended, beats) = with_source(|listener| {
+        let mut stream = take(listener);
+        stream.write_all(&ok_answer()).expect("write");
+        let Message::Hello(hello) = receive(&mut stream) else { panic!("no greeting") };
+        let version = PROTOCOL_VERSION + 1;
+        let welcome = Welcome { version, channels: hello.channels, memory_zeroed: true };
+        send(&mut stream, &Message::Welcome(welcome).encode());
+        let Message::Failed { reason, text } = receive(&mut stream) else { panic!("no failure") };
+        assert_eq!(reason, FailureReason::Incompatible);
+        assert!(text.contains("not offered"), "{text}");
+    });
+    let why = [format!("chose protocol version {}", PROTOCOL_VERSION + 1)];
+    ended.report(1).assert_kept("failed", &[&why[0]], beats);
+}
+
+#[test]
+fn a_destination_that_refuses_the_version() {
+    let reason = "no such version here";
+    let (_source, ended, beats) = with_source(|listener| {
+        let mut stream = take(listener);
+        let mut answer = Answer { status: Status::Version, reason: reason.to_owned() }.encode();
+        // As a newer one would say it.
+        answer[8..10].copy_from_slice(&(VERSION + 1).to_le_bytes());
+        stream.write_all(&answer).expect("write");
+    });
+    ended.report(1).assert_kept("failed", &["refused by", reason], beats);
+}
+
+#[test]
+fn a_destination_that_fails_in_its_own_words() {
+    let (_source, ended, beats) = with_source(|listener| {
+        let mut stream = take(listener);
+        stream.write_all(&ok_answer()).expect("write");
+        receive(&mut stream);
+        let text = "out of \x1b[2Jcheese".to_owned();
+        send(&mut stream, &Message::Failed { reason: FailureReason::Host, text }.encode());
+    });
+    let report = ended.report(1);
+    report.assert_kept("failed", &["the other side failed", "out of  [2Jcheese"], beats);
+}
+
+#[test]
+fn a_destination_that_talks_nonsense() {
+    let frames: [&[u8]; 4] = [&[0xff; 40], &[], &[4, 0], &hello(1, 1)];
+    for frame in frames {
+        let (_source, ended, beats) = with_source(|listener| {
+            let mut stream = take(listener);
+            stream.write_all(&ok_answer()).expect("write");
+            receive(&mut stream);
+            send(&mut stream, frame);
+        });
+        ended.report(1).assert_kept("failed", &[], beats);
+    }
+}
+
+#[test]
+fn something_else_that_listens_there() {
+    let (_source, ended, beats) = with_source(|listener| {
+        let mut stream = take(listener);
+        stream.write_all(&[b'x'; 200]).expect("write");
+    });
+    ended.report(1).assert_kept("failed", &["no pageferry transport"], beats);
+}
