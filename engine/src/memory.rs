@@ -331,7 +331,7 @@ impl GuestMemory {
     pub fn is_zero(&self, region: u16, page: u64) -> Result<bool, OutOfRange> {
         let span = self.span(PageRange { region, first_page: page, pages: 1 })?;
         // SAFETY: a whole page inside a readable mapping.
-        Ok(unsafe { zero::is_zero(span) })
+        Ok(unsafe { zero::is_zero(span.addr, span.len_bytes) })
     }
 
     /// The next pages at or after `from_page`, and before `to_page`, that may hold something; an

@@ -30,6 +30,10 @@ const BATCH_BYTES: u64 = 1 << 20;
 const IN_FLIGHT_BYTES: u64 = 32 << 20;
 const IN_FLIGHT_BATCHES: usize = 256;
 
+/// Page bytes after which a busy sender asks what has landed. More often costs a system call
+/// each time, and tells nothing: receivers acknowledge now and then.
+const REAP_EVERY_BYTES: u64 = 4 << 20;
+
 /// How often a waiting sender looks for commands and cancelling.
 const GLANCE: Duration = Duration::from_micros(500);
 
@@ -96,6 +100,8 @@ struct SenderThread {
     max_batch_runs: usize,
     in_flight: VecDeque<InFlight>,
     in_flight_bytes: u64,
+    /// Page bytes sent since the last look at what has landed.
+    unreaped_bytes: u64,
     /// Whether the bandwidth limit applies.
     limited: bool,
 }
@@ -114,6 +120,7 @@ pub(crate) fn run(setup: SenderSetup) {
         max_batch_runs: setup.capabilities.max_batch_runs.max(1),
         in_flight: VecDeque::new(),
         in_flight_bytes: 0,
+        unreaped_bytes: 0,
         limited: true,
         setup,
     };
@@ -304,6 +311,10 @@ impl SenderThread {
         let bytes = std::mem::take(&mut self.batch_bytes);
         self.in_flight.push_back(InFlight { ticket, bytes, runs });
         self.in_flight_bytes += bytes;
+        self.unreaped_bytes += bytes;
+        if self.unreaped_bytes < REAP_EVERY_BYTES && self.in_flight.len() < IN_FLIGHT_BATCHES / 2 {
+            return Ok(());
+        }
         self.reap(None)
     }
 
@@ -332,6 +343,7 @@ impl SenderThread {
     /// Forgets what has landed.
     fn reap(&mut self, wait: Option<Duration>) -> Result<(), Error> {
         self.check_stop()?;
+        self.unreaped_bytes = 0;
         let landed = self.setup.pages.watermarks(wait)?.landed;
         while self.in_flight.front().is_some_and(|batch| batch.ticket <= landed) {
             let Some(batch) = self.in_flight.pop_front() else { break };

@@ -12,23 +12,24 @@
 
 use std::sync::OnceLock;
 
-use crate::memory::{HostSpan, PAGE_BYTES};
+/// What spans are made of: divides every page, and is what the vector loop takes at a time.
+const BLOCK_BYTES: usize = 128;
 
-/// A way to look. Called with spans of whole pages at page boundaries that are mapped.
-type Look = unsafe fn(HostSpan) -> bool;
+/// A way to look: address and length, with [`is_zero`]'s contract.
+type Look = unsafe fn(*const u8, usize) -> bool;
 
 /// Whether all bytes of a span are zero, by the fastest way this CPU has.
 ///
 /// # Safety
 ///
 /// The span is readable, made of whole pages, and begins at a page boundary.
-pub(crate) unsafe fn is_zero(span: HostSpan) -> bool {
+pub(crate) unsafe fn is_zero(addr: *const u8, len_bytes: usize) -> bool {
     static LOOK: OnceLock<Look> = OnceLock::new();
-    debug_assert!((span.addr.addr() as u64).is_multiple_of(PAGE_BYTES));
-    debug_assert!((span.len_bytes as u64).is_multiple_of(PAGE_BYTES));
+    debug_assert!(addr.addr().is_multiple_of(BLOCK_BYTES));
+    debug_assert!(len_bytes.is_multiple_of(BLOCK_BYTES));
     let look = *LOOK.get_or_init(fastest);
     // SAFETY: the caller's promise is what every way asks for.
-    unsafe { look(span) }
+    unsafe { look(addr, len_bytes) }
 }
 
 fn fastest() -> Look {
@@ -36,17 +37,17 @@ fn fastest() -> Look {
     if std::arch::is_x86_feature_detected!("avx2") {
         // The closure is what makes an unsafe function of a target feature one without.
         // SAFETY: the CPU has AVX2, as was just seen; the rest is the caller's promise.
-        return |span| unsafe { avx2(span) };
+        return |addr, len_bytes| unsafe { avx2(addr, len_bytes) };
     }
     portable
 }
 
 /// Word by word, eight at a time.
-unsafe fn portable(span: HostSpan) -> bool {
+unsafe fn portable(addr: *const u8, len_bytes: usize) -> bool {
     const AT_ONCE: usize = 8;
-    let words = span.len_bytes / size_of::<u64>();
+    let words = len_bytes / size_of::<u64>();
     #[expect(clippy::cast_ptr_alignment, reason = "spans start at page boundaries")]
-    let first = span.addr.cast::<u64>();
+    let first = addr.cast::<u64>();
     (0..words).step_by(AT_ONCE).all(|index| {
         (index..index + AT_ONCE).fold(0, |bits, index| {
             // SAFETY: inside the span: whole pages hold a multiple of eight words.
@@ -60,10 +61,10 @@ unsafe fn portable(span: HostSpan) -> bool {
 /// 128 bytes at a time, until some are not zero.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn avx2(span: HostSpan) -> bool {
+unsafe fn avx2(addr: *const u8, len_bytes: usize) -> bool {
     let zero: u8;
-    let end = span.addr.wrapping_add(span.len_bytes);
-    if span.len_bytes == 0 {
+    let end = addr.wrapping_add(len_bytes);
+    if len_bytes == 0 {
         return true;
     }
     // SAFETY: reads from `addr` to `end` in steps of 128 bytes, which divide a page, and loads
@@ -83,7 +84,7 @@ unsafe fn avx2(span: HostSpan) -> bool {
             "jne 2b",
             "3:",
             "setz {zero}",
-            at = inout(reg) span.addr => _,
+            at = inout(reg) addr => _,
             end = in(reg) end,
             bits = out(ymm_reg) _,
             zero = lateout(reg_byte) zero,
@@ -104,46 +105,47 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") {
             // SAFETY: the CPU has AVX2.
-            ways.push(("avx2", |span| unsafe { avx2(span) }));
+            ways.push(("avx2", |addr, len_bytes| unsafe { avx2(addr, len_bytes) }));
         } else {
             eprintln!("avx2 skipped, because this CPU does not have it");
         }
         ways
     }
 
+    /// Whether a page looks zero.
+    fn looks_zero(look: Look, memory: &TestMemory, first_page: u64, pages: u32) -> bool {
+        let range = PageRange { region: 0, first_page, pages };
+        let span = memory.memory().span(range).unwrap();
+        // SAFETY: whole pages of a mapping.
+        unsafe { look(span.addr, span.len_bytes) }
+    }
+
     #[test]
     fn every_single_byte_is_seen() {
         let memory = TestMemory::new(&[3]);
-        let span = memory.memory().span(PageRange { region: 0, first_page: 1, pages: 1 }).unwrap();
         for (name, look) in ways() {
-            // SAFETY: a page of a mapping.
-            assert!(unsafe { look(span) }, "{name}: zero");
+            assert!(looks_zero(look, &memory, 1, 1), "{name}: zero");
             for byte in 0..4096 {
                 let mut page = vec![0; 4096];
                 page[byte] = 0x80;
                 memory.write(0, 1, &page);
-                // SAFETY: a page of a mapping.
-                assert!(!unsafe { look(span) }, "{name}: byte {byte} was not seen");
+                assert!(!looks_zero(look, &memory, 1, 1), "{name}: byte {byte} was not seen");
             }
             // Neighbours do not count.
             memory.write(0, 1, &[0; 4096]);
             memory.write(0, 0, &[1; 4096]);
             memory.write(0, 2, &[1; 4096]);
-            // SAFETY: a page of a mapping.
-            assert!(unsafe { look(span) }, "{name}: neighbours");
+            assert!(looks_zero(look, &memory, 1, 1), "{name}: neighbours");
         }
     }
 
     #[test]
     fn spans_of_several_pages_are_looked_at_to_the_end() {
         let memory = TestMemory::new(&[8]);
-        let span = memory.memory().span(PageRange { region: 0, first_page: 0, pages: 8 }).unwrap();
         for (name, look) in ways() {
-            // SAFETY: pages of a mapping.
-            assert!(unsafe { look(span) }, "{name}");
+            assert!(looks_zero(look, &memory, 0, 8), "{name}");
             memory.fill_page(0, 7, 1);
-            // SAFETY: pages of a mapping.
-            assert!(!unsafe { look(span) }, "{name}");
+            assert!(!looks_zero(look, &memory, 0, 8), "{name}");
             memory.write(0, 7, &[0; 4096]);
         }
     }

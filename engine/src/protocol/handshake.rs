@@ -3,9 +3,12 @@
 
 use thiserror::Error;
 
-use super::message::PAGE_BYTES_ON_WIRE;
-use super::{Hello, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Welcome};
-use crate::memory::Layout;
+use super::{Hello, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Welcome, speaks_ours};
+use crate::memory::{Layout, PAGE_BYTES};
+
+/// The page size of this engine, as the greeting carries it.
+#[expect(clippy::cast_possible_truncation, reason = "4096")]
+const PAGE_BYTES_ON_WIRE: u32 = PAGE_BYTES as u32;
 
 /// Why the two sides cannot work together.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
@@ -83,11 +86,6 @@ pub struct Agreement {
     pub verify: bool,
 }
 
-/// Whether a version range meets ours.
-pub(super) fn speaks_ours(oldest: u16, newest: u16) -> bool {
-    oldest.max(OLDEST_PROTOCOL_VERSION) <= newest.min(PROTOCOL_VERSION)
-}
-
 /// The destination's side: looks at a greeting and answers.
 pub fn negotiate(
     hello: &Hello,
@@ -162,7 +160,7 @@ impl Hello {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{PAGE_BYTES, RegionLayout};
+    use crate::memory::RegionLayout;
 
     fn hello() -> Hello {
         let region =

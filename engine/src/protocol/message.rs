@@ -2,11 +2,10 @@
 
 use std::fmt;
 
-use super::DecodeError;
 use super::codec::{Reader, Writer};
-use super::handshake::speaks_ours;
+use super::{DecodeError, speaks_ours};
 use crate::digest::Digest;
-use crate::memory::{Layout, MAX_REGIONS, PAGE_BYTES, RegionLayout};
+use crate::memory::{Layout, MAX_REGIONS, RegionLayout};
 
 /// Most bytes of the description a host may send along with the greeting.
 pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;
@@ -392,15 +391,12 @@ fn decode_text(r: &mut Reader<'_>) -> Result<String, DecodeError> {
     Ok(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
 }
 
-/// The page size of this engine, as the greeting carries it.
-#[expect(clippy::cast_possible_truncation, reason = "4096")]
-pub(super) const PAGE_BYTES_ON_WIRE: u32 = PAGE_BYTES as u32;
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::memory::PAGE_BYTES;
 
     fn a_layout() -> impl Strategy<Value = Layout> {
         prop::collection::vec((0_u64..1000, 1_u64..1000), 1..20).prop_map(|regions| {

@@ -25,6 +25,11 @@ pub const PROTOCOL_VERSION: u16 = 1;
 /// The oldest protocol version this engine speaks.
 pub const OLDEST_PROTOCOL_VERSION: u16 = 1;
 
+/// Whether a version range meets ours.
+fn speaks_ours(oldest: u16, newest: u16) -> bool {
+    oldest.max(OLDEST_PROTOCOL_VERSION) <= newest.min(PROTOCOL_VERSION)
+}
+
 /// Why bytes are no message.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 #[non_exhaustive]
