@@ -5,6 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use rustix::thread::{CpuSet, sched_setaffinity};
+
 /// What a thread of the engine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -50,6 +52,57 @@ impl Spawn for StdThreads {
     }
 }
 
+/// [`StdThreads`], with the threads of data channels bound to CPUs: channel `i` to the `i`-th of
+/// the list, over again from its start when there are more channels.
+///
+/// A thread that cannot be bound (the CPU does not exist, or is not allowed to this process) runs
+/// unbound, and a warning says so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PinnedThreads {
+    cpus: Vec<usize>,
+}
+
+impl PinnedThreads {
+    /// With CPU numbers as the kernel counts them. An empty list binds nothing.
+    pub fn new(cpus: Vec<usize>) -> Self {
+        Self { cpus }
+    }
+
+    fn cpu(&self, role: ThreadRole) -> Option<usize> {
+        match role {
+            ThreadRole::Sender(channel) | ThreadRole::Receiver(channel)
+                if !self.cpus.is_empty() =>
+            {
+                Some(self.cpus[usize::from(channel) % self.cpus.len()])
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Spawn for PinnedThreads {
+    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<JoinHandle<()>> {
+        let Some(cpu) = self.cpu(role) else { return StdThreads.spawn(role, body) };
+        let bound = move || {
+            if let Err(error) = bind_to(cpu) {
+                tracing::warn!(%error, cpu, %role, "a thread could not be bound to its CPU");
+            }
+            body();
+        };
+        StdThreads.spawn(role, Box::new(bound))
+    }
+}
+
+/// Binds the calling thread.
+fn bind_to(cpu: usize) -> io::Result<()> {
+    if cpu >= CpuSet::MAX_CPU {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
 /// Threads that are joined together.
 pub(crate) struct Crew {
     spawn: Arc<dyn Spawn>,
@@ -77,6 +130,48 @@ impl Crew {
             if handle.join().is_err() {
                 tracing::error!("a thread of the engine panicked");
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::bounded;
+    use rustix::thread::sched_getaffinity;
+
+    use super::*;
+
+    /// The CPUs a thread of this role may run on.
+    fn cpus_of(spawn: &dyn Spawn, role: ThreadRole) -> Vec<usize> {
+        let (tell, told) = bounded(1);
+        let body = Box::new(move || {
+            let set = sched_getaffinity(None).unwrap();
+            let cpus = (0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu));
+            tell.send(cpus.collect()).unwrap();
+        });
+        spawn.spawn(role, body).unwrap().join().unwrap();
+        told.recv().unwrap()
+    }
+
+    #[test]
+    fn data_channels_are_bound_in_turn_and_others_are_free() {
+        let free = cpus_of(&StdThreads, ThreadRole::Control);
+        let some = vec![free[0], *free.last().unwrap()];
+        let pinned = PinnedThreads::new(some.clone());
+        for channel in 0..5_u16 {
+            let expected = vec![some[usize::from(channel) % 2]];
+            assert_eq!(cpus_of(&pinned, ThreadRole::Sender(channel)), expected);
+            assert_eq!(cpus_of(&pinned, ThreadRole::Receiver(channel)), expected);
+        }
+        assert_eq!(cpus_of(&pinned, ThreadRole::Control), free);
+        assert_eq!(cpus_of(&PinnedThreads::new(Vec::new()), ThreadRole::Sender(0)), free);
+    }
+
+    #[test]
+    fn a_cpu_that_does_not_exist_is_survived() {
+        let free = cpus_of(&StdThreads, ThreadRole::Control);
+        for cpu in [CpuSet::MAX_CPU - 1, usize::MAX] {
+            assert_eq!(cpus_of(&PinnedThreads::new(vec![cpu]), ThreadRole::Sender(0)), free);
         }
     }
 }
