@@ -1,1 +1,10 @@
-//! The documents whose examples are compiled and run.
+//! Compiles and runs the examples of the documents beside this crate, from their own text:
+//! `cargo test --doc -p pageferry-docs`.
+
+#[cfg(doctest)]
+#[doc = include_str!("../embedding.md")]
+struct Embedding;
+
+#[cfg(doctest)]
+#[doc = include_str!("../transports.md")]
+struct Transports;

@@ -9,7 +9,8 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 /// orders:
 ///
 /// - at the source: `pause`, `save`, `release_resources`, and then either nothing more, or, when
-///   the migration failed, `reacquire_resources` (if released) and `resume`;
+///   the migration failed, `reacquire_resources` (if released) and `resume`, also after a `pause`
+///   that failed itself;
 /// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing.
 ///
 /// The machine is given to a migration by value and comes back with its result, whatever that
@@ -44,7 +45,7 @@ pub trait Machine {
     }
 
     /// Slows the guest's vCPUs down by `percent` (0: full speed, 99: almost still) so that its
-    /// dirty rate sinks. A machine that cannot does nothing.
+    /// dirty rate sinks. A machine that cannot does nothing. No engine calls it yet.
     fn throttle(&mut self, percent: u8) {
         let _ = percent;
     }

@@ -104,8 +104,10 @@ impl fmt::Debug for MigrationHandle {
 }
 
 impl MigrationHandle {
-    /// Ends the migration as soon as possible, if the point of no return has not been reached:
-    /// the guest goes on at the source. Returns at once.
+    /// Ends the migration as soon as possible, and the guest goes on at the source. Returns at
+    /// once. Too late, and without effect, at the source once the commit is out, and at the
+    /// destination once it has begun to load the device state: from there on only the source may
+    /// decide.
     pub fn cancel(&self) {
         self.shared.cancel();
     }

@@ -240,7 +240,10 @@ impl Drive {
         if let Err((operation, cause)) = resumed {
             let error = Error::Machine { operation, cause };
             self.handover.handle(DestinationInput::ResumeFailed);
-            self.session.send(&Message::GaveBack { text: error.chain().to_string() })?;
+            let told = Message::GaveBack { text: error.chain().to_string() };
+            if let Err(unheard) = self.session.send(&told) {
+                tracing::warn!(error = %unheard.chain(), "the source does not know that it has the guest back");
+            }
             return Err(error);
         }
         self.handover.handle(DestinationInput::Resumed);

@@ -99,6 +99,22 @@ pub struct DestinationFailure<M> {
     pub statistics: Statistics,
 }
 
+impl<M> fmt::Display for DestinationFailure<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.guest {
+            GuestAtDestination::AtSource => "migration failed, the source keeps the guest",
+            GuestAtDestination::Uncertain => "migration uncertain, the guest is paused here",
+            GuestAtDestination::GivenBack => "migration failed, the guest was given back",
+        })
+    }
+}
+
+impl<M: fmt::Debug> std::error::Error for DestinationFailure<M> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
+
 impl Destination {
     /// With up to [`MAX_CHANNELS`] data channels.
     pub fn new() -> Self {
@@ -151,7 +167,8 @@ impl Destination {
 
 impl Offer {
     /// The guest's memory map. The destination's memory must look the same to the guest; its
-    /// backing is its own choice.
+    /// backing is its own choice. It is what the source says: compare with what this host can
+    /// give before allocating.
     pub fn layout(&self) -> &Layout {
         self.drive.layout()
     }

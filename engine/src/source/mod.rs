@@ -98,6 +98,22 @@ pub struct SourceFailure<M> {
     pub statistics: Statistics,
 }
 
+impl<M> fmt::Display for SourceFailure<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.guest {
+            GuestAtSource::Running => "migration failed, the guest runs on here",
+            GuestAtSource::Paused(_) => "migration failed, the guest is paused here",
+            GuestAtSource::Uncertain => "migration uncertain, the guest is paused here",
+        })
+    }
+}
+
+impl<M: fmt::Debug> std::error::Error for SourceFailure<M> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
+
 impl Source {
     /// With 2 data channels, a downtime limit of 300 ms, 30 rounds, no verification.
     pub fn new() -> Self {

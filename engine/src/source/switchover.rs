@@ -12,7 +12,6 @@ use crate::protocol::{
     Agreement, MAX_DEVICE_STATE_BYTES, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared,
 };
 use crate::session::{Item, Patience, unexpected};
-use crate::stats::Downtime;
 
 /// Measures parts that follow one another and leave nothing out.
 struct Stopwatch(Instant);
@@ -32,16 +31,15 @@ impl Drive<'_> {
         agreement: Agreement,
         transfer: Instant,
     ) -> Result<(), Error> {
-        let mut downtime = Downtime::default();
         let mut watch = Stopwatch(Instant::now());
         self.source.shared.set_phase(Phase::Switchover);
         // From here on the guest is stopped, or may be: a failure must resume it.
         self.handover.handle(SourceInput::Paused);
         machine.pause().map_err(|cause| refused(MachineOperation::Pause, cause))?;
-        downtime.pause = watch.lap();
+        self.statistics.downtime.pause = watch.lap();
         self.emit(&Event::GuestPaused);
         self.harvest()?;
-        downtime.final_harvest = watch.lap();
+        self.statistics.downtime.final_harvest = watch.lap();
 
         let began = self.begin_round(true)?;
         let mut state = Vec::new();
@@ -50,26 +48,26 @@ impl Drive<'_> {
         let landed = self.await_round()?;
         // Saved while the pages were under way; what took longer than they is its own part.
         let overtime = saved.saturating_duration_since(landed);
-        downtime.device_state += overtime;
-        downtime.final_pages += watch.lap().saturating_sub(overtime);
+        self.statistics.downtime.device_state += overtime;
+        self.statistics.downtime.final_pages += watch.lap().saturating_sub(overtime);
         // Saving may have dirtied memory.
         let late_pages = self.harvest()?;
-        downtime.final_harvest += watch.lap();
+        self.statistics.downtime.final_harvest += watch.lap();
         if late_pages > 0 {
             self.give_to_senders(true);
             self.await_round()?;
         }
         self.finish_round(&began);
         self.statistics.transfer = transfer.elapsed();
-        downtime.final_pages += watch.lap();
+        self.statistics.downtime.final_pages += watch.lap();
 
         let digest = if agreement.verify { Some(Digest::of(&self.memory)?) } else { None };
-        downtime.verify = watch.lap();
+        self.statistics.downtime.verify = watch.lap();
         let prepared = self.prepare(&state, digest)?;
         let verified = Duration::from_nanos(prepared.verify_ns);
         let lap = watch.lap();
-        downtime.verify += verified.min(lap);
-        downtime.device_state += lap.saturating_sub(verified);
+        self.statistics.downtime.verify += verified.min(lap);
+        self.statistics.downtime.device_state += lap.saturating_sub(verified);
 
         machine
             .release_resources()
@@ -77,9 +75,8 @@ impl Drive<'_> {
         self.released = true;
         let resume = self.commit()?;
         let lap = watch.lap();
-        downtime.resume = resume.min(lap);
-        downtime.commit = lap.saturating_sub(resume);
-        self.statistics.downtime = downtime;
+        self.statistics.downtime.resume = resume.min(lap);
+        self.statistics.downtime.commit = lap.saturating_sub(resume);
         Ok(())
     }
 

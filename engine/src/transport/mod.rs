@@ -17,6 +17,7 @@
 //! feature `test-support`).
 
 mod batch;
+pub mod byte_stream;
 pub mod stream;
 
 use std::fmt;

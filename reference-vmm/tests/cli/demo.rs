@@ -1,6 +1,6 @@
 //! `demo`: every kind of guest gets through, and the report says so.
 
-use crate::support::host::{HugePages, guest_kind, process_guests_work};
+use crate::support::host::{HugePages, guest_kind, process_guests_work, skipped};
 use crate::support::process::Process;
 use crate::support::report::Report;
 
@@ -90,7 +90,7 @@ fn a_guest_of_threads_that_writes_at_a_rate() {
 #[test]
 fn a_kvm_guest_that_writes_at_a_rate_and_is_not_compared() {
     if guest_kind() != "kvm" {
-        eprintln!("skipped, because there is no KVM here");
+        skipped("there is no KVM here");
         return;
     }
     let report = completes(&[
@@ -102,9 +102,11 @@ fn a_kvm_guest_that_writes_at_a_rate_and_is_not_compared() {
     ]);
     assert_eq!(report.text("guest"), "kvm");
     assert!(report.is_null("memory_match") && report.number("verify_ms") == 0.0, "{report:?}");
-    // What the guest noticed is not shorter than what was measured.
-    let (gap, downtime) = (report.number("heartbeat_gap_ms"), report.number("downtime_ms"));
-    assert!(gap >= downtime - 1.0, "{report:?}");
+    // The guest has noticed at least what lies between pause and commit; the source learns of the
+    // resumed guest a little late.
+    let parts = ["final_harvest", "final_pages", "device_state"];
+    let still: f64 = parts.iter().map(|part| report.number(&format!("downtime.{part}"))).sum();
+    assert!(report.number("heartbeat_gap_ms") >= still - 1.0, "{report:?}");
 }
 
 #[test]

@@ -9,5 +9,6 @@ mod demo;
 mod refused;
 mod strangers;
 mod support;
+mod uncertain;
 mod unread;
 mod versions;

@@ -74,6 +74,8 @@ fn a_second_source_while_one_is_served() {
 #[test]
 fn commands_while_a_migration_is_under_way() {
     let (mut source, mut destination, beats) = under_way(&[]);
+    // So that it stays under way.
+    destination.signal(Signal::STOP);
     source.say("status");
     source.await_message("a migration is under way");
     source.say("quit");
@@ -84,5 +86,6 @@ fn commands_while_a_migration_is_under_way() {
     source.await_message("is not known here");
     source.say("cancel");
     source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+    destination.signal(Signal::CONT);
     destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
 }

@@ -1,6 +1,7 @@
 //! What this host can do.
 
 use std::fs;
+use std::io::Write;
 use std::sync::OnceLock;
 
 use pageferry_rust_vmm::PagemapScan;
@@ -12,7 +13,7 @@ pub(crate) fn guest_kind() -> &'static str {
     KIND.get_or_init(|| match kvm_available() {
         Ok(()) => "kvm",
         Err(reason) => {
-            eprintln!("guests here are threads of a process, because {reason}");
+            loudly(&format!("guests here are threads of a process, because {reason}"));
             "process"
         }
     })
@@ -23,10 +24,21 @@ pub(crate) fn process_guests_work() -> bool {
     match PagemapScan::supported() {
         Ok(()) => true,
         Err(reason) => {
-            eprintln!("skipped, because {reason}");
+            skipped(&reason.to_string());
             false
         }
     }
+}
+
+/// Says that the test that runs shows nothing here, and why.
+pub(crate) fn skipped(why: &str) {
+    let thread = std::thread::current();
+    loudly(&format!("{} skipped, because {why}", thread.name().unwrap_or("a test")));
+}
+
+/// The harness keeps what tests print by macros to itself when they pass.
+fn loudly(line: &str) {
+    std::io::stderr().write_all(format!("{line}\n").as_bytes()).expect("write to stderr");
 }
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
@@ -39,21 +51,20 @@ pub(crate) struct HugePages {
 impl HugePages {
     /// Sees to it that so many are free. `None` when that can't be had, having said why.
     pub(crate) fn reserve(pages: u64) -> Option<Self> {
-        let skipped = |reason: String| {
-            eprintln!("skipped, because {reason}");
-            None
-        };
         let available_mib = meminfo("MemAvailable:") / 1024;
         if available_mib < 1024 + 2 * pages {
-            return skipped(format!("only {available_mib} MiB of memory are available"));
+            skipped(&format!("only {available_mib} MiB of memory are available"));
+            return None;
         }
         let before = pool();
         if let Err(error) = fs::write(POOL, (before + pages).to_string()) {
-            return skipped(format!("{POOL} can't be written: {error}"));
+            skipped(&format!("{POOL} can't be written: {error}"));
+            return None;
         }
         let reserved = Self { added: pool().saturating_sub(before) };
         if reserved.added < pages {
-            return skipped(format!("{POOL} grew by {} of {pages} pages", reserved.added));
+            skipped(&format!("{POOL} grew by {} of {pages} pages", reserved.added));
+            return None;
         }
         Some(reserved)
     }

@@ -6,8 +6,11 @@ use super::process::Process;
 /// Of a guest that is small and quick to move.
 pub(crate) const SMALL: &[&str] = &["--memory", "64M", "--working-set", "8M", "--backing", "memfd"];
 
-/// What keeps a source in pre-copy until somebody ends it.
-pub(crate) const ENDLESS: &[&str] = &["--downtime-limit", "1us", "--max-rounds", "4000000000"];
+/// Of a guest that dirties a lot in each of the first rounds, since they move so much.
+pub(crate) const BUSY: &[&str] = &["--memory=256M", "--working-set=192M", "--backing=memfd"];
+
+/// A downtime limit that is not met as long as anything is dirty.
+pub(crate) const TIGHT: &[&str] = &["--downtime-limit=1us"];
 
 /// A `receive` that runs what arrives for a moment. With its address.
 pub(crate) fn destination(more: &[&str]) -> (Process, String) {
@@ -31,20 +34,25 @@ pub(crate) fn source(more: &[&str]) -> Process {
 
 /// As [`source`]; after a migration that failed it waits for what comes next.
 pub(crate) fn source_that_stays(more: &[&str]) -> Process {
+    source_of(&[SMALL, more].concat())
+}
+
+/// A `run --on-demand` whose guest runs.
+pub(crate) fn source_of(guest: &[&str]) -> Process {
     let own = ["run", "--with-parent", "--json", "--on-demand", "--guest", guest_kind()];
-    let mut process = Process::start("source", &[&own, SMALL, more].concat());
+    let mut process = Process::start("source", &[&own, guest].concat());
     process.await_message("pageferry guest: ");
     process
 }
 
-/// A source in the middle of a migration that does not end by itself, its destination, and the
+/// A source in the second round of a migration, which takes a while, its destination, and the
 /// heartbeats before.
 pub(crate) fn under_way(more: &[&str]) -> (Process, Process, u64) {
     let (mut destination, address) = destination(&[]);
-    let mut source = source(&[ENDLESS, more].concat());
+    let mut source = source_of(&[BUSY, TIGHT, &["--run-for", "100ms"], more].concat());
     let beats = source.beats();
     source.say(format!("migrate {address}"));
     destination.await_message("a source connected");
-    source.await_message("round 3: ");
+    source.await_message("round 1: ");
     (source, destination, beats)
 }

@@ -1,0 +1,393 @@
+//! A whole transport over any byte streams that are connected already: Unix sockets, vsock, TLS,
+//! pipes through a proxy.
+//!
+//! Speaks the stream codec ([`super::stream`]), with control frames behind a u32 of their length.
+//! Page bytes are copied in user space on both sides, and counted as copied: where the kernel can
+//! read and write guest memory itself, a transport of its own is faster.
+
+use std::io::{self, ErrorKind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::stream::{self, ACK_BYTES, HEADER_BYTES, Header, StreamError};
+use super::{
+    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
+    Interrupt, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, Received, Registration,
+    Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
+};
+use crate::memory::GuestMemory;
+
+const CAPABILITIES: Capabilities = Capabilities {
+    one_sided_write: false,
+    one_sided_read: false,
+    zero_copy: false,
+    needs_registration: false,
+    max_batch_bytes: 1 << 20,
+    max_batch_runs: MAX_BATCH_RUNS,
+};
+
+/// Bytes of a control frame's length.
+const LENGTH_BYTES: usize = 4;
+
+/// A connected stream of bytes, both ways.
+///
+/// # Thread safety
+///
+/// One thread reads while another writes, and any thread may shut the stream down meanwhile.
+pub trait ByteStream: Send + Sync + 'static {
+    /// Waits for bytes, at most `timeout` (`None`: until there are some), and reads what there
+    /// is. 0 is the end of the stream. [`ErrorKind::WouldBlock`] or [`ErrorKind::TimedOut`] when
+    /// the time is over, which may be later by what the system's clock ticks are apart.
+    fn read(&self, into: &mut [u8], timeout: Option<Duration>) -> io::Result<usize>;
+
+    /// Writes all bytes, as long as that takes.
+    fn write_all(&self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Ends both directions; whoever reads or writes wakes up.
+    fn shut_down(&self);
+}
+
+/// One end of a link over byte streams.
+///
+/// # Resource cleanup
+///
+/// Streams are shut down and dropped with the link.
+#[derive(Debug)]
+pub struct ByteStreamLink<S: ByteStream> {
+    name: &'static str,
+    control: Option<Arc<S>>,
+    data: Vec<Arc<S>>,
+    memory: Option<Arc<GuestMemory>>,
+    stop: Arc<Stop<S>>,
+}
+
+impl<S: ByteStream> ByteStreamLink<S> {
+    /// From streams that are connected to the other end's, `data[i]` there to `data[i]` here. A
+    /// migration uses as many of `data` as it has channels.
+    pub fn new(name: &'static str, control: S, data: Vec<S>) -> Self {
+        let control = Arc::new(control);
+        let data: Vec<Arc<S>> = data.into_iter().map(Arc::new).collect();
+        let streams = data.iter().chain([&control]).map(Arc::downgrade).collect();
+        let stop = Arc::new(Stop { stopped: AtomicBool::new(false), streams });
+        Self { name, control: Some(control), data, memory: None, stop }
+    }
+
+    fn take_control(&mut self) -> Result<ControlChannel, TransportError> {
+        let taken = TransportError::OutOfOrder("the control channel was taken");
+        let stream = self.control.take().ok_or(taken)?;
+        let half = Half::new(stream, &self.stop);
+        Ok(ControlChannel {
+            sender: Box::new(Frames(half.clone())),
+            receiver: Box::new(Frames(half)),
+        })
+    }
+
+    fn take_data(&mut self, channels: u16) -> Result<Vec<Pages<S>>, TransportError> {
+        let unregistered = TransportError::OutOfOrder("guest memory is not registered");
+        let memory = self.memory.as_ref().ok_or(unregistered)?;
+        if usize::from(channels) > self.data.len() {
+            let (size, limit) = (u64::from(channels), self.data.len() as u64);
+            return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
+        }
+        if self.stop.is_stopped() {
+            return Err(TransportError::Interrupted);
+        }
+        let streams = self.data.drain(..usize::from(channels));
+        let pages = streams.map(|stream| Pages {
+            half: Half::new(stream, &self.stop),
+            memory: Arc::clone(memory),
+            user_copied_bytes: 0,
+            marks: Watermarks::default(),
+            scratch: Vec::new(),
+        });
+        Ok(pages.collect())
+    }
+}
+
+impl<S: ByteStream> SourceLink for ByteStreamLink<S> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.take_control()
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.memory = Some(Arc::clone(memory));
+        Ok(Registration::default())
+    }
+
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let pages = self.take_data(channels)?.into_iter();
+        Ok(pages.map(|pages| Box::new(pages) as Box<dyn PageSender>).collect())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.stop) as Arc<dyn Interrupt>
+    }
+}
+
+impl<S: ByteStream> DestinationLink for ByteStreamLink<S> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.take_control()
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.memory = Some(Arc::clone(memory));
+        Ok(Registration::default())
+    }
+
+    fn open_receivers(
+        &mut self,
+        channels: u16,
+        _timeout: Duration,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
+        let pages = self.take_data(channels)?.into_iter();
+        Ok(pages.map(|pages| Box::new(pages) as Box<dyn PageReceiver>).collect())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.stop) as Arc<dyn Interrupt>
+    }
+}
+
+/// Whether this end was interrupted, and the streams to shut down then.
+#[derive(Debug)]
+struct Stop<S> {
+    stopped: AtomicBool,
+    streams: Vec<Weak<S>>,
+}
+
+impl<S> Stop<S> {
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+}
+
+impl<S: ByteStream> Interrupt for Stop<S> {
+    fn interrupt(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.streams.iter().filter_map(Weak::upgrade).for_each(|stream| stream.shut_down());
+    }
+}
+
+/// A stream, and what was read from it and not used yet.
+#[derive(Debug)]
+struct Half<S> {
+    stream: Arc<S>,
+    stop: Arc<Stop<S>>,
+    buffer: Vec<u8>,
+    counters: ChannelCounters,
+}
+
+impl<S> Clone for Half<S> {
+    fn clone(&self) -> Self {
+        Self {
+            stream: Arc::clone(&self.stream),
+            stop: Arc::clone(&self.stop),
+            buffer: Vec::new(),
+            counters: ChannelCounters::default(),
+        }
+    }
+}
+
+impl<S: ByteStream> Half<S> {
+    fn new(stream: Arc<S>, stop: &Arc<Stop<S>>) -> Self {
+        let (buffer, counters) = (Vec::new(), ChannelCounters::default());
+        Self { stream, stop: Arc::clone(stop), buffer, counters }
+    }
+
+    /// Once interrupted every operation says so, whatever came of it.
+    fn check<T>(
+        &self,
+        operation: &'static str,
+        result: io::Result<T>,
+    ) -> Result<T, TransportError> {
+        if self.stop.is_stopped() {
+            return Err(TransportError::Interrupted);
+        }
+        result.map_err(|cause| TransportError::Lost { operation, cause })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), TransportError> {
+        self.counters.wire_bytes += bytes.len() as u64;
+        self.counters.system_calls += 1;
+        self.check("write to a byte stream", self.stream.write_all(bytes))
+    }
+
+    /// Reads until `buffer` holds `len` bytes; false if the deadline comes first.
+    fn fill(&mut self, len: usize, deadline: Option<Instant>) -> Result<bool, TransportError> {
+        while self.buffer.len() < len {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return self.check("", Ok(false));
+            }
+            let held = self.buffer.len();
+            self.buffer.resize(len, 0);
+            let read = self.stream.read(&mut self.buffer[held..], left);
+            let more = *read.as_ref().unwrap_or(&0);
+            self.buffer.truncate(held + more);
+            self.counters.wire_bytes += more as u64;
+            self.counters.system_calls += 1;
+            let passing = [ErrorKind::WouldBlock, ErrorKind::TimedOut, ErrorKind::Interrupted];
+            let result = match read {
+                Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
+                Err(error) if !passing.contains(&error.kind()) => Err(error),
+                _ => Ok(()),
+            };
+            self.check("read from a byte stream", result)?;
+        }
+        Ok(true)
+    }
+
+    /// Takes the first `N` bytes that were read.
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(&self.buffer[..N]);
+        self.buffer.drain(..N);
+        bytes
+    }
+}
+
+struct Frames<S>(Half<S>);
+
+impl<S: ByteStream> ControlSender for Frames<S> {
+    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+        let (size, limit) = (frame.len() as u64, MAX_FRAME_BYTES as u64);
+        let length = u32::try_from(frame.len()).ok().filter(|_| (1..=limit).contains(&size));
+        let Some(length) = length else {
+            return Err(TransportError::TooLarge { what: "control frame", size, limit });
+        };
+        self.0.write(&length.to_le_bytes())?;
+        self.0.write(frame)
+    }
+}
+
+impl<S: ByteStream> ControlReceiver for Frames<S> {
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        // What was read stays in the buffer until the frame is whole, so a timeout loses nothing.
+        let mut whole = match self.0.fill(LENGTH_BYTES, deadline) {
+            Err(TransportError::Lost { .. }) if self.0.buffer.is_empty() => {
+                return Err(TransportError::Closed);
+            }
+            filled => filled?,
+        };
+        if whole {
+            let mut length = [0; LENGTH_BYTES];
+            length.copy_from_slice(&self.0.buffer[..LENGTH_BYTES]);
+            let length = u32::from_le_bytes(length);
+            let size = usize::try_from(length).unwrap_or(usize::MAX);
+            if size == 0 || size > MAX_FRAME_BYTES {
+                return Err(StreamError::FrameLength(length).into());
+            }
+            whole = self.0.fill(LENGTH_BYTES + size, deadline)?;
+        }
+        if !whole {
+            let (operation, after) = ("receive a frame", timeout.unwrap_or_default());
+            return Err(TransportError::TimedOut { operation, after });
+        }
+        Ok(std::mem::take(&mut self.0.buffer).split_off(LENGTH_BYTES))
+    }
+}
+
+/// One end of a data channel.
+struct Pages<S> {
+    half: Half<S>,
+    memory: Arc<GuestMemory>,
+    user_copied_bytes: u64,
+    /// At the source. At the destination `landed` counts what was placed.
+    marks: Watermarks,
+    scratch: Vec<u8>,
+}
+
+impl<S> Pages<S> {
+    fn all_counters(&self) -> ChannelCounters {
+        ChannelCounters { user_copied_bytes: self.user_copied_bytes, ..self.half.counters }
+    }
+}
+
+impl<S: ByteStream> PageSender for Pages<S> {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        CAPABILITIES.check(runs)?;
+        runs.iter().try_for_each(|run| self.memory.span(run.range).map(drop))?;
+        let ticket = self.marks.released + 1;
+        stream::encode_batch(ticket, runs, true, &mut self.scratch);
+        self.half.write(&self.scratch)?;
+        for run in runs.iter().filter(|run| run.kind == RunKind::Data) {
+            self.memory.copy_out(run.range, &mut self.scratch)?;
+            self.user_copied_bytes += run.payload_bytes();
+            self.half.write(&self.scratch)?;
+        }
+        self.marks.released = ticket;
+        Ok(ticket)
+    }
+
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        let outstanding = self.marks.landed < self.marks.released;
+        let Some(wait) = wait.filter(|_| outstanding) else {
+            // A look without waiting is not in every stream's power: acknowledgements wait.
+            return self.half.check("", Ok(self.marks));
+        };
+        if self.half.fill(ACK_BYTES, Instant::now().checked_add(wait))? {
+            let ack = self.half.take();
+            self.marks.landed = stream::decode_ack(ack, self.marks.released, self.marks.landed)?;
+        }
+        Ok(self.marks)
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.all_counters()
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        stream::encode_end(&mut self.scratch);
+        self.half.write(&self.scratch)
+    }
+}
+
+impl<S: ByteStream> PageReceiver for Pages<S> {
+    fn receive(&mut self) -> Result<Received, TransportError> {
+        self.half.fill(HEADER_BYTES, None)?;
+        let due = self.marks.landed + 1;
+        let header = match stream::decode_header(&self.half.take(), due)? {
+            Header::Batch(header) => header,
+            Header::End => return Ok(Received::End),
+        };
+        self.half.fill(header.table_bytes(), None)?;
+        let mut runs = Vec::new();
+        let table = std::mem::take(&mut self.half.buffer);
+        let counts = stream::decode_table(&header, &table, self.memory.layout(), &mut runs)?;
+        for run in runs {
+            if run.kind == RunKind::Zero {
+                self.memory.fill_zero(run.range)?;
+                continue;
+            }
+            self.half.fill(self.memory.span(run.range)?.len_bytes, None)?;
+            self.memory.copy_in(run.range, &self.half.buffer)?;
+            self.half.buffer.clear();
+        }
+        self.user_copied_bytes += header.payload_bytes;
+        self.marks.landed = due;
+        self.half.write(&due.to_le_bytes())?;
+        Ok(Received::Batch(counts))
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.all_counters()
+    }
+}
