@@ -32,10 +32,10 @@ use crate::transport::{
 pub type Pair = (Box<dyn SourceLink>, Box<dyn DestinationLink>);
 
 /// Makes a fresh pair.
-pub type MakePair = dyn Fn() -> Pair + Sync;
+pub type MakePair<'a> = dyn Fn() -> Pair + Sync + 'a;
 
 /// A case: panics if the transport fails it.
-pub type Case = fn(&MakePair);
+pub type Case = fn(&MakePair<'_>);
 
 /// All cases, by name.
 pub const CASES: &[(&str, Case)] = &[
@@ -110,7 +110,7 @@ macro_rules! conformance_suite {
 /// # Panics
 ///
 /// At the first case the transport fails; its name was printed before.
-pub fn run_all(make_pair: &MakePair) {
+pub fn run_all(make_pair: &MakePair<'_>) {
     for (name, case) in CASES {
         eprintln!("conformance: {name}");
         case(make_pair);
@@ -134,7 +134,7 @@ struct Opened {
 
 const REGION_PAGES: [u64; 3] = [700, 1, 1300];
 
-fn open(make_pair: &MakePair, channels: u16) -> Opened {
+fn open(make_pair: &MakePair<'_>, channels: u16) -> Opened {
     let (mut source, mut destination) = make_pair();
     let here = TestMemory::new(&REGION_PAGES);
     let there = TestMemory::new(&REGION_PAGES);
@@ -196,7 +196,7 @@ fn batches(capabilities_bytes: u64, region: u16, pages: u64) -> Vec<Vec<Run>> {
 }
 
 /// Frames of all sizes arrive whole, in order, both ways at once.
-pub fn frames_go_both_ways_whole_and_in_order(make_pair: &MakePair) {
+pub fn frames_go_both_ways_whole_and_in_order(make_pair: &MakePair<'_>) {
     let (mut source, mut destination) = make_pair();
     let mut here = source.control().expect("the source's control channel");
     let mut there = destination.control().expect("the destination's control channel");
@@ -230,7 +230,7 @@ pub fn frames_go_both_ways_whole_and_in_order(make_pair: &MakePair) {
 }
 
 /// A receive gives up in time, and the next one works.
-pub fn a_waiting_control_receiver_times_out(make_pair: &MakePair) {
+pub fn a_waiting_control_receiver_times_out(make_pair: &MakePair<'_>) {
     let (mut source, mut destination) = make_pair();
     let mut here = source.control().expect("the source's control channel");
     let mut there = destination.control().expect("the destination's control channel");
@@ -241,7 +241,7 @@ pub fn a_waiting_control_receiver_times_out(make_pair: &MakePair) {
 }
 
 /// Empty and oversized frames are this side's own mistake.
-pub fn frames_beyond_the_limit_are_refused(make_pair: &MakePair) {
+pub fn frames_beyond_the_limit_are_refused(make_pair: &MakePair<'_>) {
     let (mut source, _destination) = make_pair();
     let mut control = source.control().expect("the source's control channel");
     assert!(control.sender.send(&[]).is_err());
@@ -250,7 +250,7 @@ pub fn frames_beyond_the_limit_are_refused(make_pair: &MakePair) {
 }
 
 /// No channels before registration, no second control channel.
-pub fn stages_cannot_be_skipped(make_pair: &MakePair) {
+pub fn stages_cannot_be_skipped(make_pair: &MakePair<'_>) {
     let (mut source, mut destination) = make_pair();
     assert!(matches!(source.open_senders(1), Err(TransportError::OutOfOrder(_))));
     let result = destination.open_receivers(1, Duration::from_millis(10));
@@ -261,7 +261,7 @@ pub fn stages_cannot_be_skipped(make_pair: &MakePair) {
 }
 
 /// Every page of every region lands in its place, and nothing else is touched.
-pub fn pages_land_in_place(make_pair: &MakePair) {
+pub fn pages_land_in_place(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 1);
     opened.here.fill(1);
     let limit = opened.source.capabilities().max_batch_bytes;
@@ -292,7 +292,7 @@ pub fn pages_land_in_place(make_pair: &MakePair) {
 }
 
 /// Many channels at once, each with pages of its own in scattered runs.
-pub fn channels_work_side_by_side(make_pair: &MakePair) {
+pub fn channels_work_side_by_side(make_pair: &MakePair<'_>) {
     for channels in [2_u16, 8] {
         let mut opened = open(make_pair, channels);
         opened.here.fill(u64::from(channels));
@@ -325,7 +325,7 @@ pub fn channels_work_side_by_side(make_pair: &MakePair) {
 }
 
 /// The same page many times over: what was sent last is what stays.
-pub fn the_newest_bytes_win(make_pair: &MakePair) {
+pub fn the_newest_bytes_win(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 1);
     let (mut sender, mut receiver) = (opened.senders.remove(0), opened.receivers.remove(0));
     thread::scope(|scope| {
@@ -346,7 +346,7 @@ pub fn the_newest_bytes_win(make_pair: &MakePair) {
 }
 
 /// Zero runs make pages zero, in order with the data around them.
-pub fn zero_runs_zero_pages(make_pair: &MakePair) {
+pub fn zero_runs_zero_pages(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 1);
     opened.here.fill(3);
     let (mut sender, mut receiver) = (opened.senders.remove(0), opened.receivers.remove(0));
@@ -369,7 +369,7 @@ pub fn zero_runs_zero_pages(make_pair: &MakePair) {
 }
 
 /// When a batch has landed its bytes are in the destination's memory, without any further help.
-pub fn landed_means_landed(make_pair: &MakePair) {
+pub fn landed_means_landed(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 1);
     let (mut sender, mut receiver) = (opened.senders.remove(0), opened.receivers.remove(0));
     thread::scope(|scope| {
@@ -385,7 +385,7 @@ pub fn landed_means_landed(make_pair: &MakePair) {
 }
 
 /// A batch over the transport's own limits is refused before anything is sent.
-pub fn batches_beyond_the_limits_are_refused(make_pair: &MakePair) {
+pub fn batches_beyond_the_limits_are_refused(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 1);
     let capabilities = opened.source.capabilities();
     let too_many = vec![data(0, 0, 1); capabilities.max_batch_runs + 1];
@@ -399,7 +399,7 @@ pub fn batches_beyond_the_limits_are_refused(make_pair: &MakePair) {
 }
 
 /// Nothing outside guest memory is ever read.
-pub fn runs_outside_guest_memory_are_refused(make_pair: &MakePair) {
+pub fn runs_outside_guest_memory_are_refused(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 1);
     let outside = [data(0, REGION_PAGES[0], 1), data(3, 0, 1), data(1, 0, 2), data(0, u64::MAX, 1)];
     for run in outside {
@@ -411,7 +411,7 @@ pub fn runs_outside_guest_memory_are_refused(make_pair: &MakePair) {
 }
 
 /// The control channel stays usable while data channels are full.
-pub fn frames_pass_while_pages_flow(make_pair: &MakePair) {
+pub fn frames_pass_while_pages_flow(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 2);
     opened.here.fill(4);
     let limit = opened.source.capabilities().max_batch_bytes;
@@ -440,7 +440,7 @@ pub fn frames_pass_while_pages_flow(make_pair: &MakePair) {
 }
 
 /// `finish` is seen as the end on a data channel, a dropped control channel as closed.
-pub fn an_orderly_end_is_seen(make_pair: &MakePair) {
+pub fn an_orderly_end_is_seen(make_pair: &MakePair<'_>) {
     let Opened { mut senders, mut receivers, control, source, destination: _kept, .. } =
         open(make_pair, 1);
     let (here, mut there) = control;
@@ -452,7 +452,7 @@ pub fn an_orderly_end_is_seen(make_pair: &MakePair) {
 }
 
 /// A source that goes away without a word ends the destination's waits with an error.
-pub fn a_lost_source_is_noticed(make_pair: &MakePair) {
+pub fn a_lost_source_is_noticed(make_pair: &MakePair<'_>) {
     let Opened { senders, mut receivers, control, source, destination: _kept, .. } =
         open(make_pair, 2);
     let (here, mut there) = control;
@@ -471,7 +471,7 @@ pub fn a_lost_source_is_noticed(make_pair: &MakePair) {
 }
 
 /// A destination that goes away ends the source's sends and waits with an error.
-pub fn a_lost_destination_is_noticed(make_pair: &MakePair) {
+pub fn a_lost_destination_is_noticed(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 1);
     opened.here.fill(5);
     let limit = opened.source.capabilities().max_batch_bytes;
@@ -495,7 +495,7 @@ pub fn a_lost_destination_is_noticed(make_pair: &MakePair) {
 }
 
 /// An interrupt ends every wait at its end of the link, now and later, and does no harm after.
-pub fn an_interrupt_wakes_everyone(make_pair: &MakePair) {
+pub fn an_interrupt_wakes_everyone(make_pair: &MakePair<'_>) {
     let mut opened = open(make_pair, 2);
     opened.here.fill(6);
     let limit = opened.source.capabilities().max_batch_bytes;
@@ -543,7 +543,7 @@ pub fn an_interrupt_wakes_everyone(make_pair: &MakePair) {
 }
 
 /// When links and channels are gone nobody holds guest memory any more.
-pub fn memory_is_let_go(make_pair: &MakePair) {
+pub fn memory_is_let_go(make_pair: &MakePair<'_>) {
     let opened = open(make_pair, 2);
     let Opened { senders, receivers, control, source, destination, here, there } = opened;
     drop((senders, receivers, control));
