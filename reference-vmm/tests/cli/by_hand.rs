@@ -99,3 +99,23 @@ fn waiting_for_a_guest_can_be_ended() {
     destination.finish().assert_status(3);
     destination.await_message("interrupted before a guest came");
 }
+
+#[test]
+fn a_bandwidth_limit_is_kept_and_can_be_lifted() {
+    let (mut destination, address) = destination(&["--pin", "0"]);
+    // 8 MiB of data at 64 KiB a second: two minutes, if nobody lifts it.
+    let more = ["--workload=idle", "--bandwidth-limit=64K", "--pin=0", "--migrate-to", &address];
+    let mut source = source_that_stays(&more);
+    source.say("limit 1M");
+    source.await_message("no migration is under way");
+    source.say("migrate");
+    destination.await_message("a source connected");
+    source.say("limit 8M");
+    source.say("limit fast");
+    source.await_message("a size is like");
+    let departed = source.finish().report(0);
+    departed.assert_departed();
+    // At 8 MiB a second, but for what the first moments and the last round had.
+    assert!(departed.number("total_ms") > 500.0, "{departed:?}");
+    destination.finish().report(0).assert_arrived();
+}

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -168,6 +169,12 @@ pub(crate) struct MigrationArgs {
     /// Rounds over dirty pages to try before giving up on the downtime limit.
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_rounds: u32,
+    /// Page bytes a second over all channels, while the guest runs [default: as fast as it goes].
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub(crate) bandwidth_limit: Option<NonZeroU64>,
+    /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
+    #[arg(long, value_name = "CPUS", value_delimiter = ',')]
+    pub(crate) pin: Vec<usize>,
 }
 
 #[derive(Debug, Args)]
@@ -234,6 +241,9 @@ pub(crate) struct ReceiveArgs {
     /// it until Ctrl-C].
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub(crate) run_for: Option<Duration>,
+    /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
+    #[arg(long, value_name = "CPUS", value_delimiter = ',')]
+    pub(crate) pin: Vec<usize>,
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
@@ -249,6 +259,11 @@ fn size(text: &str) -> Result<u64, String> {
         Ok(bytes) => Ok(bytes),
         Err(error) => Err(format!("{error}; a size is like 512M or 1G")),
     }
+}
+
+/// "100M": bytes a second.
+pub(crate) fn rate(text: &str) -> Result<NonZeroU64, String> {
+    NonZeroU64::new(size(text)?).ok_or_else(|| "a rate of nothing never ends".to_owned())
 }
 
 /// "300ms", "1s", "2s 500ms".

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
 use pageferry::Statistics;
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::args::{DemoArgs, GuestChoice};
 use crate::outcome::Outcome;
@@ -26,11 +26,6 @@ const RUN_ON: &str = "300ms";
 
 /// How long a process may take to listen, or to end once the other has.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Has the kernel end this process when its parent ends.
-pub(crate) fn end_with_parent() -> Result<()> {
-    Ok(set_parent_process_death_signal(Some(Signal::TERM))?)
-}
 
 pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
     let (wishes_in, wishes) = unbounded();
@@ -90,6 +85,12 @@ fn source_args(args: &DemoArgs, address: &str) -> Vec<OsString> {
     option("channels", migration.channels.to_string());
     option("downtime-limit", format!("{}us", migration.downtime_limit.as_micros()));
     option("max-rounds", migration.max_rounds.to_string());
+    if let Some(limit) = migration.bandwidth_limit {
+        option("bandwidth-limit", limit.to_string());
+    }
+    if !migration.pin.is_empty() {
+        option("pin", cpu_list(&migration.pin));
+    }
     if args.verify {
         list.push("--verify".into());
     }
@@ -97,12 +98,20 @@ fn source_args(args: &DemoArgs, address: &str) -> Vec<OsString> {
 }
 
 fn destination_args(args: &DemoArgs) -> Vec<OsString> {
-    ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", "127.0.0.1:0"]
-        .map(OsString::from)
-        .into_iter()
-        .chain(["--backing".into(), value_name(&args.guest.backing).into()])
-        .chain(["--transport".into(), value_name(&args.migration.transport).into()])
-        .collect()
+    let mut list: Vec<OsString> =
+        ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", "127.0.0.1:0"]
+            .map(OsString::from)
+            .into();
+    list.extend(["--backing".into(), value_name(&args.guest.backing).into()]);
+    list.extend(["--transport".into(), value_name(&args.migration.transport).into()]);
+    if !args.migration.pin.is_empty() {
+        list.extend(["--pin".into(), cpu_list(&args.migration.pin).into()]);
+    }
+    list
+}
+
+fn cpu_list(cpus: &[usize]) -> String {
+    cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn value_name(value: &impl ValueEnum) -> String {

@@ -14,6 +14,7 @@ mod demo;
 mod outcome;
 mod receive;
 mod report;
+mod resident;
 mod run;
 mod signals;
 mod watch;

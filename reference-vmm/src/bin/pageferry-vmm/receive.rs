@@ -1,9 +1,10 @@
 //! `receive`: waits for a guest, and runs it.
 
 use std::error::Error;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, after, never, select, unbounded};
+use crossbeam_channel::{Receiver, select, unbounded};
+use pageferry::threads::PinnedThreads;
 use pageferry::transport::TransportError;
 use pageferry::{Destination, GuestAtDestination, MigrationHandle, Offer, Statistics};
 use pageferry_tcp::{TcpAcceptor, TcpOptions};
@@ -13,14 +14,15 @@ use pageferry_vmm::guest::{Guest, GuestConfig};
 use crate::args::{ReceiveArgs, Transport};
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
-use crate::signals::{Wish, listen_to_signals};
+use crate::resident::{await_beats, check};
+use crate::signals::{Wish, end_with_parent, listen_to_signals, wait_or_quit};
 use crate::watch::Watch;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     if args.with_parent {
-        crate::demo::end_with_parent()?;
+        end_with_parent()?;
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
@@ -58,7 +60,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     drop(acceptor);
     say!("a source connected from {}", link.peer_addr());
 
-    let destination = Destination::new();
+    let destination = Destination::new().threads(Arc::new(PinnedThreads::new(args.pin.clone())));
     let handle = destination.handle();
     let watch = Watch::start(handle.clone())?;
     let destination = destination.on_event(watch.sink());
@@ -176,35 +178,9 @@ fn run_on(
         return Ok(outcome);
     };
     wait_or_quit(wishes, Some(time));
-    crate::run::check(&mut guest, &mut report)?;
+    check(&mut guest, &mut report)?;
     report.heartbeat(guest.heartbeat());
     finish(&report, args.json)
-}
-
-/// Waits until the guest has beaten so often.
-pub(crate) fn await_beats(guest: &Guest, beats: u64) -> bool {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while guest.heartbeat().beats < beats {
-        if Instant::now() > deadline || guest.failure().is_some() {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    true
-}
-
-/// Waits for the time to pass, or for someone to quit.
-pub(crate) fn wait_or_quit(wishes: &Receiver<Wish>, time: Option<Duration>) {
-    let timer = time.map_or_else(never, after);
-    loop {
-        select! {
-            recv(timer) -> _ => return,
-            recv(wishes) -> wish => match wish {
-                Ok(Wish::Interrupt | Wish::Quit) | Err(_) => return,
-                Ok(_) => {}
-            }
-        }
-    }
 }
 
 /// Cancels the migration on Ctrl-C, until dropped.

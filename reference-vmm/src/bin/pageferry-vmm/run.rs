@@ -1,12 +1,14 @@
 //! `run`: runs a guest, and migrates it away.
 
 use std::error::Error;
+use std::sync::Arc;
 use std::thread;
 
 use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
 use pageferry::machine::MachineOperation;
+use pageferry::threads::PinnedThreads;
 use pageferry::transport::{SourceLink, TransportError};
-use pageferry::{Departed, GuestAtSource, Source, SourceFailure, Statistics};
+use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure, Statistics};
 use pageferry_tcp::{TcpOptions, connect};
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
@@ -15,9 +17,9 @@ use pageferry_vmm::workload::WorkloadConfig;
 
 use crate::args::{GuestArgs, RunArgs, Transport};
 use crate::outcome::Outcome;
-use crate::receive::{await_beats, wait_or_quit};
 use crate::report::{GuestAt, Report};
-use crate::signals::{Wish, listen_to_signals, listen_to_stdin};
+use crate::resident::{await_beats, check};
+use crate::signals::{Wish, end_with_parent, listen_to_signals, listen_to_stdin, wait_or_quit};
 use crate::watch::Watch;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -39,7 +41,7 @@ pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
 
 pub(crate) fn run(args: &RunArgs) -> Result<Outcome> {
     if args.with_parent {
-        crate::demo::end_with_parent()?;
+        end_with_parent()?;
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
@@ -75,7 +77,7 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
                 return Ok(report.outcome);
             }
             Wish::Interrupt | Wish::Quit => return Ok(last),
-            Wish::Cancel => say!("no migration is under way"),
+            Wish::Cancel | Wish::Limit(_) => say!("no migration is under way"),
             Wish::Status => status(&machine.guest),
             Wish::Migrate(address) => {
                 (planned, timer) = (false, never());
@@ -127,17 +129,17 @@ fn status(guest: &Guest) {
     }
 }
 
-/// Whether a wish that comes during a migration is to cancel it.
-fn cancels(wish: &Wish) -> bool {
+/// What a wish that comes during a migration does to it.
+fn steer(handle: &MigrationHandle, wish: &Wish) {
     match wish {
         Wish::Interrupt | Wish::Cancel => {
             say!("cancelling; the guest stays here unless it is gone already");
-            return true;
+            handle.cancel();
         }
+        Wish::Limit(limit) => handle.limit_bandwidth(*limit),
         Wish::Quit => say!("a migration is under way: cancel it first"),
         Wish::Migrate(_) | Wish::Status => say!("a migration is under way"),
     }
-    false
 }
 
 /// Migrates the guest, on a thread of its own so that wishes are heard meanwhile. Gives the
@@ -155,13 +157,15 @@ fn migrate(
         .downtime_limit(migration.downtime_limit)
         .max_rounds(migration.max_rounds)
         .verify(args.verify)
+        .threads(Arc::new(PinnedThreads::new(migration.pin.clone())))
         .description(serde_json::to_vec(&config)?);
     let handle = source.handle();
+    handle.limit_bandwidth(migration.bandwidth_limit);
     let watch = Watch::start(handle.clone())?;
     let source = source.on_event(watch.sink());
     machine.guest.reset_heartbeat_gap();
     let (done, ended) = bounded(1);
-    let link = connect_to(address, migration.transport, wishes);
+    let link = connect_to(address, migration.transport, &handle, wishes);
     let result = thread::scope(|scope| {
         scope.spawn(move || {
             // The receiver waits below for just this.
@@ -170,8 +174,8 @@ fn migrate(
         loop {
             select! {
                 recv(ended) -> result => break result,
-                recv(wishes) -> wish => if wish.is_ok_and(|wish| cancels(&wish)) {
-                    handle.cancel();
+                recv(wishes) -> wish => if let Ok(wish) = wish {
+                    steer(&handle, &wish);
                 }
             }
         }
@@ -210,6 +214,7 @@ fn migrate(
 fn connect_to(
     address: &str,
     transport: Transport,
+    handle: &MigrationHandle,
     wishes: &Receiver<Wish>,
 ) -> std::result::Result<Box<dyn SourceLink>, pageferry::Error> {
     let (done, connected) = bounded(1);
@@ -226,8 +231,11 @@ fn connect_to(
                 let link = link.map_err(|_| TransportError::Closed)??;
                 return Ok(Box::new(link));
             }
-            recv(wishes) -> wish => if wish.is_ok_and(|wish| cancels(&wish)) {
-                return Err(pageferry::Error::Cancelled);
+            recv(wishes) -> wish => if let Ok(wish) = wish {
+                steer(handle, &wish);
+                if matches!(wish, Wish::Interrupt | Wish::Cancel) {
+                    return Err(pageferry::Error::Cancelled);
+                }
             }
         }
     }
@@ -256,20 +264,6 @@ fn depart(
             statistics: Statistics::default(),
         })),
     }
-}
-
-/// Pauses the guest for good and looks whether its memory is what it wrote.
-pub(crate) fn check(guest: &mut Guest, report: &mut Report) -> Result<()> {
-    guest.pause()?;
-    let oracle = guest.check_oracle();
-    report.oracle(&oracle);
-    if !oracle.ok {
-        report.fail(format!("the guest's memory is wrong: {}", oracle.detail));
-    }
-    if let Some(failure) = guest.failure() {
-        report.fail(format!("the guest ended: {failure}"));
-    }
-    Ok(())
 }
 
 /// After a migration that failed: shows that the guest goes on, and reports. Returns whether the

@@ -1,9 +1,14 @@
 //! Signals and lines on stdin as commands.
 
 use std::io::{BufRead, stdin};
+use std::num::NonZeroU64;
 use std::thread;
+use std::time::Duration;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender, after, never, select};
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use crate::args;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
@@ -20,6 +25,8 @@ pub(crate) enum Wish {
     Quit,
     /// Say how the guest is.
     Status,
+    /// Limit the bandwidth of the migration under way, or lift the limit.
+    Limit(Option<NonZeroU64>),
 }
 
 /// Turns signals into wishes, on a thread of its own that lives as long as the process.
@@ -55,6 +62,25 @@ pub(crate) fn listen_to_stdin(wishes: Sender<Wish>) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Waits for the time to pass, or for someone to quit.
+pub(crate) fn wait_or_quit(wishes: &Receiver<Wish>, time: Option<Duration>) {
+    let timer = time.map_or_else(never, after);
+    loop {
+        select! {
+            recv(timer) -> _ => return,
+            recv(wishes) -> wish => match wish {
+                Ok(Wish::Interrupt | Wish::Quit) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+/// Has the kernel end this process when its parent ends.
+pub(crate) fn end_with_parent() -> std::io::Result<()> {
+    Ok(set_parent_process_death_signal(Some(Signal::TERM))?)
+}
+
 fn parse(line: &str) -> Result<Option<Wish>, String> {
     let mut words = line.split_whitespace();
     let wish = match (words.next(), words.next()) {
@@ -62,16 +88,18 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         (Some("migrate"), address) => Wish::Migrate(address.map(str::to_owned)),
         (Some("cancel"), None) => Wish::Cancel,
         (Some("status"), None) => Wish::Status,
+        (Some("limit"), Some("off")) => Wish::Limit(None),
+        (Some("limit"), Some(rate)) => Wish::Limit(Some(args::rate(rate)?)),
         (Some("quit"), None) => Wish::Quit,
         _ => {
             return Err(format!(
-                "\"{line}\" is not known here; try migrate [ADDR], cancel, status, quit"
+                "\"{line}\" is not known here; try migrate [ADDR], cancel, limit SIZE|off, status, quit"
             ));
         }
     };
     match words.next() {
         None => Ok(Some(wish)),
-        Some(extra) => Err(format!("nothing more was expected after the address: \"{extra}\"")),
+        Some(extra) => Err(format!("nothing more was expected here: \"{extra}\"")),
     }
 }
 
@@ -85,6 +113,9 @@ mod tests {
         assert_eq!(parse("migrate"), Ok(Some(Wish::Migrate(None))));
         assert_eq!(parse("migrate h:1"), Ok(Some(Wish::Migrate(Some("h:1".into())))));
         assert_eq!(parse("quit"), Ok(Some(Wish::Quit)));
+        assert_eq!(parse("limit off"), Ok(Some(Wish::Limit(None))));
+        assert_eq!(parse("limit 1M"), Ok(Some(Wish::Limit(NonZeroU64::new(1 << 20)))));
+        assert!(parse("limit fast").is_err() && parse("limit 0").is_err());
         assert!(parse("quit now").is_err());
         assert!(parse("migrate a b").is_err());
         assert!(parse("dance").is_err());
