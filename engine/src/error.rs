@@ -134,7 +134,7 @@ pub enum Error {
     },
 }
 
-/// Who is to blame for an [`Error`].
+/// Who is to blame for an [`enum@Error`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Blame {
