@@ -1,13 +1,12 @@
 //! Pages that were put back: carried over into the next harvests until they are re-armed.
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pageferry::dirty::{DirtyBitmap, WORD_PAGES};
 use pageferry::memory::Layout;
 
-use crate::bits::words_for;
 use crate::misuse::{MisuseError, check_bitmap, check_words};
+use crate::pages::AtomicPages;
 
 /// A bit for each page of guest memory, laid out like the engine's bitmap.
 ///
@@ -19,8 +18,7 @@ use crate::misuse::{MisuseError, check_bitmap, check_words};
 #[derive(Debug)]
 pub(crate) struct CarryOver {
     layout: Layout,
-    words: Vec<AtomicU64>,
-    regions: Vec<Range<usize>>,
+    pages: AtomicPages,
     /// Whether a bit may be set. Spares the common migration, which puts nothing back, a walk
     /// over the words with each stripe.
     used: AtomicBool,
@@ -28,25 +26,17 @@ pub(crate) struct CarryOver {
 
 impl CarryOver {
     pub(crate) fn new(layout: &Layout) -> Self {
-        let mut end = 0;
-        let region_words = |region: &pageferry::memory::RegionLayout| {
-            let start = end;
-            end += words_for(region.pages());
-            start..end
-        };
-        let regions = layout.regions().iter().map(region_words).collect();
-        let words = std::iter::repeat_with(AtomicU64::default).take(end).collect();
-        Self { layout: layout.clone(), words, regions, used: AtomicBool::new(false) }
+        Self {
+            layout: layout.clone(),
+            pages: AtomicPages::new(layout),
+            used: AtomicBool::new(false),
+        }
     }
 
     /// Takes pages back.
     pub(crate) fn put_back(&self, pages: &DirtyBitmap) -> Result<(), MisuseError> {
         check_bitmap(&self.layout, pages)?;
-        for (region, words) in (0..).zip(&self.regions) {
-            for (mine, theirs) in self.words[words.clone()].iter().zip(pages.region_words(region)) {
-                mine.fetch_or(*theirs, Ordering::Relaxed);
-            }
-        }
+        self.pages.add(pages);
         self.used.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -57,16 +47,8 @@ impl CarryOver {
         if !self.used.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let mut any = 0;
-        for (region, words) in (0..).zip(&self.regions) {
-            let mine = &self.words[words.clone()];
-            for (theirs, mine) in into.region_words_mut(region).iter_mut().zip(mine) {
-                let word = mine.load(Ordering::Relaxed);
-                any |= word;
-                *theirs |= word;
-            }
-        }
-        self.used.store(any != 0, Ordering::Relaxed);
+        let any = self.pages.merge_into(into);
+        self.used.store(any, Ordering::Relaxed);
         Ok(())
     }
 
@@ -82,8 +64,7 @@ impl CarryOver {
             return Ok(());
         }
         let start = usize::try_from(first_page / WORD_PAGES).unwrap_or(usize::MAX);
-        let mine = self.words[self.regions[usize::from(region)].clone()].iter().skip(start);
-        for (mine, theirs) in mine.zip(words) {
+        for (mine, theirs) in self.pages.region(region).iter().skip(start).zip(words) {
             mine.fetch_and(!theirs, Ordering::Relaxed);
         }
         Ok(())

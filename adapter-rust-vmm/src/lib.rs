@@ -2,27 +2,43 @@
 //!
 //! - [`memory`] describes guest memory held by `vm-memory` to the engine, without unsafe code on
 //!   the VMM's side.
-//! - [`kvm`] tracks what vCPUs write, by KVM's dirty log.
-//! - [`pagemap`] tracks what anything in this process writes, by userfaultfd write-protection
-//!   and `PAGEMAP_SCAN`; it needs no KVM.
+//! - [`kvm`] tracks what vCPUs write, by KVM's dirty log or its dirty rings.
+//! - [`bitmap`] tracks what the VMM writes itself, by `vm-memory`'s bitmaps.
+//! - [`pagemap`] and [`uffd_wp`] track what anything in this process writes, by userfaultfd
+//!   write-protection; they need no KVM. [`process`] picks one of the two.
 //!
 //! # Which dirty source
 //!
-//! [`KvmDirtyLog`] is cheap and sees vCPUs only: what the VMM's device emulation writes needs a
-//! source of its own beside it (the engine unites them). [`PagemapScan`] sees every write that
-//! goes through this process's page tables, which are vCPUs (KVM follows the page tables),
-//! device emulation and system calls alike; it costs the guest a page fault in the host for each
-//! page it writes first after a harvest. Neither sees DMA by a device that was given the memory
-//! (VFIO), nor other processes (vhost-user).
+//! [`KvmDirtyLog`] and [`KvmDirtyRing`] are cheap and see vCPUs only. A harvest of the log costs
+//! by the size of memory, one of the rings by the pages written; the rings slow a vCPU down that
+//! writes faster than it is harvested, and have to be enabled when the VM is made. Either needs
+//! an [`AtomicBitmapSource`] beside it if devices are emulated in this process (the engine unites
+//! sources).
+//!
+//! [`PagemapScan`] sees every write that goes through this process's page tables, which are vCPUs
+//! (KVM follows the page tables), device emulation and system calls alike; it costs the guest a
+//! page fault in the host for each page it writes first after a harvest. [`UffdWp`] sees the same
+//! on kernels before 6.7, where each such fault waits for a thread of this process too.
+//!
+//! None of them sees DMA by a device that was given the memory (VFIO), nor other processes
+//! (vhost-user).
 
+pub mod bitmap;
 mod bits;
 mod carry;
 pub mod kvm;
 pub mod memory;
 mod misuse;
 pub mod pagemap;
+mod pages;
+pub mod process;
+mod uffd;
+pub mod uffd_wp;
 
-pub use kvm::{KvmDirtyLog, KvmSlot, LogProtocol};
+pub use bitmap::AtomicBitmapSource;
+pub use kvm::{DirtyRings, KvmDirtyLog, KvmDirtyRing, KvmSlot, LogProtocol, VcpuRing};
 pub use memory::guest_memory;
 pub use misuse::MisuseError;
 pub use pagemap::PagemapScan;
+pub use process::process_memory_source;
+pub use uffd_wp::UffdWp;

@@ -23,6 +23,8 @@ use thiserror::Error;
 use crate::bits::set_range;
 use crate::carry::CarryOver;
 use crate::misuse::{MisuseError, dirty_error};
+use crate::process::{addresses, call_ranges};
+use crate::uffd;
 use ioctl::PageRegion;
 
 /// Name of the source in messages and statistics.
@@ -31,9 +33,12 @@ const NAME: &str = "pagemap scan";
 /// Runs of written pages that one call returns, 24 bytes each.
 const RUNS: usize = 4096;
 
-/// Bytes given to one call, so that the lock on the address space is let go now and then. A
-/// multiple of every huge page size up to 1 GiB; larger ones are taken whole.
-const CALL_BYTES: u64 = 1 << 30;
+/// What tracking needs, by name.
+const FEATURES: [(&str, u64); 3] = [
+    ("UFFD_FEATURE_WP_ASYNC", uffd::UFFD_FEATURE_WP_ASYNC),
+    ("UFFD_FEATURE_WP_UNPOPULATED", uffd::UFFD_FEATURE_WP_UNPOPULATED),
+    ("UFFD_FEATURE_WP_HUGETLBFS_SHMEM", uffd::UFFD_FEATURE_WP_HUGETLBFS_SHMEM),
+];
 
 /// Why pages cannot be tracked.
 #[derive(Debug, Error)]
@@ -179,7 +184,7 @@ impl PagemapScan {
         let new = Active::open()?;
         for region in self.memory.regions() {
             let guest_addr = region.layout.guest_addr;
-            ioctl::register(&new.uffd, &addresses(region))
+            uffd::register(&new.uffd, &addresses(region))
                 .map_err(|cause| PagemapError::Register { guest_addr, cause })?;
         }
         for region in self.memory.regions() {
@@ -187,7 +192,7 @@ impl PagemapScan {
             for range in call_ranges(region) {
                 // Also where nothing is populated: else a mere read of such a page would
                 // report it, and the engine reads all pages.
-                ioctl::write_protect(&new.uffd, &range)
+                uffd::write_protect(&new.uffd, &range)
                     .map_err(|cause| PagemapError::Protect { guest_addr, cause })?;
             }
         }
@@ -225,7 +230,7 @@ impl PagemapScan {
         let mut result = Ok(());
         for region in self.memory.regions() {
             let guest_addr = region.layout.guest_addr;
-            let unregistered = ioctl::unregister(&active.uffd, &addresses(region));
+            let unregistered = uffd::unregister(&active.uffd, &addresses(region));
             if let Err(cause) = unregistered
                 && result.is_ok()
             {
@@ -280,17 +285,19 @@ impl Active {
 
 fn open_userfaultfd() -> Result<OwnedFd, PagemapError> {
     let open = || {
-        ioctl::userfaultfd().map_err(|cause| match cause.kind() {
+        // In asynchronous mode no fault is delivered at all, so those of user mode will do, which
+        // need no privilege.
+        uffd::userfaultfd(uffd::Faults::UserMode).map_err(|cause| match cause.kind() {
             io::ErrorKind::PermissionDenied => PagemapError::NotPermitted(cause),
             _ => PagemapError::Userfaultfd(cause),
         })
     };
-    let wanted = ioctl::FEATURES.iter().fold(0, |all, (_, feature)| all | feature);
+    let wanted = FEATURES.iter().fold(0, |all, (_, feature)| all | feature);
     let uffd = open()?;
-    let Err(refused) = ioctl::negotiate(&uffd, wanted) else { return Ok(uffd) };
+    let Err(refused) = uffd::negotiate(&uffd, wanted) else { return Ok(uffd) };
     // A descriptor negotiates once; another one says what there is.
-    let offered = ioctl::negotiate(&open()?, 0).map_err(PagemapError::Userfaultfd)?;
-    let missing: Vec<_> = ioctl::FEATURES
+    let offered = uffd::negotiate(&open()?, 0).map_err(PagemapError::Userfaultfd)?;
+    let missing: Vec<_> = FEATURES
         .iter()
         .filter(|(_, feature)| offered & feature == 0)
         .map(|(name, _)| *name)
@@ -299,22 +306,6 @@ fn open_userfaultfd() -> Result<OwnedFd, PagemapError> {
         return Err(PagemapError::Userfaultfd(refused));
     }
     Err(PagemapError::FeatureMissing { missing: missing.join(", ") })
-}
-
-/// Addresses of a region in this process.
-fn addresses(region: &RawRegion) -> Range<u64> {
-    let start = region.host_addr.addr() as u64;
-    start..start + region.layout.len_bytes
-}
-
-/// A region's addresses, cut for one call each.
-fn call_ranges(region: &RawRegion) -> impl Iterator<Item = Range<u64>> + use<> {
-    let Range { start, end } = addresses(region);
-    let step = CALL_BYTES.max(region.layout.backing_page_bytes);
-    (0..region.layout.len_bytes.div_ceil(step)).map(move |call| {
-        let first = start + call * step;
-        first..end.min(first.saturating_add(step))
-    })
 }
 
 impl DirtySource for PagemapScan {

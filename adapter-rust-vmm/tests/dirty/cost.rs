@@ -5,12 +5,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::guest::Guest;
+use crate::guest::{Guest, Rings};
 use crate::suite::Writer;
 use pageferry::dirty::{DirtyBitmap, DirtySource};
 use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
-use pageferry_rust_vmm::{KvmDirtyLog, LogProtocol, PagemapScan, guest_memory};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use pageferry_rust_vmm::{
+    AtomicBitmapSource, KvmDirtyLog, KvmDirtyRing, LogProtocol, PagemapScan, UffdWp, guest_memory,
+};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const LEN_BYTES: usize = 512 << 20;
 const PAGES: u32 = 131_072;
@@ -88,7 +91,42 @@ fn kvm_dirty_log() {
 
 #[test]
 #[ignore = "prints times, checks nothing"]
-fn pagemap_scan() {
+fn kvm_dirty_ring() {
+    // With a pause after each page, so that no ring runs over.
+    for entries in [4096, 65_536] {
+        let all = PageRange { region: 0, first_page: 0, pages: PAGES };
+        let slots = [(0, 0, u64::from(PAGES))];
+        let rings = Some(Rings { entries, pausing: true });
+        let Some(guest) = Guest::with_rings(&[(0, LEN_BYTES)], &slots, vec![all], rings) else {
+            return;
+        };
+        let rings = guest.rings.as_ref().unwrap();
+        // SAFETY: these are the guest's slots, and stay so.
+        let source = unsafe { KvmDirtyRing::new(rings, &guest.memory, &guest.slots) };
+        eprintln!("kvm dirty ring, {entries} entries, 512 MiB");
+        measure(&guest.memory, &source.unwrap(), |range| guest.touch(range));
+        let (full, run_over) = (rings.times_full(), rings.times_run_over());
+        eprintln!("  {full} times full, {run_over} run over");
+    }
+}
+
+#[test]
+#[ignore = "prints times, checks nothing"]
+fn vmm_bitmap() {
+    let regions = [(GuestAddress(0), LEN_BYTES)];
+    let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&regions).unwrap());
+    let guest = guest_memory(Arc::clone(&memory)).unwrap();
+    let source = AtomicBitmapSource::new(Arc::clone(&memory), &guest).unwrap();
+    eprintln!("vmm bitmap, 512 MiB");
+    measure(&guest, &source, |range| {
+        for page in range.first_page..range.first_page + u64::from(range.pages) {
+            memory.write_obj(1_u8, GuestAddress(page * PAGE_BYTES)).unwrap();
+        }
+    });
+}
+
+/// Sources over this process's memory.
+fn over_process_memory(what: &str, source_of: fn(Arc<GuestMemory>) -> Box<dyn DirtySource>) {
     for huge in [false, true] {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), LEN_BYTES)]).unwrap();
         let memory = Arc::new(guest_memory(Arc::new(memory)).unwrap());
@@ -97,9 +135,8 @@ fn pagemap_scan() {
             // SAFETY: advice on a mapping that lives; it changes no byte.
             assert_eq!(unsafe { libc::madvise(addr, LEN_BYTES, libc::MADV_HUGEPAGE) }, 0);
         }
-        let source = PagemapScan::new(Arc::clone(&memory));
-        eprintln!("pagemap scan, 512 MiB, transparent huge pages: {huge}");
-        measure(&memory, &source, |range| {
+        eprintln!("{what}, 512 MiB, transparent huge pages: {huge}");
+        measure(&memory, source_of(Arc::clone(&memory)).as_ref(), |range| {
             let first = memory.span(range).unwrap().addr;
             for page in 0..range.pages as usize {
                 // SAFETY: inside the range.
@@ -109,4 +146,16 @@ fn pagemap_scan() {
             }
         });
     }
+}
+
+#[test]
+#[ignore = "prints times, checks nothing"]
+fn pagemap_scan() {
+    over_process_memory("pagemap scan", |memory| Box::new(PagemapScan::new(memory)));
+}
+
+#[test]
+#[ignore = "prints times, checks nothing"]
+fn uffd_wp() {
+    over_process_memory("uffd write-protect", |memory| Box::new(UffdWp::new(memory)));
 }

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
-use pageferry_rust_vmm::{KvmSlot, guest_memory};
+use pageferry_rust_vmm::kvm::KVM_EXIT_DIRTY_RING_FULL;
+use pageferry_rust_vmm::{DirtyRings, KvmSlot, VcpuRing, guest_memory};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::suite::Writer;
@@ -30,6 +31,30 @@ const CODE: [u8; 20] = [
     0xf4, // hlt
 ];
 
+/// The same with a pause after each page.
+const PAUSING_CODE: [u8; 28] = [
+    0x89, 0xf7, // again: mov edi, esi
+    0xff, 0x07, // next: inc dword [edi]
+    0xba, 0x18, 0x00, 0x00, 0x00, // mov edx, 24
+    0x4a, // pause: dec edx
+    0x75, 0xfd, // jnz pause
+    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 4096
+    0x39, 0xcf, // cmp edi, ecx
+    0x72, 0xec, // jb next
+    0x83, 0x3b, 0x00, // cmp dword [ebx], 0
+    0x74, 0xe5, // je again
+    0xf4, // hlt
+];
+
+/// Dirty rings for a guest.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rings {
+    pub(crate) entries: u32,
+    /// Whether vCPUs write one page in fifty instructions, not in five. A KVM that interprets a
+    /// thousand before it looks whether the ring is full then looks in time.
+    pub(crate) pausing: bool,
+}
+
 /// Guest address of the word that says when to halt: 0 go on, else halt after this pass.
 const HALT_WORD: u64 = CODE_ADDR + 0x800;
 
@@ -40,7 +65,9 @@ pub(crate) struct Guest {
     pub(crate) slots: Vec<KvmSlot>,
     ranges: Vec<PageRange>,
     /// One for each range.
-    vcpus: Vec<Mutex<VcpuFd>>,
+    vcpus: Vec<Mutex<(VcpuFd, Option<VcpuRing>)>>,
+    /// If it was made with them.
+    pub(crate) rings: Option<DirtyRings>,
     /// The page at `CODE_ADDR`.
     code: GuestMemoryMmap,
 }
@@ -52,6 +79,16 @@ impl Guest {
         regions: &[(u64, usize)],
         slots: &[(u16, u64, u64)],
         ranges: Vec<PageRange>,
+    ) -> Option<Self> {
+        Self::with_rings(regions, slots, ranges, None)
+    }
+
+    /// The same with dirty rings.
+    pub(crate) fn with_rings(
+        regions: &[(u64, usize)],
+        slots: &[(u16, u64, u64)],
+        ranges: Vec<PageRange>,
+        wanted: Option<Rings>,
     ) -> Option<Self> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
@@ -66,6 +103,14 @@ impl Guest {
         let memory = Arc::new(guest_memory(Arc::new(mapped)).unwrap());
 
         let vm = Arc::new(kvm.create_vm().unwrap());
+        let rings = match wanted.map(|rings| DirtyRings::enable(Arc::clone(&vm), rings.entries)) {
+            None => None,
+            Some(Ok(rings)) => Some(rings),
+            Some(Err(error)) => {
+                eprintln!("SKIPPED, because {error}: {:?}", std::error::Error::source(&error));
+                return None;
+            }
+        };
         let slots: Vec<_> = (3..)
             .zip(slots)
             .map(|(slot, (region, first_page, pages))| {
@@ -82,7 +127,9 @@ impl Guest {
             .collect();
         let code_addr = GuestAddress(CODE_ADDR);
         let code: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(code_addr, 4096)]).unwrap();
-        code.write_slice(&CODE, code_addr).unwrap();
+        let pausing = wanted.is_some_and(|rings| rings.pausing);
+        let instructions: &[u8] = if pausing { &PAUSING_CODE } else { &CODE };
+        code.write_slice(instructions, code_addr).unwrap();
         let code_slot = KvmSlot {
             slot: 0,
             guest_addr: CODE_ADDR,
@@ -101,8 +148,19 @@ impl Guest {
             // SAFETY: mappings that outlive the vCPUs: both are the guest's.
             unsafe { vm.set_user_memory_region(region) }.unwrap();
         }
-        let vcpus = (0..).zip(&ranges).map(|(id, _)| Mutex::new(flat_vcpu(&vm, id))).collect();
-        Some(Self { vm, memory, slots, ranges, vcpus, code })
+        let vcpu = |id| {
+            let vcpu = flat_vcpu(&vm, id);
+            let ring = rings.as_ref().map(|rings| rings.add_vcpu(&vcpu).unwrap());
+            Mutex::new((vcpu, ring))
+        };
+        let vcpus = (0..).zip(&ranges).map(|(id, _)| vcpu(id)).collect();
+        Some(Self { vm, memory, slots, ranges, vcpus, rings, code })
+    }
+
+    /// What the first vCPU's thread does when its ring is full.
+    pub(crate) fn first_ring_is_full(&self) {
+        let (_, ring) = &*self.vcpus[0].lock().unwrap();
+        ring.as_ref().expect("a ring").on_full().unwrap();
     }
 
     /// Tells the vCPUs whether to halt after a pass.
@@ -110,10 +168,10 @@ impl Guest {
         self.code.store(u32::from(halt), GuestAddress(HALT_WORD), Ordering::Relaxed).unwrap();
     }
 
-    fn run(&self, vcpu: &Mutex<VcpuFd>, range: PageRange) {
+    fn run(&self, vcpu: &Mutex<(VcpuFd, Option<VcpuRing>)>, range: PageRange) {
         let region = self.memory.layout().regions()[usize::from(range.region)];
         let first = region.guest_addr + range.first_page * PAGE_BYTES;
-        let mut vcpu = vcpu.lock().unwrap();
+        let (vcpu, ring) = &mut *vcpu.lock().unwrap();
         let regs = kvm_regs {
             rip: CODE_ADDR,
             rflags: 2,
@@ -126,6 +184,9 @@ impl Guest {
         loop {
             match vcpu.run() {
                 Ok(VcpuExit::Hlt) => return,
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                    ring.as_ref().expect("a ring").on_full().unwrap();
+                }
                 Err(error) if error.errno() == libc::EINTR => {}
                 exit => panic!("the guest left with {exit:?}"),
             }

@@ -1,29 +1,33 @@
-//! `KvmDirtyLog`, and `PagemapScan`, over a guest that runs on KVM.
+//! `KvmDirtyLog`, `PagemapScan` and `UffdWp` over a guest that runs on KVM.
 #![expect(unsafe_code, reason = "KvmDirtyLog relies on the slots it is given")]
 
 use std::sync::Arc;
 
-use crate::guest::Guest;
+use crate::guest::{Guest, Rings};
 use crate::suite::{self, Bench, Writer};
 use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use pageferry::dirty::{DirtyBitmap, DirtySource};
 use pageferry::memory::{PAGE_BYTES, PageRange};
 use pageferry_rust_vmm::kvm::{KvmLogError, SlotError};
-use pageferry_rust_vmm::{KvmDirtyLog, KvmSlot, LogProtocol, PagemapScan};
+use pageferry_rust_vmm::{KvmDirtyLog, KvmSlot, LogProtocol, PagemapScan, UffdWp};
 
 const MIB: usize = 1 << 20;
 
 /// Two regions. The first has three slots: of an odd number of pages, then one that begins in
 /// the middle of a word, then one that begins at a word; the second has one that begins and ends
 /// inside the region.
-fn odd_guest() -> Option<Guest> {
+pub(crate) fn odd_guest() -> Option<Guest> {
+    odd_guest_with_rings(None)
+}
+
+pub(crate) fn odd_guest_with_rings(rings: Option<Rings>) -> Option<Guest> {
     let regions = [(0, 8 * MIB), (64 << 20, 4 * MIB)];
     let slots = [(0, 0, 101), (0, 101, 859), (0, 960, 1088), (1, 70, 777)];
     let ranges = vec![
         PageRange { region: 0, first_page: 0, pages: 2048 },
         PageRange { region: 1, first_page: 70, pages: 777 },
     ];
-    Guest::new(&regions, &slots, ranges)
+    Guest::with_rings(&regions, &slots, ranges, rings)
 }
 
 /// Whether the VM's kernel has the protocol; says so if not.
@@ -75,6 +79,19 @@ fn pagemap_scan_sees_vcpus() {
     }
     let memory = &guest.memory;
     let source = PagemapScan::new(Arc::clone(memory));
+    suite::passes_all(&Bench { memory, source: &source, writer: &guest, granule_pages: 1 });
+}
+
+/// Likewise; these faults are raised in the kernel.
+#[test]
+fn uffd_wp_sees_vcpus() {
+    let Some(guest) = odd_guest() else { return };
+    if let Err(error) = UffdWp::supported() {
+        eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+        return;
+    }
+    let memory = &guest.memory;
+    let source = UffdWp::new(Arc::clone(memory));
     suite::passes_all(&Bench { memory, source: &source, writer: &guest, granule_pages: 1 });
 }
 

@@ -1,7 +1,10 @@
 //! The dirty sources, each through the same suite.
 
+mod bitmap;
 mod cost;
 mod guest;
 mod kvm;
-mod pagemap;
+mod process;
+mod ring;
 mod suite;
+mod threads;

@@ -1,0 +1,62 @@
+//! A bit for each page of guest memory that several threads set and clear.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pageferry::dirty::DirtyBitmap;
+use pageferry::memory::{Layout, RegionLayout};
+
+use crate::bits::words_for;
+
+/// Laid out like the engine's bitmap.
+#[derive(Debug)]
+pub(crate) struct AtomicPages {
+    words: Vec<AtomicU64>,
+    regions: Vec<Range<usize>>,
+}
+
+impl AtomicPages {
+    pub(crate) fn new(layout: &Layout) -> Self {
+        let mut end = 0;
+        let region_words = |region: &RegionLayout| {
+            let start = end;
+            end += words_for(region.pages());
+            start..end
+        };
+        let regions = layout.regions().iter().map(region_words).collect();
+        let words = std::iter::repeat_with(AtomicU64::default).take(end).collect();
+        Self { words, regions }
+    }
+
+    /// The words of a region of the layout; bit `i` of word `w` is page `w * 64 + i`.
+    pub(crate) fn region(&self, region: u16) -> &[AtomicU64] {
+        &self.words[self.regions[usize::from(region)].clone()]
+    }
+
+    fn regions(&self) -> impl Iterator<Item = (u16, &[AtomicU64])> {
+        (0..).zip(&self.regions).map(|(region, words)| (region, &self.words[words.clone()]))
+    }
+
+    /// Adds the pages of a bitmap of the same layout.
+    pub(crate) fn add(&self, pages: &DirtyBitmap) {
+        for (region, mine) in self.regions() {
+            for (mine, theirs) in mine.iter().zip(pages.region_words(region)) {
+                mine.fetch_or(*theirs, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Adds these pages to a bitmap of the same layout; whether there were any.
+    pub(crate) fn merge_into(&self, into: &mut DirtyBitmap) -> bool {
+        let mut any = 0;
+        for (region, mine) in self.regions() {
+            for (theirs, mine) in into.region_words_mut(region).iter_mut().zip(mine) {
+                // Acquire, for who set the bit let a write go on with it.
+                let word = mine.load(Ordering::Acquire);
+                any |= word;
+                *theirs |= word;
+            }
+        }
+        any != 0
+    }
+}

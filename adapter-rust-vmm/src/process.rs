@@ -1,0 +1,74 @@
+//! Tracking memory of this process, by the best means the kernel has.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use pageferry::dirty::DirtySource;
+use pageferry::memory::{GuestMemory, RawRegion};
+use thiserror::Error;
+
+use crate::pagemap::{PagemapError, PagemapScan};
+use crate::uffd_wp::{UffdWp, UffdWpError};
+
+/// Bytes given to one system call, so that the lock on the address space is let go now and then.
+/// A multiple of every huge page size up to 1 GiB; larger ones are taken whole.
+const CALL_BYTES: u64 = 1 << 30;
+
+/// Why this process cannot track its memory at all.
+#[derive(Debug, Error)]
+#[error("no way to track this process's writes: by PAGEMAP_SCAN, {scan}; by userfaultfd")]
+#[non_exhaustive]
+pub struct ProcessMemoryError {
+    /// Why not by [`PagemapScan`].
+    pub scan: PagemapError,
+    /// Why not by [`UffdWp`].
+    #[source]
+    pub wp: UffdWpError,
+}
+
+/// The best source for every write through this process's page tables: [`PagemapScan`], or
+/// [`UffdWp`] where the kernel has no asynchronous write-protection (before Linux 6.7).
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::sync::Arc;
+///
+/// use pageferry::dirty::DirtySources;
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+///
+/// let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let memory = Arc::new(pageferry_rust_vmm::guest_memory(Arc::new(memory))?);
+/// let sources = DirtySources::new(vec![pageferry_rust_vmm::process_memory_source(&memory)?]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn process_memory_source(
+    memory: &Arc<GuestMemory>,
+) -> Result<Box<dyn DirtySource>, ProcessMemoryError> {
+    let Err(scan) = PagemapScan::supported() else {
+        return Ok(Box::new(PagemapScan::new(Arc::clone(memory))));
+    };
+    match UffdWp::supported() {
+        Ok(()) => {
+            tracing::debug!(%scan, "no PAGEMAP_SCAN, write faults are served by a thread");
+            Ok(Box::new(UffdWp::new(Arc::clone(memory))))
+        }
+        Err(wp) => Err(ProcessMemoryError { scan, wp }),
+    }
+}
+
+/// Addresses of a region in this process.
+pub(crate) fn addresses(region: &RawRegion) -> Range<u64> {
+    let start = region.host_addr.addr() as u64;
+    start..start + region.layout.len_bytes
+}
+
+/// A region's addresses, cut for one call each.
+pub(crate) fn call_ranges(region: &RawRegion) -> impl Iterator<Item = Range<u64>> + use<> {
+    let Range { start, end } = addresses(region);
+    let step = CALL_BYTES.max(region.layout.backing_page_bytes);
+    (0..region.layout.len_bytes.div_ceil(step)).map(move |call| {
+        let first = start + call * step;
+        first..end.min(first.saturating_add(step))
+    })
+}

@@ -1,0 +1,162 @@
+//! The thread that serves write faults.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use pageferry::dirty::WORD_PAGES;
+use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use crate::bits::words_for;
+use crate::pages::AtomicPages;
+use crate::process::addresses;
+use crate::uffd;
+
+/// What the thread and the source share while memory is tracked.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) uffd: OwnedFd,
+    memory: Arc<GuestMemory>,
+    /// Pages written. What is not protected is set here; what is set may be protected.
+    pub(super) dirty: AtomicPages,
+    /// Keeps that promise: the thread sets bits and then lets writes go on, re-arming clears
+    /// bits and protects. Were a fault read from the userfaultfd before, and its page let go
+    /// after a re-arm that came between, its bit would be lost. (Several threads that write to
+    /// one page raise a fault each, so there are such late ones.) Re-arming reads, and the
+    /// thread writes.
+    order: RwLock<()>,
+    /// Readable when the thread is to end.
+    end: OwnedFd,
+    /// Why the thread ended by itself.
+    failure: OnceLock<Arc<io::Error>>,
+}
+
+impl Shared {
+    pub(super) fn new(uffd: OwnedFd, memory: Arc<GuestMemory>) -> io::Result<Self> {
+        let dirty = AtomicPages::new(memory.layout());
+        let end = eventfd(0, EventfdFlags::CLOEXEC)?;
+        Ok(Self { uffd, memory, dirty, order: RwLock::new(()), end, failure: OnceLock::new() })
+    }
+
+    pub(super) fn failure(&self) -> Option<&Arc<io::Error>> {
+        self.failure.get()
+    }
+
+    /// Makes the thread end.
+    pub(super) fn end(&self) -> io::Result<()> {
+        rustix::io::write(&self.end, &1_u64.to_ne_bytes()).map(drop).map_err(io::Error::from)
+    }
+
+    /// Serves faults until it is told to end, or cannot.
+    pub(super) fn serve(&self) {
+        let Err(cause) = self.serve_all() else { return };
+        tracing::error!(error = %cause, "write faults are not served any more");
+        // First, so that nobody believes that a write would be noted.
+        let _ = self.failure.set(Arc::new(cause));
+        // Nobody may wait for ever.
+        for region in self.memory.regions() {
+            if let Err(error) = uffd::unregister(&self.uffd, &addresses(region)) {
+                tracing::error!(%error, "left guest memory write-protected with no one to serve");
+            }
+        }
+    }
+
+    fn serve_all(&self) -> io::Result<()> {
+        loop {
+            let mut polled =
+                [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&self.end, PollFlags::IN)];
+            match poll(&mut polled, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if !polled[1].revents().is_empty() {
+                return Ok(());
+            }
+            if polled[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
+                return Err(io::Error::other("the userfaultfd is in an error state"));
+            }
+            let faults = uffd::write_faults(&self.uffd)?;
+            let _order = self.order.write().unwrap_or_else(PoisonError::into_inner);
+            faults.into_iter().try_for_each(|address| self.let_go(address))?;
+        }
+    }
+
+    /// Notes the page at an address, and lets writes to it go on.
+    fn let_go(&self, address: u64) -> io::Result<()> {
+        let regions = (0..).zip(self.memory.regions());
+        let found = regions.into_iter().find_map(|(index, region)| {
+            let range = addresses(region);
+            range.contains(&address).then(|| (index, region, address - range.start))
+        });
+        let Some((index, region, offset)) = found else {
+            return Err(io::Error::other(format!("a fault at {address:#x}, which is not tracked")));
+        };
+        let page = offset / PAGE_BYTES;
+        let pages = whole_pages(region, page..page + 1);
+        for word in pages.start / WORD_PAGES..pages.end.div_ceil(WORD_PAGES) {
+            let first = word * WORD_PAGES;
+            let bits = (pages.start.max(first)..pages.end.min(first + WORD_PAGES))
+                .fold(0, |bits, page| bits | 1 << (page - first));
+            self.dirty.region(index)[words_for(first)].fetch_or(bits, Ordering::Release);
+        }
+        uffd::allow_writes(&self.uffd, &page_addresses(region, &pages))
+    }
+
+    /// Clears the pages set in `words` and protects them. `words` lie inside the region.
+    pub(super) fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> io::Result<()> {
+        let first_word = words_for(first_page);
+        let mine = &self.dirty.region(region)[first_word..first_word + words.len()];
+        let set = |word: usize| mine[word].load(Ordering::Acquire) & words[word];
+        // What is not set is protected: nothing to do for it. The lock is not needed to see
+        // that, for what is set from now on is reported later.
+        if (0..words.len()).all(|word| set(word) == 0) {
+            return Ok(());
+        }
+        let _order = self.order.read().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock no bit is added, so that exactly what is cleared is protected.
+        let Some(first) = (0..words.len()).find(|word| set(*word) != 0) else { return Ok(()) };
+        let last = (first..words.len()).rfind(|word| set(*word) != 0).unwrap_or(first);
+        let start = first as u64 * WORD_PAGES + u64::from(set(first).trailing_zeros());
+        let end = (last as u64 + 1) * WORD_PAGES - u64::from(set(last).leading_zeros());
+        let described = &self.memory.regions()[usize::from(region)];
+        let pages = whole_pages(described, first_page + start..first_page + end);
+        for (mine, theirs) in mine[first..=last].iter().zip(&words[first..=last]) {
+            mine.fetch_and(!theirs, Ordering::AcqRel);
+        }
+        // In one call: it passes over what is protected already, and to protect a page that
+        // stays set does no harm.
+        uffd::write_protect(&self.uffd, &page_addresses(described, &pages))
+    }
+}
+
+/// `pages` of a region, extended to whole pages of its backing.
+fn whole_pages(region: &RawRegion, pages: Range<u64>) -> Range<u64> {
+    let backing = (region.layout.backing_page_bytes / PAGE_BYTES).max(1);
+    let end = pages.end.next_multiple_of(backing).min(region.layout.pages());
+    pages.start / backing * backing..end
+}
+
+fn page_addresses(region: &RawRegion, pages: &Range<u64>) -> Range<u64> {
+    let start = addresses(region).start;
+    start + pages.start * PAGE_BYTES..start + pages.end * PAGE_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry::memory::RegionLayout;
+
+    #[test]
+    fn pages_are_extended_to_huge_ones() {
+        let layout =
+            RegionLayout { guest_addr: 0, len_bytes: 3 << 21, backing_page_bytes: 2 << 20 };
+        let mut region = RawRegion { layout, host_addr: std::ptr::null_mut(), file: None };
+        assert_eq!(whole_pages(&region, 511..513), 0..1024);
+        assert_eq!(whole_pages(&region, 1535..1536), 1024..1536);
+        region.layout.backing_page_bytes = PAGE_BYTES;
+        assert_eq!(whole_pages(&region, 511..513), 511..513);
+    }
+}

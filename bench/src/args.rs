@@ -1,0 +1,222 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry::MAX_CHANNELS;
+use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
+use pageferry_vmm::ram::Backing;
+use serde::{Deserialize, Serialize};
+
+use crate::throughput::SideName;
+
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+const EXIT_CODES: &str = "\
+Exit status:
+  0  everything was measured, and what arrived was checked
+  1  something failed; the message says what
+  2  the command line makes no sense
+  3  cancelled";
+
+const THROUGHPUT_EXAMPLES: &str = "\
+Examples:
+  Three GiB in transparent huge pages, engine against bare loop, five times:
+    pageferry-bench throughput
+
+  Into a memfd, whose pages of 4 KiB the destination allocates as the bytes come:
+    pageferry-bench throughput --backing memfd --memory 1G --channels 4
+
+  In reserved huge pages; both sides need them:
+    echo 3072 | sudo tee /proc/sys/vm/nr_hugepages
+    pageferry-bench throughput --backing hugetlb
+
+  A guest that is half empty and writes to 20000 pages a second, for a script:
+    pageferry-bench throughput --zero-share 0.5 --dirty-rate 20000 --json";
+
+const THROUGHPUT_METHOD: &str = "\
+What is measured:
+  Source and destination are two processes that talk over loopback. The source fills its memory
+  once with bytes that cannot be compressed, and moves it again and again: by the engine, by the
+  bare loop, by the bare loop, by the engine, and so on. The destination maps fresh memory for
+  each. Before, the bare loop moves it once without being counted, so that nobody is the first to
+  touch memory of this host. That, and what the engine moves first, is checked by digest.
+
+  The engine's throughput is the bytes of pages sent (neither headers nor zero pages) over the
+  time from the first page to the last one landed, the last round with the guest stopped
+  included; without the handshake, without the device state.
+
+  The bare loop has as many TCP connections as the engine has data channels. Each has a thread on
+  both sides and its own contiguous part of the memory, sent by write(2) of 1 MiB straight from
+  memory, and received in place by read(2) of all that is still missing, which returns what is
+  there. Its time ends when the source has a byte from every receiver, which sends it when all
+  bytes are there. It sends zero pages like all others, nobody writes meanwhile, and it checks
+  nothing.
+
+  CPU seconds are those of all threads of a process during the transfer, kernel included; on
+  loopback the sender's thread does most of the receiving half of TCP. What the thread costs that
+  writes for --dirty-rate is taken off.
+
+  Peak memory is how far the resident set of a process (VmHWM) grew during a migration, without
+  what grew in guest memory (Rss of its mappings): heap, stacks and code of the engine. At a
+  destination whose memory fills meanwhile, something freed long before the end does not show.";
+
+const BITMAP_EXAMPLES: &str = "\
+Examples:
+  All sizes, one thread and all CPUs:
+    pageferry-bench bitmap
+
+  A large guest, one thread, for a script:
+    pageferry-bench bitmap --guest 16T --threads 1 --json";
+
+const BITMAP_METHOD: &str = "\
+What is measured, with a bit for each page of 4 KiB:
+  read     all words are combined into one by OR, by so many threads, each a contiguous part: what
+           is measured against
+  harvest  a tracker's bitmap is added to the engine's, by one thread
+  count    dirty pages are counted, by one thread
+  take up  each sender adds the stripes it owns to what it has to send
+
+  \"clustered\" has dirty pages in runs of 512 (2 MiB), \"scattered\" has them one by one at random
+  distances. A time is the median of the samples; small bitmaps are gone through many times in a
+  sample, and so come from the CPU's caches. Takes 96 bytes of memory for each MiB of guest.";
+
+/// Measures the pageferry live-migration engine.
+#[derive(Debug, Parser)]
+#[command(version, after_long_help = format!("{THROUGHPUT_EXAMPLES}\n\n{EXIT_CODES}"))]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Move memory between two processes of this host, by the engine and by a bare loop.
+    #[command(after_long_help = format!("{THROUGHPUT_METHOD}\n\n{THROUGHPUT_EXAMPLES}\n\n{EXIT_CODES}"))]
+    Throughput(ThroughputArgs),
+    /// Do what the engine does with dirty bitmaps, and read the same bitmaps.
+    #[command(after_long_help = format!("{BITMAP_METHOD}\n\n{BITMAP_EXAMPLES}\n\n{EXIT_CODES}"))]
+    Bitmap(BitmapArgs),
+    /// One side of a throughput measurement, told on stdin what to do.
+    #[command(hide = true)]
+    Side {
+        /// Which.
+        side: SideName,
+    },
+}
+
+impl Command {
+    /// Whether what was given fits together.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Throughput(args) => args.check(),
+            Self::Bitmap(args) => args.check(),
+            Self::Side { .. } => Ok(()),
+        }
+    }
+}
+
+/// What moves the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Transport {
+    /// TCP sockets.
+    Tcp,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ThroughputArgs {
+    /// Guest memory. Needs twice as much: both sides are here.
+    #[arg(long, value_name = "SIZE", default_value = "3G", value_parser = size)]
+    pub(crate) memory: u64,
+    /// What backs the memory of both sides.
+    #[arg(long, default_value = "anonymous")]
+    pub(crate) backing: Backing,
+    /// Share of pages that are zero, 0.0 to 1.0; allocated, in blocks of 64 KiB evenly spread.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = share)]
+    pub(crate) zero_share: f64,
+    /// Pages that a thread writes to a second while the engine works, at random; tracked by
+    /// PAGEMAP_SCAN. Without it nobody writes and nothing is tracked.
+    #[arg(long, value_name = "PAGES", default_value_t = 0)]
+    pub(crate) dirty_rate: u32,
+    /// What moves the pages.
+    #[arg(long, default_value = "tcp")]
+    pub(crate) transport: Transport,
+    /// Data channels of the engine, and connections of the bare loop.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CHANNELS)))]
+    pub(crate) channels: u16,
+    /// How often both are measured.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) pairs: u16,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl ThroughputArgs {
+    fn check(&self) -> Result<(), String> {
+        let Self { memory, backing, channels, .. } = *self;
+        let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        if memory / PAGE_BYTES > MAX_REGION_PAGES {
+            let most = MAX_REGION_PAGES * PAGE_BYTES;
+            Err(format!("--memory {memory} is too much, at most {most} is possible"))
+        } else if !memory.is_multiple_of(unit) {
+            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
+        } else if memory / PAGE_BYTES < u64::from(channels) {
+            Err(format!(
+                "--memory {memory} has less than one page for each of --channels {channels}"
+            ))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BitmapArgs {
+    /// Sizes of guest memory.
+    #[arg(long, value_name = "SIZES", default_value = "1G,64G,1T,16T", value_delimiter = ',', value_parser = size)]
+    pub(crate) guest: Vec<u64>,
+    /// Shares of pages that are dirty, 0.0 to 1.0.
+    #[arg(long, value_name = "SHARES", default_value = "0,0.001,0.1,1", value_delimiter = ',', value_parser = share)]
+    pub(crate) dirty: Vec<f64>,
+    /// Numbers of threads [default: 1 and its doubles up to the number of CPUs].
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CHANNELS)))]
+    pub(crate) threads: Vec<u16>,
+    /// How often each is measured.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) samples: u16,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl BitmapArgs {
+    fn check(&self) -> Result<(), String> {
+        for guest in &self.guest {
+            if guest / PAGE_BYTES > MAX_REGION_PAGES {
+                let most = MAX_REGION_PAGES * PAGE_BYTES;
+                return Err(format!("--guest {guest} is too much, at most {most} is possible"));
+            }
+            if !guest.is_multiple_of(PAGE_BYTES) {
+                return Err(format!("--guest {guest} is not a multiple of {PAGE_BYTES} bytes"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// "512M", "1G", "64MiB": binary units.
+fn size(text: &str) -> Result<u64, String> {
+    match parse_size::Config::new().with_binary().parse_size(text) {
+        Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(format!("{error}; a size is like 512M or 1G")),
+    }
+}
+
+/// "0.25".
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("a share is between 0.0 and 1.0".to_owned()),
+    }
+}

@@ -1,0 +1,58 @@
+//! `pageferry-bench`: measures the engine against the least that would do the same job.
+//!
+//! - `throughput` moves guest memory between two processes of this host, by the engine and by a
+//!   bare loop of system calls in turn, and compares them.
+//! - `bitmap` does what the engine does with dirty bitmaps, and compares it with reading them.
+//!
+//! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
+//! whose fields are a contract (added to, never repurposed; `schema` counts what breaks it).
+
+/// As `eprintln!`, but in one write, since several processes share stderr; and if nobody reads it
+/// any more, that is no reason to end.
+macro_rules! say {
+    ($($message:tt)+) => {{
+        let line = format!("{}\n", format_args!($($message)+));
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+    }};
+}
+
+mod args;
+mod bitmap;
+mod host;
+mod outcome;
+mod output;
+mod random;
+mod throughput;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+use outcome::Outcome;
+
+fn main() -> std::process::ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false)
+        .with_target(false)
+        .without_time()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .init();
+    let command = Cli::parse().command;
+    if let Err(complaint) = command.check() {
+        Cli::command().error(ErrorKind::ValueValidation, complaint).exit();
+    }
+    let result = match command {
+        Command::Throughput(args) => throughput::run(&args),
+        Command::Bitmap(args) => bitmap::run(&args),
+        Command::Side { side } => throughput::serve(side),
+    };
+    let outcome = result.unwrap_or_else(|error| {
+        say!("error: {}", pageferry::Chain::of(&*error));
+        Outcome::Failed
+    });
+    outcome.exit_code()
+}

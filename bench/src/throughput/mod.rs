@@ -1,0 +1,120 @@
+//! `throughput`: the engine against a bare loop of system calls, in turn, over the same memory.
+
+mod bare;
+mod machine;
+mod memory;
+mod report;
+mod side;
+mod sides;
+mod usage;
+mod wire;
+mod writer;
+
+use indicatif::HumanBytes;
+
+use crate::args::ThroughputArgs;
+use crate::host;
+use crate::outcome::{Failure, Outcome};
+use report::{Pair, Report, Transfer};
+use sides::{NoAnswer, Sides};
+use wire::{Answer, Contestant, Order, Setup};
+
+pub(crate) use side::serve;
+pub(crate) use wire::SideName;
+
+/// Measures, and prints the result.
+pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
+    host::check_room_for_two(args.memory, args.backing)?;
+    let setup = Setup {
+        memory_bytes: args.memory,
+        backing: args.backing,
+        zero_share: args.zero_share,
+        dirty_rate: args.dirty_rate,
+        transport: args.transport,
+        channels: args.channels,
+    };
+    match measure(&setup, args.pairs) {
+        Ok(pairs) => {
+            let report = Report::new(&setup, &pairs);
+            report.print(args.json)?;
+            Ok(Outcome::Completed)
+        }
+        Err(error) if matches!(error.downcast_ref(), Some(NoAnswer::Cancelled)) => {
+            say!("cancelled");
+            Ok(Outcome::Cancelled)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn measure(setup: &Setup, count: u16) -> Result<Vec<Pair>, Failure> {
+    let mut sides = Sides::start()?;
+    say!("filling {} of {} memory", HumanBytes(setup.memory_bytes), setup.backing);
+    for side in [SideName::Source, SideName::Destination] {
+        sides.tell(side, &Order::Prepare(setup.clone()))?;
+        sides.answer(side, |answer| matches!(answer, Answer::Ready).then_some(()))?;
+    }
+    // Not counted: the first to touch memory that nobody used before pays for it, in a virtual
+    // machine to its host.
+    transfer(&mut sides, Contestant::Bare)?;
+    verify(&mut sides, Contestant::Bare)?;
+    let mut pairs = Vec::new();
+    for index in 0..count {
+        // In turn, so that what changes slowly on this host changes for both.
+        let pair = if index.is_multiple_of(2) {
+            let engine = transfer(&mut sides, Contestant::Engine)?;
+            if index == 0 {
+                verify(&mut sides, Contestant::Engine)?;
+            }
+            Pair { engine, bare: transfer(&mut sides, Contestant::Bare)? }
+        } else {
+            let bare = transfer(&mut sides, Contestant::Bare)?;
+            Pair { engine: transfer(&mut sides, Contestant::Engine)?, bare }
+        };
+        let (engine, bare) = (pair.engine.gbps(), pair.bare.gbps());
+        say!("pair {} of {count}: engine {engine:.2} Gb/s, bare loop {bare:.2} Gb/s", index + 1);
+        pairs.push(pair);
+    }
+    Ok(pairs)
+}
+
+/// One measurement.
+fn transfer(sides: &mut Sides, contestant: Contestant) -> Result<Transfer, Failure> {
+    let measured = |answer| match answer {
+        Answer::Measured(measured) => Some(measured),
+        _ => None,
+    };
+    sides.tell(SideName::Destination, &Order::Receive(contestant))?;
+    let address = sides.answer(SideName::Destination, |answer| match answer {
+        Answer::Listening(address) => Some(address),
+        _ => None,
+    })?;
+    sides.tell(SideName::Source, &Order::Send(contestant, address))?;
+    let source = sides.answer(SideName::Source, measured)?;
+    let destination = sides.answer(SideName::Destination, measured)?;
+    Ok(Transfer { source, destination })
+}
+
+/// Whether both sides have the same memory now.
+fn verify(sides: &mut Sides, mover: Contestant) -> Result<(), Failure> {
+    let both = [SideName::Source, SideName::Destination];
+    let mut digests = Vec::new();
+    for side in both {
+        sides.tell(side, &Order::Digest)?;
+    }
+    for side in both {
+        digests.push(sides.answer(side, |answer| match answer {
+            Answer::Digest(digest) => Some(digest),
+            _ => None,
+        })?);
+    }
+    if digests[0] != digests[1] {
+        return Err(format!(
+            "failed to move memory by the {mover}: the source has {} and the destination {}",
+            digests[0], digests[1]
+        )
+        .into());
+    }
+    say!("moved by the {mover}: the destination's memory is the source's, by digest");
+    Ok(())
+}

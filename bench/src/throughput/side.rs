@@ -1,0 +1,159 @@
+//! A side: a process that does what it is told on stdin.
+
+use std::io::{BufRead, Write, stdin, stdout};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use pageferry::digest::Digest;
+use pageferry::dirty::{DirtySource, DirtySources};
+use pageferry::{Destination, Event, Source, Statistics};
+use pageferry_rust_vmm::PagemapScan;
+use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+use pageferry_vmm::ram::Ram;
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use super::machine::MemoryOnly;
+use super::usage::Growth;
+use super::wire::{Answer, Contestant, Measured, Order, Setup, SideName};
+use super::writer::Writer;
+use super::{bare, memory};
+use crate::args::Transport;
+use crate::outcome::{Failure, Outcome};
+
+const HERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// Runs a side until stdin ends.
+pub(crate) fn serve(name: SideName) -> Result<Outcome, Failure> {
+    // Ends with its parent even while it is busy.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let mut side = None;
+    for line in stdin().lock().lines() {
+        let order = serde_json::from_str(&line?)?;
+        if let Err(error) = obey(name, &mut side, order) {
+            answer(&Answer::Failed(pageferry::Chain::of(&*error).to_string()))?;
+            return Ok(Outcome::Failed);
+        }
+    }
+    Ok(Outcome::Completed)
+}
+
+fn answer(answer: &Answer) -> Result<(), Failure> {
+    let line = format!("{}\n", serde_json::to_string(answer)?);
+    Ok(stdout().write_all(line.as_bytes())?)
+}
+
+struct Side {
+    setup: Setup,
+    /// At a destination of the last measurement.
+    ram: Option<Ram>,
+}
+
+fn obey(name: SideName, side: &mut Option<Side>, order: Order) -> Result<(), Failure> {
+    match (side, order) {
+        (side @ None, Order::Prepare(setup)) => {
+            let ram = match name {
+                SideName::Source => {
+                    let ram = memory::map(&setup)?;
+                    memory::fill(ram.memory(), &setup)?;
+                    Some(ram)
+                }
+                SideName::Destination => None,
+            };
+            *side = Some(Side { setup, ram });
+            answer(&Answer::Ready)
+        }
+        (Some(Side { setup, ram }), Order::Receive(contestant)) => {
+            // Given back first: there may not be enough for two.
+            *ram = None;
+            let fresh = ram.insert(memory::map(setup)?);
+            let measured = match contestant {
+                Contestant::Engine => receive_by_engine(fresh, setup)?,
+                Contestant::Bare => {
+                    let listener = TcpListener::bind(HERE)?;
+                    answer(&Answer::Listening(listener.local_addr()?))?;
+                    bare::receive(fresh.memory(), setup, &listener)?
+                }
+            };
+            answer(&Answer::Measured(measured))
+        }
+        (Some(Side { setup, ram: Some(ram) }), Order::Send(contestant, address)) => {
+            let measured = match contestant {
+                Contestant::Engine => send_by_engine(ram, setup, address)?,
+                Contestant::Bare => bare::send(ram.memory(), setup, address)?,
+            };
+            answer(&Answer::Measured(measured))
+        }
+        (Some(Side { ram: Some(ram), .. }), Order::Digest) => {
+            let digest = Digest::of(&*memory::describe(ram)?)?;
+            answer(&Answer::Digest(digest.to_string()))
+        }
+        (_, order) => Err(format!("the {name} was told to do {order:?} out of turn").into()),
+    }
+}
+
+fn send_by_engine(ram: &Ram, setup: &Setup, address: SocketAddr) -> Result<Measured, Failure> {
+    let memory = memory::describe(ram)?;
+    let mut machine = MemoryOnly::default();
+    let mut trackers: Vec<Box<dyn DirtySource>> = Vec::new();
+    if setup.dirty_rate > 0 {
+        PagemapScan::supported()?;
+        trackers.push(Box::new(PagemapScan::new(Arc::clone(&memory))));
+        machine.writer = Some(Writer::start(Arc::clone(ram.memory()), setup)?);
+    }
+    let window = machine.window.clone();
+    let source = Source::new().channels(setup.channels).on_event(move |event| {
+        if matches!(event, Event::Registered(_)) {
+            window.begin();
+        }
+    });
+    let growth = Growth::watch(&memory);
+    let Transport::Tcp = setup.transport;
+    let link = connect(address, TcpOptions::default())?;
+    let departed = source
+        .migrate(machine, &memory, DirtySources::new(trackers), Box::new(link))
+        .map_err(|failure| failure.error)?;
+    let statistics = &departed.statistics;
+    let machine = departed.machine;
+    Ok(Measured {
+        nanoseconds: u64::try_from(statistics.transfer.as_nanos())?,
+        cpu_nanoseconds: machine
+            .window
+            .nanoseconds()
+            .saturating_sub(machine.writer_cpu_nanoseconds),
+        peak_bytes: growth.peak_bytes(),
+        ..counters(statistics)
+    })
+}
+
+fn receive_by_engine(ram: &Ram, setup: &Setup) -> Result<Measured, Failure> {
+    let memory = memory::describe(ram)?;
+    let machine = MemoryOnly::default();
+    let window = machine.window.clone();
+    let growth = Growth::watch(&memory);
+    let Transport::Tcp = setup.transport;
+    let acceptor = TcpAcceptor::bind(HERE, TcpOptions::default())?;
+    answer(&Answer::Listening(acceptor.local_addr()))?;
+    let link = acceptor.accept(None)?;
+    drop(acceptor);
+    let destination = Destination::new().on_event(move |event| {
+        if matches!(event, Event::Registered(_)) {
+            window.begin();
+        }
+    });
+    let offer = destination.negotiate(Box::new(link))?;
+    let arrived = offer.receive(machine, &memory).map_err(|failure| failure.error)?;
+    Ok(Measured {
+        cpu_nanoseconds: arrived.machine.window.nanoseconds(),
+        peak_bytes: growth.peak_bytes(),
+        ..counters(&arrived.statistics)
+    })
+}
+
+fn counters(statistics: &Statistics) -> Measured {
+    Measured {
+        payload_bytes: statistics.pages.data * pageferry::memory::PAGE_BYTES,
+        system_calls: statistics.system_calls,
+        user_copied_bytes: statistics.user_copied_bytes,
+        ..Measured::default()
+    }
+}

@@ -1,0 +1,173 @@
+//! The two processes of a measurement, seen from the one that started them.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::wire::{Answer, Order, SideName};
+use crate::outcome::Failure;
+
+/// When one side fails the other mostly does too, and one of them knows why.
+const OTHER_SIDES_WORDS: Duration = Duration::from_millis(500);
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoAnswer {
+    /// Someone pressed Ctrl-C.
+    #[error("cancelled")]
+    Cancelled,
+    /// A side failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Both processes. Dropping it ends them and waits until they are gone.
+#[derive(Debug)]
+pub(super) struct Sides {
+    source: Process,
+    destination: Process,
+    heard: Receiver<(SideName, Option<Answer>)>,
+    /// Answers that were not asked for yet.
+    early: VecDeque<(SideName, Answer)>,
+    interrupted: Receiver<()>,
+}
+
+impl Sides {
+    /// Starts both.
+    pub(super) fn start() -> Result<Self, Failure> {
+        let interrupted = listen_to_signals()?;
+        let (hear, heard) = unbounded();
+        Ok(Self {
+            source: Process::start(SideName::Source, hear.clone())?,
+            destination: Process::start(SideName::Destination, hear)?,
+            heard,
+            early: VecDeque::new(),
+            interrupted,
+        })
+    }
+
+    /// Tells a side what to do.
+    pub(super) fn tell(&mut self, side: SideName, order: &Order) -> Result<(), Failure> {
+        let process = match side {
+            SideName::Source => &mut self.source,
+            SideName::Destination => &mut self.destination,
+        };
+        let line = format!("{}\n", serde_json::to_string(order)?);
+        let told = process.stdin.write_all(line.as_bytes());
+        told.map_err(|error| format!("failed to talk to the {side}: {error}").into())
+    }
+
+    /// Waits for what `wanted` makes of the next answer of a side.
+    pub(super) fn answer<T>(
+        &mut self,
+        side: SideName,
+        wanted: impl FnOnce(Answer) -> Option<T>,
+    ) -> Result<T, NoAnswer> {
+        let answer = loop {
+            if let Some(at) = self.early.iter().position(|(from, _)| *from == side)
+                && let Some((_, answer)) = self.early.remove(at)
+            {
+                break answer;
+            }
+            select! {
+                recv(self.interrupted) -> _ => return Err(NoAnswer::Cancelled),
+                recv(self.heard) -> heard => match heard {
+                    Ok((from, Some(Answer::Failed(why)))) => return Err(self.failed(from, &why)),
+                    Ok((from, Some(answer))) => self.early.push_back((from, answer)),
+                    Ok((from, None)) => return Err(self.failed(from, "it ended by itself")),
+                    Err(error) => return Err(NoAnswer::Failed(error.to_string())),
+                }
+            }
+        };
+        let unexpected = format!("the {side} gave an unexpected answer: {answer:?}");
+        wanted(answer).ok_or(NoAnswer::Failed(unexpected))
+    }
+
+    /// What went wrong, with what the other side has to say about it.
+    fn failed(&self, side: SideName, why: &str) -> NoAnswer {
+        let mut text = format!("{side}: {why}");
+        while let Ok((from, answer)) = self.heard.recv_timeout(OTHER_SIDES_WORDS) {
+            match answer {
+                Some(Answer::Failed(why)) => text = format!("{text}; {from}: {why}"),
+                _ if from == side => {}
+                _ => break,
+            }
+        }
+        NoAnswer::Failed(text)
+    }
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    stdin: ChildStdin,
+}
+
+impl Process {
+    fn start(name: SideName, hear: Sender<(SideName, Option<Answer>)>) -> Result<Self, Failure> {
+        let failed = |error| format!("failed to start the {name}: {error}");
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["side", &name.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // Ctrl-C is for us, who end both.
+            .process_group(0)
+            .spawn()
+            .map_err(failed)?;
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(failed(std::io::ErrorKind::BrokenPipe.into()).into());
+        };
+        let process = Self { child, stdin };
+        thread::Builder::new()
+            .name(format!("hear-{name}"))
+            .spawn(move || listen(name, stdout, &hear))
+            .map_err(failed)?;
+        Ok(process)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both calls do nothing to a process that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Passes a side's answers on, and `None` at their end.
+fn listen(name: SideName, stdout: ChildStdout, hear: &Sender<(SideName, Option<Answer>)>) {
+    for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+        let answer = serde_json::from_str(&line)
+            .unwrap_or_else(|error| Answer::Failed(format!("it said nonsense: {error}")));
+        if hear.send((name, Some(answer))).is_err() {
+            return;
+        }
+    }
+    // Nobody may listen any more.
+    let _ = hear.send((name, None));
+}
+
+/// Ctrl-C and SIGTERM, on a thread that lives as long as the process.
+fn listen_to_signals() -> Result<Receiver<()>, Failure> {
+    let failed = |error| format!("failed to listen to signals: {error}");
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+    let (interrupt, interrupted) = unbounded();
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in signals.forever() {
+                if interrupt.send(()).is_err() {
+                    return;
+                }
+            }
+        })
+        .map_err(failed)?;
+    Ok(interrupted)
+}

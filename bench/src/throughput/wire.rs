@@ -1,0 +1,95 @@
+//! What the program and its two sides tell each other: one JSON value a line.
+
+use std::net::SocketAddr;
+
+use clap::ValueEnum;
+use pageferry_vmm::ram::Backing;
+use serde::{Deserialize, Serialize};
+
+use crate::args::Transport;
+
+/// A process of a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SideName {
+    /// Has the memory that is moved.
+    Source,
+    /// Has fresh memory for each measurement.
+    Destination,
+}
+
+impl std::fmt::Display for SideName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        })
+    }
+}
+
+/// What both sides must know.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Setup {
+    pub(super) memory_bytes: u64,
+    pub(super) backing: Backing,
+    pub(super) zero_share: f64,
+    pub(super) dirty_rate: u32,
+    pub(super) transport: Transport,
+    pub(super) channels: u16,
+}
+
+/// To a side.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Order {
+    /// The first, once. Answered by `Ready`.
+    Prepare(Setup),
+    /// To a destination: map fresh memory and listen. Answered by `Listening`, and `Measured`.
+    Receive(Contestant),
+    /// To a source: move the memory to this address. Answered by `Measured`.
+    Send(Contestant, SocketAddr),
+    /// Read all memory. Answered by `Digest`.
+    Digest,
+}
+
+/// From a side.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Answer {
+    Ready,
+    Listening(SocketAddr),
+    Measured(Measured),
+    Digest(String),
+    /// It could not, and has ended.
+    Failed(String),
+}
+
+/// Who moves the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Contestant {
+    Engine,
+    Bare,
+}
+
+impl std::fmt::Display for Contestant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Engine => "engine",
+            Self::Bare => "bare loop",
+        })
+    }
+}
+
+/// What one side saw of one transfer.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(super) struct Measured {
+    /// From the first byte to the last one landed; by the source's clock, 0 at a destination.
+    pub(super) nanoseconds: u64,
+    /// Page bytes that were sent.
+    pub(super) payload_bytes: u64,
+    /// CPU time of all threads, in user space and in the kernel.
+    pub(super) cpu_nanoseconds: u64,
+    /// System calls that moved data.
+    pub(super) system_calls: u64,
+    /// Page bytes copied in user space.
+    pub(super) user_copied_bytes: u64,
+    /// How far the process grew, without guest memory; `None` where the kernel does not tell.
+    pub(super) peak_bytes: Option<u64>,
+}

@@ -1,0 +1,6 @@
+//! The `pageferry-bench` program as its users run it. Nothing here looks at how fast it was.
+
+mod bitmap;
+mod command_line;
+mod support;
+mod throughput;
