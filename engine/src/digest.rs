@@ -22,9 +22,10 @@ impl Digest {
         let mut bytes = Vec::new();
         for region in memory.region_indices() {
             let end = memory.layout().regions()[usize::from(region)].pages();
-            let mut data = memory.next_data(region, 0, end);
-            while !data.is_empty() {
-                for first_page in data.clone() {
+            let mut from = 0;
+            while let Some(data) = memory.next_data(region, from, end) {
+                from = data.end;
+                for first_page in data {
                     if memory.is_zero(region, first_page)? {
                         continue;
                     }
@@ -33,7 +34,6 @@ impl Digest {
                     hasher.update(&first_page.to_le_bytes());
                     hasher.update(&bytes);
                 }
-                data = memory.next_data(region, data.end, end);
             }
         }
         Ok(Self(hasher.digest128().to_le_bytes()))

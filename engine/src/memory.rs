@@ -170,22 +170,26 @@ pub struct FileBacking {
 }
 
 impl FileBacking {
-    /// The next run of bytes at or after `from_bytes` (counted from the start of the region)
-    /// that the file holds something for; the rest is a hole, which reads as zero and is
-    /// allocated when it is read through a mapping. `None` if there is none any more, or all of
-    /// the rest where the file system cannot tell. Moves the descriptor's file position.
-    fn next_data(&self, from_bytes: u64) -> Option<Range<u64>> {
+    /// The next run of bytes at or after `from_bytes` and before `before_bytes` (counted from the
+    /// start of the region) that the file holds something for; the rest is a hole, which reads
+    /// as zero and is allocated when it is read through a mapping. `None` if there is none; all
+    /// of the rest where the file system cannot tell. Moves the descriptor's file position.
+    fn next_data(&self, from_bytes: u64, before_bytes: u64) -> Option<Range<u64>> {
         // SAFETY: open as long as the region is mapped, says the type's contract.
         let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
         let from = self.offset_bytes + from_bytes;
         let data = match seek(fd, SeekFrom::Data(from)) {
-            Ok(data) => data,
+            Ok(data) => data.saturating_sub(self.offset_bytes),
             // Nothing but a hole until the end.
             Err(Errno::NXIO) => return None,
             Err(_) => return Some(from_bytes..u64::MAX),
         };
-        let hole = seek(fd, SeekFrom::Hole(data)).unwrap_or(u64::MAX);
-        Some(data.saturating_sub(self.offset_bytes)..hole.saturating_sub(self.offset_bytes))
+        if data >= before_bytes {
+            return None;
+        }
+        // Walks all of the data until there is a hole: not to be asked for each piece of it.
+        let hole = seek(fd, SeekFrom::Hole(self.offset_bytes + data)).unwrap_or(u64::MAX);
+        Some(data..hole.saturating_sub(self.offset_bytes))
     }
 }
 
@@ -334,22 +338,24 @@ impl GuestMemory {
         Ok(unsafe { zero::is_zero(span.addr, span.len_bytes) })
     }
 
-    /// The next pages at or after `from_page`, and before `to_page`, that may hold something; an
-    /// empty range at `to_page` if there are none. Pages in between were never written: they are
-    /// zero, and reading them would allocate memory for nothing.
+    /// The next run of pages that may hold something, if it begins at or after `from_page` and
+    /// before `before_page`; it may end later. Pages outside were never written when this was
+    /// asked: they are zero, and reading them would allocate memory for nothing.
     ///
-    /// Known for regions with a file behind them (memfd), by `SEEK_DATA` (lseek(2)). Elsewhere
-    /// all pages may hold something.
-    pub fn next_data(&self, region: u16, from_page: u64, to_page: u64) -> Range<u64> {
-        let file = self.regions.get(usize::from(region)).and_then(|region| region.file);
-        let Some(file) = file else { return from_page..to_page };
-        match file.next_data(from_page * PAGE_BYTES) {
-            None => to_page..to_page,
-            Some(bytes) => {
-                let first = (bytes.start / PAGE_BYTES).clamp(from_page, to_page);
-                first..bytes.end.div_ceil(PAGE_BYTES).clamp(first, to_page)
-            }
+    /// Known for regions with a file behind them (memfd), by `SEEK_DATA` and `SEEK_HOLE`
+    /// (lseek(2)), which costs by the length of the run: remember its end. Elsewhere all pages
+    /// may hold something.
+    pub fn next_data(&self, region: u16, from_page: u64, before_page: u64) -> Option<Range<u64>> {
+        let region = self.regions.get(usize::from(region))?;
+        let pages = region.layout.pages();
+        if from_page >= before_page.min(pages) {
+            return None;
         }
+        let Some(file) = region.file else { return Some(from_page..pages) };
+        let bytes = file.next_data(from_page * PAGE_BYTES, before_page * PAGE_BYTES)?;
+        // A page is data as soon as any of its bytes is.
+        let data = bytes.start / PAGE_BYTES..bytes.end.div_ceil(PAGE_BYTES).min(pages);
+        Some(data).filter(|data| !data.is_empty())
     }
 
     /// Fills pages with zero bytes.

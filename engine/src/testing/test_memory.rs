@@ -151,3 +151,29 @@ impl TestMemory {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_data_are_found_between_holes() {
+        let memory = TestMemory::of_memfds(&[12, 4]);
+        for page in [3, 4, 9] {
+            memory.fill_page(0, page, 1);
+        }
+        let next = |from, before| memory.memory().next_data(0, from, before);
+        assert_eq!(next(0, 12), Some(3..5));
+        assert_eq!(next(4, 12), Some(4..5));
+        assert_eq!(next(5, 12), Some(9..10));
+        assert_eq!(next(10, 12), None);
+        // A run that begins before the limit may end after it, and one at the limit is not seen.
+        assert_eq!(next(0, 4), Some(3..5));
+        assert_eq!(next(5, 9), None);
+        assert_eq!(next(12, 99), None);
+        assert_eq!(memory.memory().next_data(1, 0, 4), None);
+        assert_eq!(memory.memory().next_data(2, 0, 4), None, "no such region");
+        // Without a file everything may hold something.
+        assert_eq!(TestMemory::new(&[12]).memory().next_data(0, 5, 6), Some(5..12));
+    }
+}
