@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use pageferry::dirty::DirtySources;
+use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
 use pageferry::{Machine, MachineError};
-use pageferry_rust_vmm::{KvmDirtyLog, KvmSlot, PagemapScan, guest_memory};
+use pageferry_rust_vmm::{KvmDirtyLog, KvmDirtyRing, KvmSlot, guest_memory, process_memory_source};
 
 use crate::guest::Guest;
 
@@ -23,12 +23,12 @@ impl GuestMachine {
         Ok(Arc::new(guest_memory(Arc::clone(self.guest.ram().memory()))?))
     }
 
-    /// What tracks the guest's writes: KVM's dirty log for a KVM guest, the page tables of this
-    /// process for a process guest. The devices of this VMM write no guest memory.
+    /// What tracks the guest's writes: KVM's dirty log for a KVM guest, or its dirty rings if it
+    /// was made with them; the page tables of this process for a process guest. The devices of
+    /// this VMM write no guest memory.
     pub fn dirty_sources(&self, memory: &Arc<GuestMemory>) -> Result<DirtySources, MachineError> {
         let Some(handles) = self.guest.kvm() else {
-            PagemapScan::supported()?;
-            return Ok(DirtySources::new(vec![Box::new(PagemapScan::new(Arc::clone(memory)))]));
+            return Ok(DirtySources::new(vec![process_memory_source(memory)?]));
         };
         let slots: Vec<KvmSlot> = handles
             .slots
@@ -41,9 +41,13 @@ impl GuestMachine {
                 flags: 0,
             })
             .collect();
-        // SAFETY: these are all slots of the VM as it was made, and this VMM never changes one.
-        let log = unsafe { KvmDirtyLog::new(handles.vm, memory, &slots) }?;
-        Ok(DirtySources::new(vec![Box::new(log)]))
+        let source: Box<dyn DirtySource> = match handles.rings {
+            // SAFETY: these are all slots of the VM as it was made, and this VMM never changes one.
+            Some(rings) => Box::new(unsafe { KvmDirtyRing::new(&rings, memory, &slots) }?),
+            // SAFETY: likewise.
+            None => Box::new(unsafe { KvmDirtyLog::new(handles.vm, memory, &slots) }?),
+        };
+        Ok(DirtySources::new(vec![source]))
     }
 }
 

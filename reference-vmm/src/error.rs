@@ -2,6 +2,7 @@
 
 use std::io;
 
+use pageferry_rust_vmm::kvm::KvmRingError;
 use vm_memory::GuestMemoryError;
 
 use crate::layout::LayoutError;
@@ -32,6 +33,9 @@ pub enum GuestError {
         /// What the kernel said.
         source: kvm_ioctls::Error,
     },
+    /// KVM's dirty rings can't be used.
+    #[error(transparent)]
+    DirtyRing(#[from] KvmRingError),
     /// The kernel let only part of the model specific registers through.
     #[error("failed to {operation} model specific register {index:#x} (value {value:#x})")]
     Msr {

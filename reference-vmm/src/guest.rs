@@ -36,7 +36,7 @@ use crate::state::{GuestState, MachineState, StateError};
 use crate::workload::oracle;
 use crate::workload::{OracleReport, WorkloadConfig, contents};
 
-pub use crate::kvm::{KvmHandles, MemorySlot};
+pub use crate::kvm::{DirtyTracking, KvmHandles, MemorySlot};
 
 /// A virtual CPU that does not stop for this long sits in the kernel, waiting for memory.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -110,13 +110,21 @@ enum Contents {
 impl Guest {
     /// Allocates memory and makes virtual CPUs, paused. Nothing in memory is touched.
     pub fn create(config: GuestConfig) -> Result<Self, GuestError> {
+        Self::create_tracked(config, DirtyTracking::default())
+    }
+
+    /// The same, with a choice of what tracks the writes of a KVM guest.
+    pub fn create_tracked(
+        config: GuestConfig,
+        tracking: DirtyTracking,
+    ) -> Result<Self, GuestError> {
         let layout = Layout::new(&config.regions, config.vcpus, config.workload.working_set_bytes)?;
         let ram = Ram::allocate(&config.regions, config.backing)?;
         let memory = LinearMemory::new(&ram, &layout);
         let workload = &config.workload;
         let (machine, devices) = match config.kind {
             GuestKind::Kvm => {
-                let (board, serial_interrupt) = kvm::Board::new()?;
+                let (board, serial_interrupt) = kvm::Board::new(tracking)?;
                 let devices = Arc::new(Devices::new(serial_interrupt));
                 let machine =
                     KvmMachine::create(board, &ram, &memory, &layout, workload, &devices)?;

@@ -61,8 +61,8 @@ pub type SpawnHandler = dyn Fn(ThreadBody) -> io::Result<JoinHandle<()>> + Send 
 ///
 /// # Thread safety
 ///
-/// As [`DirtySource`] asks. Threads that re-arm do not exclude each other, but the kernel does
-/// the threads that re-arm and fault in the same address space, in part.
+/// As [`DirtySource`] asks. Threads that re-arm do not exclude each other; they and the thread that
+/// serves faults do.
 ///
 /// # Resource cleanup
 ///

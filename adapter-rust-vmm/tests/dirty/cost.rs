@@ -104,7 +104,12 @@ fn kvm_dirty_ring() {
         // SAFETY: these are the guest's slots, and stay so.
         let source = unsafe { KvmDirtyRing::new(rings, &guest.memory, &guest.slots) };
         eprintln!("kvm dirty ring, {entries} entries, 512 MiB");
-        measure(&guest.memory, &source.unwrap(), |range| guest.touch(range));
+        let source = source.unwrap();
+        measure(&guest.memory, &source, |range| guest.touch(range));
+        // As many as fit, so that one harvest takes them all.
+        source.start().unwrap();
+        guest.touch(PageRange { pages: entries - 1024, ..guest.ranges()[0] });
+        harvest("  harvest of a ring that is nearly full", &guest.memory, &source);
         let (full, run_over) = (rings.times_full(), rings.times_run_over());
         eprintln!("  {full} times full, {run_over} run over");
     }

@@ -17,6 +17,7 @@ use kvm_bindings::{
     kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use pageferry_rust_vmm::DirtyRings;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -52,6 +53,19 @@ pub struct MemorySlot {
     pub host_address: u64,
 }
 
+/// How KVM can tell which pages the guest wrote. It has to be known when a VM is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DirtyTracking {
+    /// By its dirty log.
+    #[default]
+    Log,
+    /// By a dirty ring for each virtual CPU.
+    Ring {
+        /// Entries of each, a power of two.
+        entries: u32,
+    },
+}
+
 /// What others need to track a KVM guest's writes: the VM and its memory slots, registered with no
 /// flags. Setting a slot anew with `KVM_MEM_LOG_DIRTY_PAGES` is theirs to do.
 #[derive(Debug, Clone)]
@@ -60,6 +74,8 @@ pub struct KvmHandles {
     pub vm: Arc<VmFd>,
     /// Its memory.
     pub slots: Vec<MemorySlot>,
+    /// Its dirty rings, if it was made with them.
+    pub rings: Option<DirtyRings>,
 }
 
 /// A virtual machine.
@@ -102,15 +118,20 @@ pub(crate) fn open() -> Result<Kvm, String> {
 /// A virtual machine without virtual CPUs, and the event that raises the serial port's interrupt.
 pub(crate) struct Board {
     kvm: Kvm,
-    vm: VmFd,
+    vm: Arc<VmFd>,
+    rings: Option<DirtyRings>,
     irqchip: bool,
     pit: bool,
 }
 
 impl Board {
-    pub(crate) fn new() -> Result<(Self, Option<EventFd>), GuestError> {
+    pub(crate) fn new(tracking: DirtyTracking) -> Result<(Self, Option<EventFd>), GuestError> {
         let kvm = open().map_err(|reason| GuestError::KvmUnavailable { reason })?;
-        let vm = kvm.create_vm().map_err(failed("create a virtual machine"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(failed("create a virtual machine"))?);
+        let rings = match tracking {
+            DirtyTracking::Log => None,
+            DirtyTracking::Ring { entries } => Some(DirtyRings::enable(Arc::clone(&vm), entries)?),
+        };
         if vm.check_extension(Cap::SetTssAddr) {
             vm.set_tss_address(TASK_STATE_ADDRESS).map_err(failed("place the task state"))?;
         }
@@ -134,7 +155,7 @@ impl Board {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             vm.create_pit2(config).map_err(failed("create the timer (PIT)"))?;
         }
-        Ok((Self { kvm, vm, irqchip, pit }, serial_interrupt))
+        Ok((Self { kvm, vm, rings, irqchip, pit }, serial_interrupt))
     }
 
     fn capabilities(&self) -> Result<Capabilities, GuestError> {
@@ -203,19 +224,20 @@ impl KvmMachine {
                 .map_err(failed(format!("create virtual CPU {id}")))?;
             fd.set_cpuid2(&cpuid::for_vcpu(&supported, id, count))
                 .map_err(failed(format!("set the cpuid of virtual CPU {id}")))?;
+            let ring = board.rings.as_ref().map(|rings| rings.add_vcpu(&fd)).transpose()?;
             let fd = Arc::new(Mutex::new(fd));
             vcpus.push(fd.clone());
             let devices = devices.clone();
             let mut pacer = Pacer::new(workload, id, count);
             bodies.push(move |control: &RunControl| {
-                vcpu::run(&mut lock(&fd), control, &devices, &mut pacer)
+                vcpu::run(&mut lock(&fd), ring.as_ref(), control, &devices, &mut pacer)
             });
         }
         let workers = Workers::spawn(bodies, vcpu::kick).map_err(GuestError::Thread)?;
         Ok(Self {
             workers,
             vcpus,
-            handles: KvmHandles { vm: Arc::new(board.vm), slots },
+            handles: KvmHandles { vm: board.vm, slots, rings: board.rings },
             capabilities,
             xcr0: cpuid::xcr0(&supported, fpu::X87 | fpu::SSE | fpu::AVX),
             memory: memory.clone(),

@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use pageferry_rust_vmm::VcpuRing;
+use pageferry_rust_vmm::kvm::KVM_EXIT_DIRTY_RING_FULL;
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -17,19 +19,20 @@ use crate::workload::pacer::Pacer;
 /// that its registers are all there is to it.
 pub(crate) fn run(
     vcpu: &mut VcpuFd,
+    ring: Option<&VcpuRing>,
     control: &RunControl,
     devices: &Devices,
     pacer: &mut Pacer,
 ) -> Result<(), String> {
     while control.running() {
-        enter(vcpu, control, devices, pacer)?;
+        enter(vcpu, ring, control, devices, pacer)?;
     }
     // An exit for I/O is completed on the next entry; this one completes it and comes back.
     vcpu.set_kvm_immediate_exit(1);
     let completed = loop {
-        match enter(vcpu, control, devices, pacer) {
+        match enter(vcpu, ring, control, devices, pacer) {
             // String I/O may take more than one exit.
-            Ok(Entered::Io) => {}
+            Ok(Entered::Io | Entered::RingFull) => {}
             Ok(Entered::Interrupted) => break Ok(()),
             Err(reason) => break Err(reason),
         }
@@ -40,11 +43,13 @@ pub(crate) fn run(
 
 enum Entered {
     Io,
+    RingFull,
     Interrupted,
 }
 
 fn enter(
     vcpu: &mut VcpuFd,
+    ring: Option<&VcpuRing>,
     control: &RunControl,
     devices: &Devices,
     pacer: &mut Pacer,
@@ -52,6 +57,8 @@ fn enter(
     let ended = match vcpu.run() {
         Ok(VcpuExit::IoIn(HEARTBEAT_PORT, data)) => {
             devices.heartbeat.beat();
+            // It is outside the guest anyway, and a KVM that interprets it stops it too late.
+            ring.map_or(Ok(()), VcpuRing::relieve).map_err(|error| error.to_string())?;
             let steps = pacer.grant(control).to_le_bytes();
             for (byte, step_byte) in data.iter_mut().zip(steps) {
                 *byte = step_byte;
@@ -72,6 +79,10 @@ fn enter(
                 }
             }
             return Ok(Entered::Io);
+        }
+        Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+            ring.map_or(Ok(()), VcpuRing::on_full).map_err(|error| error.to_string())?;
+            return Ok(Entered::RingFull);
         }
         Ok(VcpuExit::Intr) => return Ok(Entered::Interrupted),
         Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
