@@ -72,7 +72,7 @@ fn measure(memory: &GuestMemory, source: &dyn DirtySource, write: impl Fn(PageRa
 }
 
 #[test]
-#[ignore = "prints times, checks nothing"]
+#[ignore = "prints times and checks nothing: ci/test measure"]
 fn kvm_dirty_log() {
     for protocol in
         [LogProtocol::ManualClearInitiallySet, LogProtocol::ManualClear, LogProtocol::GetClears]
@@ -90,7 +90,7 @@ fn kvm_dirty_log() {
 }
 
 #[test]
-#[ignore = "prints times, checks nothing"]
+#[ignore = "prints times and checks nothing: ci/test measure"]
 fn kvm_dirty_ring() {
     // With a pause after each page, so that no ring runs over.
     for entries in [4096, 65_536] {
@@ -116,7 +116,7 @@ fn kvm_dirty_ring() {
 }
 
 #[test]
-#[ignore = "prints times, checks nothing"]
+#[ignore = "prints times and checks nothing: ci/test measure"]
 fn vmm_bitmap() {
     let regions = [(GuestAddress(0), LEN_BYTES)];
     let memory = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&regions).unwrap());
@@ -154,13 +154,13 @@ fn over_process_memory(what: &str, source_of: fn(Arc<GuestMemory>) -> Box<dyn Di
 }
 
 #[test]
-#[ignore = "prints times, checks nothing"]
+#[ignore = "prints times and checks nothing: ci/test measure"]
 fn pagemap_scan() {
     over_process_memory("pagemap scan", |memory| Box::new(PagemapScan::new(memory)));
 }
 
 #[test]
-#[ignore = "prints times, checks nothing"]
+#[ignore = "prints times and checks nothing: ci/test measure"]
 fn uffd_wp() {
     over_process_memory("uffd write-protect", |memory| Box::new(UffdWp::new(memory)));
 }

@@ -145,7 +145,14 @@ fn what_dirty_rings_tell_is_enough_to_move() {
                 pages.fill();
             }
             copied += copy(&memory, &into, &sources, &pages);
-            std::thread::sleep(Duration::from_millis(2));
+            // The guest has written between two harvests: a beat is granted with every chunk.
+            let beats = machine.guest.heartbeat().beats;
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while round < 19 && machine.guest.heartbeat().beats == beats {
+                assert_eq!(machine.guest.failure(), None);
+                assert!(Instant::now() < deadline, "the guest does not beat");
+                std::thread::yield_now();
+            }
         }
         let state = machine.guest.save().unwrap();
         let mut pages = DirtyBitmap::new(memory.layout());
