@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 
-use crate::transport::{ChannelCounters, PageCounts, Registration};
+use crate::transport::{ChannelCounters, PageCounts, Registration, ZeroCopyCounts};
 
 /// Time the guest stood still, in parts that follow one another and leave nothing out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -75,6 +75,8 @@ pub struct Statistics {
     pub user_copied_bytes: u64,
     /// System calls made to move data on the data channels.
     pub system_calls: u64,
+    /// What became of zero-copy sends.
+    pub zero_copy: ZeroCopyCounts,
     /// What registering guest memory cost.
     pub registration: Registration,
     /// Pages the guest dirtied a second, in the last full round.
@@ -98,6 +100,7 @@ impl Statistics {
         self.wire_bytes = counters.wire_bytes + control_bytes;
         self.user_copied_bytes = counters.user_copied_bytes;
         self.system_calls = counters.system_calls;
+        self.zero_copy = counters.zero_copy;
     }
 
     /// Bits on the wire a second, from the first page to the last one landed, in 10⁹.
@@ -116,6 +119,15 @@ pub(crate) struct ChannelGauge {
     pub(crate) wire_bytes: AtomicU64,
     pub(crate) user_copied_bytes: AtomicU64,
     pub(crate) system_calls: AtomicU64,
+    zero_copy: ZeroCopyGauge,
+}
+
+#[derive(Debug, Default)]
+struct ZeroCopyGauge {
+    sent: AtomicU64,
+    copied_by_kernel: AtomicU64,
+    sent_bytes: AtomicU64,
+    copied_bytes: AtomicU64,
 }
 
 impl ChannelGauge {
@@ -128,6 +140,12 @@ impl ChannelGauge {
         self.wire_bytes.store(counters.wire_bytes, Relaxed);
         self.user_copied_bytes.store(counters.user_copied_bytes, Relaxed);
         self.system_calls.store(counters.system_calls, Relaxed);
+        let ZeroCopyCounts { sent, copied_by_kernel, sent_bytes, copied_bytes } =
+            counters.zero_copy;
+        self.zero_copy.sent.store(sent, Relaxed);
+        self.zero_copy.copied_by_kernel.store(copied_by_kernel, Relaxed);
+        self.zero_copy.sent_bytes.store(sent_bytes, Relaxed);
+        self.zero_copy.copied_bytes.store(copied_bytes, Relaxed);
     }
 
     pub(crate) fn counters(&self) -> ChannelCounters {
@@ -135,6 +153,12 @@ impl ChannelGauge {
             wire_bytes: self.wire_bytes.load(Relaxed),
             user_copied_bytes: self.user_copied_bytes.load(Relaxed),
             system_calls: self.system_calls.load(Relaxed),
+            zero_copy: ZeroCopyCounts {
+                sent: self.zero_copy.sent.load(Relaxed),
+                copied_by_kernel: self.zero_copy.copied_by_kernel.load(Relaxed),
+                sent_bytes: self.zero_copy.sent_bytes.load(Relaxed),
+                copied_bytes: self.zero_copy.copied_bytes.load(Relaxed),
+            },
         }
     }
 

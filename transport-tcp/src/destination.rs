@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, MigrationId, PageReceiver,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReceiver,
     Registration, TransportError,
 };
 
@@ -64,7 +64,7 @@ impl TcpDestinationLink {
     }
 }
 
-impl DestinationLink for TcpDestinationLink {
+impl Link for TcpDestinationLink {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -87,6 +87,12 @@ impl DestinationLink for TcpDestinationLink {
         Ok(Registration::default())
     }
 
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.state) as Arc<dyn Interrupt>
+    }
+}
+
+impl DestinationLink for TcpDestinationLink {
     fn open_receivers(
         &mut self,
         channels: u16,
@@ -114,10 +120,6 @@ impl DestinationLink for TcpDestinationLink {
                     as Box<dyn PageReceiver>
             })
             .collect())
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.state) as Arc<dyn Interrupt>
     }
 }
 

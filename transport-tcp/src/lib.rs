@@ -10,7 +10,7 @@
 //! ```
 //! use std::time::Duration;
 //!
-//! use pageferry::transport::{DestinationLink, SourceLink, TransportError};
+//! use pageferry::transport::{Link, TransportError};
 //! use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 //!
 //! # fn main() -> Result<(), TransportError> {

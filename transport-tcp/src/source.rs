@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, MigrationId, PageSender, Registration, SourceLink,
-    TransportError,
+    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, Registration,
+    SourceLink, TransportError,
 };
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -94,7 +94,7 @@ impl TcpSourceLink {
     }
 }
 
-impl SourceLink for TcpSourceLink {
+impl Link for TcpSourceLink {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -117,6 +117,12 @@ impl SourceLink for TcpSourceLink {
         Ok(Registration::default())
     }
 
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.state) as Arc<dyn Interrupt>
+    }
+}
+
+impl SourceLink for TcpSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         self.state.check()?;
         let Some(memory) = &self.memory else {
@@ -144,10 +150,6 @@ impl SourceLink for TcpSourceLink {
                 Box::new(TcpPageSender::new(connection, Arc::clone(memory))) as Box<dyn PageSender>
             })
             .collect())
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.state) as Arc<dyn Interrupt>
     }
 }
 

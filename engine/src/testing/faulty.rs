@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::Random;
 use crate::memory::GuestMemory;
 use crate::transport::{
-    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, Interrupt,
+    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, Interrupt, Link,
     PageSender, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
 };
 
@@ -83,7 +83,7 @@ impl FaultySource {
     }
 }
 
-impl SourceLink for FaultySource {
+impl Link for FaultySource {
     fn name(&self) -> &'static str {
         "faulty"
     }
@@ -109,6 +109,12 @@ impl SourceLink for FaultySource {
         self.inner.register(memory)
     }
 
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+impl SourceLink for FaultySource {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         let senders = self.inner.open_senders(channels)?;
         let memory =
@@ -130,10 +136,6 @@ impl SourceLink for FaultySource {
                 })
             })
             .collect())
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.inner.interrupter()
     }
 }
 

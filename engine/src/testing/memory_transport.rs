@@ -10,8 +10,8 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, after, bounded, never, s
 use crate::memory::GuestMemory;
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
-    Interrupt, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageCounts, PageReceiver, PageSender, Received,
-    Registration, Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
+    Interrupt, Link, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageCounts, PageReceiver, PageSender,
+    Received, Registration, Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
 };
 
 /// Batches and frames that may wait on a channel before its sender does.
@@ -110,7 +110,7 @@ fn lost(operation: &'static str) -> TransportError {
     TransportError::Lost { operation, cause: io::ErrorKind::BrokenPipe.into() }
 }
 
-impl SourceLink for MemorySource {
+impl Link for MemorySource {
     fn name(&self) -> &'static str {
         "memory"
     }
@@ -128,6 +128,12 @@ impl SourceLink for MemorySource {
         Ok(Registration::default())
     }
 
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.end.stop) as Arc<dyn Interrupt>
+    }
+}
+
+impl SourceLink for MemorySource {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         let memory = self.end.memory()?;
         let mut senders: Vec<Box<dyn PageSender>> = Vec::new();
@@ -152,13 +158,9 @@ impl SourceLink for MemorySource {
         }
         Ok(senders)
     }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.end.stop) as Arc<dyn Interrupt>
-    }
 }
 
-impl DestinationLink for MemoryDestination {
+impl Link for MemoryDestination {
     fn name(&self) -> &'static str {
         "memory"
     }
@@ -176,6 +178,12 @@ impl DestinationLink for MemoryDestination {
         Ok(Registration::default())
     }
 
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.end.stop) as Arc<dyn Interrupt>
+    }
+}
+
+impl DestinationLink for MemoryDestination {
     fn open_receivers(
         &mut self,
         channels: u16,
@@ -206,10 +214,6 @@ impl DestinationLink for MemoryDestination {
                 })
             })
             .collect())
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.end.stop) as Arc<dyn Interrupt>
     }
 }
 

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use super::stream::{self, ACK_BYTES, HEADER_BYTES, Header, StreamError};
 use super::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
-    Interrupt, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, Received, Registration,
-    Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
+    Interrupt, Link, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, Received,
+    Registration, Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
 };
 use crate::memory::GuestMemory;
 
@@ -105,7 +105,7 @@ impl<S: ByteStream> ByteStreamLink<S> {
     }
 }
 
-impl<S: ByteStream> SourceLink for ByteStreamLink<S> {
+impl<S: ByteStream> Link for ByteStreamLink<S> {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -121,11 +121,6 @@ impl<S: ByteStream> SourceLink for ByteStreamLink<S> {
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
         self.memory = Some(Arc::clone(memory));
         Ok(Registration::default())
-    }
-
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let pages = self.take_data(channels)?.into_iter();
-        Ok(pages.map(|pages| Box::new(pages) as Box<dyn PageSender>).collect())
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
@@ -133,24 +128,14 @@ impl<S: ByteStream> SourceLink for ByteStreamLink<S> {
     }
 }
 
+impl<S: ByteStream> SourceLink for ByteStreamLink<S> {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let pages = self.take_data(channels)?.into_iter();
+        Ok(pages.map(|pages| Box::new(pages) as Box<dyn PageSender>).collect())
+    }
+}
+
 impl<S: ByteStream> DestinationLink for ByteStreamLink<S> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        CAPABILITIES
-    }
-
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.take_control()
-    }
-
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.memory = Some(Arc::clone(memory));
-        Ok(Registration::default())
-    }
-
     fn open_receivers(
         &mut self,
         channels: u16,
@@ -158,10 +143,6 @@ impl<S: ByteStream> DestinationLink for ByteStreamLink<S> {
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
         let pages = self.take_data(channels)?.into_iter();
         Ok(pages.map(|pages| Box::new(pages) as Box<dyn PageReceiver>).collect())
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.stop) as Arc<dyn Interrupt>
     }
 }
 

@@ -7,7 +7,7 @@
 //! 1. a **link** ([`SourceLink`], [`DestinationLink`]): the two sides found each other. Its
 //!    [control channel](ControlChannel) is reliable, ordered, framed and works both ways. The
 //!    handshake runs over it; only after it may the destination allocate memory;
-//! 2. **registration** of guest memory ([`SourceLink::register`]): pinning, memory regions,
+//! 2. **registration** of guest memory ([`Link::register`]): pinning, memory regions,
 //!    fixed buffers, or nothing. Explicit, since it costs; revoked when the link is dropped;
 //! 3. N **data channels** ([`PageSender`], [`PageReceiver`]), each driven by one thread on each
 //!    side. Batches of one channel land in the order they were sent. Nothing is promised between
@@ -234,13 +234,13 @@ pub trait ControlReceiver: Send {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError>;
 }
 
-/// The source's end of a link.
+/// What both ends of a link have.
 ///
 /// # Resource cleanup
 ///
 /// Dropping it closes the link and revokes the registration. The engine drops all data channels
 /// and the control channel first.
-pub trait SourceLink: Send {
+pub trait Link: Send {
     /// Short name: "tcp".
     fn name(&self) -> &'static str;
 
@@ -250,41 +250,30 @@ pub trait SourceLink: Send {
     /// Takes the control channel; the second call fails with [`TransportError::OutOfOrder`].
     fn control(&mut self) -> Result<ControlChannel, TransportError>;
 
-    /// Registers guest memory for reading.
+    /// Registers guest memory: at the source for reading, at the destination for writing by the
+    /// source.
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError>;
-
-    /// Opens `channels` data channels; the destination calls
-    /// [`DestinationLink::open_receivers`] with the same number meanwhile. Channel `i` here is
-    /// channel `i` there.
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError>;
 
     /// A handle that ends all operations of this end.
     fn interrupter(&self) -> Arc<dyn Interrupt>;
 }
 
-/// The destination's end of a link. Duties as [`SourceLink`]'s.
-pub trait DestinationLink: Send {
-    /// Short name: "tcp".
-    fn name(&self) -> &'static str;
+/// The source's end of a link.
+pub trait SourceLink: Link {
+    /// Opens `channels` data channels; the destination calls
+    /// [`DestinationLink::open_receivers`] with the same number meanwhile. Channel `i` here is
+    /// channel `i` there.
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError>;
+}
 
-    /// What this end can do.
-    fn capabilities(&self) -> Capabilities;
-
-    /// Takes the control channel; the second call fails with [`TransportError::OutOfOrder`].
-    fn control(&mut self) -> Result<ControlChannel, TransportError>;
-
-    /// Registers guest memory for writing by the source.
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError>;
-
+/// The destination's end of a link.
+pub trait DestinationLink: Link {
     /// Accepts `channels` data channels, in order of their index; gives up after `timeout`.
     fn open_receivers(
         &mut self,
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError>;
-
-    /// A handle that ends all operations of this end.
-    fn interrupter(&self) -> Arc<dyn Interrupt>;
 }
 
 /// Number of a batch on its channel, from 1.
@@ -309,6 +298,31 @@ pub struct ChannelCounters {
     pub user_copied_bytes: u64,
     /// System calls made to move data.
     pub system_calls: u64,
+    /// What became of zero-copy sends.
+    pub zero_copy: ZeroCopyCounts,
+}
+
+/// What became of sends that asked the kernel not to copy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ZeroCopyCounts {
+    /// Sends that asked for it and are complete.
+    pub sent: u64,
+    /// Those of them that the kernel copied after all, as it says itself.
+    pub copied_by_kernel: u64,
+    /// Bytes of the sends in `sent`.
+    pub sent_bytes: u64,
+    /// Bytes of the sends in `copied_by_kernel`.
+    pub copied_bytes: u64,
+}
+
+impl ZeroCopyCounts {
+    /// Adds another channel's.
+    pub fn add(&mut self, other: &Self) {
+        self.sent += other.sent;
+        self.copied_by_kernel += other.copied_by_kernel;
+        self.sent_bytes += other.sent_bytes;
+        self.copied_bytes += other.copied_bytes;
+    }
 }
 
 impl ChannelCounters {
@@ -317,6 +331,7 @@ impl ChannelCounters {
         self.wire_bytes += other.wire_bytes;
         self.user_copied_bytes += other.user_copied_bytes;
         self.system_calls += other.system_calls;
+        self.zero_copy.add(&other.zero_copy);
     }
 }
 

@@ -6,7 +6,7 @@ use std::thread;
 
 use pageferry::memory::GuestMemory;
 use pageferry::protocol::{Message, Prepared, Welcome};
-use pageferry::transport::{ControlChannel, DestinationLink, Interrupt, Received, SourceLink};
+use pageferry::transport::{ControlChannel, DestinationLink, Interrupt, Link, Received};
 use pageferry::{Error, GuestAtSource, Machine, MachineError, Source};
 use pageferry_rust_vmm::guest_memory;
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, connect};

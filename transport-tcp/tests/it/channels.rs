@@ -3,11 +3,11 @@
 use std::thread;
 
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
+use pageferry::transport::Link;
 use pageferry::transport::{
     ChannelCounters, MAX_BATCH_RUNS, PageCounts, PageReceiver, PageSender, Received, Run, RunKind,
     TransportError, Watermarks,
 };
-use pageferry::transport::{DestinationLink, SourceLink};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 
 use crate::support::memory::{assert_same, fill, guest_memory};

@@ -6,9 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::transport::stream::StreamError;
-use pageferry::transport::{
-    ControlReceiver, DestinationLink, MAX_FRAME_BYTES, SourceLink, TransportError,
-};
+use pageferry::transport::{ControlReceiver, Link, MAX_FRAME_BYTES, TransportError};
 use pageferry_tcp::preamble::Kind;
 use pageferry_tcp::{TcpDestinationLink, TcpOptions};
 

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use pageferry::memory::{GuestMemory, PageRange};
 use pageferry::transport::stream::{self, ACK_BYTES, StreamError};
 use pageferry::transport::{
-    DestinationLink, PageReceiver, Received, Run, SourceLink, TransportError,
+    DestinationLink, Link, PageReceiver, Received, Run, SourceLink, TransportError,
 };
 use pageferry_tcp::preamble::Kind;
 use pageferry_tcp::{TcpDestinationLink, TcpOptions, TcpSourceLink, connect};

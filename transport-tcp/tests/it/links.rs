@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use pageferry::transport::{DestinationLink, Received, SourceLink, TransportError};
+use pageferry::transport::{DestinationLink, Link, Received, SourceLink, TransportError};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 
 use crate::support::memory::guest_memory;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use pageferry::transport::{DestinationLink, MigrationId, SourceLink, TransportError};
+use pageferry::transport::{DestinationLink, Link, MigrationId, SourceLink, TransportError};
 use pageferry_tcp::preamble::{Kind, PREAMBLE_BYTES, Preamble, Status};
 use pageferry_tcp::{MAX_CHANNELS, TcpAcceptor, TcpOptions, connect};
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use pageferry::memory::{GuestMemory, PageRange};
 use pageferry::transport::{
-    DestinationLink, PageReceiver, PageSender, Received, Run, RunKind, SourceLink, Ticket,
+    DestinationLink, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink, Ticket,
 };
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 
