@@ -71,6 +71,9 @@ pub enum Error {
         #[source]
         cause: io::Error,
     },
+    /// The engine contradicts itself: a defect of its own, worth a report.
+    #[error("internal error: {0}")]
+    Internal(&'static str),
     /// The configuration makes no sense.
     #[error("bad configuration: {0}")]
     Configuration(String),
@@ -176,7 +179,7 @@ impl Error {
                 Blame::GuestMemory
             }
             Self::Machine { .. } => Blame::Machine,
-            Self::Thread(_) | Self::Host { .. } => Blame::Host,
+            Self::Thread(_) | Self::Host { .. } | Self::Internal(_) => Blame::Host,
             Self::Configuration(_) => Blame::Configuration,
             Self::Cancelled => Blame::Cancelled,
             Self::TimedOut { .. } => Blame::TimedOut,

@@ -12,7 +12,7 @@
 //! [hook](threads::Spawn), and give the machine back whatever happens.
 //!
 //! A page's way reads as a straight line through the modules: [`memory`] → [`dirty`] →
-//! [`partition`] → sender → [`transport`] ‖ receiver → [`memory`]. Beside it runs the control
+//! [`partition`] → [`ledger`] → sender → [`transport`] ‖ receiver → [`memory`]. Beside it runs the control
 //! plane: [`protocol`] → [`convergence`] → [`handover`] → [`stats`].
 
 pub mod convergence;
@@ -21,6 +21,7 @@ pub mod digest;
 pub mod dirty;
 pub mod error;
 pub mod handover;
+pub mod ledger;
 pub mod machine;
 pub mod memory;
 pub mod partition;
@@ -33,11 +34,13 @@ pub mod testing;
 pub mod threads;
 pub mod transport;
 
+mod balance;
 mod config;
 mod limit;
 mod receiver;
 mod sender;
 mod session;
+mod sync;
 mod zero;
 
 pub use config::{MAX_CHANNELS, Timeouts};

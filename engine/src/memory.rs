@@ -338,6 +338,26 @@ impl GuestMemory {
         Ok(unsafe { zero::is_zero(span.addr, span.len_bytes) })
     }
 
+    /// How many pages from `first_page` on, at most `most`, are like it: all zero, or all not.
+    /// Returns also whether they are zero. As for [`is_zero`](Self::is_zero), either answer is
+    /// right for a page that the guest writes to meanwhile.
+    pub(crate) fn alike(
+        &self,
+        region: u16,
+        first_page: u64,
+        most: u64,
+    ) -> Result<(u64, bool), OutOfRange> {
+        let pages = u32::try_from(most).unwrap_or(u32::MAX);
+        let range = PageRange { region, first_page, pages };
+        let span = self.span(range)?;
+        if span.len_bytes == 0 {
+            return Err(OutOfRange { range });
+        }
+        // SAFETY: whole pages inside a readable mapping, at least one.
+        let (pages, zero) = unsafe { zero::alike(span.addr, span.len_bytes) };
+        Ok((pages as u64, zero))
+    }
+
     /// The next run of pages that may hold something, if it begins at or after `from_page` and
     /// before `before_page`; it may end later. Pages outside were never written when this was
     /// asked: they are zero, and reading them would allocate memory for nothing.

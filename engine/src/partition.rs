@@ -1,17 +1,17 @@
 //! Who owns which page.
 //!
-//! The bitmap is cut into stripes of whole words, dealt out to the channels in turn. A stripe
-//! belongs to one sender thread, so its words need no lock and no atomic, and its pages travel
-//! on one channel in order: the newest bytes win without a barrier between rounds.
+//! The bitmap is cut into stripes of whole words, dealt out to the channels. A stripe belongs to
+//! one sender thread, so its words need no lock and no atomic, and its pages travel on one
+//! channel in order: the newest bytes win without a barrier between rounds. Another partition
+//! takes effect by a fenced epoch only, see [`ledger`](crate::ledger).
 
-use crate::dirty::WORD_PAGES;
+use std::sync::Arc;
+
+use crate::dirty::{STRIPE_WORDS, WORD_PAGES};
 use crate::memory::Layout;
 
-/// Bitmap words in a stripe: 2 MiB of guest memory, one huge page. A stripe at the end of a
-/// region may be shorter; none spans regions.
-pub const STRIPE_WORDS: usize = 8;
-
-/// Whole bitmap words of one region that belong together.
+/// Whole bitmap words of one region that belong together. At the end of a region it may be
+/// shorter than others; none spans regions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stripe {
     /// The region.
@@ -29,45 +29,91 @@ impl Stripe {
     }
 }
 
-/// The cut of one layout over a number of channels.
+/// The cut of one layout over a number of channels. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Partition {
-    region_words: Vec<usize>,
-    channels: usize,
+    regions: Arc<[RegionStripes]>,
+    /// For each channel the numbers of its stripes over all regions, ascending.
+    owned: Arc<[Vec<u32>]>,
+}
+
+#[derive(Debug)]
+struct RegionStripes {
+    /// Number of the first stripe.
+    first: u32,
+    words: usize,
 }
 
 impl Partition {
-    /// Deals the stripes of a layout out to `channels` channels.
+    /// Deals the stripes of a layout out to `channels` channels in turn.
     ///
     /// # Panics
     ///
     /// If `channels` is 0.
     pub fn new(layout: &Layout, channels: u16) -> Self {
-        assert!(channels > 0, "a partition needs a channel");
-        let words = |pages: u64| usize::try_from(pages.div_ceil(WORD_PAGES)).unwrap_or(usize::MAX);
-        let region_words = layout.regions().iter().map(|region| words(region.pages())).collect();
-        Self { region_words, channels: usize::from(channels) }
+        Self::weighted(layout, &vec![1; usize::from(channels)])
+    }
+
+    /// Deals the stripes out in shares of `weights`, one a channel, as evenly spread as they can
+    /// be: with weights 3 and 1 every fourth goes to the second. A channel of weight 0 gets none.
+    ///
+    /// # Panics
+    ///
+    /// If all weights are 0: somebody must own a page.
+    pub fn weighted(layout: &Layout, weights: &[u32]) -> Self {
+        let sum: i64 = weights.iter().map(|weight| i64::from(*weight)).sum();
+        assert!(sum > 0, "a partition needs a channel");
+        let mut count = 0;
+        let regions = layout.regions().iter().map(|region| {
+            let words = usize::try_from(region.pages().div_ceil(WORD_PAGES)).unwrap_or(usize::MAX);
+            let first = count;
+            // 2³² stripes are more than any address space holds.
+            count += u32::try_from(words.div_ceil(STRIPE_WORDS)).unwrap_or(u32::MAX);
+            RegionStripes { first, words }
+        });
+        let regions = regions.collect();
+        // Each channel saves up its weight a stripe; the richest takes the stripe and pays for it.
+        let mut credits = vec![0; weights.len()];
+        let mut owned = vec![Vec::new(); weights.len()];
+        for stripe in 0..count {
+            let mut richest = 0;
+            for (channel, weight) in weights.iter().enumerate() {
+                credits[channel] += i64::from(*weight);
+                if credits[channel] > credits[richest] {
+                    richest = channel;
+                }
+            }
+            credits[richest] -= sum;
+            owned[richest].push(stripe);
+        }
+        Self { regions, owned: owned.into() }
+    }
+
+    /// Number of channels.
+    pub fn channels(&self) -> u16 {
+        u16::try_from(self.owned.len()).unwrap_or(u16::MAX)
     }
 
     /// The stripes of a channel, in ascending order.
     pub fn stripes(&self, channel: u16) -> impl Iterator<Item = Stripe> + '_ {
-        let channel = usize::from(channel);
-        let mut stripes_before = 0;
-        self.region_words.iter().zip(0_u16..).flat_map(move |(&words, region)| {
-            let stripes = words.div_ceil(STRIPE_WORDS);
-            // The first stripe of this region whose number over all regions is ours.
-            let offset = (channel + self.channels - stripes_before % self.channels) % self.channels;
-            stripes_before += stripes;
-            (offset..stripes).step_by(self.channels).map(move |stripe| {
-                let first_word = stripe * STRIPE_WORDS;
-                Stripe { region, first_word, words: STRIPE_WORDS.min(words - first_word) }
-            })
-        })
+        self.owned(channel).iter().map(|&number| self.stripe(number))
     }
 
-    /// Number of words a channel owns.
-    pub fn words(&self, channel: u16) -> usize {
-        self.stripes(channel).map(|stripe| stripe.words).sum()
+    /// The numbers of a channel's stripes, ascending.
+    pub(crate) fn owned(&self, channel: u16) -> &[u32] {
+        self.owned.get(usize::from(channel)).map_or(&[], Vec::as_slice)
+    }
+
+    /// A stripe by its number over all regions.
+    pub(crate) fn stripe(&self, number: u32) -> Stripe {
+        let region = self.regions.partition_point(|region| region.first <= number) - 1;
+        let RegionStripes { first, words } = self.regions[region];
+        let first_word = (number - first) as usize * STRIPE_WORDS;
+        Stripe {
+            region: u16::try_from(region).unwrap_or(u16::MAX),
+            first_word,
+            words: STRIPE_WORDS.min(words - first_word),
+        }
     }
 }
 
@@ -83,8 +129,10 @@ mod tests {
         #[test]
         fn every_word_belongs_to_one_channel(
             region_pages in prop::collection::vec(1_u64..5000, 1..5),
-            channels in 1_u16..10,
+            weights in prop::collection::vec(0_u32..5, 1..10),
         ) {
+            let sum: u32 = weights.iter().sum();
+            prop_assume!(sum > 0);
             let mut guest_addr = 0;
             let regions = region_pages.iter().map(|pages| {
                 let len_bytes = pages * PAGE_BYTES;
@@ -93,28 +141,24 @@ mod tests {
                 region
             });
             let layout = Layout::new(regions.collect()).unwrap();
-            let partition = Partition::new(&layout, channels);
+            let partition = Partition::weighted(&layout, &weights);
             let mut owners = DirtyBitmap::new(&layout);
-            let mut stripes_of = Vec::new();
-            for channel in 0..channels {
-                let mut words = 0;
-                let mut count = 0_usize;
+            let stripes: usize =
+                (0..partition.channels()).map(|channel| partition.owned(channel).len()).sum();
+            for (channel, weight) in (0..).zip(&weights) {
                 for stripe in partition.stripes(channel) {
                     let mine = &mut owners.region_words_mut(stripe.region)
                         [stripe.first_word..stripe.first_word + stripe.words];
                     prop_assert!(mine.iter().all(|word| *word == 0), "two owners");
                     mine.fill(u64::MAX);
-                    words += stripe.words;
-                    count += 1;
                 }
-                prop_assert_eq!(words, partition.words(channel));
-                stripes_of.push(count);
+                // Dealt out as wanted, to a stripe or two.
+                let wanted = stripes as f64 * f64::from(*weight) / f64::from(sum);
+                let count = partition.owned(channel).len() as f64;
+                prop_assert!((count - wanted).abs() <= 2.0, "{count} where {wanted} are due");
             }
             owners.trim();
             prop_assert_eq!(owners.count(), layout.pages());
-            // Dealt out evenly.
-            let spread = stripes_of.iter().max().unwrap() - stripes_of.iter().min().unwrap();
-            prop_assert!(spread <= 1);
         }
     }
 }

@@ -40,6 +40,16 @@ pub enum Event {
         /// What comes next.
         verdict: Verdict,
     },
+    /// A data channel was lost; the others go on without it.
+    ChannelLost {
+        /// Which one.
+        channel: u16,
+    },
+    /// At the source: a channel lagged, and pages were dealt out anew.
+    Rebalanced {
+        /// The channels' shares from now on.
+        weights: Vec<u32>,
+    },
     /// At the source: the guest was paused.
     GuestPaused,
     /// At the destination: everything has arrived and is loaded.

@@ -17,7 +17,7 @@ pub(crate) enum ReceiverReport {
     /// The source ended the channel in order.
     Ended,
     /// The channel broke.
-    Failed(Error),
+    Failed { channel: u16, error: Error },
 }
 
 /// The body of a receiver thread.
@@ -37,10 +37,12 @@ pub(crate) fn run(
                 gauge.publish_counters(&pages.counters());
             }
             Ok(Received::End) => break ReceiverReport::Ended,
-            Err(error) => break ReceiverReport::Failed(error.into()),
+            Err(error) => break ReceiverReport::Failed { channel, error: error.into() },
         }
     };
     gauge.publish_counters(&pages.counters());
+    // Gone before the report: nothing of the channel lands after it.
+    drop(pages);
     // Without a driver nobody wants to know.
     let _ = feed.send(Input::Report(report));
 }

@@ -1,4 +1,4 @@
-//! A sender thread: owns its stripes of the bitmap and one data channel.
+//! A sender thread: owns one data channel, and for each round its share of the ledger.
 //!
 //! For each dirty stripe: re-arm it, look at each dirty page, and put it into a batch as data or
 //! as zero, or leave it out because the destination knows it to be zero. Batches go out in
@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use crossbeam_utils::CachePadded;
 
-use crate::dirty::{DirtyBitmap, DirtySources, WORD_PAGES};
+use crate::dirty::{DirtySources, STRIPE_WORDS, WORD_PAGES, runs};
 use crate::error::Error;
+use crate::ledger::{Share, StripeBits};
 use crate::memory::{GuestMemory, PAGE_BYTES, PageRange};
-use crate::partition::{Partition, Stripe};
+use crate::partition::Stripe;
 use crate::progress::Shared;
 use crate::session::Input;
 use crate::stats::ChannelGauge;
@@ -44,9 +45,11 @@ const LONGEST_TURN: Duration = Duration::from_secs(1);
 
 /// What the driver tells a sender.
 pub(crate) enum Command {
-    /// Send what `dirty` says of your stripes.
+    /// Send what is dirty in your share, and drop it.
     Round {
-        dirty: Arc<DirtyBitmap>,
+        share: Share,
+        /// Whether these stripes were never looked at. Only the first look finds large holes.
+        first_look: bool,
         /// Report only when everything has landed: the last round.
         settle: bool,
     },
@@ -56,12 +59,13 @@ pub(crate) enum Command {
 
 /// What a sender tells the driver.
 pub(crate) enum SenderReport {
-    /// The round's pages are sent (or landed, if it was to settle).
-    RoundDone { at: Instant },
+    /// The round's pages are sent (or landed, if it was to settle), or the share was asked back
+    /// and all that was sent has landed. The share is dropped.
+    RoundDone { channel: u16, at: Instant },
     /// The channel ended in order, and the thread.
     Finished,
-    /// The channel is broken; the thread has ended.
-    Failed(Error),
+    /// The channel is broken; the thread has ended, its share is dropped.
+    Failed { channel: u16, error: Error },
 }
 
 /// All that a sender thread needs.
@@ -69,7 +73,6 @@ pub(crate) struct SenderSetup {
     pub(crate) channel: u16,
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) sources: Arc<DirtySources>,
-    pub(crate) partition: Partition,
     pub(crate) pages: Box<dyn PageSender>,
     pub(crate) capabilities: Capabilities,
     pub(crate) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
@@ -77,8 +80,8 @@ pub(crate) struct SenderSetup {
     pub(crate) shared: Arc<Shared>,
     pub(crate) commands: Receiver<Command>,
     pub(crate) feed: Sender<Input<SenderReport>>,
-    /// Where pages go that have not landed when the thread ends.
-    pub(crate) leftovers: Sender<DirtyBitmap>,
+    /// Where runs go that were taken from the ledger and have not landed when the thread ends.
+    pub(crate) leftovers: Sender<Vec<Run>>,
 }
 
 struct InFlight {
@@ -89,12 +92,6 @@ struct InFlight {
 
 struct SenderThread {
     setup: SenderSetup,
-    /// Dirty pages of my stripes that are in no batch yet; my stripes' words one after another.
-    pending: Vec<u64>,
-    /// Pages of my stripes that may hold data at the destination; laid out like `pending`.
-    sent_data: Vec<u64>,
-    /// Whether all my stripes were looked at once. Only the first look finds large holes.
-    seen_all: bool,
     /// The run of pages that hold something that was found last, with its region.
     known_data: (u16, Range<u64>),
     batch: Vec<Run>,
@@ -111,11 +108,7 @@ struct SenderThread {
 
 /// The body of a sender thread.
 pub(crate) fn run(setup: SenderSetup) {
-    let words = setup.partition.words(setup.channel);
     let mut thread = SenderThread {
-        pending: vec![0; words],
-        sent_data: vec![0; words],
-        seen_all: false,
         known_data: (0, 0..0),
         batch: Vec::new(),
         batch_bytes: 0,
@@ -130,19 +123,20 @@ pub(crate) fn run(setup: SenderSetup) {
     };
     let result = thread.serve();
     thread.publish();
-    // Rounds that were given and never begun are left over too.
-    while let Ok(command) = thread.setup.commands.try_recv() {
-        if let Command::Round { dirty, .. } = command {
-            thread.take_up(&dirty);
-        }
-    }
     let leftover = thread.leftover();
     if !leftover.is_empty() {
         // The driver may be gone already; then nobody wants it.
         let _ = thread.setup.leftovers.send(leftover);
     }
-    let report = result.map_or_else(SenderReport::Failed, |()| SenderReport::Finished);
-    let _ = thread.setup.feed.send(Input::Report(report));
+    let SenderThread { setup: SenderSetup { channel, feed, pages, commands, .. }, .. } = thread;
+    // The other side is to see the end of a broken channel at once, and the driver no share that
+    // is still held.
+    drop((pages, commands));
+    let report = match result {
+        Ok(()) => SenderReport::Finished,
+        Err(error) => SenderReport::Failed { channel, error },
+    };
+    let _ = feed.send(Input::Report(report));
 }
 
 impl SenderThread {
@@ -151,18 +145,18 @@ impl SenderThread {
             match self.next_command()? {
                 None => return Ok(()),
                 Some(Command::Finish) => return Ok(self.setup.pages.finish()?),
-                Some(Command::Round { dirty, settle }) => {
-                    self.take_up(&dirty);
+                Some(Command::Round { mut share, first_look, settle }) => {
                     // The last round is sent with the guest standing still.
                     self.limited = !settle;
-                    // Given back before the report, so that the driver can reuse it.
-                    drop(dirty);
-                    self.scan()?;
-                    if settle {
+                    let fenced = self.scan(&mut share, first_look)?;
+                    if settle || fenced {
                         self.settle()?;
                     }
                     self.publish();
-                    let report = SenderReport::RoundDone { at: Instant::now() };
+                    // Gone before the report, so that the driver can take the ledger back.
+                    drop(share);
+                    let channel = self.setup.channel;
+                    let report = SenderReport::RoundDone { channel, at: Instant::now() };
                     if self.setup.feed.send(Input::Report(report)).is_err() {
                         return Ok(());
                     }
@@ -183,40 +177,31 @@ impl SenderThread {
         Ok(self.setup.commands.recv().ok())
     }
 
-    /// Adds the harvest's words of my stripes to what is pending.
-    fn take_up(&mut self, dirty: &DirtyBitmap) {
-        let mut mine = 0;
-        for stripe in self.setup.partition.stripes(self.setup.channel) {
-            let words = &dirty.region_words(stripe.region)[stripe.first_word..][..stripe.words];
-            let pending = &mut self.pending[mine..][..stripe.words];
-            pending.iter_mut().zip(words).for_each(|(pending, word)| *pending |= word);
-            mine += stripe.words;
+    /// Sends all that is dirty in the share; true if it was asked back before.
+    fn scan(&mut self, share: &mut Share, first_look: bool) -> Result<bool, Error> {
+        let mut fenced = false;
+        while !fenced && let Some((stripe, mut dirty)) = share.next_dirty() {
+            // Re-arm, then read: a write from here on shows in the next harvest.
+            let words = &mut dirty[..stripe.words];
+            self.setup.sources.rearm(stripe.region, stripe.first_page(), words)?;
+            if first_look {
+                self.skip_holes(stripe, words);
+            }
+            // Until it is done the whole stripe stays dirty: what fails in the middle is sent
+            // once more, by whoever gets it.
+            let sent = self.send_stripe(stripe, &dirty, share.sent())?;
+            share.done(sent);
+            let (done, given) = share.progress();
+            self.gauge().stripes_done.store(done as u64, Ordering::Relaxed);
+            self.gauge().stripes_given.store(given as u64, Ordering::Relaxed);
+            fenced = share.is_asked_back();
         }
+        self.send_batch()?;
+        Ok(fenced)
     }
 
-    /// Sends all that is pending.
-    fn scan(&mut self) -> Result<(), Error> {
-        let partition = self.setup.partition.clone();
-        let mut mine = 0;
-        for stripe in partition.stripes(self.setup.channel) {
-            let words = mine..mine + stripe.words;
-            mine = words.end;
-            if self.pending[words.clone()].iter().all(|word| *word == 0) {
-                continue;
-            }
-            // Re-arm, then read: a write from here on shows in the next harvest.
-            self.setup.sources.rearm(
-                stripe.region,
-                stripe.first_page(),
-                &self.pending[words.clone()],
-            )?;
-            if !self.seen_all {
-                self.skip_holes(stripe, words.start);
-            }
-            self.scan_stripe(stripe, words.start)?;
-        }
-        self.seen_all = true;
-        self.send_batch()
+    fn gauge(&self) -> &ChannelGauge {
+        &self.setup.gauges[usize::from(self.setup.channel)]
     }
 
     /// Counts pages of a stripe that were never written as zero, without reading them: reading
@@ -224,9 +209,9 @@ impl SenderThread {
     ///
     /// Only runs of data are remembered from one stripe to the next, never holes: a hole seen
     /// before this stripe's re-arm may have been written since.
-    fn skip_holes(&mut self, stripe: Stripe, mine: usize) {
+    fn skip_holes(&mut self, stripe: Stripe, dirty: &mut [u64]) {
         let begin = stripe.first_page();
-        let end = begin + stripe.words as u64 * WORD_PAGES;
+        let end = begin + dirty.len() as u64 * WORD_PAGES;
         let mut page = begin;
         while page < end {
             let (region, data) = &self.known_data;
@@ -236,15 +221,14 @@ impl SenderThread {
             }
             let data = self.setup.memory.next_data(stripe.region, page, end);
             let hole_end = data.as_ref().map_or(end, |data| data.start);
+            let mut holes = 0;
             for hole in page..hole_end {
-                let word = &mut self.pending[mine + word_index(hole - begin)];
+                let word = &mut dirty[word_index(hole - begin)];
                 let mask = 1 << (hole % WORD_PAGES);
-                if *word & mask != 0 {
-                    *word &= !mask;
-                    let gauge = &self.setup.gauges[usize::from(self.setup.channel)];
-                    gauge.zero_pages.fetch_add(1, Ordering::Relaxed);
-                }
+                holes += u64::from(*word & mask != 0);
+                *word &= !mask;
             }
+            self.gauge().zero_pages.fetch_add(holes, Ordering::Relaxed);
             page = hole_end;
             if let Some(data) = data {
                 self.known_data = (stripe.region, data);
@@ -252,62 +236,96 @@ impl SenderThread {
         }
     }
 
-    fn scan_stripe(&mut self, stripe: Stripe, mine: usize) -> Result<(), Error> {
-        for word in 0..stripe.words {
-            while self.pending[mine + word] != 0 {
-                let bit = self.pending[mine + word].trailing_zeros();
-                let page = stripe.first_page() + word as u64 * WORD_PAGES + u64::from(bit);
-                let mask = 1 << bit;
-                let gauge = &self.setup.gauges[usize::from(self.setup.channel)];
-                let kind = if self.setup.memory.is_zero(stripe.region, page)? {
-                    gauge.zero_pages.fetch_add(1, Ordering::Relaxed);
-                    RunKind::Zero
+    /// Puts the dirty pages of a stripe into batches. Returns which of its pages may hold data at
+    /// the destination from now on; those of `sent` did before.
+    fn send_stripe(
+        &mut self,
+        stripe: Stripe,
+        dirty: &StripeBits,
+        mut sent: StripeBits,
+    ) -> Result<StripeBits, Error> {
+        for run in runs(dirty) {
+            let mut bit = run.start;
+            while bit < run.end {
+                let page = stripe.first_page() + bit;
+                let most = run.end - bit;
+                let (pages, zero) = self.setup.memory.alike(stripe.region, page, most)?;
+                let these = bits_of(bit..bit + pages);
+                if zero {
+                    self.gauge().zero_pages.fetch_add(pages, Ordering::Relaxed);
+                    // Only pages that may hold data there are mentioned.
+                    let mentioned =
+                        std::array::from_fn::<_, STRIPE_WORDS, _>(|i| sent[i] & these[i]);
+                    for run in runs(&mentioned) {
+                        let first_page = stripe.first_page() + run.start;
+                        let pages = run.end - run.start;
+                        self.append(stripe.region, first_page, pages, RunKind::Zero)?;
+                    }
+                    // And are again: a mention may be lost with its channel.
                 } else {
-                    gauge.data_pages.fetch_add(1, Ordering::Relaxed);
-                    RunKind::Data
-                };
-                let known_zero = self.sent_data[mine + word] & mask == 0;
-                if kind == RunKind::Data {
-                    self.sent_data[mine + word] |= mask;
-                } else {
-                    self.sent_data[mine + word] &= !mask;
+                    self.gauge().data_pages.fetch_add(pages, Ordering::Relaxed);
+                    self.append(stripe.region, page, pages, RunKind::Data)?;
+                    sent.iter_mut().zip(these).for_each(|(sent, these)| *sent |= these);
                 }
-                if kind == RunKind::Data || !known_zero {
-                    self.append(stripe.region, page, kind)?;
-                }
-                self.pending[mine + word] &= !mask;
+                bit += pages;
             }
+        }
+        Ok(sent)
+    }
+
+    /// Adds pages to the batch, to its last run if they continue that one. Sends batches as they
+    /// fill up.
+    fn append(
+        &mut self,
+        region: u16,
+        mut first_page: u64,
+        mut pages: u64,
+        kind: RunKind,
+    ) -> Result<(), Error> {
+        while pages > 0 {
+            let room = match kind {
+                RunKind::Data => self.room_bytes() / PAGE_BYTES,
+                // Most that a run can say.
+                RunKind::Zero => u64::from(u32::MAX >> 1),
+            };
+            if room == 0 {
+                self.send_batch()?;
+                continue;
+            }
+            let piece = u32::try_from(pages.min(room)).unwrap_or(u32::MAX >> 1);
+            let continues = |run: &&mut Run| {
+                run.kind == kind
+                    && run.range.region == region
+                    && run.range.first_page + u64::from(run.range.pages) == first_page
+                    && run.range.pages <= u32::MAX >> 1
+            };
+            if let Some(run) = self.batch.last_mut().filter(continues) {
+                run.range.pages += piece;
+            } else {
+                if self.batch.len() == self.max_batch_runs {
+                    self.send_batch()?;
+                    continue;
+                }
+                let range = PageRange { region, first_page, pages: piece };
+                self.batch.push(Run { range, kind });
+            }
+            if kind == RunKind::Data {
+                self.batch_bytes += u64::from(piece) * PAGE_BYTES;
+            }
+            first_page += u64::from(piece);
+            pages -= u64::from(piece);
         }
         Ok(())
     }
 
-    /// Adds a page to the batch, to its last run if it continues that one.
-    fn append(&mut self, region: u16, page: u64, kind: RunKind) -> Result<(), Error> {
-        let bytes = if kind == RunKind::Data { PAGE_BYTES } else { 0 };
+    /// Page bytes that the batch may still take; an empty batch takes a page, whatever the limit.
+    fn room_bytes(&self) -> u64 {
         let mut most_bytes = self.max_batch_bytes;
         if self.limited {
             most_bytes = most_bytes.min(self.setup.shared.bandwidth_at_a_time());
         }
-        if self.batch_bytes > 0 && self.batch_bytes + bytes > most_bytes {
-            self.send_batch()?;
-        }
-        let continues = |run: &&mut Run| {
-            run.kind == kind
-                && run.range.region == region
-                && run.range.first_page + u64::from(run.range.pages) == page
-                && run.range.pages < u32::MAX
-        };
-        if let Some(run) = self.batch.last_mut().filter(continues) {
-            run.range.pages += 1;
-        } else {
-            if self.batch.len() == self.max_batch_runs {
-                self.send_batch()?;
-            }
-            let range = PageRange { region, first_page: page, pages: 1 };
-            self.batch.push(Run { range, kind });
-        }
-        self.batch_bytes += bytes;
-        Ok(())
+        let least_bytes = if self.batch_bytes == 0 { PAGE_BYTES } else { 0 };
+        most_bytes.saturating_sub(self.batch_bytes).max(least_bytes)
     }
 
     fn send_batch(&mut self) -> Result<(), Error> {
@@ -363,8 +381,7 @@ impl SenderThread {
         while self.in_flight.front().is_some_and(|batch| batch.ticket <= landed) {
             let Some(batch) = self.in_flight.pop_front() else { break };
             self.in_flight_bytes -= batch.bytes;
-            let gauge = &self.setup.gauges[usize::from(self.setup.channel)];
-            gauge.landed_bytes.fetch_add(batch.bytes, Ordering::Relaxed);
+            self.gauge().landed_bytes.fetch_add(batch.bytes, Ordering::Relaxed);
         }
         self.publish();
         Ok(())
@@ -378,30 +395,27 @@ impl SenderThread {
     }
 
     fn publish(&self) {
-        let gauge = &self.setup.gauges[usize::from(self.setup.channel)];
-        gauge.publish_counters(&self.setup.pages.counters());
+        self.gauge().publish_counters(&self.setup.pages.counters());
     }
 
-    /// All pages of mine that are dirty and have not landed.
-    fn leftover(&self) -> DirtyBitmap {
-        let mut leftover = DirtyBitmap::new(self.setup.memory.layout());
-        let mut mine = 0;
-        for stripe in self.setup.partition.stripes(self.setup.channel) {
-            let words = &self.pending[mine..][..stripe.words];
-            leftover.merge_words(stripe.region, stripe.first_page(), words);
-            mine += stripe.words;
-        }
-        let under_way = self.in_flight.iter().flat_map(|batch| &batch.runs);
-        for Run { range, .. } in under_way.chain(&self.batch) {
-            for page in range.first_page..range.first_page + u64::from(range.pages) {
-                leftover.set(range.region, page);
-            }
-        }
-        leftover
+    /// What was taken from the ledger and has not landed.
+    fn leftover(&mut self) -> Vec<Run> {
+        let under_way = self.in_flight.drain(..).flat_map(|batch| batch.runs);
+        under_way.chain(self.batch.drain(..)).collect()
     }
 }
 
 /// The word of a page, counted from the first page of the first word.
 fn word_index(page: u64) -> usize {
     usize::try_from(page / WORD_PAGES).unwrap_or(usize::MAX)
+}
+
+/// A stripe's words with the bits of a range set.
+fn bits_of(range: Range<u64>) -> StripeBits {
+    std::array::from_fn(|word| {
+        let begin = word as u64 * WORD_PAGES;
+        let from = range.start.clamp(begin, begin + WORD_PAGES) - begin;
+        let to = range.end.clamp(begin, begin + WORD_PAGES) - begin;
+        if from < to { (u64::MAX >> (WORD_PAGES - (to - from))) << from } else { 0 }
+    })
 }

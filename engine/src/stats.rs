@@ -83,6 +83,10 @@ pub struct Statistics {
     pub dirty_pages_per_second: f64,
     /// Page bytes that landed a second, as the switchover was decided on it.
     pub bytes_per_second: f64,
+    /// Data channels that were lost on the way; others took over.
+    pub lost_channels: u16,
+    /// How often pages were dealt out anew since a channel lagged.
+    pub rebalances: u32,
     /// The guest's standstill.
     pub downtime: Downtime,
 }
@@ -119,6 +123,9 @@ pub(crate) struct ChannelGauge {
     pub(crate) wire_bytes: AtomicU64,
     pub(crate) user_copied_bytes: AtomicU64,
     pub(crate) system_calls: AtomicU64,
+    /// Stripes the channel has been through since they were dealt out, and all it was given.
+    pub(crate) stripes_done: AtomicU64,
+    pub(crate) stripes_given: AtomicU64,
     zero_copy: ZeroCopyGauge,
 }
 

@@ -209,6 +209,67 @@ fn trouble_within_the_contract_is_survived() {
 }
 
 #[test]
+fn a_lost_channel_is_made_up_for_by_the_others() {
+    for (seed, pages) in (0..).zip([0, 1, 200, 400]) {
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&events);
+        let mut scene = Scene::new();
+        scene.source = scene.source.on_event(move |event| {
+            if let Event::ChannelLost { channel } = event {
+                sink.lock().unwrap().push(*channel);
+            }
+        });
+        // What the lost channel sent last may land late.
+        let faults = Faults {
+            lose_channel: Some((1, pages * 4096)),
+            delay_at_most: Duration::from_millis(1),
+            reorder_depth: 4,
+            ..Faults::default()
+        };
+        let wrap =
+            |link| -> Box<dyn SourceLink> { Box::new(FaultySource::new(link, faults, seed)) };
+        let (departed, arrived) = scene.play(wrap).expect_moved();
+        assert_eq!(*events.lock().unwrap(), [1]);
+        assert_eq!(departed.statistics.lost_channels, 1);
+        assert_eq!(arrived.statistics.lost_channels, 1);
+    }
+}
+
+#[test]
+fn the_last_channel_cannot_be_made_up_for() {
+    let mut scene = Scene::new();
+    scene.source = scene.source.channels(1);
+    let faults = Faults { lose_channel: Some((0, 1000 * 4096)), ..Faults::default() };
+    let outcome = scene.play(|link| Box::new(FaultySource::new(link, faults, 1)));
+    let not_landed = outcome.log.put_back.lock().unwrap().count();
+    let (error, _) = outcome.expect_kept();
+    assert_eq!(error.blame(), Blame::Transport, "{error:?}");
+    assert!(not_landed >= 1100, "{not_landed}");
+}
+
+#[test]
+fn a_channel_that_lags_is_given_less() {
+    let weights = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&weights);
+    let mut scene = Scene::new();
+    (scene.here, scene.there) = (TestMemory::new(&[20_000]), TestMemory::new(&[20_000]));
+    (0..10_000).for_each(|page| scene.here.fill_page(0, page, 1));
+    scene.log = SoftwareLog::new(&scene.here);
+    scene.source = scene.source.channels(2).on_event(move |event| {
+        if let Event::Rebalanced { weights } = event {
+            sink.lock().unwrap().push(weights.clone());
+        }
+    });
+    let faults =
+        Faults { slow_channel: Some((1, Duration::from_millis(200))), ..Faults::default() };
+    let outcome = scene.play(|link| Box::new(FaultySource::new(link, faults, 1)));
+    let (departed, _) = outcome.expect_moved_without_reading();
+    let weights = weights.lock().unwrap();
+    assert!(!weights.is_empty() && weights[0][1] < weights[0][0], "{weights:?}");
+    assert_eq!(departed.statistics.rebalances as usize, weights.len());
+}
+
+#[test]
 fn a_link_cut_while_pages_flow_leaves_the_guest_at_the_source() {
     for pages in [0, 1, 100, 1500, 2100] {
         let faults = Faults { cut_after_page_bytes: Some(pages * 4096), ..Faults::default() };

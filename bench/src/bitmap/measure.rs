@@ -5,7 +5,8 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::dirty::DirtyBitmap;
+use pageferry::dirty::{DirtyBitmap, runs};
+use pageferry::ledger::Ledger;
 use pageferry::memory::Layout;
 use pageferry::partition::Partition;
 
@@ -48,24 +49,25 @@ impl Sampler {
         self.together(work.collect())
     }
 
-    /// Adds each thread's stripes to what it has to send, as senders do when a round begins.
-    pub(super) fn take_up(
+    /// Finds the dirty stripes and the runs in them, each thread those of its channel, as senders
+    /// do in a round.
+    pub(super) fn scan(
         self,
         layout: &Layout,
         bitmap: &DirtyBitmap,
         threads: u16,
     ) -> Result<f64, Failure> {
-        let partition = Partition::new(layout, threads);
-        let work = (0..threads).map(|channel| {
-            let mut pending = vec![0_u64; partition.words(channel)];
-            let partition = &partition;
+        let mut ledger = Ledger::new(layout);
+        ledger.dirty.clear();
+        ledger.dirty.merge(bitmap);
+        let (_loan, shares) = ledger.lend(&Partition::new(layout, threads));
+        let work = shares.into_iter().map(|mut share| {
             move || {
-                let mut pending = black_box(pending.as_mut_slice());
-                for stripe in partition.stripes(channel) {
-                    let (mine, rest) = pending.split_at_mut(stripe.words);
-                    let words = &bitmap.region_words(stripe.region)[stripe.first_word..];
-                    mine.iter_mut().zip(words).for_each(|(mine, word)| *mine |= word);
-                    pending = rest;
+                share.rewind();
+                while let Some((stripe, bits)) = share.next_dirty() {
+                    for run in runs(&bits) {
+                        black_box(stripe.first_page() + run.start..stripe.first_page() + run.end);
+                    }
                 }
             }
         });

@@ -18,8 +18,8 @@ use measure::Sampler;
 use pattern::Pattern;
 use report::{Report, Row};
 
-/// Bitmaps of a guest that exist at once: a tracker's, the engine's, the senders' parts.
-const BITMAPS: u64 = 3;
+/// Bitmaps of a guest that exist at once: a tracker's, the engine's, and a ledger's two.
+const BITMAPS: u64 = 4;
 
 /// Measures, and prints the result.
 pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, Failure> {
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, Failure> {
                         dirty_pages,
                         threads,
                         read_ns: sampler.read(&tracked, threads)?,
-                        take_up_ns: sampler.take_up(&layout, &tracked, threads)?,
+                        scan_ns: sampler.scan(&layout, &tracked, threads)?,
                         read_by_one_ns,
                         harvest_ns,
                         count_ns,

@@ -19,8 +19,8 @@ pub(super) struct Row {
     pub(super) threads: u16,
     /// By all threads.
     pub(super) read_ns: f64,
-    /// By all threads.
-    pub(super) take_up_ns: f64,
+    /// Finding the dirty stripes and the runs in them, by all threads.
+    pub(super) scan_ns: f64,
     pub(super) read_by_one_ns: f64,
     /// By one thread.
     pub(super) harvest_ns: f64,
@@ -44,7 +44,7 @@ impl Report {
     /// The object on stdout, or the table.
     pub(super) fn print(&self, json: bool) -> Result<(), Failure> {
         let mut table = output::table();
-        table.set_header(["guest", "dirty", "", "threads", "read", "take up", "harvest", "count"]);
+        table.set_header(["guest", "dirty", "", "threads", "read", "scan", "harvest", "count"]);
         for row in &self.rows {
             let (read, alone) = (row.read_ns, row.read_by_one_ns);
             let mut cells = vec![
@@ -55,7 +55,7 @@ impl Report {
             let figures = [
                 row.threads.to_string(),
                 time(read),
-                times(row.take_up_ns, read),
+                times(row.scan_ns, read),
                 times(row.harvest_ns, alone),
                 times(row.count_ns, alone),
             ];

@@ -18,7 +18,7 @@ fn every_combination_has_a_row() {
             (_, Some("clustered" | "scattered")) => assert!(dirty < pages, "{row}"),
             _ => panic!("{row}"),
         }
-        for name in ["read_ns", "take_up_ns", "read_by_one_ns", "harvest_ns", "count_ns"] {
+        for name in ["read_ns", "scan_ns", "read_by_one_ns", "harvest_ns", "count_ns"] {
             assert!(number(row, name) > 0.0, "{name} in {row}");
         }
     }
@@ -28,7 +28,7 @@ fn every_combination_has_a_row() {
 fn without_json_there_is_a_table() {
     let ran = run(&["bitmap", "--guest=64M", "--dirty=0.1", "--threads=1", "--samples=1"]);
     assert_eq!(ran.status, Some(0), "{}", ran.stderr);
-    for part in ["take up", "64.00 MiB", "10 %", "clustered", "scattered"] {
+    for part in ["scan", "64.00 MiB", "10 %", "clustered", "scattered"] {
         assert!(ran.stdout.contains(part), "no {part:?} in\n{}", ran.stdout);
     }
 }

@@ -21,7 +21,7 @@ use crate::receiver::{self, ReceiverReport};
 use crate::session::{Item, Patience, Session, unexpected};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::DestinationLink;
+use crate::transport::{DestinationLink, TransportError};
 
 /// Waiting for the source while it sends pages: it decides how long that takes, and a dead link
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
@@ -213,7 +213,20 @@ impl Drive {
                     return Ok((prepare, state));
                 }
                 Item::Message(other) => return Err(unexpected(&other, "pages were coming in")),
-                Item::Report(ReceiverReport::Failed(error)) => return Err(error),
+                Item::Report(ReceiverReport::Failed { channel, error }) => {
+                    // The thread that placed what came on it is through, so nothing lands later.
+                    let closed = Message::ChannelClosed { channel };
+                    let others = self.agreement.channels - self.statistics.lost_channels - 1;
+                    let survived = matches!(error, Error::Transport(TransportError::Lost { .. }))
+                        && others > 0
+                        && self.session.send(&closed).is_ok();
+                    if !survived {
+                        return Err(error);
+                    }
+                    tracing::warn!(channel, error = %error.chain(), "a data channel is lost");
+                    self.statistics.lost_channels += 1;
+                    self.emit(&Event::ChannelLost { channel });
+                }
                 Item::Report(ReceiverReport::Ended) => {}
             }
         }
@@ -285,7 +298,7 @@ impl Drive {
     /// break them.
     fn await_finish(&mut self) {
         let patience = Patience::now("channels to end", FINISH);
-        let mut missing = self.agreement.channels;
+        let mut missing = self.agreement.channels - self.statistics.lost_channels;
         while missing > 0 {
             match self.session.next_committed(patience) {
                 Ok(Item::Report(_)) => missing -= 1,

@@ -7,11 +7,14 @@ use crate::memory::Layout;
 /// Pages in one bitmap word.
 pub const WORD_PAGES: u64 = u64::BITS as u64;
 
-/// Which pages are dirty. Each region begins at a word of its own, so words never mix regions
+/// Bitmap words in a stripe, the unit of ownership: 2 MiB of guest memory, one huge page.
+pub const STRIPE_WORDS: usize = 8;
+
+/// Which pages are dirty. Each region begins at a stripe of its own, so stripes never mix regions
 /// and can be given to threads as they are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirtyBitmap {
-    words: Vec<u64>,
+    stripes: Box<[[u64; STRIPE_WORDS]]>,
     regions: Vec<RegionBits>,
 }
 
@@ -25,14 +28,35 @@ impl DirtyBitmap {
     /// A clean bitmap for a memory map.
     pub fn new(layout: &Layout) -> Self {
         let mut regions = Vec::with_capacity(layout.regions().len());
-        let mut end = 0;
+        let mut stripes = 0;
         for region in layout.regions() {
-            let start = end;
+            let start = stripes * STRIPE_WORDS;
             // Address space bounds a layout far below what usize can count.
-            end += usize::try_from(region.pages().div_ceil(WORD_PAGES)).unwrap_or(usize::MAX / 2);
-            regions.push(RegionBits { words: start..end, pages: region.pages() });
+            let words =
+                usize::try_from(region.pages().div_ceil(WORD_PAGES)).unwrap_or(usize::MAX / 16);
+            regions.push(RegionBits { words: start..start + words, pages: region.pages() });
+            stripes += words.div_ceil(STRIPE_WORDS);
         }
-        Self { words: vec![0; end], regions }
+        Self { stripes: vec![[0; STRIPE_WORDS]; stripes].into_boxed_slice(), regions }
+    }
+
+    fn words(&self) -> &[u64] {
+        self.stripes.as_flattened()
+    }
+
+    fn words_mut(&mut self) -> &mut [u64] {
+        self.stripes.as_flattened_mut()
+    }
+
+    /// Takes the words out, and leaves a bitmap that is only good for
+    /// [`put_stripes`](Self::put_stripes).
+    pub(crate) fn take_stripes(&mut self) -> Box<[[u64; STRIPE_WORDS]]> {
+        std::mem::take(&mut self.stripes)
+    }
+
+    /// Puts the words back that were taken out.
+    pub(crate) fn put_stripes(&mut self, stripes: Box<[[u64; STRIPE_WORDS]]>) {
+        self.stripes = stripes;
     }
 
     /// Number of regions.
@@ -51,13 +75,14 @@ impl DirtyBitmap {
 
     /// The words of a region; bit `i` of word `w` is page `w * 64 + i`.
     pub fn region_words(&self, region: u16) -> &[u64] {
-        &self.words[self.regions[usize::from(region)].words.clone()]
+        &self.words()[self.regions[usize::from(region)].words.clone()]
     }
 
     /// The words of a region, to add pages to. Bits beyond its last page are cleared by
     /// [`trim`](Self::trim).
     pub fn region_words_mut(&mut self, region: u16) -> &mut [u64] {
-        &mut self.words[self.regions[usize::from(region)].words.clone()]
+        let words = self.regions[usize::from(region)].words.clone();
+        &mut self.words_mut()[words]
     }
 
     /// Marks one page.
@@ -82,39 +107,68 @@ impl DirtyBitmap {
     /// Adds all pages of a bitmap of the same layout.
     pub fn merge(&mut self, other: &Self) {
         debug_assert_eq!(self.regions, other.regions);
-        self.words.iter_mut().zip(&other.words).for_each(|(mine, theirs)| *mine |= theirs);
+        let theirs = other.words();
+        self.words_mut().iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine |= theirs);
     }
 
     /// Marks every page.
     pub fn fill(&mut self) {
-        self.words.fill(u64::MAX);
+        for region in 0..self.regions.len() {
+            let words = self.regions[region].words.clone();
+            self.words_mut()[words].fill(u64::MAX);
+        }
         self.trim();
     }
 
     /// Marks no page.
     pub fn clear(&mut self) {
-        self.words.fill(0);
+        self.words_mut().fill(0);
     }
 
     /// Clears bits beyond the last page of each region.
     pub fn trim(&mut self) {
+        let words = self.stripes.as_flattened_mut();
         for region in &self.regions {
             let tail = region.pages % WORD_PAGES;
             if tail != 0 {
-                self.words[region.words.end - 1] &= (1 << tail) - 1;
+                words[region.words.end - 1] &= (1 << tail) - 1;
             }
         }
     }
 
     /// Number of marked pages.
     pub fn count(&self) -> u64 {
-        pages_in(&self.words)
+        pages_in(self.words())
     }
 
     /// Whether no page is marked.
     pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|word| *word == 0)
+        self.words().iter().all(|word| *word == 0)
     }
+}
+
+/// The runs of set bits in words, as ranges of bit numbers counted from the first word; each as
+/// long as it can be. Costs a few instructions a run, and one a word that is all the same.
+pub fn runs(words: &[u64]) -> impl Iterator<Item = Range<u64>> {
+    let end = words.len() as u64 * WORD_PAGES;
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let begin = next_bit(words, at, 0)?;
+        at = next_bit(words, begin, u64::MAX).unwrap_or(end);
+        Some(begin..at)
+    })
+}
+
+/// The first bit at or after `from` that is not like all of `like`'s.
+#[inline]
+fn next_bit(words: &[u64], from: u64, like: u64) -> Option<u64> {
+    let mut index = usize::try_from(from / WORD_PAGES).ok()?;
+    let mut different = (words.get(index)? ^ like) & (u64::MAX << (from % WORD_PAGES));
+    while different == 0 {
+        index += 1;
+        different = words.get(index)? ^ like;
+    }
+    Some(index as u64 * WORD_PAGES + u64::from(different.trailing_zeros()))
 }
 
 /// Number of set bits.
@@ -124,6 +178,8 @@ pub fn pages_in(words: &[u64]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::memory::{PAGE_BYTES, RegionLayout};
 
@@ -157,6 +213,25 @@ mod tests {
         let layout = layout(&[1, 65, 64, 127]);
         let bitmap = DirtyBitmap::all(&layout);
         assert_eq!(bitmap.count(), layout.pages());
+    }
+
+    proptest! {
+        #[test]
+        fn runs_are_the_set_bits_and_as_long_as_they_can_be(
+            words in prop::collection::vec(
+                prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 0..6,
+            ),
+        ) {
+            let mut found = vec![0_u64; words.len()];
+            let mut end_before = None;
+            for run in runs(&words) {
+                prop_assert!(run.start < run.end);
+                prop_assert!(end_before.is_none_or(|end| end < run.start), "two that touch");
+                end_before = Some(run.end);
+                run.for_each(|bit| found[usize::try_from(bit / 64).unwrap()] |= 1 << (bit % 64));
+            }
+            prop_assert_eq!(found, words);
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod bitmap;
 
 use thiserror::Error;
 
-pub use bitmap::{DirtyBitmap, WORD_PAGES, pages_in};
+pub use bitmap::{DirtyBitmap, STRIPE_WORDS, WORD_PAGES, pages_in, runs};
 
 use crate::memory::Layout;
 

@@ -29,6 +29,7 @@ const COMMIT: u16 = 8;
 const RESUMED: u16 = 9;
 const GAVE_BACK: u16 = 10;
 const FAILED: u16 = 11;
+const CHANNEL_CLOSED: u16 = 12;
 
 const FLAG_VERIFY: u8 = 1;
 
@@ -47,6 +48,11 @@ pub enum Message {
         round: u32,
         /// Pages dirty at its beginning.
         dirty_pages: u64,
+    },
+    /// D→S: a data channel is lost, and nothing that was sent on it lands any more.
+    ChannelClosed {
+        /// Which one.
+        channel: u16,
     },
     /// S→D: the next bytes of the device state.
     StateChunk(Vec<u8>),
@@ -192,6 +198,7 @@ impl Message {
             Self::Welcome(_) => "welcome",
             Self::Ready => "ready",
             Self::Round { .. } => "round",
+            Self::ChannelClosed { .. } => "channel closed",
             Self::StateChunk(_) => "state chunk",
             Self::Prepare(_) => "prepare",
             Self::Prepared(_) => "prepared",
@@ -221,6 +228,10 @@ impl Message {
                 w.u16(ROUND);
                 w.u32(*round);
                 w.u64(*dirty_pages);
+            }
+            Self::ChannelClosed { channel } => {
+                w.u16(CHANNEL_CLOSED);
+                w.u16(*channel);
             }
             Self::StateChunk(bytes) => {
                 w.u16(STATE_CHUNK);
@@ -267,6 +278,7 @@ impl Message {
             }),
             READY => Self::Ready,
             ROUND => Self::Round { round: r.u32("round")?, dirty_pages: r.u64("dirty_pages")? },
+            CHANNEL_CLOSED => Self::ChannelClosed { channel: r.u16("channel")? },
             STATE_CHUNK => {
                 Self::StateChunk(r.bytes(MAX_STATE_CHUNK_BYTES, "state chunk")?.to_vec())
             }
@@ -438,6 +450,7 @@ mod tests {
             Just(Message::Ready),
             any::<(u32, u64)>()
                 .prop_map(|(round, dirty_pages)| Message::Round { round, dirty_pages }),
+            any::<u16>().prop_map(|channel| Message::ChannelClosed { channel }),
             bytes(3000).prop_map(Message::StateChunk),
             (any::<u64>(), a_digest()).prop_map(|(state_bytes, digest)| Message::Prepare(
                 Prepare { state_bytes, digest }
@@ -461,7 +474,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_a_message_or_an_error(
-            kind in 0_u16..14,
+            kind in 0_u16..15,
             rest in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             let mut bytes = kind.to_le_bytes().to_vec();

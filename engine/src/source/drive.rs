@@ -5,21 +5,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
-use crossbeam_utils::CachePadded;
+use crossbeam_channel::unbounded;
 
+use super::channels::Channels;
 use super::{Departed, GuestAtSource, Source, SourceFailure};
-use crate::dirty::{DirtyBitmap, DirtySources};
+use crate::dirty::DirtySources;
 use crate::error::Error;
 use crate::handover::{SourceHandover, SourceInput, SourceState};
 use crate::machine::{Machine, MachineError, MachineOperation};
 use crate::memory::GuestMemory;
-use crate::partition::Partition;
 use crate::progress::{Event, Phase};
 use crate::protocol::{Agreement, Hello, Message};
-use crate::sender::{self, Command, SenderReport, SenderSetup};
+use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
-use crate::stats::{ChannelGauge, Statistics};
+use crate::stats::Statistics;
 use crate::threads::ThreadRole;
 use crate::transport::SourceLink;
 
@@ -58,16 +57,13 @@ pub(super) fn migrate<M: Machine>(
         tracking: false,
         handover: SourceHandover::default(),
         released: false,
-        senders: Vec::new(),
-        gauges: Arc::new(ChannelGauge::for_channels(source.channels)),
+        channels: Channels::new(memory.layout().clone(), source.channels),
+        closed_there: vec![false; usize::from(source.channels)],
         stop: Arc::new(AtomicBool::new(false)),
-        leftovers: unbounded(),
-        harvested: None,
-        given: None,
         statistics,
         source: &mut source,
     };
-    drive.source.shared.set_gauges(Arc::clone(&drive.gauges));
+    drive.source.shared.set_gauges(Arc::clone(&drive.channels.gauges));
     let result = drive.run(&mut machine, started);
     let outcome = drive.conclude(result, &mut machine);
     let mut statistics = drive.end();
@@ -86,7 +82,7 @@ pub(super) struct Drive<'a> {
     pub(super) source: &'a mut Source,
     // Dropped in this order, also when the machine panics: senders learn that there are no more
     // commands, threads end, and only then the link they use.
-    pub(super) senders: Vec<Sender<Command>>,
+    pub(super) channels: Channels,
     pub(super) session: Session<SenderReport>,
     link: Box<dyn SourceLink>,
     pub(super) memory: Arc<GuestMemory>,
@@ -96,13 +92,9 @@ pub(super) struct Drive<'a> {
     pub(super) handover: SourceHandover,
     /// Whether the machine released its resources.
     pub(super) released: bool,
-    pub(super) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
+    /// Channels that the destination has closed: nothing of them lands any more.
+    pub(super) closed_there: Vec<bool>,
     stop: Arc<AtomicBool>,
-    leftovers: (Sender<DirtyBitmap>, Receiver<DirtyBitmap>),
-    /// Pages that were harvested and not given to the senders yet.
-    pub(super) harvested: Option<DirtyBitmap>,
-    /// What the senders were given for this round; reused once they gave it back.
-    pub(super) given: Option<Arc<DirtyBitmap>>,
     pub(super) statistics: Statistics,
 }
 
@@ -156,25 +148,23 @@ impl Drive<'_> {
             Message::Ready => {}
             other => return Err(unexpected(&other, "waiting for the destination to be ready")),
         }
-        let partition = Partition::new(self.memory.layout(), agreement.channels);
         for (channel, pages) in (0..).zip(channels) {
             let (commands, theirs) = unbounded();
             let setup = SenderSetup {
                 channel,
                 memory: Arc::clone(&self.memory),
                 sources: Arc::clone(&self.dirty),
-                partition: partition.clone(),
                 pages,
                 capabilities: self.link.capabilities(),
-                gauges: Arc::clone(&self.gauges),
+                gauges: Arc::clone(&self.channels.gauges),
                 stop: Arc::clone(&self.stop),
                 shared: Arc::clone(&shared),
                 commands: theirs,
                 feed: self.session.feed(),
-                leftovers: self.leftovers.0.clone(),
+                leftovers: self.channels.leftovers(),
             };
             self.session.spawn(ThreadRole::Sender(channel), move || sender::run(setup))?;
-            self.senders.push(commands);
+            self.channels.add(commands);
         }
         Ok(())
     }
@@ -187,10 +177,7 @@ impl Drive<'_> {
     ) -> Result<(), Box<(Error, GuestAtSource)>> {
         let Err(error) = result else {
             self.emit(&Event::GuestRunsThere);
-            for sender in &self.senders {
-                // A sender that is gone has nothing to finish.
-                let _ = sender.send(Command::Finish);
-            }
+            self.channels.finish();
             return Ok(());
         };
         let was_stopped = self.handover.state() != SourceState::Running;
@@ -234,28 +221,29 @@ impl Drive<'_> {
         }
         // Senders end by their last command or by the lack of further ones; those that wait
         // inside the transport by the interrupt.
-        self.senders.clear();
+        let channels = self.channels.live();
+        self.channels.dismiss();
         if handed_over {
-            self.await_finish();
+            self.await_finish(channels);
         }
         self.session.close();
         if self.tracking {
-            if !handed_over {
-                let harvested = self.harvested.take();
-                for leftover in harvested.into_iter().chain(self.leftovers.1.try_iter()) {
-                    if let Err(error) = self.dirty.put_back(&leftover) {
-                        let error = Error::from(error);
-                        tracing::warn!(error = %error.chain(), "dirty pages were not put back");
-                    }
-                }
+            if !handed_over && let Err(error) = self.put_back() {
+                tracing::warn!(error = %error.chain(), "dirty pages were not put back");
             }
             if let Err(error) = self.dirty.stop() {
                 tracing::warn!(error = %Error::from(error).chain(), "dirty tracking goes on");
             }
         }
         let mut statistics = std::mem::take(&mut self.statistics);
-        statistics.take_from(&self.gauges, self.session.control_bytes());
+        statistics.take_from(&self.channels.gauges, self.session.control_bytes());
         statistics
+    }
+
+    /// Gives the trackers back what has not landed.
+    fn put_back(&mut self) -> Result<(), Error> {
+        self.channels.take_back()?;
+        Ok(self.dirty.put_back(self.channels.dirty()?)?)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The source's embedding API.
 
+mod channels;
 mod drive;
 mod rounds;
 mod switchover;

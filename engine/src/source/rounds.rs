@@ -1,18 +1,17 @@
 //! Pre-copy: rounds over what the guest dirtied, and what a round is made of.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::drive::Drive;
 use crate::convergence::{Convergence, Round, Verdict};
-use crate::dirty::DirtyBitmap;
 use crate::error::Error;
 use crate::progress::{Event, Phase};
 use crate::protocol::Message;
-use crate::sender::{Command, SenderReport};
+use crate::sender::SenderReport;
 use crate::session::{Item, Patience, unexpected};
 use crate::stats::RoundStatistics;
+use crate::transport::TransportError;
 
 /// How often a waiting driver looks whether pages still land.
 const STALL_TICK: Duration = Duration::from_millis(100);
@@ -27,16 +26,31 @@ pub(super) struct RoundBegan {
     landed_bytes: u64,
 }
 
+/// How shares came back.
+struct SharesBack {
+    /// When the last sender was done.
+    last: Instant,
+    /// Whether something may be left to send: shares were asked back, or a channel was lost.
+    fenced: bool,
+    /// A better partition, if there is one.
+    weights: Option<Vec<u32>>,
+}
+
+/// Whether an error is one that another channel survives.
+fn is_lost(error: &Error) -> bool {
+    matches!(error, Error::Transport(TransportError::Lost { .. }))
+}
+
 impl Drive<'_> {
     /// Rounds over the running guest, until the rest fits into the downtime limit. The rest is
     /// then harvested and not sent.
     pub(super) fn pre_copy(&mut self) -> Result<(), Error> {
         self.source.shared.set_phase(Phase::PreCopy);
         let mut convergence = Convergence::new(self.source.downtime_limit, self.source.max_rounds);
-        self.harvested = Some(DirtyBitmap::all(self.memory.layout()));
         loop {
             let began = self.begin_round(false)?;
-            self.await_round()?;
+            self.await_round(false)?;
+            self.channels.all_looked_at();
             let statistics = self.finish_round(&began);
             let dirty_pages = self.harvest()?;
             let round =
@@ -64,76 +78,127 @@ impl Drive<'_> {
         }
     }
 
-    /// Asks the trackers what was written, on top of what is harvested and not sent. Returns the
+    /// Asks the trackers what was written, on top of what is to be sent already. Returns the
     /// pages to send.
     pub(super) fn harvest(&mut self) -> Result<u64, Error> {
-        let reused = self.given.take().and_then(|given| Arc::try_unwrap(given).ok());
-        let mut dirty = match (self.harvested.take(), reused) {
-            (Some(waiting), _) => waiting,
-            (None, Some(mut reused)) => {
-                reused.clear();
-                reused
-            }
-            (None, None) => DirtyBitmap::new(self.memory.layout()),
-        };
-        let result = self.dirty.harvest(&mut dirty);
-        let pages = dirty.count();
-        self.harvested = Some(dirty);
-        result?;
-        Ok(pages)
+        let dirty = self.channels.dirty()?;
+        self.dirty.harvest(dirty)?;
+        Ok(dirty.count())
     }
 
-    /// Gives what was harvested to the senders, as a round of its own.
+    /// Has the senders send what was harvested, as a round of its own.
     pub(super) fn begin_round(&mut self, settle: bool) -> Result<RoundBegan, Error> {
         let round = u32::try_from(self.statistics.rounds.len() + 1).unwrap_or(u32::MAX);
-        let dirty_pages = self.harvested.as_ref().map_or(0, DirtyBitmap::count);
+        let dirty_pages = self.channels.dirty()?.count();
         let began =
             RoundBegan { at: Instant::now(), dirty_pages, landed_bytes: self.landed_bytes() };
-        self.give_to_senders(settle);
+        self.channels.lend(settle)?;
         self.source.shared.set_round(round, dirty_pages);
         self.session.send(&Message::Round { round, dirty_pages })?;
         self.emit(&Event::RoundStarted { round, dirty_pages });
         Ok(began)
     }
 
-    /// Gives what was harvested to the senders.
-    pub(super) fn give_to_senders(&mut self, settle: bool) {
-        let Some(dirty) = self.harvested.take().map(Arc::new) else { return };
-        for sender in &self.senders {
-            // A sender that is gone has reported why; the wait for its report finds out.
-            let _ = sender.send(Command::Round { dirty: Arc::clone(&dirty), settle });
+    /// Waits until all that was lent is sent. Returns when the last sender was done.
+    ///
+    /// What a lost or a lagging channel leaves is dealt out again: a new epoch.
+    pub(super) fn await_round(&mut self, settle: bool) -> Result<Instant, Error> {
+        loop {
+            let wait = self.await_shares()?;
+            self.channels.take_back()?;
+            if let Some(weights) = wait.weights {
+                self.emit(&Event::Rebalanced { weights: weights.clone() });
+                self.statistics.rebalances += 1;
+                self.channels.deal(weights);
+            }
+            if !wait.fenced || self.channels.dirty()?.is_empty() {
+                return Ok(wait.last);
+            }
+            self.channels.lend(settle)?;
         }
-        self.given = Some(dirty);
     }
 
-    /// Waits for all senders. Returns when the last one was done.
-    pub(super) fn await_round(&mut self) -> Result<Instant, Error> {
-        let mut last = None;
-        let mut progress = self.progress_mark();
+    /// Waits until no sender holds a share any more.
+    fn await_shares(&mut self) -> Result<SharesBack, Error> {
+        let mut back = SharesBack { last: Instant::now(), fenced: false, weights: None };
+        let mut mark = self.progress_mark();
         let mut progressed = Instant::now();
         let stall = self.source.common.timeouts.stall;
-        let mut missing = self.senders.len();
-        while missing > 0 {
+        // A channel may report that it is done, and then fail with what it still had under way.
+        let mut holders = self.channels.holders();
+        // Channels that are lost here, and may still land there.
+        let mut unclosed: Vec<(u16, Error)> = Vec::new();
+        while !holders.is_empty() || !unclosed.is_empty() {
             match self.session.next(Patience::now("pages to land", STALL_TICK)) {
-                Ok(Item::Report(SenderReport::RoundDone { at })) => {
-                    missing -= 1;
-                    last = last.max(Some(at));
+                Ok(Item::Report(SenderReport::RoundDone { channel, at })) => {
+                    holders.retain(|holder| *holder != channel);
+                    back.last = back.last.max(at);
                 }
-                Ok(Item::Report(SenderReport::Failed(error))) => return Err(error),
+                Ok(Item::Report(SenderReport::Failed { channel, error })) => {
+                    if !is_lost(&error) || self.channels.live() < 2 {
+                        return Err(error);
+                    }
+                    tracing::warn!(channel, error = %error.chain(), "a data channel is lost");
+                    holders.retain(|holder| *holder != channel);
+                    back.fenced = true;
+                    self.channels.lose(channel);
+                    self.statistics.lost_channels += 1;
+                    self.emit(&Event::ChannelLost { channel });
+                    unclosed.push((channel, error));
+                    (mark, progressed) = (self.progress_mark(), Instant::now());
+                }
                 Ok(Item::Report(SenderReport::Finished)) => {}
-                Ok(Item::Message(message)) => return Err(unexpected(&message, "sending pages")),
+                Ok(Item::Message(message)) => self.note_closed(&message, "sending pages")?,
                 Err(Error::TimedOut { what, .. }) => {
-                    let mark = self.progress_mark();
-                    if mark != progress {
-                        (progress, progressed) = (mark, Instant::now());
+                    let now = self.progress_mark();
+                    if now != mark {
+                        (mark, progressed) = (now, Instant::now());
                     } else if progressed.elapsed() >= stall {
                         return Err(Error::TimedOut { what, after: stall });
+                    }
+                    if !holders.is_empty() && !back.fenced {
+                        back.weights = self.channels.lagging();
+                        back.fenced = back.weights.is_some();
+                        if back.fenced {
+                            self.channels.ask_back();
+                        }
                     }
                 }
                 Err(error) => return Err(error),
             }
+            unclosed.retain(|(channel, _)| !self.closed_there[usize::from(*channel)]);
+            // Until the destination says so, what the lost channel sent may land on top of what
+            // another sends from now on.
+            if holders.is_empty() && progressed.elapsed() >= self.source.common.timeouts.handshake {
+                return Err(unclosed.pop().map_or(
+                    Error::TimedOut { what: "a lost channel to be closed", after: stall },
+                    |(_, error)| error,
+                ));
+            }
         }
-        Ok(last.unwrap_or_else(Instant::now))
+        if let Some(weights) = &mut back.weights {
+            // One may have been lost after they were made.
+            for (channel, weight) in (0..).zip(weights) {
+                if !self.channels.is_live(channel) {
+                    *weight = 0;
+                }
+            }
+        }
+        Ok(back)
+    }
+
+    /// Takes a message that may come at any time while pages are being sent.
+    pub(super) fn note_closed(
+        &mut self,
+        message: &Message,
+        state: &'static str,
+    ) -> Result<(), Error> {
+        let closed = match message {
+            Message::ChannelClosed { channel } => self.closed_there.get_mut(usize::from(*channel)),
+            _ => None,
+        };
+        *closed.ok_or_else(|| unexpected(message, state))? = true;
+        Ok(())
     }
 
     pub(super) fn finish_round(&mut self, began: &RoundBegan) -> RoundStatistics {
@@ -147,12 +212,14 @@ impl Drive<'_> {
     }
 
     /// Waits a little for the senders to end their channels.
-    pub(super) fn await_finish(&mut self) {
+    pub(super) fn await_finish(&mut self, channels: usize) {
         let patience = Patience::now("channels to end", FINISH);
-        let mut missing = usize::from(self.source.channels);
+        let mut missing = channels;
         while missing > 0 {
             match self.session.next_committed(patience) {
-                Ok(Item::Report(SenderReport::Finished | SenderReport::Failed(_))) => missing -= 1,
+                Ok(Item::Report(SenderReport::Finished | SenderReport::Failed { .. })) => {
+                    missing -= 1;
+                }
                 Err(Error::TimedOut { .. }) => return,
                 _ => {}
             }
@@ -160,12 +227,12 @@ impl Drive<'_> {
     }
 
     fn landed_bytes(&self) -> u64 {
-        self.gauges.iter().map(|gauge| gauge.landed_bytes.load(Ordering::Relaxed)).sum()
+        self.channels.gauges.iter().map(|gauge| gauge.landed_bytes.load(Ordering::Relaxed)).sum()
     }
 
     /// Changes whenever any sender gets anywhere.
     fn progress_mark(&self) -> u64 {
-        let looked_at: u64 = self.gauges.iter().map(|gauge| gauge.pages().total()).sum();
+        let looked_at: u64 = self.channels.gauges.iter().map(|gauge| gauge.pages().total()).sum();
         looked_at.wrapping_add(self.landed_bytes())
     }
 }

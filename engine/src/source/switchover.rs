@@ -45,7 +45,7 @@ impl Drive<'_> {
         let mut state = Vec::new();
         machine.save(&mut state).map_err(|cause| refused(MachineOperation::Save, cause))?;
         let saved = Instant::now();
-        let landed = self.await_round()?;
+        let landed = self.await_round(true)?;
         // Saved while the pages were under way; what took longer than they is its own part.
         let overtime = saved.saturating_duration_since(landed);
         self.statistics.downtime.device_state += overtime;
@@ -54,8 +54,8 @@ impl Drive<'_> {
         let late_pages = self.harvest()?;
         self.statistics.downtime.final_harvest += watch.lap();
         if late_pages > 0 {
-            self.give_to_senders(true);
-            self.await_round()?;
+            self.channels.lend(true)?;
+            self.await_round(true)?;
         }
         self.finish_round(&began);
         self.statistics.transfer = transfer.elapsed();
@@ -94,9 +94,12 @@ impl Drive<'_> {
         self.session.send(&Message::Prepare(Prepare { state_bytes, digest }))?;
         let patience =
             Patience::now("the destination to load the guest", self.source.common.timeouts.load);
-        let prepared = match self.session.next_message(patience)? {
-            Message::Prepared(prepared) => prepared,
-            other => return Err(unexpected(&other, "waiting for the destination to load")),
+        let prepared = loop {
+            match self.session.next_message(patience)? {
+                Message::Prepared(prepared) => break prepared,
+                // All has landed, so one that was lost since matters no more.
+                other => self.note_closed(&other, "waiting for the destination to load")?,
+            }
         };
         match (digest, prepared.digest) {
             (Some(source_digest), Some(destination_digest))

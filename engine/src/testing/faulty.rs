@@ -26,6 +26,10 @@ pub struct Faults {
     pub pieces_of_pages: Option<u32>,
     /// Hold batches of random channels back while the others go ahead, up to so many at a time.
     pub reorder_depth: usize,
+    /// Break this data channel, and no other, once so many page bytes have gone out on it.
+    pub lose_channel: Option<(u16, u64)>,
+    /// Let each batch of this data channel take so much longer.
+    pub slow_channel: Option<(u16, Duration)>,
     /// Break the link once so many page bytes have gone out, over all channels.
     pub cut_after_page_bytes: Option<u64>,
     /// Break the link once so many control frames have gone out.
@@ -120,11 +124,19 @@ impl SourceLink for FaultySource {
         let memory =
             self.memory.clone().ok_or(TransportError::OutOfOrder("memory is not registered"))?;
         let capabilities = self.inner.capabilities();
-        Ok(senders
-            .into_iter()
-            .map(|inner| -> Box<dyn PageSender> {
+        Ok((0..)
+            .zip(senders)
+            .map(|(channel, inner)| -> Box<dyn PageSender> {
                 Box::new(FaultySender {
-                    inner,
+                    inner: Some(inner),
+                    page_bytes_left: self
+                        .faults
+                        .lose_channel
+                        .and_then(|lost| (lost.0 == channel).then_some(lost.1)),
+                    slow_by: self
+                        .faults
+                        .slow_channel
+                        .and_then(|slow| (slow.0 == channel).then_some(slow.1)),
                     faults: self.faults,
                     random: Random::new(self.random.next_u64()),
                     trouble: Arc::clone(&self.trouble),
@@ -162,7 +174,11 @@ impl ControlSender for FaultyControl {
 }
 
 struct FaultySender {
-    inner: Box<dyn PageSender>,
+    /// `None` once the channel is lost.
+    inner: Option<Box<dyn PageSender>>,
+    /// Until the channel is to be lost.
+    page_bytes_left: Option<u64>,
+    slow_by: Option<Duration>,
     faults: Faults,
     random: Random,
     trouble: Arc<Trouble>,
@@ -177,6 +193,25 @@ struct FaultySender {
 }
 
 impl FaultySender {
+    fn inner(&mut self) -> Result<&mut dyn PageSender, TransportError> {
+        match &mut self.inner {
+            Some(inner) => Ok(&mut **inner),
+            None => Err(channel_lost()),
+        }
+    }
+
+    /// Counts down to the loss of the channel, at which the other side sees it end.
+    fn spend(&mut self, bytes: u64) -> Result<(), TransportError> {
+        if let Some(left) = &mut self.page_bytes_left {
+            let Some(rest) = left.checked_sub(bytes) else {
+                self.inner = None;
+                return Err(channel_lost());
+            };
+            *left = rest;
+        }
+        Ok(())
+    }
+
     /// Gives held batches to the transport, oldest first, until `keep` are left.
     fn let_go(&mut self, keep: usize) -> Result<(), TransportError> {
         while self.held.len() > keep {
@@ -185,8 +220,9 @@ impl FaultySender {
             for piece in pieces(&runs, self.faults.pieces_of_pages) {
                 let bytes: u64 = piece.iter().map(Run::payload_bytes).sum();
                 self.trouble.spend(&self.trouble.page_bytes_left, bytes)?;
+                self.spend(bytes)?;
                 delay(&mut self.random, self.faults.delay_at_most);
-                last = self.inner.send(&piece)?;
+                last = self.inner()?.send(&piece)?;
             }
             self.translation.push((ticket, last));
         }
@@ -203,6 +239,9 @@ impl PageSender for FaultySender {
         // Guest memory is read when the batch is let go, later than the caller thinks: within
         // the contract as long as it is not released.
         self.held.push((self.given, runs.to_vec()));
+        if let Some(slow_by) = self.slow_by {
+            std::thread::sleep(slow_by);
+        }
         let keep = self.random.below(self.faults.reorder_depth as u64 + 1);
         self.let_go(usize::try_from(keep).unwrap_or(0))?;
         Ok(self.given)
@@ -212,7 +251,7 @@ impl PageSender for FaultySender {
         if wait.is_some() {
             self.let_go(0)?;
         }
-        let inner = self.inner.watermarks(wait)?;
+        let inner = self.inner()?.watermarks(wait)?;
         let upto = |mark: Ticket| {
             let under_way = self.translation.iter().rev();
             under_way.clone().find(|(_, theirs)| *theirs <= mark).map_or(0, |(ours, _)| *ours)
@@ -222,12 +261,19 @@ impl PageSender for FaultySender {
     }
 
     fn counters(&self) -> ChannelCounters {
-        self.inner.counters()
+        self.inner.as_ref().map_or_else(ChannelCounters::default, |inner| inner.counters())
     }
 
     fn finish(&mut self) -> Result<(), TransportError> {
         self.let_go(0)?;
-        self.inner.finish()
+        self.inner()?.finish()
+    }
+}
+
+fn channel_lost() -> TransportError {
+    TransportError::Lost {
+        operation: "keep an unlucky channel",
+        cause: io::ErrorKind::ConnectionReset.into(),
     }
 }
 

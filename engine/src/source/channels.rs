@@ -1,0 +1,177 @@
+//! The sender threads, and the ledger that they work on.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_utils::CachePadded;
+
+use crate::balance::{self, Lane};
+use crate::dirty::DirtyBitmap;
+use crate::error::Error;
+use crate::ledger::{Ledger, Loan};
+use crate::memory::Layout;
+use crate::partition::Partition;
+use crate::sender::Command;
+use crate::stats::ChannelGauge;
+use crate::transport::Run;
+
+pub(super) struct Channels {
+    layout: Layout,
+    pub(super) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
+    /// `None` for a channel that is lost.
+    commands: Vec<Option<Sender<Command>>>,
+    partition: Partition,
+    weights: Vec<u32>,
+    /// Here between rounds, lent during one.
+    ledger: Option<Ledger>,
+    loan: Option<Loan>,
+    lent_at: Instant,
+    /// Whether no round over all pages is complete yet.
+    first_look: bool,
+    leftovers: (Sender<Vec<Run>>, Receiver<Vec<Run>>),
+}
+
+impl Channels {
+    /// For so many channels; their threads are yet to be [added](Self::add).
+    pub(super) fn new(layout: Layout, channels: u16) -> Self {
+        let weights = vec![1; usize::from(channels)];
+        Self {
+            gauges: Arc::new(ChannelGauge::for_channels(channels)),
+            commands: Vec::new(),
+            partition: Partition::weighted(&layout, &weights),
+            weights,
+            ledger: Some(Ledger::new(&layout)),
+            loan: None,
+            lent_at: Instant::now(),
+            first_look: true,
+            leftovers: unbounded(),
+            layout,
+        }
+    }
+
+    /// Adds the thread of the next channel.
+    pub(super) fn add(&mut self, commands: Sender<Command>) {
+        self.commands.push(Some(commands));
+    }
+
+    /// Where threads leave what they had taken and not landed.
+    pub(super) fn leftovers(&self) -> Sender<Vec<Run>> {
+        self.leftovers.0.clone()
+    }
+
+    pub(super) fn live(&self) -> usize {
+        self.commands.iter().flatten().count()
+    }
+
+    /// Who holds a share right after it was lent.
+    pub(super) fn holders(&self) -> Vec<u16> {
+        (0..)
+            .zip(&self.commands)
+            .filter_map(|(channel, live)| live.as_ref().map(|_| channel))
+            .collect()
+    }
+
+    pub(super) fn is_live(&self, channel: u16) -> bool {
+        self.commands.get(usize::from(channel)).is_some_and(Option::is_some)
+    }
+
+    /// The pages to be sent, between rounds.
+    pub(super) fn dirty(&mut self) -> Result<&mut DirtyBitmap, Error> {
+        let ledger = self.ledger.as_mut().map(|ledger| &mut ledger.dirty);
+        ledger.ok_or_else(|| Error::Internal("the ledger is lent"))
+    }
+
+    /// Lends the ledger to all threads: a round, or what is left of one.
+    pub(super) fn lend(&mut self, settle: bool) -> Result<(), Error> {
+        let ledger = self.ledger.take().ok_or_else(|| Error::Internal("the ledger is lent"))?;
+        let (loan, shares) = ledger.lend(&self.partition);
+        self.loan = Some(loan);
+        self.lent_at = Instant::now();
+        for ((commands, share), gauge) in self.commands.iter().zip(shares).zip(&*self.gauges) {
+            let (done, given) = share.progress();
+            gauge.stripes_done.store(done as u64, Ordering::Relaxed);
+            gauge.stripes_given.store(given as u64, Ordering::Relaxed);
+            if let Some(commands) = commands {
+                let first_look = self.first_look;
+                // A thread that is gone has reported why; the wait for its report finds out.
+                let _ = commands.send(Command::Round { share, first_look, settle });
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the ledger back, with what threads that have ended left over. All threads have
+    /// dropped their shares: they report afterwards.
+    pub(super) fn take_back(&mut self) -> Result<(), Error> {
+        if let Some(loan) = self.loan.take() {
+            let ledger = loan.take_back().map_err(|_| Error::Internal("a share is still held"))?;
+            self.ledger = Some(ledger);
+        }
+        let leftovers: Vec<_> = self.leftovers.1.try_iter().flatten().collect();
+        let dirty = self.dirty()?;
+        for Run { range, .. } in leftovers {
+            for page in range.first_page..range.first_page + u64::from(range.pages) {
+                dirty.set(range.region, page);
+            }
+        }
+        Ok(())
+    }
+
+    /// A round over all pages is complete.
+    pub(super) fn all_looked_at(&mut self) {
+        self.first_look = false;
+    }
+
+    /// The weights of a better partition, if a channel lags.
+    pub(super) fn lagging(&self) -> Option<Vec<u32>> {
+        let lanes: Vec<_> = self
+            .commands
+            .iter()
+            .zip(&*self.gauges)
+            .map(|(commands, gauge)| {
+                commands.as_ref().map(|_| Lane {
+                    done: gauge.stripes_done.load(Ordering::Relaxed),
+                    given: gauge.stripes_given.load(Ordering::Relaxed),
+                })
+            })
+            .collect();
+        balance::rebalance(&lanes, self.lent_at.elapsed())
+    }
+
+    /// Asks all threads to stop where they are and to give their shares back.
+    pub(super) fn ask_back(&self) {
+        if let Some(loan) = &self.loan {
+            loan.ask_back();
+        }
+    }
+
+    /// Deals the stripes out anew. Takes effect when the ledger is lent next.
+    pub(super) fn deal(&mut self, weights: Vec<u32>) {
+        self.partition = Partition::weighted(&self.layout, &weights);
+        self.weights = weights;
+    }
+
+    /// A channel is gone, and another is there: its stripes go to the others.
+    pub(super) fn lose(&mut self, channel: u16) {
+        let index = usize::from(channel);
+        self.commands[index] = None;
+        let mut weights = self.weights.clone();
+        weights[index] = 0;
+        self.deal(weights);
+    }
+
+    /// Tells all threads to end their channels in order.
+    pub(super) fn finish(&self) {
+        for commands in self.commands.iter().flatten() {
+            // A thread that is gone has nothing to finish.
+            let _ = commands.send(Command::Finish);
+        }
+    }
+
+    /// No more commands will come: threads end.
+    pub(super) fn dismiss(&mut self) {
+        self.commands.clear();
+    }
+}

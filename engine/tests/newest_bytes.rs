@@ -1,0 +1,314 @@
+//! Whatever writes come between harvest, re-arm, read and send, the destination ends with the
+//! newest bytes.
+//!
+//! The guest is a script: a few writes at every step of the engine that could lose one. What each
+//! page holds last is known from the script alone, by a model that knows no threads, channels or
+//! bitmaps. The tracker is as unforgiving as its contract allows: it reports a write only to a
+//! page that was armed.
+
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
+use pageferry::memory::GuestMemory;
+use pageferry::testing::faulty::{Faults, FaultySource};
+use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::transport::{
+    Capabilities, ChannelCounters, ControlChannel, Interrupt, Link, PageSender, Registration, Run,
+    SourceLink, Ticket, TransportError, Watermarks,
+};
+use pageferry::{Destination, Machine, MachineError, Source};
+use proptest::prelude::*;
+
+/// Small enough that pages are written many times, in several stripes and two regions.
+const REGION_PAGES: [u64; 2] = [1100, 70];
+
+/// Pages that the script writes: on both sides of every bound of words, stripes and regions.
+const PAGES: [(u16, u64); 10] = [
+    (0, 0),
+    (0, 63),
+    (0, 64),
+    (0, 511),
+    (0, 512),
+    (0, 1023),
+    (0, 1024),
+    (0, 1099),
+    (1, 0),
+    (1, 69),
+];
+
+/// One write of the script: which of [`PAGES`], and whether it makes it zero.
+type Write = (usize, bool);
+
+struct Guest {
+    memory: TestMemory,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// What comes at the next steps, the last first.
+    script: Vec<Vec<Write>>,
+    paused: bool,
+    version: u64,
+    /// The model: the version that each page holds, 0 for zero.
+    newest: [u64; PAGES.len()],
+    /// The tracker.
+    armed: DirtyBitmap,
+    dirty: DirtyBitmap,
+}
+
+impl Guest {
+    fn new(script: Vec<Vec<Write>>) -> Arc<Self> {
+        let memory = TestMemory::new(&REGION_PAGES);
+        let layout = memory.memory().layout().clone();
+        let state = State {
+            script,
+            paused: false,
+            version: 0,
+            newest: [0; PAGES.len()],
+            // Nothing is known of writes before the first re-arm, and nothing needs to be.
+            armed: DirtyBitmap::new(&layout),
+            dirty: DirtyBitmap::new(&layout),
+        };
+        Arc::new(Self { memory, state: Mutex::new(state) })
+    }
+
+    /// The engine is about to do something, or has done it: the guest writes.
+    fn step(&self) {
+        let mut state = self.state.lock().unwrap();
+        if state.paused {
+            return;
+        }
+        for (index, zero) in state.script.pop().unwrap_or_default() {
+            let (region, page) = PAGES[index];
+            state.version += 1;
+            let version = if zero { 0 } else { state.version };
+            write(&self.memory, index, version);
+            state.newest[index] = version;
+            if state.armed.get(region, page) {
+                clear(&mut state.armed, region, page);
+                state.dirty.set(region, page);
+            }
+        }
+    }
+}
+
+/// Every byte of a page says its version, as far as a byte can.
+fn write(memory: &TestMemory, index: usize, version: u64) {
+    let (region, page) = PAGES[index];
+    memory.write(region, page, &version.to_le_bytes().repeat(512));
+}
+
+fn clear(bitmap: &mut DirtyBitmap, region: u16, page: u64) {
+    let word = usize::try_from(page / 64).unwrap();
+    bitmap.region_words_mut(region)[word] &= !(1 << (page % 64));
+}
+
+struct Tracker(Arc<Guest>);
+
+impl DirtySource for Tracker {
+    fn name(&self) -> &'static str {
+        "unforgiving"
+    }
+
+    fn start(&self) -> Result<(), DirtyError> {
+        // Writes from here on are reported: the engine sends every page once anyway, and re-arms
+        // it before.
+        self.0.state.lock().unwrap().armed.fill();
+        Ok(())
+    }
+
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
+        self.0.step();
+        into.merge(&self.0.state.lock().unwrap().dirty);
+        self.0.step();
+        Ok(())
+    }
+
+    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
+        self.0.step();
+        {
+            let state = &mut *self.0.state.lock().unwrap();
+            state.armed.merge_words(region, first_page, words);
+            let first = usize::try_from(first_page / 64).unwrap();
+            let dirty = &mut state.dirty.region_words_mut(region)[first..];
+            dirty.iter_mut().zip(words).for_each(|(dirty, word)| *dirty &= !word);
+        }
+        self.0.step();
+        Ok(())
+    }
+
+    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
+        self.0.state.lock().unwrap().dirty.merge(pages);
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), DirtyError> {
+        Ok(())
+    }
+}
+
+/// Takes steps around every batch.
+struct Stepping {
+    inner: Box<dyn SourceLink>,
+    guest: Arc<Guest>,
+}
+
+impl Link for Stepping {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        // Batches of a few pages, so that there are many.
+        Capabilities { max_batch_bytes: 16 * 4096, ..self.inner.capabilities() }
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.inner.control()
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.inner.register(memory)
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+impl SourceLink for Stepping {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let senders = self.inner.open_senders(channels)?.into_iter();
+        Ok(senders
+            .map(|inner| -> Box<dyn PageSender> {
+                Box::new(SteppingSender { inner, guest: Arc::clone(&self.guest) })
+            })
+            .collect())
+    }
+}
+
+struct SteppingSender {
+    inner: Box<dyn PageSender>,
+    guest: Arc<Guest>,
+}
+
+impl PageSender for SteppingSender {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        self.guest.step();
+        let ticket = self.inner.send(runs)?;
+        self.guest.step();
+        Ok(ticket)
+    }
+
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        self.guest.step();
+        self.inner.watermarks(wait)
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.inner.finish()
+    }
+}
+
+/// Pauses the script; has no state but its memory.
+struct Scripted(Arc<Guest>);
+
+impl std::fmt::Debug for Scripted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Scripted")
+    }
+}
+
+impl Machine for Scripted {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.0.step();
+        self.0.state.lock().unwrap().paused = true;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn save(&mut self, _state: &mut Vec<u8>) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn load(&mut self, _state: &[u8]) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn release_resources(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn reacquire_resources(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+fn a_script() -> impl Strategy<Value = Vec<Vec<Write>>> {
+    let write = (0..PAGES.len(), prop::bool::weighted(0.3));
+    prop::collection::vec(prop::collection::vec(write, 0..3), 0..200)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 100,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+    #[test]
+    fn the_destination_ends_with_the_newest_bytes(
+        script in a_script(),
+        channels in 1_u16..5,
+        lose_channel in prop::option::of((0_u16..2, 0_u64..20)),
+        reorder_depth in 0_usize..4,
+        seed: u64,
+    ) {
+        let guest = Guest::new(script);
+        // Something to send between the pages of the script.
+        (0..1100).step_by(3).for_each(|page| guest.memory.fill_page(0, page, seed));
+        PAGES.iter().enumerate().for_each(|(index, _)| write(&guest.memory, index, 0));
+        let there = TestMemory::new(&REGION_PAGES);
+        let lose_channel = lose_channel
+            .filter(|_| channels > 1)
+            .map(|(channel, pages)| (channel, pages * 4096));
+        let faults = Faults { lose_channel, reorder_depth, ..Faults::default() };
+        let (here_link, there_link) = memory_transport::pair();
+        let link = Stepping {
+            inner: Box::new(FaultySource::new(Box::new(here_link), faults, seed)),
+            guest: Arc::clone(&guest),
+        };
+        let nobody = Guest::new(Vec::new());
+        thread::scope(|scope| {
+            let receiving = scope.spawn(|| {
+                let offer = Destination::new().negotiate(Box::new(there_link)).unwrap();
+                offer.receive(Scripted(nobody), there.memory()).map(drop).unwrap();
+            });
+            let dirty = DirtySources::new(vec![Box::new(Tracker(Arc::clone(&guest)))]);
+            Source::new()
+                .channels(channels)
+                // Rounds for as long as the script goes on.
+                .downtime_limit(Duration::from_millis(1))
+                .max_rounds(1000)
+                .migrate(Scripted(Arc::clone(&guest)), guest.memory.memory(), dirty, Box::new(link))
+                .map(drop)
+                .unwrap();
+            receiving.join().unwrap();
+        });
+        let newest = guest.state.lock().unwrap().newest;
+        for (index, &version) in newest.iter().enumerate() {
+            let (region, page) = PAGES[index];
+            let expected = version.to_le_bytes().repeat(512);
+            prop_assert!(there.read(region, page) == expected, "page {page} of region {region}");
+        }
+        prop_assert_eq!(guest.memory.first_difference(&there), None);
+    }
+}
