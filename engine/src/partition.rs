@@ -5,10 +5,19 @@
 //! channel in order: the newest bytes win without a barrier between rounds. Another partition
 //! takes effect by a fenced epoch only, see [`ledger`](crate::ledger).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::dirty::{STRIPE_WORDS, WORD_PAGES};
 use crate::memory::Layout;
+
+/// Stripes that are dealt out together, where there are plenty: runs of pages get long, and threads
+/// read lines of the bitmap apart from each other.
+const MOST_AT_ONCE: u32 = 32;
+
+/// How often a channel gets stripes, at least, where there are enough: what is dirty lies in
+/// heaps, and each channel is to get its part of a heap.
+const TURNS: u32 = 16;
 
 /// Whole bitmap words of one region that belong together. At the end of a region it may be
 /// shorter than others; none spans regions.
@@ -34,7 +43,7 @@ impl Stripe {
 pub struct Partition {
     regions: Arc<[RegionStripes]>,
     /// For each channel the numbers of its stripes over all regions, ascending.
-    owned: Arc<[Vec<u32>]>,
+    owned: Arc<[Vec<Range<u32>>]>,
 }
 
 #[derive(Debug)]
@@ -45,7 +54,7 @@ struct RegionStripes {
 }
 
 impl Partition {
-    /// Deals the stripes of a layout out to `channels` channels in turn.
+    /// Deals the stripes of a layout out to `channels` channels in turn, a few at a time.
     ///
     /// # Panics
     ///
@@ -55,7 +64,7 @@ impl Partition {
     }
 
     /// Deals the stripes out in shares of `weights`, one a channel, as evenly spread as they can
-    /// be: with weights 3 and 1 every fourth goes to the second. A channel of weight 0 gets none.
+    /// be: with weights 3 and 1 every fourth turn is the second's. A channel of weight 0 gets none.
     ///
     /// # Panics
     ///
@@ -72,10 +81,12 @@ impl Partition {
             RegionStripes { first, words }
         });
         let regions = regions.collect();
-        // Each channel saves up its weight a stripe; the richest takes the stripe and pays for it.
+        let channels = u32::try_from(weights.len()).unwrap_or(u32::MAX);
+        let at_once = (count / channels / TURNS).clamp(1, MOST_AT_ONCE);
+        // Each channel saves up its weight a turn; the richest takes the stripes and pays for them.
         let mut credits = vec![0; weights.len()];
-        let mut owned = vec![Vec::new(); weights.len()];
-        for stripe in 0..count {
+        let mut owned: Vec<Vec<Range<u32>>> = vec![Vec::new(); weights.len()];
+        for begin in (0..count).step_by(at_once as usize) {
             let mut richest = 0;
             for (channel, weight) in weights.iter().enumerate() {
                 credits[channel] += i64::from(*weight);
@@ -84,7 +95,11 @@ impl Partition {
                 }
             }
             credits[richest] -= sum;
-            owned[richest].push(stripe);
+            let end = begin.saturating_add(at_once).min(count);
+            match owned[richest].last_mut().filter(|last| last.end == begin) {
+                Some(last) => last.end = end,
+                None => owned[richest].push(begin..end),
+            }
         }
         Self { regions, owned: owned.into() }
     }
@@ -96,12 +111,22 @@ impl Partition {
 
     /// The stripes of a channel, in ascending order.
     pub fn stripes(&self, channel: u16) -> impl Iterator<Item = Stripe> + '_ {
-        self.owned(channel).iter().map(|&number| self.stripe(number))
+        self.owned(channel).iter().cloned().flatten().map(|number| self.stripe(number))
     }
 
     /// The numbers of a channel's stripes, ascending.
-    pub(crate) fn owned(&self, channel: u16) -> &[u32] {
+    pub(crate) fn owned(&self, channel: u16) -> &[Range<u32>] {
         self.owned.get(usize::from(channel)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Number of stripes of a channel.
+    pub(crate) fn count(&self, channel: u16) -> usize {
+        self.owned(channel).iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// Number of stripes of all channels.
+    pub(crate) fn total(&self) -> usize {
+        (0..self.channels()).map(|channel| self.count(channel)).sum()
     }
 
     /// A stripe by its number over all regions.
@@ -128,7 +153,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_word_belongs_to_one_channel(
-            region_pages in prop::collection::vec(1_u64..5000, 1..5),
+            region_pages in prop::collection::vec(1_u64..200_000, 1..5),
             weights in prop::collection::vec(0_u32..5, 1..10),
         ) {
             let sum: u32 = weights.iter().sum();
@@ -143,8 +168,7 @@ mod tests {
             let layout = Layout::new(regions.collect()).unwrap();
             let partition = Partition::weighted(&layout, &weights);
             let mut owners = DirtyBitmap::new(&layout);
-            let stripes: usize =
-                (0..partition.channels()).map(|channel| partition.owned(channel).len()).sum();
+            let stripes = partition.total();
             for (channel, weight) in (0..).zip(&weights) {
                 for stripe in partition.stripes(channel) {
                     let mine = &mut owners.region_words_mut(stripe.region)
@@ -152,10 +176,11 @@ mod tests {
                     prop_assert!(mine.iter().all(|word| *word == 0), "two owners");
                     mine.fill(u64::MAX);
                 }
-                // Dealt out as wanted, to a stripe or two.
+                // Dealt out as wanted, to a turn or two.
                 let wanted = stripes as f64 * f64::from(*weight) / f64::from(sum);
-                let count = partition.owned(channel).len() as f64;
-                prop_assert!((count - wanted).abs() <= 2.0, "{count} where {wanted} are due");
+                let count = partition.count(channel) as f64;
+                let turn = (stripes / weights.len() / 16).clamp(1, 32) as f64;
+                prop_assert!((count - wanted).abs() <= 2.0 * turn, "{count} where {wanted} are due");
             }
             owners.trim();
             prop_assert_eq!(owners.count(), layout.pages());
