@@ -45,15 +45,38 @@ pub struct ProcessMemoryError {
 pub fn process_memory_source(
     memory: &Arc<GuestMemory>,
 ) -> Result<Box<dyn DirtySource>, ProcessMemoryError> {
-    let Err(scan) = PagemapScan::supported() else {
-        return Ok(Box::new(PagemapScan::new(Arc::clone(memory))));
-    };
-    match UffdWp::supported() {
-        Ok(()) => {
-            tracing::debug!(%scan, "no PAGEMAP_SCAN, write faults are served by a thread");
-            Ok(Box::new(UffdWp::new(Arc::clone(memory))))
+    Ok(ProcessTracker::best()?.source(memory))
+}
+
+/// The means to track this process's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessTracker {
+    /// [`PagemapScan`].
+    PagemapScan,
+    /// [`UffdWp`].
+    UffdWp,
+}
+
+impl ProcessTracker {
+    /// The best that this process may use on this machine.
+    pub fn best() -> Result<Self, ProcessMemoryError> {
+        let Err(scan) = PagemapScan::supported() else { return Ok(Self::PagemapScan) };
+        match UffdWp::supported() {
+            Ok(()) => {
+                tracing::debug!(%scan, "no PAGEMAP_SCAN, write faults are served by a thread");
+                Ok(Self::UffdWp)
+            }
+            Err(wp) => Err(ProcessMemoryError { scan, wp }),
         }
-        Err(wp) => Err(ProcessMemoryError { scan, wp }),
+    }
+
+    /// A source that tracks all of `memory` by it.
+    pub fn source(self, memory: &Arc<GuestMemory>) -> Box<dyn DirtySource> {
+        let memory = Arc::clone(memory);
+        match self {
+            Self::PagemapScan => Box::new(PagemapScan::new(memory)),
+            Self::UffdWp => Box::new(UffdWp::new(memory)),
+        }
     }
 }
 

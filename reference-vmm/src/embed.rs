@@ -6,9 +6,14 @@ use std::sync::Arc;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
 use pageferry::{Machine, MachineError};
-use pageferry_rust_vmm::{KvmDirtyLog, KvmDirtyRing, KvmSlot, guest_memory, process_memory_source};
+use pageferry_rust_vmm::{
+    AtomicBitmapSource, KvmDirtyLog, KvmDirtyRing, KvmSlot, PagemapScan, UffdWp, guest_memory,
+};
+use vm_memory::GuestRegionMmap;
+use vm_memory::bitmap::AtomicBitmap;
 
-use crate::guest::Guest;
+use crate::guest::{Guest, KvmHandles};
+use crate::tracking::DirtyTracking;
 
 /// A guest that the engine drives.
 #[derive(Debug)]
@@ -23,32 +28,48 @@ impl GuestMachine {
         Ok(Arc::new(guest_memory(Arc::clone(self.guest.ram().memory()))?))
     }
 
-    /// What tracks the guest's writes: KVM's dirty log for a KVM guest, or its dirty rings if it
-    /// was made with them; the page tables of this process for a process guest. The devices of
-    /// this VMM write no guest memory.
+    /// What tracks the guest's writes. One source is enough: the devices of this VMM write no guest
+    /// memory.
     pub fn dirty_sources(&self, memory: &Arc<GuestMemory>) -> Result<DirtySources, MachineError> {
-        let Some(handles) = self.guest.kvm() else {
-            return Ok(DirtySources::new(vec![process_memory_source(memory)?]));
-        };
-        let slots: Vec<KvmSlot> = handles
-            .slots
-            .iter()
-            .map(|slot| KvmSlot {
-                slot: slot.slot,
-                guest_addr: slot.guest_address,
-                len_bytes: slot.len_bytes,
-                host_addr: slot.host_address,
-                flags: 0,
-            })
-            .collect();
-        let source: Box<dyn DirtySource> = match handles.rings {
-            // SAFETY: these are all slots of the VM as it was made, and this VMM never changes one.
-            Some(rings) => Box::new(unsafe { KvmDirtyRing::new(&rings, memory, &slots) }?),
-            // SAFETY: likewise.
-            None => Box::new(unsafe { KvmDirtyLog::new(handles.vm, memory, &slots) }?),
+        let guest = &self.guest;
+        let source: Box<dyn DirtySource> = match guest.tracking().decide(guest.config().kind)? {
+            DirtyTracking::Pagemap => Box::new(PagemapScan::new(Arc::clone(memory))),
+            DirtyTracking::UffdWp => Box::new(UffdWp::new(Arc::clone(memory))),
+            DirtyTracking::Bitmap => {
+                let ram = Arc::clone(guest.ram().memory());
+                Box::new(AtomicBitmapSource::with_bitmaps(ram, memory, bitmap)?)
+            }
+            DirtyTracking::Auto | DirtyTracking::Log | DirtyTracking::Ring { .. } => {
+                by_kvm(guest.kvm().ok_or("the guest is no virtual machine")?, memory)?
+            }
         };
         Ok(DirtySources::new(vec![source]))
     }
+}
+
+fn bitmap(region: &GuestRegionMmap<Option<AtomicBitmap>>) -> Option<&AtomicBitmap> {
+    (**region).bitmap().as_ref()
+}
+
+/// By the dirty rings of a VM that was made with them, else by its dirty log.
+fn by_kvm(handles: KvmHandles, memory: &GuestMemory) -> Result<Box<dyn DirtySource>, MachineError> {
+    let slots: Vec<KvmSlot> = handles
+        .slots
+        .iter()
+        .map(|slot| KvmSlot {
+            slot: slot.slot,
+            guest_addr: slot.guest_address,
+            len_bytes: slot.len_bytes,
+            host_addr: slot.host_address,
+            flags: 0,
+        })
+        .collect();
+    Ok(match handles.rings {
+        // SAFETY: these are all slots of the VM as it was made, and this VMM never changes one.
+        Some(rings) => Box::new(unsafe { KvmDirtyRing::new(&rings, memory, &slots) }?),
+        // SAFETY: likewise.
+        None => Box::new(unsafe { KvmDirtyLog::new(handles.vm, memory, &slots) }?),
+    })
 }
 
 impl Machine for GuestMachine {

@@ -8,6 +8,7 @@ use vm_memory::GuestMemoryError;
 use crate::layout::LayoutError;
 use crate::ram::RamError;
 pub use crate::state::StateError;
+pub use crate::tracking::TrackingError;
 
 /// Why an operation on a guest failed.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,9 @@ pub enum GuestError {
         /// What the kernel said.
         source: kvm_ioctls::Error,
     },
+    /// The guest's writes can't be tracked that way.
+    #[error(transparent)]
+    Tracking(#[from] TrackingError),
     /// KVM's dirty rings can't be used.
     #[error(transparent)]
     DirtyRing(#[from] KvmRingError),

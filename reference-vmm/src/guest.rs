@@ -14,7 +14,7 @@
 //! # Resource cleanup
 //!
 //! Dropping a guest ends and joins its threads and closes its virtual machine. Memory goes when
-//! the last clone of its [`Ram`] does. A dropped guest with [`KvmHandles`] still around keeps the
+//! the last clone of its [`GuestRam`] does. A dropped guest with [`KvmHandles`] still around keeps the
 //! VM, which does nothing without its virtual CPUs.
 
 use std::fmt;
@@ -30,13 +30,14 @@ use crate::kvm::{self, KvmMachine};
 use crate::layout::Layout;
 use crate::linear::LinearMemory;
 use crate::process::ProcessMachine;
-use crate::ram::{Backing, Ram};
+use crate::ram::{Backing, GuestRam};
 use crate::run_control::{StillRunning, Workers};
 use crate::state::{GuestState, MachineState, StateError};
+use crate::tracking::DirtyTracking;
 use crate::workload::oracle;
 use crate::workload::{OracleReport, WorkloadConfig, contents};
 
-pub use crate::kvm::{DirtyTracking, KvmHandles, MemorySlot};
+pub use crate::kvm::{KvmHandles, MemorySlot};
 
 /// A virtual CPU that does not stop for this long sits in the kernel, waiting for memory.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -86,10 +87,11 @@ pub fn kvm_available() -> Result<(), String> {
 pub struct Guest {
     machine: Machine,
     devices: Arc<Devices>,
-    ram: Ram,
+    ram: GuestRam,
     memory: LinearMemory,
     layout: Layout,
     config: GuestConfig,
+    tracking: DirtyTracking,
     contents: Contents,
 }
 
@@ -113,13 +115,16 @@ impl Guest {
         Self::create_tracked(config, DirtyTracking::default())
     }
 
-    /// The same, with a choice of what tracks the writes of a KVM guest.
+    /// The same, with a choice of what will track its writes. That it fits the guest is checked
+    /// here, that this host has it only so far as the guest is made with it.
     pub fn create_tracked(
         config: GuestConfig,
         tracking: DirtyTracking,
     ) -> Result<Self, GuestError> {
+        tracking.check(config.kind)?;
         let layout = Layout::new(&config.regions, config.vcpus, config.workload.working_set_bytes)?;
-        let ram = Ram::allocate(&config.regions, config.backing)?;
+        let with_bitmap = tracking == DirtyTracking::Bitmap;
+        let ram = GuestRam::for_guest(&config.regions, config.backing, with_bitmap)?;
         let memory = LinearMemory::new(&ram, &layout);
         let workload = &config.workload;
         let (machine, devices) = match config.kind {
@@ -136,7 +141,8 @@ impl Guest {
                 (Machine::Process(machine), devices)
             }
         };
-        Ok(Self { machine, devices, ram, memory, layout, config, contents: Contents::Nothing })
+        let contents = Contents::Nothing;
+        Ok(Self { machine, devices, ram, memory, layout, config, tracking, contents })
     }
 
     /// Fills memory and sets the registers. For a source, once; the guest stays paused.
@@ -212,13 +218,18 @@ impl Guest {
     }
 
     /// Its memory.
-    pub fn ram(&self) -> &Ram {
+    pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
     /// What it was made of.
     pub fn config(&self) -> &GuestConfig {
         &self.config
+    }
+
+    /// What tracks its writes.
+    pub fn tracking(&self) -> DirtyTracking {
+        self.tracking
     }
 
     /// The virtual machine, for who tracks its writes. `None` for a process guest.

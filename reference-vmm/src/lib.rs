@@ -21,4 +21,5 @@ pub mod ram;
 mod run_control;
 mod serial;
 mod state;
+pub mod tracking;
 pub mod workload;

@@ -5,18 +5,18 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::layout::{Layout, Page, Span};
-use crate::ram::Ram;
+use crate::ram::GuestRam;
 
 /// Reads and writes of guest memory by linear address. Words are accessed atomically, so another
 /// thread (or a virtual CPU) may write the same ones.
 #[derive(Debug, Clone)]
 pub(crate) struct LinearMemory {
-    ram: Ram,
+    ram: GuestRam,
     spans: Vec<Span>,
 }
 
 impl LinearMemory {
-    pub(crate) fn new(ram: &Ram, layout: &Layout) -> Self {
+    pub(crate) fn new(ram: &GuestRam, layout: &Layout) -> Self {
         Self { ram: ram.clone(), spans: layout.spans().to_vec() }
     }
 

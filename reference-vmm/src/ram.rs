@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "madvise on a mapping this module has just made")]
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use std::{fmt, fs, io};
@@ -10,6 +11,7 @@ use clap::ValueEnum;
 use rustix::fs::MemfdFlags;
 use rustix::mm::Advice;
 use serde::{Deserialize, Serialize};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
@@ -21,6 +23,8 @@ const LOW_RAM_END: u64 = 3 << 30;
 const HIGH_RAM_START: u64 = 4 << 30;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const BASE_PAGE_BYTES: u64 = 4096;
+/// Bytes for one bit: the engine's pages.
+const BITMAP_PAGE_BYTES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 const HUGE_PAGE_COUNTERS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
 /// What backs guest memory.
@@ -133,17 +137,59 @@ pub enum RamError {
     },
 }
 
-/// A guest's memory. Clones share it.
-#[derive(Debug, Clone)]
-pub struct Ram {
-    memory: Arc<GuestMemoryMmap<()>>,
+/// Memory for guests, where `B` notes what is written to it through vm-memory. Clones share it.
+#[derive(Debug)]
+pub struct Ram<B = ()> {
+    memory: Arc<GuestMemoryMmap<B>>,
     backing: Backing,
     len_bytes: u64,
+}
+
+/// A guest's memory, with a bitmap if its writes are to be noted there.
+pub type GuestRam = Ram<Option<AtomicBitmap>>;
+
+impl<B> Clone for Ram<B> {
+    fn clone(&self) -> Self {
+        Self { memory: Arc::clone(&self.memory), ..*self }
+    }
 }
 
 impl Ram {
     /// Maps memory for the regions of (guest physical address, length in bytes), all zero.
     pub fn allocate(regions: &[(u64, u64)], backing: Backing) -> Result<Self, RamError> {
+        Self::map(regions, backing, |_| ())
+    }
+
+    /// The regions of a PC with that much memory: below 3 GiB, and the rest above 4 GiB.
+    pub fn pc_regions(memory_bytes: u64) -> Vec<(u64, u64)> {
+        let low_bytes = memory_bytes.min(LOW_RAM_END);
+        let mut regions = vec![(0, low_bytes)];
+        if memory_bytes > low_bytes {
+            regions.push((HIGH_RAM_START, memory_bytes - low_bytes));
+        }
+        regions
+    }
+}
+
+impl GuestRam {
+    /// As [`Ram::allocate`], with a bitmap or without.
+    pub fn for_guest(
+        regions: &[(u64, u64)],
+        backing: Backing,
+        with_bitmap: bool,
+    ) -> Result<Self, RamError> {
+        Self::map(regions, backing, |len| {
+            with_bitmap.then(|| AtomicBitmap::new(len, BITMAP_PAGE_BYTES))
+        })
+    }
+}
+
+impl<B: Bitmap> Ram<B> {
+    fn map(
+        regions: &[(u64, u64)],
+        backing: Backing,
+        bitmap: impl Fn(usize) -> B,
+    ) -> Result<Self, RamError> {
         let mut total_bytes = 0u64;
         for &(guest_address, len_bytes) in regions {
             let bad = RamError::BadRegion { guest_address, len_bytes };
@@ -170,25 +216,15 @@ impl Ram {
         let mut file_offset_bytes = 0;
         for &(guest_address, len_bytes) in regions {
             let file = file.as_ref().map(|f| FileOffset::from_arc(f.clone(), file_offset_bytes));
-            mapped.push(map_region(guest_address, len_bytes, file, backing)?);
+            mapped.push(map_region(guest_address, len_bytes, file, backing, &bitmap)?);
             file_offset_bytes += len_bytes;
         }
         let memory = Arc::new(GuestMemoryMmap::from_regions(mapped)?);
         Ok(Self { memory, backing, len_bytes: total_bytes })
     }
 
-    /// The regions of a PC with that much memory: below 3 GiB, and the rest above 4 GiB.
-    pub fn pc_regions(memory_bytes: u64) -> Vec<(u64, u64)> {
-        let low_bytes = memory_bytes.min(LOW_RAM_END);
-        let mut regions = vec![(0, low_bytes)];
-        if memory_bytes > low_bytes {
-            regions.push((HIGH_RAM_START, memory_bytes - low_bytes));
-        }
-        regions
-    }
-
     /// The mapped memory.
-    pub fn memory(&self) -> &Arc<GuestMemoryMmap<()>> {
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap<B>> {
         &self.memory
     }
 
@@ -211,12 +247,13 @@ fn create_file(len_bytes: u64, flags: MemfdFlags) -> Result<Arc<File>, RamError>
     Ok(Arc::new(File::from(fd)))
 }
 
-fn map_region(
+fn map_region<B: Bitmap>(
     guest_address: u64,
     len_bytes: u64,
     file: Option<FileOffset>,
     backing: Backing,
-) -> Result<GuestRegionMmap<()>, RamError> {
+    bitmap: impl Fn(usize) -> B,
+) -> Result<GuestRegionMmap<B>, RamError> {
     let bad = RamError::BadRegion { guest_address, len_bytes };
     let Ok(len) = usize::try_from(len_bytes) else { return Err(bad) };
     // Reserving swap for guest memory would refuse overcommitted guests; hugetlb on the other hand
@@ -226,7 +263,7 @@ fn map_region(
         Backing::Memfd => libc::MAP_SHARED | libc::MAP_NORESERVE,
         Backing::Hugetlb => libc::MAP_SHARED,
     };
-    let mut builder = MmapRegionBuilder::<()>::new(len)
+    let mut builder = MmapRegionBuilder::new_with_bitmap(len, bitmap(len))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags)
         .with_hugetlbfs(backing == Backing::Hugetlb);

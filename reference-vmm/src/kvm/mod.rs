@@ -25,9 +25,10 @@ use crate::devices::{Devices, SERIAL_IRQ};
 use crate::error::GuestError;
 use crate::layout::{CODE, Layout};
 use crate::linear::LinearMemory;
-use crate::ram::Ram;
+use crate::ram::GuestRam;
 use crate::run_control::{RunControl, Workers};
 use crate::state::StateError;
+use crate::tracking::DirtyTracking;
 use crate::workload::WorkloadConfig;
 use crate::workload::contents::write_banner;
 use crate::workload::pacer::Pacer;
@@ -51,19 +52,6 @@ pub struct MemorySlot {
     pub len_bytes: u64,
     /// Where it is mapped in this process.
     pub host_address: u64,
-}
-
-/// How KVM can tell which pages the guest wrote. It has to be known when a VM is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DirtyTracking {
-    /// By its dirty log.
-    #[default]
-    Log,
-    /// By a dirty ring for each virtual CPU.
-    Ring {
-        /// Entries of each, a power of two.
-        entries: u32,
-    },
 }
 
 /// What others need to track a KVM guest's writes: the VM and its memory slots, registered with no
@@ -129,8 +117,8 @@ impl Board {
         let kvm = open().map_err(|reason| GuestError::KvmUnavailable { reason })?;
         let vm = Arc::new(kvm.create_vm().map_err(failed("create a virtual machine"))?);
         let rings = match tracking {
-            DirtyTracking::Log => None,
             DirtyTracking::Ring { entries } => Some(DirtyRings::enable(Arc::clone(&vm), entries)?),
+            _ => None,
         };
         if vm.check_extension(Cap::SetTssAddr) {
             vm.set_tss_address(TASK_STATE_ADDRESS).map_err(failed("place the task state"))?;
@@ -172,7 +160,7 @@ impl Board {
         })
     }
 
-    fn add_memory(&self, ram: &Ram) -> Result<Vec<MemorySlot>, GuestError> {
+    fn add_memory(&self, ram: &GuestRam) -> Result<Vec<MemorySlot>, GuestError> {
         let mut slots = Vec::new();
         for (slot, region) in (0..).zip(ram.memory().iter()) {
             let added = MemorySlot {
@@ -201,7 +189,7 @@ impl Board {
 impl KvmMachine {
     pub(crate) fn create(
         board: Board,
-        ram: &Ram,
+        ram: &GuestRam,
         memory: &LinearMemory,
         layout: &Layout,
         workload: &WorkloadConfig,

@@ -27,6 +27,11 @@ fn nonsense_is_refused_with_help() {
         (&["run", "--workload", "busy"], &["--workload", "sequential"]),
         (&["run", "--transport", "pigeon"], &["--transport", "tcp"]),
         (&["run", "--dirty-rate", "-1"], &["-1"]),
+        (&["run", "--dirty-source", "luck"], &["--dirty-source", "pagemap"]),
+        (&["run", "--guest=kvm", "--dirty-source=bitmap"], &["--dirty-source bitmap", "kvm guest"]),
+        (&["demo", "--guest=kvm", "--dirty-source=bitmap"], &["bitmap", "not what virtual CPUs"]),
+        (&["run", "--guest=process", "--dirty-source=log"], &["--dirty-source log", "process"]),
+        (&["demo", "--guest=process", "--dirty-source=ring"], &["ring", "KVM sees only"]),
         (&["demo", "--verify=perhaps"], &["--verify"]),
         (&["dance"], &["dance"]),
         (&[], &["demo", "run", "receive"]),
@@ -51,6 +56,17 @@ fn help_has_examples_and_exit_codes() {
         assert_eq!(status, Some(0), "{args:?}");
         for part in ["Examples:", "pageferry-vmm demo", "Exit status:", "3  cancelled"] {
             assert!(help.contains(part), "{args:?}: no {part:?} in\n{help}");
+        }
+    }
+}
+
+#[test]
+fn help_says_what_can_track_a_guest() {
+    for command in ["demo", "run"] {
+        let (_, help) = Process::start("program", &[command, "--help"]).finish_for_people();
+        for part in ["--dirty-source", "- log:", "- ring:", "- uffd-wp:", "- pagemap:", "- bitmap:"]
+        {
+            assert!(help.contains(part), "{command}: no {part:?} in\n{help}");
         }
     }
 }

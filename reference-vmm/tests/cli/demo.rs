@@ -1,5 +1,8 @@
 //! `demo`: every kind of guest gets through, and the report says so.
 
+use clap::ValueEnum;
+use pageferry_vmm::tracking::DirtyTracking;
+
 use crate::support::host::{HugePages, guest_kind, process_guests_work, skipped};
 use crate::support::process::Process;
 use crate::support::report::Report;
@@ -109,13 +112,71 @@ fn a_kvm_guest_that_writes_at_a_rate_and_is_not_compared() {
     assert!(report.number("heartbeat_gap_ms") >= still - 1.0, "{report:?}");
 }
 
+/// A demo whose guest is tracked like this; where this host can't, it is refused, and nothing
+/// starts.
+fn tracked(guest: &str, source: &str) {
+    if guest == "kvm" && guest_kind() != "kvm" {
+        skipped("there is no KVM here");
+        return;
+    }
+    let guest = format!("--guest={guest}");
+    let args = [&guest, "--dirty-source", source, "--backing=memfd", "--workload=random"];
+    let tracking = DirtyTracking::from_str(source, false).expect("a source");
+    let Err(lacking) = tracking.supported() else {
+        let report = completes(&args);
+        assert_verified(&report);
+        assert_eq!(report.text("dirty_source"), source);
+        return;
+    };
+    let mut demo = Process::start("demo", &[&["demo", "--json"], &args[..]].concat());
+    assert_eq!(demo.finish_for_people(), (Some(1), String::new()));
+    let (messages, lacking) = (demo.messages(), lacking.to_string());
+    assert!(messages.contains(&lacking) && !messages.contains("listening on"), "{messages}");
+    skipped(&lacking);
+}
+
+#[test]
+fn a_kvm_guest_tracked_by_the_dirty_log() {
+    tracked("kvm", "log");
+}
+
+#[test]
+fn a_kvm_guest_tracked_by_dirty_rings() {
+    tracked("kvm", "ring");
+}
+
+#[test]
+fn a_kvm_guest_tracked_by_write_faults() {
+    tracked("kvm", "uffd-wp");
+}
+
+#[test]
+fn a_kvm_guest_tracked_by_pagemap_scans() {
+    tracked("kvm", "pagemap");
+}
+
+#[test]
+fn a_process_guest_tracked_by_write_faults() {
+    tracked("process", "uffd-wp");
+}
+
+#[test]
+fn a_process_guest_tracked_by_pagemap_scans() {
+    tracked("process", "pagemap");
+}
+
+#[test]
+fn a_process_guest_tracked_by_a_bitmap() {
+    tracked("process", "bitmap");
+}
+
 #[test]
 fn without_json_there_is_a_table() {
     let args = ["demo", "--memory=64M", "--working-set=8M", "--backing=memfd", "--verify=false"];
     let mut demo = Process::start("demo", &args);
     let (status, table) = demo.finish_for_people();
     assert_eq!(status, Some(0));
-    for part in ["completed: the guest runs at the destination", "downtime", "final harvest"] {
+    for part in ["completed: the guest runs at the destination", "dirty source", "final harvest"] {
         assert!(table.contains(part), "no {part:?} in\n{table}");
     }
 }

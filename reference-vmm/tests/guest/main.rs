@@ -4,3 +4,4 @@ mod alone;
 mod common;
 mod moving;
 mod oracle;
+mod tracked;

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry_vmm::guest::{GuestKind, kvm_available};
 use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
 use pageferry_vmm::ram::Backing;
+use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
 use serde::Serialize;
 
@@ -80,15 +81,21 @@ pub(crate) enum GuestChoice {
 impl GuestChoice {
     /// Decides; without KVM, says so on stderr.
     pub(crate) fn decide(self) -> GuestKind {
+        let (kind, why) = self.kind();
+        if let Some(reason) = why {
+            say!("no KVM guest, because {reason}: threads of a process instead");
+        }
+        kind
+    }
+
+    /// What it comes to, and why it is not KVM where that was not asked for.
+    fn kind(self) -> (GuestKind, Option<String>) {
         match self {
-            Self::Kvm => GuestKind::Kvm,
-            Self::Process => GuestKind::Process,
+            Self::Kvm => (GuestKind::Kvm, None),
+            Self::Process => (GuestKind::Process, None),
             Self::Auto => match kvm_available() {
-                Ok(()) => GuestKind::Kvm,
-                Err(reason) => {
-                    say!("no KVM guest, because {reason}: threads of a process instead");
-                    GuestKind::Process
-                }
+                Ok(()) => (GuestKind::Kvm, None),
+                Err(reason) => (GuestKind::Process, Some(reason)),
             },
         }
     }
@@ -125,6 +132,9 @@ pub(crate) struct GuestArgs {
     /// What runs the guest.
     #[arg(long, default_value = "auto")]
     pub(crate) guest: GuestChoice,
+    /// What tells which pages the guest wrote.
+    #[arg(long, value_name = "SOURCE", default_value = "auto")]
+    pub(crate) dirty_source: DirtyTracking,
     /// Seed of everything random in the guest.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
@@ -132,6 +142,11 @@ pub(crate) struct GuestArgs {
 
 impl GuestArgs {
     fn check(&self) -> Result<(), String> {
+        let (kind, no_kvm) = self.guest.kind();
+        self.dirty_source.check(kind).map_err(|error| {
+            let why = no_kvm.map(|reason| format!(" (no KVM guest, because {reason})"));
+            format!("--dirty-source {}: {error}{}", self.dirty_source, why.unwrap_or_default())
+        })?;
         let Self { memory, working_set, vcpus, .. } = *self;
         let needed = working_set.saturating_add(WORKING_SET);
         let unit = if self.backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };

@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
 use pageferry::Statistics;
+use pageferry_vmm::guest::{GuestConfig, GuestKind};
+use pageferry_vmm::tracking::DirtyTracking;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::args::{DemoArgs, GuestChoice};
+use crate::args::DemoArgs;
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::signals::{Wish, listen_to_signals};
@@ -30,11 +32,19 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
+    // Decided once, so that it is said once, and before anything starts.
+    let config = crate::run::config(&args.guest);
+    let tracking = crate::run::tracking(&args.guest, config.kind)?;
     let mut destination = Process::start("destination", &destination_args(args), Stdio::piped())?;
     let address = destination.listening_on()?;
-    let mut source = Process::start("source", &source_args(args, &address), Stdio::inherit())?;
+    let mut source = Process::start(
+        "source",
+        &source_args(args, config.kind, tracking, &address),
+        Stdio::inherit(),
+    )?;
 
-    let departed = source.await_report(&wishes, None)?.unwrap_or_else(|| called_off(args));
+    let departed =
+        source.await_report(&wishes, None)?.unwrap_or_else(|| called_off(args, &config, tracking));
     if departed.outcome != Outcome::Completed {
         // The destination ends by what the source tells it; but a source that never came to
         // connect has told it nothing.
@@ -49,21 +59,21 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
 }
 
 /// The report in place of a source's that was interrupted before it listened to that.
-fn called_off(args: &DemoArgs) -> Report {
-    let config = crate::run::config(&args.guest);
+fn called_off(args: &DemoArgs, config: &GuestConfig, tracking: DirtyTracking) -> Report {
     let ended = (Outcome::Cancelled, GuestAt::Source);
-    let mut report = Report::of_source(ended, &config, &args.migration, &Statistics::default());
+    let mut report = Report::of_source(ended, config, &args.migration, &Statistics::default());
+    report.dirty_source(tracking);
     report.error = Some("cancelled before the guest had started".to_owned());
     report
 }
 
-fn source_args(args: &DemoArgs, address: &str) -> Vec<OsString> {
+fn source_args(
+    args: &DemoArgs,
+    kind: GuestKind,
+    tracking: DirtyTracking,
+    address: &str,
+) -> Vec<OsString> {
     let (guest, migration) = (&args.guest, &args.migration);
-    // Decided once, so that it is said once.
-    let kind = match guest.guest.decide() {
-        pageferry_vmm::guest::GuestKind::Kvm => GuestChoice::Kvm,
-        _ => GuestChoice::Process,
-    };
     let mut list: Vec<OsString> =
         ["run", "--json", "--with-parent", "--run-for", RUN_ON].map(OsString::from).into();
     let mut option = |name: &str, value: String| {
@@ -77,6 +87,7 @@ fn source_args(args: &DemoArgs, address: &str) -> Vec<OsString> {
     option("vcpus", guest.vcpus.to_string());
     option("backing", value_name(&guest.backing));
     option("guest", value_name(&kind));
+    option("dirty-source", value_name(&tracking));
     option("seed", guest.seed.to_string());
     if let Some(rate) = guest.dirty_rate {
         option("dirty-rate", rate.to_string());

@@ -9,6 +9,7 @@ use pageferry::Statistics;
 use pageferry::memory::PAGE_BYTES;
 use pageferry_vmm::guest::GuestConfig;
 use pageferry_vmm::heartbeat::HeartbeatSnapshot;
+use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::OracleReport;
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,8 @@ pub(crate) struct Report {
     pub(crate) workload: Option<String>,
     pub(crate) vcpus: Option<u8>,
     pub(crate) backing: Option<String>,
+    /// As `--dirty-source` calls it; the source knows.
+    pub(crate) dirty_source: Option<String>,
     pub(crate) transport: String,
     pub(crate) channels: u16,
     pub(crate) memory_bytes: u64,
@@ -112,6 +115,7 @@ impl Report {
             workload: None,
             vcpus: None,
             backing: None,
+            dirty_source: None,
             transport: transport.to_owned(),
             channels,
             memory_bytes,
@@ -170,6 +174,10 @@ impl Report {
         self.vcpus = Some(config.vcpus);
         self.backing = Some(config.backing.to_string());
         self.working_set_bytes = Some(config.workload.working_set_bytes);
+    }
+
+    pub(crate) fn dirty_source(&mut self, tracking: DirtyTracking) {
+        self.dirty_source = Some(tracking.to_string());
     }
 
     pub(crate) fn heartbeat(&mut self, seen: HeartbeatSnapshot) {
@@ -238,6 +246,9 @@ impl Report {
             let text =
                 format!("{guest}, {vcpus} vCPU, {memory} {backing}, {workload} over {working_set}");
             row("guest", text);
+        }
+        if let Some(dirty_source) = &self.dirty_source {
+            row("dirty source", dirty_source.clone());
         }
         row("transport", format!("{}, {} data channels", self.transport, self.channels));
         row("total time", format!("{:.1} ms, {} rounds", self.total_ms, self.rounds));

@@ -11,8 +11,10 @@ use pageferry::transport::{SourceLink, TransportError};
 use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure, Statistics};
 use pageferry_tcp::{TcpOptions, connect};
 use pageferry_vmm::embed::GuestMachine;
-use pageferry_vmm::guest::{Guest, GuestConfig};
+use pageferry_vmm::error::GuestError;
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available};
 use pageferry_vmm::ram::Ram;
+use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
 
 use crate::args::{GuestArgs, RunArgs, Transport};
@@ -39,6 +41,19 @@ pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     }
 }
 
+/// What will track a guest of this kind, once it is known that this host has both.
+pub(crate) fn tracking(
+    args: &GuestArgs,
+    kind: GuestKind,
+) -> std::result::Result<DirtyTracking, GuestError> {
+    if kind == GuestKind::Kvm {
+        kvm_available().map_err(|reason| GuestError::KvmUnavailable { reason })?;
+    }
+    let tracking = args.dirty_source.decide(kind)?;
+    tracking.supported()?;
+    Ok(tracking)
+}
+
 pub(crate) fn run(args: &RunArgs) -> Result<Outcome> {
     if args.with_parent {
         end_with_parent()?;
@@ -46,7 +61,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
-    let mut guest = Guest::create(config(&args.guest))?;
+    let config = config(&args.guest);
+    let tracking = tracking(&args.guest, config.kind)?;
+    let mut guest = Guest::create_tracked(config, tracking)?;
     guest.boot()?;
     guest.resume()?;
     if !await_beats(&guest, 1) {
@@ -112,6 +129,7 @@ fn called_off(args: &RunArgs, guest: &mut Guest) -> Result<Report> {
         &args.migration,
         &Statistics::default(),
     );
+    report.dirty_source(guest.tracking());
     report.error = Some("cancelled before the migration began".to_owned());
     if args.run_for.is_some() {
         check(guest, &mut report)?;
@@ -152,6 +170,7 @@ fn migrate(
 ) -> Result<(Report, Option<GuestMachine>)> {
     let migration = &args.migration;
     let config = machine.guest.config().clone();
+    let tracking = machine.guest.tracking();
     let source = Source::new()
         .channels(migration.channels)
         .downtime_limit(migration.downtime_limit)
@@ -182,7 +201,9 @@ fn migrate(
     })?;
     drop(watch);
     let report = |outcome, at, statistics: &Statistics| {
-        Report::of_source((outcome, at), &config, migration, statistics)
+        let mut report = Report::of_source((outcome, at), &config, migration, statistics);
+        report.dirty_source(tracking);
+        report
     };
     Ok(match result {
         Ok(departed) => {

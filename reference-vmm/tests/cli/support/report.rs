@@ -29,7 +29,8 @@ const COUNTS: &[&str] = &[
     "heartbeats",
     "vcpus",
 ];
-const TEXTS: &[&str] = &["outcome", "guest_at", "guest", "transport", "workload", "backing"];
+const TEXTS: &[&str] =
+    &["outcome", "guest_at", "guest", "transport", "workload", "backing", "dirty_source"];
 const DOWNTIME_PARTS: &[&str] =
     &["pause", "final_harvest", "final_pages", "device_state", "commit", "resume"];
 
