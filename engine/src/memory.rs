@@ -8,11 +8,13 @@
 
 use std::any::Any;
 use std::fmt;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, RawFd};
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 
 use crate::zero;
@@ -376,6 +378,34 @@ impl GuestMemory {
         // A page is data as soon as any of its bytes is.
         let data = bytes.start / PAGE_BYTES..bytes.end.div_ceil(PAGE_BYTES).min(pages);
         Some(data).filter(|data| !data.is_empty())
+    }
+
+    /// The runs of pages that may hold something, by [`next_data`](Self::next_data). Once there
+    /// are `most`, the last one reaches to the end of its region, and regions after it are whole.
+    pub(crate) fn data_ranges(&self, most: usize) -> Vec<PageRange> {
+        let mut ranges: Vec<PageRange> = Vec::new();
+        for (region, layout) in (0..).zip(self.layout.regions()) {
+            let mut page = 0;
+            while let Some(data) = self.next_data(region, page, layout.pages()) {
+                let end = if ranges.len() + 1 < most { data.end } else { layout.pages() };
+                // A run may be longer than a range can say.
+                let most_pages = data.start.saturating_add(u64::from(u32::MAX));
+                let end = end.min(most_pages);
+                let pages = u32::try_from(end - data.start).unwrap_or(u32::MAX);
+                ranges.push(PageRange { region, first_page: data.start, pages });
+                page = end;
+            }
+        }
+        ranges
+    }
+
+    /// Has the kernel allocate pages for writing (`MADV_POPULATE_WRITE`). Their contents stay.
+    pub(crate) fn populate(&self, range: PageRange) -> io::Result<()> {
+        let span = self.span(range).map_err(io::Error::other)?;
+        // SAFETY: inside a mapping that the guest may write to; this advice changes no contents
+        // and unmaps nothing.
+        unsafe { madvise(span.addr.cast(), span.len_bytes, Advice::LinuxPopulateWrite)? };
+        Ok(())
     }
 
     /// Fills pages with zero bytes.

@@ -23,9 +23,10 @@ use crate::session::Input;
 use crate::stats::ChannelGauge;
 use crate::transport::{Capabilities, PageSender, Run, RunKind, Ticket, TransportError};
 
-/// Page bytes in a batch: enough that its fixed cost vanishes, little enough that several are
-/// under way. Against 1 MiB it halves the system calls (`pageferry-bench throughput`).
-const BATCH_BYTES: u64 = 4 << 20;
+/// Page bytes in a batch, unless the host says otherwise: enough that its fixed cost vanishes,
+/// little enough that several are under way. Against 1 MiB it halves the system calls
+/// (`pageferry-bench throughput --batch`).
+pub(crate) const BATCH_BYTES: u64 = 4 << 20;
 
 /// Bounds on what was sent and has not landed, a channel: what must be remembered, and what the
 /// last round may have to wait for.
@@ -75,6 +76,8 @@ pub(crate) struct SenderSetup {
     pub(crate) sources: Arc<DirtySources>,
     pub(crate) pages: Box<dyn PageSender>,
     pub(crate) capabilities: Capabilities,
+    /// Page bytes to put into a batch, at most.
+    pub(crate) batch_bytes: u64,
     pub(crate) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
     pub(crate) stop: Arc<AtomicBool>,
     pub(crate) shared: Arc<Shared>,
@@ -112,8 +115,8 @@ pub(crate) fn run(setup: SenderSetup) {
         known_data: (0, 0..0),
         batch: Vec::new(),
         batch_bytes: 0,
-        // A batch holds at least one page, whatever a transport says.
-        max_batch_bytes: setup.capabilities.max_batch_bytes.clamp(PAGE_BYTES, BATCH_BYTES),
+        // A batch holds at least one page, whatever a transport or the host says.
+        max_batch_bytes: setup.capabilities.max_batch_bytes.min(setup.batch_bytes).max(PAGE_BYTES),
         max_batch_runs: setup.capabilities.max_batch_runs.max(1),
         in_flight: VecDeque::new(),
         in_flight_bytes: 0,

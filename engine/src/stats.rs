@@ -44,6 +44,17 @@ impl Downtime {
     }
 }
 
+/// What was done to make destination memory ready ahead of the data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Populated {
+    /// Threads that did it; 0 if nothing was to be done.
+    pub threads: u16,
+    /// Bytes of guest memory populated.
+    pub bytes: u64,
+    /// From the beginning until the last thread was through.
+    pub took: Duration,
+}
+
 /// One round of pre-copy. The last one, with the guest paused, is among them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RoundStatistics {
@@ -79,6 +90,8 @@ pub struct Statistics {
     pub zero_copy: ZeroCopyCounts,
     /// What registering guest memory cost.
     pub registration: Registration,
+    /// At the destination: memory populated ahead of the data.
+    pub populated: Populated,
     /// Pages the guest dirtied a second, in the last full round.
     pub dirty_pages_per_second: f64,
     /// Page bytes that landed a second, as the switchover was decided on it.

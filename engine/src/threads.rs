@@ -19,6 +19,8 @@ pub enum ThreadRole {
     Sender(u16),
     /// Drives a data channel at the destination.
     Receiver(u16),
+    /// Populates guest memory at the destination.
+    Populate(u16),
 }
 
 impl fmt::Display for ThreadRole {
@@ -29,6 +31,7 @@ impl fmt::Display for ThreadRole {
             Self::Control => f.write_str("ferry-control"),
             Self::Sender(channel) => write!(f, "ferry-send-{channel}"),
             Self::Receiver(channel) => write!(f, "ferry-recv-{channel}"),
+            Self::Populate(thread) => write!(f, "ferry-popu-{thread}"),
         }
     }
 }

@@ -195,6 +195,23 @@ fn pages_that_are_zero_are_not_touched_on_either_side() {
 }
 
 #[test]
+fn memory_is_populated_ahead_where_there_is_data() {
+    let mut scene = Scene::new();
+    scene.here = TestMemory::of_memfds(&REGION_PAGES);
+    scene.there = TestMemory::of_memfds(&REGION_PAGES);
+    scene.log = SoftwareLog::new(&scene.here);
+    (500..1500).for_each(|page| scene.here.fill_page(0, page, 1));
+    scene.destination = scene.destination.populate_ahead(2);
+    let there = scene.there.clone();
+    let (_, arrived) = scene.play(|link| link).expect_moved_without_reading();
+    let populated = arrived.statistics.populated;
+    assert_eq!(populated.threads, 2);
+    assert!(populated.bytes > 0 && populated.took > Duration::ZERO, "{populated:?}");
+    // What the guest has written since, and nothing that is zero.
+    assert!(there.allocated_bytes() <= 1501 * 4096, "{}", there.allocated_bytes());
+}
+
+#[test]
 fn trouble_within_the_contract_is_survived() {
     for seed in 0..4 {
         eprintln!("seed {seed}");
@@ -243,7 +260,8 @@ fn the_last_channel_cannot_be_made_up_for() {
     let outcome = scene.play(|link| Box::new(FaultySource::new(link, faults, 1)));
     let not_landed = outcome.log.put_back.lock().unwrap().count();
     let (error, _) = outcome.expect_kept();
-    assert_eq!(error.blame(), Blame::Transport, "{error:?}");
+    // By this side's account, or by the destination's if it was heard first.
+    assert!(matches!(error.blame(), Blame::Transport | Blame::PeerFailed), "{error:?}");
     assert!(not_landed >= 1100, "{not_landed}");
 }
 

@@ -3,15 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::unbounded;
 use crossbeam_utils::CachePadded;
 
+use super::populate::{self, Populating};
 use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
 use crate::config::Timeouts;
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::handover::{DestinationHandover, DestinationInput, DestinationState};
 use crate::machine::{Machine, MachineOperation};
-use crate::memory::{GuestMemory, Layout};
+use crate::memory::{GuestMemory, Layout, PageRange};
 use crate::progress::{Event, EventSink, Phase, Shared};
 use crate::protocol::{
     Agreement, FailureReason, Hello, MAX_DEVICE_STATE_BYTES, Message, Prepare, Prepared, Welcome,
@@ -40,6 +42,8 @@ pub(super) struct Drive {
     welcome: Welcome,
     agreement: Agreement,
     handover: DestinationHandover,
+    populate_threads: u16,
+    populating: Arc<Populating>,
     gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
     started: Instant,
     statistics: Statistics,
@@ -50,11 +54,13 @@ pub(super) fn negotiate(
     destination: Destination,
     mut link: Box<dyn DestinationLink>,
 ) -> Result<Drive, Error> {
-    let Destination { common, most_channels, events, shared } = destination;
+    let Destination { common, most_channels, populate_threads, events, shared } = destination;
     let started = Instant::now();
     let control = link.control()?;
     let mut session = Session::open(control, link.interrupter(), common.spawn, shared)?;
-    let heard = hear(&mut session, most_channels, common.timeouts.handshake);
+    let wants_data_ranges = populate_threads > 0;
+    let patience = Patience::now("the source's greeting", common.timeouts.handshake);
+    let heard = hear(&mut session, most_channels, wants_data_ranges, patience);
     match heard {
         Ok((hello, agreement, welcome)) => {
             let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
@@ -68,6 +74,8 @@ pub(super) fn negotiate(
                 welcome,
                 agreement,
                 handover: DestinationHandover::default(),
+                populate_threads,
+                populating: Populating::new(),
                 gauges,
                 started,
                 statistics: Statistics::default(),
@@ -84,13 +92,14 @@ pub(super) fn negotiate(
 fn hear(
     session: &mut Session<ReceiverReport>,
     most_channels: u16,
-    patience: Duration,
+    wants_data_ranges: bool,
+    patience: Patience,
 ) -> Result<(Hello, Agreement, Welcome), Error> {
-    let hello = match session.next_message(Patience::now("the source's greeting", patience))? {
+    let hello = match session.next_message(patience)? {
         Message::Hello(hello) => hello,
         other => return Err(unexpected(&other, "waiting for a greeting")),
     };
-    let (agreement, welcome) = negotiate_hello(&hello, most_channels)?;
+    let (agreement, welcome) = negotiate_hello(&hello, most_channels, wants_data_ranges)?;
     Ok((hello, agreement, welcome))
 }
 
@@ -159,7 +168,7 @@ impl Drive {
         self.shared().set_phase(Phase::PreCopy);
         self.statistics.setup = self.started.elapsed();
 
-        let (prepare, state) = self.take_in_pages()?;
+        let (prepare, state) = self.take_in_pages(memory)?;
         self.shared().set_phase(Phase::Switchover);
         let prepared = load(machine, memory, prepare, &state)?;
         self.handover.handle(DestinationInput::Loaded);
@@ -189,13 +198,20 @@ impl Drive {
 
     /// Until the source says that everything is here: pages land by themselves, device state
     /// comes on the control channel.
-    fn take_in_pages(&mut self) -> Result<(Prepare, Vec<u8>), Error> {
+    fn take_in_pages(&mut self, memory: &Arc<GuestMemory>) -> Result<(Prepare, Vec<u8>), Error> {
         let mut state = Vec::new();
+        let mut populating = false;
         loop {
             match self.session.next(Patience::now("the source", PATIENT))? {
                 Item::Message(Message::Round { round, dirty_pages }) => {
                     self.shared().set_round(round, dirty_pages);
                     self.emit(&Event::RoundStarted { round, dirty_pages });
+                }
+                Item::Message(Message::DataRanges(ranges))
+                    if self.welcome.wants_data_ranges && !populating =>
+                {
+                    populating = true;
+                    self.populate(memory, &ranges)?;
                 }
                 Item::Message(Message::StateChunk(chunk)) => {
                     if (state.len() + chunk.len()) as u64 > MAX_DEVICE_STATE_BYTES {
@@ -230,6 +246,27 @@ impl Drive {
                 Item::Report(ReceiverReport::Ended) => {}
             }
         }
+    }
+
+    /// Starts the threads that populate memory.
+    fn populate(&mut self, memory: &Arc<GuestMemory>, ranges: &[PageRange]) -> Result<(), Error> {
+        // What is not inside memory is the source's mistake, and is known before it costs.
+        if ranges.iter().any(|range| memory.span(*range).is_err()) {
+            return Err(unexpected(&Message::DataRanges(Vec::new()), "guest memory is smaller"));
+        }
+        let (give, pieces) = unbounded();
+        // The receiver is here, so nothing is refused.
+        for piece in populate::pieces(ranges) {
+            let _ = give.send(piece);
+        }
+        for thread in 0..self.populate_threads {
+            let (memory, pieces) = (Arc::clone(memory), pieces.clone());
+            let populating = Arc::clone(&self.populating);
+            self.session.spawn(ThreadRole::Populate(thread), move || {
+                populating.work(&memory, &pieces);
+            })?;
+        }
+        Ok(())
     }
 
     /// Waits for the commit, and runs the guest.
@@ -309,10 +346,12 @@ impl Drive {
     }
 
     fn end(mut self) -> Statistics {
+        self.populating.stop();
         self.session.close();
         self.shared().set_phase(Phase::Ended);
         let mut statistics = std::mem::take(&mut self.statistics);
         statistics.total = self.started.elapsed();
+        statistics.populated = self.populating.statistics(self.populate_threads);
         statistics.take_from(&self.gauges, self.session.control_bytes());
         statistics
     }

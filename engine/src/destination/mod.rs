@@ -1,6 +1,7 @@
 //! The destination's embedding API.
 
 mod drive;
+mod populate;
 
 use std::fmt;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use crate::transport::DestinationLink;
 pub struct Destination {
     common: Common,
     most_channels: u16,
+    populate_threads: u16,
     events: EventSink,
     shared: Arc<Shared>,
 }
@@ -40,6 +42,7 @@ impl fmt::Debug for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Destination")
             .field("most_channels", &self.most_channels)
+            .field("populate_threads", &self.populate_threads)
             .finish_non_exhaustive()
     }
 }
@@ -116,11 +119,12 @@ impl<M: fmt::Debug> std::error::Error for DestinationFailure<M> {
 }
 
 impl Destination {
-    /// With up to [`MAX_CHANNELS`] data channels.
+    /// With up to [`MAX_CHANNELS`] data channels, and no memory populated ahead.
     pub fn new() -> Self {
         Self {
             common: Common::default(),
             most_channels: MAX_CHANNELS,
+            populate_threads: 0,
             events: Box::new(|_| {}),
             shared: Shared::new(),
         }
@@ -130,6 +134,15 @@ impl Destination {
     #[must_use]
     pub fn most_channels(mut self, channels: u16) -> Self {
         self.most_channels = channels.min(MAX_CHANNELS);
+        self
+    }
+
+    /// Threads that populate guest memory ahead of the data (`MADV_POPULATE_WRITE`), where the
+    /// source says that there is some. Worth it where memory is cold, pages are small and CPUs are
+    /// idle; `docs/performance.md` has figures. At most [`MAX_CHANNELS`].
+    #[must_use]
+    pub fn populate_ahead(mut self, threads: u16) -> Self {
+        self.populate_threads = threads.min(MAX_CHANNELS);
         self
     }
 

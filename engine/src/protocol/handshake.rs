@@ -90,6 +90,7 @@ pub struct Agreement {
 pub fn negotiate(
     hello: &Hello,
     most_channels: u16,
+    wants_data_ranges: bool,
 ) -> Result<(Agreement, Welcome), Incompatibility> {
     if !speaks_ours(hello.oldest_version, hello.newest_version) {
         return Err(Incompatibility::Version {
@@ -108,7 +109,8 @@ pub fn negotiate(
     }
     let version = hello.newest_version.min(PROTOCOL_VERSION);
     let agreement = Agreement { version, channels: hello.channels, verify: hello.verify };
-    let welcome = Welcome { version, channels: hello.channels, memory_zeroed: true };
+    let welcome =
+        Welcome { version, channels: hello.channels, memory_zeroed: true, wants_data_ranges };
     Ok((agreement, welcome))
 }
 
@@ -171,7 +173,7 @@ mod tests {
     #[test]
     fn two_of_this_version_agree() {
         let hello = hello();
-        let (agreement, welcome) = negotiate(&hello, 8).unwrap();
+        let (agreement, welcome) = negotiate(&hello, 8, false).unwrap();
         assert_eq!(hello.check(&welcome), Ok(agreement));
         assert_eq!(agreement, Agreement { version: 1, channels: 2, verify: true });
     }
@@ -179,21 +181,25 @@ mod tests {
     #[test]
     fn a_newer_source_that_still_speaks_ours_is_welcome() {
         let newer = Hello { newest_version: 9, ..hello() };
-        assert_eq!(negotiate(&newer, 8).unwrap().0.version, PROTOCOL_VERSION);
+        assert_eq!(negotiate(&newer, 8, false).unwrap().0.version, PROTOCOL_VERSION);
     }
 
     #[test]
     fn each_misfit_is_named() {
         let too_new = Hello { oldest_version: 8, newest_version: 9, ..hello() };
         let refused = Incompatibility::Version { source_oldest: 8, source_newest: 9 };
-        assert_eq!(negotiate(&too_new, 8), Err(refused));
+        assert_eq!(negotiate(&too_new, 8, false), Err(refused));
         let pages = Hello { page_bytes: 16384, ..hello() };
-        assert!(matches!(negotiate(&pages, 8), Err(Incompatibility::PageSize { .. })));
+        assert!(matches!(negotiate(&pages, 8, false), Err(Incompatibility::PageSize { .. })));
         for channels in [0, 9] {
             let channels = Hello { channels, ..hello() };
-            assert!(matches!(negotiate(&channels, 8), Err(Incompatibility::Channels { .. })));
+            assert!(matches!(
+                negotiate(&channels, 8, false),
+                Err(Incompatibility::Channels { .. })
+            ));
         }
-        let welcome = Welcome { version: 1, channels: 2, memory_zeroed: true };
+        let welcome =
+            Welcome { version: 1, channels: 2, memory_zeroed: true, wants_data_ranges: false };
         assert!(hello().check(&Welcome { version: 2, ..welcome }).is_err());
         assert!(hello().check(&Welcome { channels: 1, ..welcome }).is_err());
         assert!(hello().check(&Welcome { memory_zeroed: false, ..welcome }).is_err());

@@ -5,12 +5,14 @@ use std::fmt;
 use super::codec::{Reader, Writer};
 use super::{DecodeError, speaks_ours};
 use crate::digest::Digest;
-use crate::memory::{Layout, MAX_REGIONS, RegionLayout};
+use crate::memory::{Layout, MAX_REGIONS, PageRange, RegionLayout};
 
 /// Most bytes of the description a host may send along with the greeting.
 pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
+/// Most ranges in one [`Message::DataRanges`].
+pub const MAX_DATA_RANGES: usize = 16 << 10;
 /// Most bytes of device state in all.
 pub const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;
 /// Most bytes of an error's text; what is longer is cut.
@@ -30,6 +32,7 @@ const RESUMED: u16 = 9;
 const GAVE_BACK: u16 = 10;
 const FAILED: u16 = 11;
 const CHANNEL_CLOSED: u16 = 12;
+const DATA_RANGES: u16 = 13;
 
 const FLAG_VERIFY: u8 = 1;
 
@@ -42,6 +45,9 @@ pub enum Message {
     Welcome(Welcome),
     /// D→S: memory is registered and the data channels are open.
     Ready,
+    /// S→D, after [`Message::Ready`] if the destination asked for it: where there may be data.
+    /// All other pages are zero so far.
+    DataRanges(Vec<PageRange>),
     /// S→D: a round over the dirty pages begins. For the destination's own display.
     Round {
         /// Number of the round, from 1.
@@ -109,6 +115,8 @@ pub struct Welcome {
     pub channels: u16,
     /// Whether destination memory is all zero, so that zero pages need not be sent.
     pub memory_zeroed: bool,
+    /// Whether the source is to say where there may be data ([`Message::DataRanges`]).
+    pub wants_data_ranges: bool,
 }
 
 /// The source has sent everything.
@@ -197,6 +205,7 @@ impl Message {
             Self::Hello(_) => "hello",
             Self::Welcome(_) => "welcome",
             Self::Ready => "ready",
+            Self::DataRanges(_) => "data ranges",
             Self::Round { .. } => "round",
             Self::ChannelClosed { .. } => "channel closed",
             Self::StateChunk(_) => "state chunk",
@@ -222,8 +231,13 @@ impl Message {
                 w.u16(welcome.version);
                 w.u16(welcome.channels);
                 w.u8(u8::from(welcome.memory_zeroed));
+                w.u8(u8::from(welcome.wants_data_ranges));
             }
             Self::Ready => w.u16(READY),
+            Self::DataRanges(ranges) => {
+                w.u16(DATA_RANGES);
+                encode_ranges(ranges, &mut w);
+            }
             Self::Round { round, dirty_pages } => {
                 w.u16(ROUND);
                 w.u32(*round);
@@ -275,8 +289,10 @@ impl Message {
                 version: r.u16("version")?,
                 channels: r.u16("channels")?,
                 memory_zeroed: decode_bool(&mut r, "memory_zeroed")?,
+                wants_data_ranges: decode_bool(&mut r, "wants_data_ranges")?,
             }),
             READY => Self::Ready,
+            DATA_RANGES => Self::DataRanges(decode_ranges(&mut r)?),
             ROUND => Self::Round { round: r.u32("round")?, dirty_pages: r.u64("dirty_pages")? },
             CHANNEL_CLOSED => Self::ChannelClosed { channel: r.u16("channel")? },
             STATE_CHUNK => {
@@ -310,6 +326,32 @@ impl Message {
         r.end()?;
         Ok(message)
     }
+}
+
+fn encode_ranges(ranges: &[PageRange], w: &mut Writer) {
+    let ranges = &ranges[..ranges.len().min(MAX_DATA_RANGES)];
+    w.u32(u32::try_from(ranges.len()).unwrap_or(u32::MAX));
+    for range in ranges {
+        w.u16(range.region);
+        w.u64(range.first_page);
+        w.u32(range.pages);
+    }
+}
+
+fn decode_ranges(r: &mut Reader<'_>) -> Result<Vec<PageRange>, DecodeError> {
+    let count = r.u32("number of ranges")?;
+    if count as usize > MAX_DATA_RANGES {
+        let (field, value) = ("number of ranges", u64::from(count));
+        return Err(DecodeError::UnknownValue { field, value });
+    }
+    let range = |_| {
+        Ok(PageRange {
+            region: r.u16("region")?,
+            first_page: r.u64("first page")?,
+            pages: r.u32("pages")?,
+        })
+    };
+    (0..count).map(range).collect()
 }
 
 fn encode_hello(hello: &Hello, w: &mut Writer) {
@@ -444,10 +486,21 @@ mod tests {
                     })
                 }
             ),
-            any::<(u16, u16, bool)>().prop_map(|(version, channels, memory_zeroed)| {
-                Message::Welcome(Welcome { version, channels, memory_zeroed })
-            }),
+            any::<(u16, u16, bool, bool)>().prop_map(
+                |(version, channels, memory_zeroed, wants_data_ranges)| {
+                    Message::Welcome(Welcome {
+                        version,
+                        channels,
+                        memory_zeroed,
+                        wants_data_ranges,
+                    })
+                }
+            ),
             Just(Message::Ready),
+            prop::collection::vec(any::<(u16, u64, u32)>(), 0..30).prop_map(|ranges| {
+                let range = |(region, first_page, pages)| PageRange { region, first_page, pages };
+                Message::DataRanges(ranges.into_iter().map(range).collect())
+            }),
             any::<(u32, u64)>()
                 .prop_map(|(round, dirty_pages)| Message::Round { round, dirty_pages }),
             any::<u16>().prop_map(|channel| Message::ChannelClosed { channel }),
@@ -474,7 +527,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_a_message_or_an_error(
-            kind in 0_u16..15,
+            kind in 0_u16..16,
             rest in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             let mut bytes = kind.to_le_bytes().to_vec();

@@ -15,7 +15,7 @@ use crate::handover::{SourceHandover, SourceInput, SourceState};
 use crate::machine::{Machine, MachineError, MachineOperation};
 use crate::memory::GuestMemory;
 use crate::progress::{Event, Phase};
-use crate::protocol::{Agreement, Hello, Message};
+use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, Message};
 use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
 use crate::stats::Statistics;
@@ -100,8 +100,12 @@ pub(super) struct Drive<'a> {
 
 impl Drive<'_> {
     fn run<M: Machine>(&mut self, machine: &mut M, started: Instant) -> Result<(), Error> {
-        let agreement = self.handshake()?;
+        let (agreement, wants_data_ranges) = self.handshake()?;
         self.open_channels(agreement)?;
+        if wants_data_ranges {
+            let ranges = self.memory.data_ranges(MAX_DATA_RANGES / 4);
+            self.session.send(&Message::DataRanges(ranges))?;
+        }
         self.dirty.start()?;
         self.tracking = true;
         self.statistics.setup = started.elapsed();
@@ -114,7 +118,7 @@ impl Drive<'_> {
         (self.source.events)(event);
     }
 
-    fn handshake(&mut self) -> Result<Agreement, Error> {
+    fn handshake(&mut self) -> Result<(Agreement, bool), Error> {
         let hello = Hello::new(
             self.memory.layout().clone(),
             self.source.channels,
@@ -126,12 +130,12 @@ impl Drive<'_> {
             self.source.common.timeouts.handshake,
         );
         self.session.send(&Message::Hello(hello.clone()))?;
-        let agreement = match self.session.next_message(patience)? {
-            Message::Welcome(welcome) => hello.check(&welcome)?,
+        let (agreement, wants_data_ranges) = match self.session.next_message(patience)? {
+            Message::Welcome(welcome) => (hello.check(&welcome)?, welcome.wants_data_ranges),
             other => return Err(unexpected(&other, "waiting for a welcome")),
         };
         self.emit(&Event::Agreed(agreement));
-        Ok(agreement)
+        Ok((agreement, wants_data_ranges))
     }
 
     fn open_channels(&mut self, agreement: Agreement) -> Result<(), Error> {
@@ -156,6 +160,7 @@ impl Drive<'_> {
                 sources: Arc::clone(&self.dirty),
                 pages,
                 capabilities: self.link.capabilities(),
+                batch_bytes: self.source.batch_bytes,
                 gauges: Arc::clone(&self.channels.gauges),
                 stop: Arc::clone(&self.stop),
                 shared: Arc::clone(&shared),

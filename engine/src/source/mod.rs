@@ -16,6 +16,7 @@ use crate::machine::Machine;
 use crate::memory::GuestMemory;
 use crate::progress::{Event, EventSink, MigrationHandle, Shared};
 use crate::protocol::MAX_DESCRIPTION_BYTES;
+use crate::sender::BATCH_BYTES;
 use crate::stats::Statistics;
 use crate::threads::Spawn;
 use crate::transport::SourceLink;
@@ -38,6 +39,7 @@ use crate::transport::SourceLink;
 pub struct Source {
     common: Common,
     channels: u16,
+    batch_bytes: u64,
     downtime_limit: Duration,
     max_rounds: u32,
     verify: bool,
@@ -121,6 +123,7 @@ impl Source {
         Self {
             common: Common::default(),
             channels: 2,
+            batch_bytes: BATCH_BYTES,
             downtime_limit: Duration::from_millis(300),
             max_rounds: 30,
             verify: false,
@@ -134,6 +137,14 @@ impl Source {
     #[must_use]
     pub fn channels(mut self, channels: u16) -> Self {
         self.channels = channels;
+        self
+    }
+
+    /// Most page bytes in a batch, at least a page; 4 MiB unless set. The transport may have a
+    /// lower limit ([`Capabilities::max_batch_bytes`](crate::transport::Capabilities)).
+    #[must_use]
+    pub fn batch_bytes(mut self, bytes: u64) -> Self {
+        self.batch_bytes = bytes;
         self
     }
 

@@ -72,7 +72,12 @@ fn a_destination_that_chooses_a_version_nobody_offered() {
         stream.write_all(&ok_answer()).expect("write");
         let Message::Hello(hello) = receive(&mut stream) else { panic!("no greeting") };
         let version = PROTOCOL_VERSION + 1;
-        let welcome = Welcome { version, channels: hello.channels, memory_zeroed: true };
+        let welcome = Welcome {
+            version,
+            channels: hello.channels,
+            memory_zeroed: true,
+            wants_data_ranges: false,
+        };
         send(&mut stream, &Message::Welcome(welcome).encode());
         let Message::Failed { reason, text } = receive(&mut stream) else { panic!("no failure") };
         assert_eq!(reason, FailureReason::Incompatible);

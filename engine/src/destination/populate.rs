@@ -1,0 +1,98 @@
+//! Destination memory made ready ahead of the data.
+//!
+//! A page that nobody has touched is allocated and zeroed when its bytes come, by the thread that
+//! receives them. Threads that populate ahead (`MADV_POPULATE_WRITE`, madvise(2), Linux 5.14) take
+//! that off the receivers, on CPUs that have nothing else to do. Only where the source has said
+//! that there is data: what is zero stays untouched.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Receiver;
+
+use crate::memory::{GuestMemory, PageRange};
+use crate::stats::Populated;
+
+/// Pages populated by one system call: two huge pages. Little enough to stop soon.
+const PIECE_PAGES: u32 = 1024;
+
+/// What the threads that populate share.
+#[derive(Debug)]
+pub(super) struct Populating {
+    stop: AtomicBool,
+    bytes: AtomicU64,
+    /// Nanoseconds until the last thread was through, from the beginning.
+    took_ns: AtomicU64,
+    began: Instant,
+}
+
+impl Populating {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            stop: AtomicBool::new(false),
+            bytes: AtomicU64::new(0),
+            took_ns: AtomicU64::new(0),
+            began: Instant::now(),
+        })
+    }
+
+    /// The body of a thread: populates pieces in the order they come, until there are no more.
+    pub(super) fn work(&self, memory: &GuestMemory, pieces: &Receiver<PageRange>) {
+        for piece in pieces {
+            if self.stop.load(Ordering::Relaxed) {
+                break;
+            }
+            match memory.populate(piece) {
+                Ok(()) => self.bytes.fetch_add(piece.len_bytes(), Ordering::Relaxed),
+                Err(error) => {
+                    // Nothing is lost: pages are allocated as their bytes come.
+                    tracing::warn!(%error, "guest memory is not populated ahead");
+                    self.stop();
+                    break;
+                }
+            };
+        }
+        let took = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.took_ns.fetch_max(took, Ordering::Relaxed);
+    }
+
+    /// Has all threads end soon.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn statistics(&self, threads: u16) -> Populated {
+        Populated {
+            threads,
+            bytes: self.bytes.load(Ordering::Relaxed),
+            took: Duration::from_nanos(self.took_ns.load(Ordering::Relaxed)),
+        }
+    }
+}
+
+/// Cuts ranges into pieces, in order.
+pub(super) fn pieces(ranges: &[PageRange]) -> impl Iterator<Item = PageRange> + '_ {
+    ranges.iter().flat_map(|range| {
+        let end = range.first_page + u64::from(range.pages);
+        (range.first_page..end).step_by(PIECE_PAGES as usize).map(move |first_page| {
+            let left = u32::try_from(end - first_page).unwrap_or(u32::MAX);
+            PageRange { region: range.region, first_page, pages: left.min(PIECE_PAGES) }
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_what_they_are_cut_from() {
+        let ranges = [
+            PageRange { region: 1, first_page: 5, pages: 2500 },
+            PageRange { region: 2, first_page: 0, pages: 1 },
+        ];
+        let cut: Vec<_> = pieces(&ranges).map(|p| (p.region, p.first_page, p.pages)).collect();
+        assert_eq!(cut, [(1, 5, 1024), (1, 1029, 1024), (1, 2053, 452), (2, 0, 1)]);
+    }
+}
