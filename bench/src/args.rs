@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::MAX_CHANNELS;
 use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
+use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
@@ -73,11 +74,11 @@ What is measured, with a bit for each page of 4 KiB:
            is measured against
   harvest  a tracker's bitmap is added to the engine's, by one thread
   count    dirty pages are counted, by one thread
-  take up  each sender adds the stripes it owns to what it has to send
+  scan     each sender finds the dirty stripes among its own, and the runs of pages in them
 
   \"clustered\" has dirty pages in runs of 512 (2 MiB), \"scattered\" has them one by one at random
   distances. A time is the median of the samples; small bitmaps are gone through many times in a
-  sample, and so come from the CPU's caches. Takes 96 bytes of memory for each MiB of guest.";
+  sample, and so come from the CPU's caches. Takes 128 bytes of memory for each MiB of guest.";
 
 /// Measures the pageferry live-migration engine.
 #[derive(Debug, Parser)]
@@ -122,6 +123,28 @@ pub(crate) enum Transport {
     Tcp,
 }
 
+/// Whether the kernel is asked not to copy what it sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ZeroCopyChoice {
+    /// As long as it pays: not where the kernel copies anyway, as on loopback.
+    Auto,
+    /// Never.
+    Off,
+    /// Always, also where the kernel copies anyway.
+    On,
+}
+
+impl From<ZeroCopyChoice> for ZeroCopy {
+    fn from(choice: ZeroCopyChoice) -> Self {
+        match choice {
+            ZeroCopyChoice::Auto => Self::Auto,
+            ZeroCopyChoice::Off => Self::Off,
+            ZeroCopyChoice::On => Self::On,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ThroughputArgs {
     /// Guest memory. Needs twice as much: both sides are here.
@@ -143,6 +166,15 @@ pub(crate) struct ThroughputArgs {
     /// Data channels of the engine, and connections of the bare loop.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CHANNELS)))]
     pub(crate) channels: u16,
+    /// The engine sends pages without a copy in the kernel (MSG_ZEROCOPY).
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub(crate) zero_copy: ZeroCopyChoice,
+    /// Most page bytes in a batch [default: the engine's, 4 MiB].
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) batch: Option<u64>,
+    /// Threads that allocate the destination's memory ahead of the data.
+    #[arg(long, value_name = "THREADS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=256))]
+    pub(crate) populate: u16,
     /// How often both are measured.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) pairs: u16,

@@ -7,11 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, TransportError};
+use pageferry::transport::{Interrupt, TransportError, ZeroCopyCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
+
+use crate::outstanding::Outstanding;
+use crate::raw_io;
+use crate::zero_copy::Unreleased;
 
 /// Locks, whatever happened to others: no critical section here leaves a state half changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -66,8 +70,13 @@ impl LinkState {
         socket: Socket,
         peer: SocketAddr,
     ) -> Result<Arc<Connection>, TransportError> {
-        let connection =
-            Arc::new(Connection { socket, peer, link: Arc::clone(self), linger: false.into() });
+        let connection = Arc::new(Connection {
+            socket,
+            peer,
+            link: Arc::clone(self),
+            linger: false.into(),
+            unreleased: Mutex::default(),
+        });
         let mut connections = lock(&self.connections);
         connections.retain(|other| other.strong_count() > 0);
         connections.push(Arc::downgrade(&connection));
@@ -97,6 +106,8 @@ pub(crate) struct Connection {
     /// Whether bytes that the other side must still get may be under way when the link is
     /// dropped.
     linger: AtomicBool,
+    /// Zero-copy sends that were under way when their sender was dropped.
+    unreleased: Mutex<Option<Unreleased>>,
 }
 
 impl AsFd for Connection {
@@ -174,6 +185,92 @@ impl Connection {
         }
     }
 
+    /// Waits until zero-copy sends may have been completed, at most until `deadline`.
+    pub(crate) fn wait_for_completion(
+        &self,
+        deadline: Option<Instant>,
+    ) -> Result<PollFlags, TransportError> {
+        /// How often to look where `poll` cannot wait.
+        const GLANCE: Duration = Duration::from_millis(1);
+        // Errors are always waited for: a notification is one.
+        let ready = self.wait(PollFlags::empty(), deadline)?;
+        if ready.contains(PollFlags::HUP) {
+            // Both directions are over, and from now on `poll` returns at once.
+            std::thread::sleep(GLANCE);
+        }
+        Ok(ready)
+    }
+
+    /// Takes the completions of zero-copy sends that are there; what became complete. Does not
+    /// look for more than are outstanding.
+    pub(crate) fn take_completions(
+        &self,
+        outstanding: &mut Outstanding,
+        system_calls: &mut u64,
+    ) -> Result<ZeroCopyCounts, TransportError> {
+        let mut new = ZeroCopyCounts::default();
+        while !outstanding.is_empty() {
+            *system_calls += 1;
+            match raw_io::next_completion(self) {
+                Ok(Some(completion)) => new.add(&outstanding.complete(completion)),
+                Ok(None) => break,
+                Err(cause) => return Err(self.failed("read zero-copy completions", cause)),
+            }
+        }
+        Ok(new)
+    }
+
+    /// Leaves what zero-copy sends still read to [`Connection::close`].
+    pub(crate) fn leave_unreleased(&self, unreleased: Unreleased) {
+        *lock(&self.unreleased) = Some(unreleased);
+    }
+
+    /// Waits until the kernel reads no guest memory any more, if it still does. Until `deadline`
+    /// it may send what it has; then the connection is reset, which throws that away.
+    ///
+    /// After the reset the kernel has dropped its write queue. What is left then are packets that
+    /// a queue of the network stack or a NIC holds, each for as long as a packet takes to leave.
+    /// Should that be longer than is waited for here, they still hold references to their pages:
+    /// the memory is not reused, whoever unmaps it, and what they send is refused by the other
+    /// side. So giving up here is safe for memory, and only leaves pages pinned a while longer.
+    fn release(&self, deadline: Instant) {
+        const RESET: Duration = Duration::from_millis(200);
+        let Some(mut unreleased) = lock(&self.unreleased).take() else { return };
+        if self.await_completions(&mut unreleased, deadline) {
+            return;
+        }
+        // Where disconnecting fails, closing the socket does the same a moment later.
+        let lingers = self.socket.set_linger(Some(Duration::ZERO));
+        let reset = rustix::net::connect_unspec(&self.socket);
+        if self.await_completions(&mut unreleased, Instant::now() + RESET) {
+            return;
+        }
+        tracing::warn!(
+            peer = %self.peer,
+            ?lingers,
+            ?reset,
+            "{} zero-copy sends are not complete on a connection that was reset; their pages stay \
+             pinned until they are",
+            unreleased.outstanding.len()
+        );
+    }
+
+    /// Waits for all completions; whether they came.
+    fn await_completions(&self, unreleased: &mut Unreleased, deadline: Instant) -> bool {
+        loop {
+            let taken = self.take_completions(&mut unreleased.outstanding, &mut 0);
+            if unreleased.outstanding.is_empty() {
+                return true;
+            }
+            if taken.is_err() || Instant::now() >= deadline {
+                return false;
+            }
+            if self.wait_for_completion(Some(deadline)).is_err() {
+                return false;
+            }
+        }
+    }
+
     /// One `recv`; repeated only when a signal came before anything else did.
     pub(crate) fn receive(&self, into: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
         rustix::io::retry_on_intr(|| rustix::net::recv(self, &mut *into, flags))
@@ -211,18 +308,32 @@ impl Connection {
             match self.receive(&mut discarded, RecvFlags::DONTWAIT) {
                 Ok(1..) => {}
                 Err(Errno::AGAIN) if linger => match self.wait(PollFlags::IN, Some(deadline)) {
-                    Ok(ready) if !ready.is_empty() => {}
+                    Ok(ready) if !ready.is_empty() => {
+                        // Completions wake `poll` too, as long as they are not taken.
+                        if let Some(unreleased) = &mut *lock(&self.unreleased) {
+                            let _ = self.take_completions(&mut unreleased.outstanding, &mut 0);
+                        }
+                    }
                     _ => break,
                 },
                 Ok(0) | Err(_) => break,
             }
         }
+        self.release(if linger { deadline } else { Instant::now() });
         self.shutdown(Shutdown::Both);
     }
 }
 
-/// Most time a dropped link spends on channels that were finished, but not all acknowledged.
-const LINGER: Duration = Duration::from_secs(2);
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // Only where a channel outlived its link: else the link has closed the connection.
+        self.release(Instant::now());
+    }
+}
+
+/// Most time that a channel's end and a dropped link spend on what was finished, and is not all
+/// with the other side.
+pub(crate) const LINGER: Duration = Duration::from_secs(2);
 
 /// Closes all connections of a link that is dropped.
 pub(crate) fn close_all(connections: &[Arc<Connection>]) {

@@ -1,6 +1,6 @@
 //! TCP transport of [pageferry]: pages go straight from guest memory into sockets by
 //! `sendmsg`, and straight from sockets into guest memory by `recvmsg`. No page byte is copied in
-//! user space.
+//! user space, and where the NIC can do it none in the sending kernel either ([`ZeroCopy`]).
 //!
 //! The destination [binds](TcpAcceptor::bind) and [accepts](TcpAcceptor::accept), the source
 //! [connects](connect()). A link is one control connection and any number of data connections to
@@ -49,6 +49,12 @@
 //! the descriptor is closed when the link is dropped. A data channel dropped without
 //! [`finish`](pageferry::transport::PageSender::finish) is a lost one for the other side.
 //! Guest memory is kept alive by an [`Arc`](std::sync::Arc) until link and channels are gone.
+//!
+//! Zero-copy sends are read from guest memory after they were sent, until the other side's kernel
+//! has them. `finish` waits for that, at most two seconds. What is still under way when the link
+//! is dropped is taken back: the connection is reset, so that its kernel forgets what it has
+//! queued, and its last reads are waited for, a fifth of a second at most. A page that a NIC still
+//! holds then is kept by the kernel's own reference, whatever happens to the mapping.
 
 mod acceptor;
 mod board;
@@ -57,12 +63,14 @@ mod control;
 mod destination;
 mod half_open;
 mod options;
+mod outstanding;
 mod poll_loop;
 pub mod preamble;
 mod raw_io;
 mod receiver;
 mod sender;
 mod source;
+mod zero_copy;
 
 use std::fmt;
 
@@ -70,7 +78,7 @@ use pageferry::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
 
 pub use acceptor::TcpAcceptor;
 pub use destination::TcpDestinationLink;
-pub use options::{Keepalive, TcpOptions};
+pub use options::{Keepalive, TcpOptions, ZeroCopy};
 pub use source::{TcpSourceLink, connect};
 
 /// Most data channels of a link; bounds how many connections a peer can make us hold.
@@ -78,7 +86,7 @@ pub const MAX_CHANNELS: u16 = 256;
 
 const NAME: &str = "tcp";
 
-/// Both ends can do the same.
+/// Of both ends. The source's has `zero_copy` too, if the options ask for it.
 const CAPABILITIES: Capabilities = Capabilities {
     one_sided_write: false,
     one_sided_read: false,

@@ -23,6 +23,26 @@ impl Default for Keepalive {
     }
 }
 
+/// Whether the kernel is asked not to copy the page bytes it sends (`MSG_ZEROCOPY`).
+///
+/// It needs a path that can do it: a NIC with scatter-gather and checksum offload. On loopback and
+/// on most virtual devices the kernel copies anyway, and says so. Pages are pinned while they are
+/// under way, which counts against `RLIMIT_MEMLOCK` of a process without `CAP_IPC_LOCK`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ZeroCopy {
+    /// As long as it pays: a connection goes back to plain sends when the kernel copies most of
+    /// what the first sends hold, or has no room for them, and a fixed send buffer of less than
+    /// 64 KiB does without. Nothing fails for want of zero-copy.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always, also where the kernel copies: for measuring. Fails where the kernel does not know
+    /// it or has no room.
+    On,
+}
+
 /// Settings of all connections of a link; both sides choose theirs freely.
 ///
 /// ```
@@ -52,6 +72,8 @@ pub struct TcpOptions {
     /// Receive buffer of each connection in bytes. `None` lets the kernel tune it, which is best
     /// nearly always; a fixed size is capped by `net.core.rmem_max`.
     pub receive_buffer_bytes: Option<usize>,
+    /// At the source: zero-copy sends on data connections.
+    pub zero_copy: ZeroCopy,
 }
 
 impl Default for TcpOptions {
@@ -63,6 +85,7 @@ impl Default for TcpOptions {
             keepalive: Some(Keepalive::default()),
             send_buffer_bytes: None,
             receive_buffer_bytes: None,
+            zero_copy: ZeroCopy::default(),
         }
     }
 }

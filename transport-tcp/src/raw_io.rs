@@ -1,4 +1,5 @@
-//! The only unsafe code of this crate: `sendmsg` and `recvmsg` with iovecs over guest memory.
+//! The only unsafe code of this crate: `sendmsg` and `recvmsg` with iovecs over guest memory, and
+//! what of zero-copy sends no library offers.
 //!
 //! Guest memory may not be borrowed as a slice (vCPUs write to it meanwhile), so the safe
 //! vectored calls of the standard library cannot be used. [`GuestVectors`] keeps the memory
@@ -8,6 +9,7 @@
 
 use std::fmt;
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use std::sync::Arc;
 use libc::{c_int, iovec};
 use pageferry::memory::{GuestMemory, OutOfRange};
 use pageferry::transport::{Run, RunKind};
+
+use crate::outstanding::Completion;
 
 const NO_VECTOR: iovec = iovec { iov_base: ptr::null_mut(), iov_len: 0 };
 
@@ -52,7 +56,7 @@ impl GuestVectors {
         Self { memory, vectors: vec![NO_VECTOR], first: 1, left_bytes: 0 }
     }
 
-    pub(crate) fn memory(&self) -> &GuestMemory {
+    pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
 
@@ -97,21 +101,34 @@ impl GuestVectors {
         let start = self.first - 1;
         self.vectors[start] =
             iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() };
-        let message = message_of(&mut self.vectors[start..]);
-        // SAFETY: the iovecs are `head`, which is borrowed for the call and only read, and spans
-        // inside guest memory, which `self.memory` keeps mapped. The message and its iovecs
-        // outlive the call.
-        let sent = unsafe {
-            libc::sendmsg(socket.as_fd().as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
-        };
-        let sent = usize::try_from(sent).map_err(|_| io::Error::last_os_error())?;
+        // SAFETY: the first iovec is `head`, which is borrowed for the call and only read; the
+        // others are spans inside guest memory, which `self.memory` keeps mapped. The kernel
+        // copies all of it during the call.
+        let sent = unsafe { send_vectors(socket, &mut self.vectors[start..], 0)? };
         let head_bytes = sent.min(head.len());
         let guest_bytes = sent - head_bytes;
         self.advance(guest_bytes);
         Ok(Moved { head_bytes, guest_bytes })
     }
 
-    /// Receives what is left, then into `head`, with one system call. May receive less.
+    /// Sends what is left with one system call that asks the kernel not to copy. May send less
+    /// than all of it; each call that sends something has a [`Completion`].
+    ///
+    /// The kernel goes on reading guest memory until then. It holds a reference to every page it
+    /// will read, so nothing that happens to the mapping makes it read anything else: an unmapped
+    /// page is not reused before. What the caller owes is only that the *bytes* are meaningful:
+    /// that nobody puts the memory to another use before the completion.
+    pub(crate) fn send_zero_copy(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        // SAFETY: spans inside guest memory, which `self.memory` keeps mapped during the call.
+        // After it the kernel reads the pages by the references it took, not by address.
+        let sent =
+            unsafe { send_vectors(socket, &mut self.vectors[self.first..], libc::MSG_ZEROCOPY)? };
+        self.advance(sent);
+        Ok(sent)
+    }
+
+    /// Receives what is left, then into `head`, with one system call that waits for all of it.
+    /// Gets less only when the connection ends or a signal comes.
     pub(crate) fn receive_with_head(
         &mut self,
         socket: impl AsFd,
@@ -121,42 +138,12 @@ impl GuestVectors {
         self.vectors.push(iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
         // SAFETY: the last iovec is `head`, which is borrowed mutably for the call; the others
         // are spans inside guest memory, see `receive_vectors`.
-        let received = unsafe { receive_vectors(&socket, &mut self.vectors[self.first..], 0) };
+        let received = unsafe { receive_vectors(&socket, &mut self.vectors[self.first..]) };
         self.vectors.pop();
         let received = received?;
         let guest_bytes = received.min(left_bytes);
         self.advance(guest_bytes);
         Ok(Moved { head_bytes: received - guest_bytes, guest_bytes })
-    }
-
-    /// Receives the next `limit_bytes` (or what is left, if that is less), waiting for all of
-    /// them. Gets less only when the connection ends or a signal comes.
-    pub(crate) fn receive_all(
-        &mut self,
-        socket: impl AsFd,
-        limit_bytes: usize,
-    ) -> io::Result<usize> {
-        let mut room = limit_bytes.min(self.left_bytes);
-        let mut end = self.first;
-        let mut cut = 0;
-        while room > 0 {
-            let vector = &mut self.vectors[end];
-            cut = vector.iov_len.saturating_sub(room);
-            vector.iov_len -= cut;
-            room -= vector.iov_len;
-            end += 1;
-        }
-        // SAFETY: spans inside guest memory, the last one possibly shortened.
-        let received = unsafe {
-            receive_vectors(&socket, &mut self.vectors[self.first..end], libc::MSG_WAITALL)
-        };
-        // What was cut off belongs to the vector again, before it is advanced.
-        if cut > 0 {
-            self.vectors[end - 1].iov_len += cut;
-        }
-        let received = received?;
-        self.advance(received);
-        Ok(received)
     }
 
     /// Drops the first `bytes` of what is left.
@@ -175,26 +162,117 @@ impl GuestVectors {
     }
 }
 
-/// Receives into iovecs.
+/// Sends iovecs.
+///
+/// # Safety
+///
+/// Every iovec must be readable memory that stays mapped during the call.
+unsafe fn send_vectors(
+    socket: impl AsFd,
+    vectors: &mut [iovec],
+    flags: c_int,
+) -> io::Result<usize> {
+    let message = message_of(vectors);
+    let flags = flags | libc::MSG_NOSIGNAL;
+    // SAFETY: the caller vouches for the iovecs; the message outlives the call.
+    let sent = unsafe { libc::sendmsg(socket.as_fd().as_raw_fd(), &raw const message, flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives into iovecs until they are full.
 ///
 /// # Safety
 ///
 /// Every iovec must be writable memory that stays mapped during the call, and no Rust reference
 /// to it may be in use meanwhile.
-unsafe fn receive_vectors(
-    socket: impl AsFd,
-    vectors: &mut [iovec],
-    flags: c_int,
-) -> io::Result<usize> {
+unsafe fn receive_vectors(socket: impl AsFd, vectors: &mut [iovec]) -> io::Result<usize> {
     let mut message = message_of(vectors);
+    let (socket, flags) = (socket.as_fd().as_raw_fd(), libc::MSG_WAITALL);
     // SAFETY: the caller vouches for the iovecs; the message outlives the call.
-    let received = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, flags) };
+    let received = unsafe { libc::recvmsg(socket, &raw mut message, flags) };
     usize::try_from(received).map_err(|_| io::Error::last_os_error())
+}
+
+/// Lets a socket take zero-copy sends (`SO_ZEROCOPY`).
+pub(crate) fn enable_zero_copy(socket: impl AsFd) -> io::Result<()> {
+    let on: c_int = 1;
+    let len = libc::socklen_t::try_from(size_of_val(&on)).map_err(io::Error::other)?;
+    // SAFETY: the option takes an int, which outlives the call, and its length is given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ZEROCOPY,
+            (&raw const on).cast(),
+            len,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Of `linux/errqueue.h`; libc has the struct and not these.
+const SO_EE_ORIGIN_ZEROCOPY: u8 = 5;
+const SO_EE_CODE_ZEROCOPY_COPIED: u8 = 1;
+
+/// Room for one control message with an extended error and the address behind it (which is
+/// empty for zero-copy), aligned as control messages are.
+#[repr(C, align(8))]
+struct ErrorRoom([u8; 128]);
+
+/// Takes one notification of zero-copy sends off a socket's error queue. `None` when there is
+/// none. Never waits.
+pub(crate) fn next_completion(socket: impl AsFd) -> io::Result<Option<Completion>> {
+    let socket = socket.as_fd().as_raw_fd();
+    loop {
+        let mut room = ErrorRoom([0; 128]);
+        let mut message = message_of(&mut []);
+        message.msg_control = room.0.as_mut_ptr().cast();
+        message.msg_controllen = room.0.len() as _;
+        // SAFETY: there are no iovecs, and the control buffer is writable and as long as said;
+        // both outlive the call.
+        let received = unsafe {
+            libc::recvmsg(socket, &raw mut message, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT)
+        };
+        if received < 0 {
+            match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                error if error.kind() == io::ErrorKind::Interrupted => continue,
+                error => return Err(error),
+            }
+        }
+        // SAFETY: the kernel has filled in the control buffer and its length.
+        let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+        if header.is_null() {
+            continue;
+        }
+        // SAFETY: not null, so a whole header inside `room`, which is aligned for it.
+        let libc::cmsghdr { cmsg_level: level, cmsg_type: kind, .. } = unsafe { *header };
+        let is_error = matches!(
+            (level, kind),
+            (libc::SOL_IP, libc::IP_RECVERR) | (libc::SOL_IPV6, libc::IPV6_RECVERR)
+        );
+        if !is_error {
+            continue;
+        }
+        // SAFETY: the message is inside `room`.
+        let data = unsafe { libc::CMSG_DATA(header) };
+        // SAFETY: a message of this level and type begins with the struct, and `room` has space
+        // for it, whatever the message's length claims.
+        let error = unsafe { ptr::read_unaligned(data.cast::<libc::sock_extended_err>()) };
+        // Anything else is an error of the network, which the next call on the socket tells.
+        if error.ee_origin == SO_EE_ORIGIN_ZEROCOPY {
+            return Ok(Some(Completion {
+                first: error.ee_info,
+                last: error.ee_data,
+                copied: error.ee_code & SO_EE_CODE_ZEROCOPY_COPIED != 0,
+            }));
+        }
+    }
 }
 
 fn message_of(vectors: &mut [iovec]) -> libc::msghdr {
     // SAFETY: msghdr is a C struct of integers and pointers, all of which may be zero.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
     message.msg_iov = vectors.as_mut_ptr();
     // Its type differs between C libraries; MAX_BATCH_RUNS + 1 fits in every one.
     message.msg_iovlen = vectors.len() as _;

@@ -1,22 +1,20 @@
 //! The destination's end of a data channel.
 //!
 //! Page bytes go from the socket into guest memory by `recvmsg`; only headers and tables touch
-//! buffers of ours. Every batch has at least one run, so after a batch [`READ_AHEAD_BYTES`] more
-//! can be asked for without ever getting page bytes: they come with the end of the payload in one
-//! call, mostly, and a batch of one run costs no call for its head.
+//! buffers of ours. No record is shorter than a lead ([`LEAD_BYTES`]), so the rest of a batch and
+//! the lead of the next record are received by one call that waits for all of it, and a batch of
+//! up to [`LEAD_RUNS`](stream::LEAD_RUNS) runs costs no other. A sender that has nothing more to send and waits for news sends a
+//! request or the end, so that call never waits for longer than the sender does.
 //!
 //! # When batches are acknowledged
 //!
-//! - When the sender asks for it.
-//! - When a batch has landed and not a byte of the next has come. That is known without a
-//!   further system call, from how much the last `recvmsg` returned. After it this side blocks
-//!   for want of bytes, so it can never sleep on batches that have landed and are not
-//!   acknowledged; what arrives between the look and the acknowledgement is a batch of its own
-//!   and gets its own turn.
+//! When the sender asks for it, and never otherwise: by a flag on a batch, by a request, or by the
+//! end of the channel.
 //!
 //! Acknowledgements are sent without blocking. They are cumulative, so where the sender does not
 //! read them the newest replaces all that did not fit, and two sides that both only write cannot
-//! get stuck.
+//! get stuck. While one is waiting for room, nothing is received ahead: the sender may be waiting
+//! for just that one, and not send a byte more.
 
 use std::io;
 use std::net::Shutdown;
@@ -24,7 +22,7 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::stream::{
-    self, ACK_BYTES, BatchHeader, HEADER_BYTES, Header, MAX_HEAD_BYTES, RUN_BYTES, StreamError,
+    self, ACK_BYTES, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
 };
 use pageferry::transport::{
     ChannelCounters, PageCounts, PageReceiver, Received, Run, RunKind, Ticket, TransportError,
@@ -36,20 +34,15 @@ use rustix::net::{RecvFlags, SendFlags};
 use crate::connection::Connection;
 use crate::raw_io::GuestVectors;
 
-/// Header and first run: what every batch has, and so what never contains page bytes.
-const READ_AHEAD_BYTES: usize = HEADER_BYTES + RUN_BYTES;
-/// The end of a payload that is received together with the next head, when the sender is not
-/// ahead of us. It mostly comes in the packet that ends what was waited for.
-const TAIL_BYTES: usize = 4096;
-
 const RECEIVING: &str = "receive pages";
 
 #[derive(Debug)]
 pub(crate) struct TcpPageReceiver {
     connection: Arc<Connection>,
     vectors: GuestVectors,
-    /// Header and table; the first `head_filled` bytes are there.
-    head: Box<[u8; MAX_HEAD_BYTES]>,
+    /// Header and table, and with a batch of no payload the next lead behind it; the first
+    /// `head_filled` bytes are there.
+    head: Box<[u8; MAX_HEAD_BYTES + LEAD_BYTES]>,
     head_filled: usize,
     runs: Vec<Run>,
     landed: Ticket,
@@ -66,7 +59,7 @@ impl TcpPageReceiver {
         Self {
             connection,
             vectors: GuestVectors::new(memory),
-            head: Box::new([0; MAX_HEAD_BYTES]),
+            head: Box::new([0; MAX_HEAD_BYTES + LEAD_BYTES]),
             head_filled: 0,
             runs: Vec::new(),
             landed: 0,
@@ -84,10 +77,11 @@ impl TcpPageReceiver {
         error.into()
     }
 
-    /// Receives bytes of the head up to `end`, at least one.
-    fn receive_head(&mut self, end: usize, flags: RecvFlags) -> Result<(), TransportError> {
+    /// Receives bytes of the head up to `end`; fewer only if a signal comes, at least one.
+    fn receive_head(&mut self, end: usize) -> Result<(), TransportError> {
         self.counters.system_calls += 1;
-        match self.connection.receive(&mut self.head[self.head_filled..end], flags) {
+        let room = &mut self.head[self.head_filled..end];
+        match self.connection.receive(room, RecvFlags::WAITALL) {
             Ok(0) => Err(self.connection.ended(RECEIVING)),
             Ok(received) => {
                 self.head_filled += received;
@@ -98,61 +92,69 @@ impl TcpPageReceiver {
         }
     }
 
-    /// Receives the header, and the first run where it is there already.
-    fn receive_header(&mut self) -> Result<Header, TransportError> {
+    /// How much of the next record is received with the rest of this one.
+    fn ahead_bytes(&self) -> usize {
+        if self.acks.is_stuck() { 0 } else { LEAD_BYTES }
+    }
+
+    /// Receives the lead of a record, as far as it is not there.
+    fn receive_lead(&mut self) -> Result<Header, TransportError> {
         // Rare: the last acknowledgement did not fit. It must get out while we wait.
         while self.head_filled == 0 && self.acks.is_stuck() {
             self.counters.system_calls += 1;
             let ready = self.connection.wait(PollFlags::IN | PollFlags::OUT, None)?;
-            self.acks.send(self.landed, &self.connection, SendFlags::DONTWAIT, &mut self.counters);
+            self.acknowledge(SendFlags::DONTWAIT);
             if ready.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
                 break;
             }
         }
-        while self.head_filled < HEADER_BYTES {
-            self.receive_head(READ_AHEAD_BYTES, RecvFlags::empty())?;
+        loop {
+            if let Some(header) = self.next_header() {
+                return header.map_err(|error| self.malformed(error));
+            }
+            self.receive_head(LEAD_BYTES)?;
         }
-        let mut header = [0; HEADER_BYTES];
-        header.copy_from_slice(&self.head[..HEADER_BYTES]);
-        stream::decode_header(&header, self.landed + 1).map_err(|error| self.malformed(error))
     }
 
-    /// Receives the table, checks it, and gets the vectors ready for the payload.
+    /// The header of the next record, if its lead is there.
+    fn next_header(&self) -> Option<Result<Header, StreamError>> {
+        let lead = self.head[..self.head_filled].first_chunk::<LEAD_BYTES>()?;
+        Some(stream::decode_header(lead, self.landed + 1))
+    }
+
+    /// Receives the table, checks it, and gets the vectors ready for the payload. If there is no
+    /// payload, what follows is the next lead: it is received too, as far as it comes.
     fn receive_table(&mut self, header: &BatchHeader) -> Result<PageCounts, TransportError> {
         let end = HEADER_BYTES + header.table_bytes();
+        let ahead_bytes = if header.payload_bytes == 0 { self.ahead_bytes() } else { 0 };
         while self.head_filled < end {
-            self.receive_head(end, RecvFlags::WAITALL)?;
+            self.receive_head(end + ahead_bytes)?;
         }
         let table = &self.head[HEADER_BYTES..end];
         let layout = self.vectors.memory().layout();
         let counts = stream::decode_table(header, table, layout, &mut self.runs)
             .map_err(|error| self.malformed(error))?;
         self.vectors.load(&self.runs)?;
+        self.head.copy_within(end..self.head_filled, 0);
+        self.head_filled -= end;
         Ok(counts)
     }
 
-    /// Receives the payload into guest memory, and the next head behind it as far as it is there.
-    fn receive_payload(&mut self, sender_is_ahead: bool) -> Result<(), TransportError> {
-        // A sender that is ahead has probably filled the socket with the whole payload and the
-        // next head: one call for both. Otherwise waiting for nearly everything first saves
-        // being woken for every few packets.
-        let mut all_at_once = sender_is_ahead;
+    /// Receives the payload into guest memory, and the next lead behind it as far as it comes.
+    fn receive_payload(&mut self) -> Result<(), TransportError> {
+        let ahead_bytes = self.ahead_bytes();
         while self.vectors.left_bytes() > 0 {
             self.counters.system_calls += 1;
-            let left_bytes = self.vectors.left_bytes();
-            let result = if all_at_once || left_bytes <= TAIL_BYTES {
-                let room = &mut self.head[self.head_filled..READ_AHEAD_BYTES];
-                self.vectors.receive_with_head(&self.connection, room).map(|moved| {
+            let room = &mut self.head[self.head_filled..ahead_bytes];
+            match self.vectors.receive_with_head(&self.connection, room) {
+                Ok(moved) => {
+                    let received = moved.head_bytes + moved.guest_bytes;
+                    if received == 0 {
+                        return Err(self.connection.ended(RECEIVING));
+                    }
                     self.head_filled += moved.head_bytes;
-                    moved.head_bytes + moved.guest_bytes
-                })
-            } else {
-                self.vectors.receive_all(&self.connection, left_bytes - TAIL_BYTES)
-            };
-            all_at_once = false;
-            match result {
-                Ok(0) => return Err(self.connection.ended(RECEIVING)),
-                Ok(received) => self.counters.wire_bytes += received as u64,
+                    self.counters.wire_bytes += received as u64;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.connection.failed(RECEIVING, error)),
             }
@@ -160,54 +162,41 @@ impl TcpPageReceiver {
         Ok(())
     }
 
-    /// Looks whether the next head is there, without waiting. What is wrong with the
-    /// connection, if anything, the next batch will find out.
-    fn look_ahead(&mut self) {
-        self.counters.system_calls += 1;
-        let room = &mut self.head[self.head_filled..READ_AHEAD_BYTES];
-        if let Ok(received) = self.connection.receive(room, RecvFlags::DONTWAIT) {
-            self.head_filled += received;
-            self.counters.wire_bytes += received as u64;
-        }
+    fn acknowledge(&mut self, flags: SendFlags) {
+        self.acks.send(self.landed, &self.connection, flags, &mut self.counters);
     }
 
-    fn place(
-        &mut self,
-        header: &BatchHeader,
-        sender_is_ahead: bool,
-    ) -> Result<Received, TransportError> {
+    fn place(&mut self, header: &BatchHeader) -> Result<Received, TransportError> {
         let counts = self.receive_table(header)?;
         // Zeroes first: meanwhile the kernel receives the payload. A batch names no page twice.
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
             self.vectors.memory().fill_zero(run.range)?;
         }
-        self.head_filled = 0;
-        if header.payload_bytes > 0 {
-            self.receive_payload(sender_is_ahead)?;
-        }
+        self.receive_payload()?;
         self.landed = header.ticket;
-        if header.payload_bytes == 0 && !header.ack {
-            self.look_ahead();
-        }
-        if header.ack || self.head_filled == 0 {
-            self.acks.send(self.landed, &self.connection, SendFlags::DONTWAIT, &mut self.counters);
+        // A request behind it is answered now, not when the caller comes back.
+        if header.ack || matches!(self.next_header(), Some(Ok(Header::AckRequest))) {
+            self.acknowledge(SendFlags::DONTWAIT);
         }
         Ok(Received::Batch(counts))
     }
 
     fn receive_next(&mut self) -> Result<Received, TransportError> {
-        let sender_is_ahead = self.head_filled > 0;
-        match self.receive_header()? {
-            Header::Batch(header) => self.place(&header, sender_is_ahead),
-            Header::End => Ok(self.end()),
+        loop {
+            match self.receive_lead()? {
+                Header::Batch(header) => return self.place(&header),
+                Header::End => return Ok(self.end()),
+                Header::AckRequest => {
+                    self.head_filled = 0;
+                    self.acknowledge(SendFlags::DONTWAIT);
+                }
+            }
         }
     }
 
     /// The source ended the channel: acknowledge all, and end our direction too.
     fn end(&mut self) -> Received {
-        if self.acks.is_due(self.landed) {
-            self.acks.send(self.landed, &self.connection, SendFlags::empty(), &mut self.counters);
-        }
+        self.acknowledge(SendFlags::empty());
         self.connection.shutdown(Shutdown::Write);
         self.ended = true;
         Received::End

@@ -2,37 +2,40 @@
 //!
 //! Pages go from guest memory into the socket by `sendmsg`: one call a batch, unless the kernel
 //! takes it in pieces. The kernel copies them into its own buffers, so a batch is *released* as
-//! soon as it is sent.
+//! soon as it is sent; unless it was sent zero-copy, then it is when the kernel says so
+//! ([`crate::zero_copy`]).
 //!
 //! # Acknowledgements
 //!
-//! A batch asks for one when [`ACK_EVERY_BYTES`] of guest memory have been sent since the last
-//! that did. A flag on an older batch cannot be set afterwards, so it is the receiver that makes
-//! [`PageSender::watermarks`] with a wait work: it also acknowledges before it would block
-//! for want of bytes. `send` returns only when the kernel has the whole batch, hence nothing
-//! needs to be flushed here, and all that was sent is acknowledged sooner or later.
+//! Now and then a batch asks for one ([`AckSchedule`]). The receiver answers when it has the lead
+//! of the next record too, so [`PageSender::watermarks`] with a wait sends a request where no
+//! batch followed. It is sent without blocking, since the call is bound by time; what does not fit
+//! goes out later, at the latest before the next record.
+//!
+//! A batch counts as landed only when it is released as well: its memory may be put to other use
+//! then, and the kernel may still have packets of it to send again.
 
 use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::memory::GuestMemory;
-use pageferry::transport::stream::{self, ACK_BYTES};
+use pageferry::transport::stream::{self, ACK_BYTES, AckSchedule};
 use pageferry::transport::{
     ChannelCounters, MAX_BATCH_RUNS, PageSender, Run, Ticket, TransportError, Watermarks,
 };
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvFlags, SendFlags};
 
-use crate::connection::{Connection, deadline_after};
+use crate::connection::{Connection, LINGER, deadline_after};
+use crate::options::TcpOptions;
 use crate::raw_io::GuestVectors;
+use crate::zero_copy::ZeroCopier;
 
 /// Most page bytes in one batch.
 pub(crate) const MAX_BATCH_BYTES: u64 = 4 << 20;
-/// Guest memory sent, as data or as zeroes, after which an acknowledgement is asked for.
-const ACK_EVERY_BYTES: u64 = 4 << 20;
 /// Acknowledgements read with one call.
 const ACKS_AT_ONCE: usize = 64;
 
@@ -56,8 +59,14 @@ pub(crate) struct TcpPageSender {
     head: Vec<u8>,
     phase: Phase,
     sent: Ticket,
+    /// As acknowledged, released or not.
     landed: Ticket,
-    unasked_bytes: u64,
+    /// The last landed watermark that was handed out.
+    told: Ticket,
+    schedule: AckSchedule,
+    /// The end of a request for which the socket had no room.
+    owed: Vec<u8>,
+    zero_copy: ZeroCopier,
     /// Acknowledgements come in; the first `acks_filled` bytes are an incomplete one.
     acks: [u8; ACKS_AT_ONCE * ACK_BYTES],
     acks_filled: usize,
@@ -65,25 +74,39 @@ pub(crate) struct TcpPageSender {
 }
 
 impl TcpPageSender {
-    pub(crate) fn new(connection: Arc<Connection>, memory: Arc<GuestMemory>) -> Self {
-        Self {
+    pub(crate) fn new(
+        connection: Arc<Connection>,
+        memory: Arc<GuestMemory>,
+        options: &TcpOptions,
+    ) -> Result<Self, TransportError> {
+        Ok(Self {
+            zero_copy: ZeroCopier::new(options, &connection)?,
             connection,
             vectors: GuestVectors::new(memory),
             head: Vec::new(),
             phase: Phase::Open,
             sent: 0,
             landed: 0,
-            unasked_bytes: 0,
+            told: 0,
+            schedule: AckSchedule::default(),
+            owed: Vec::new(),
             acks: [0; ACKS_AT_ONCE * ACK_BYTES],
             acks_filled: 0,
             counters: ChannelCounters::default(),
-        }
+        })
     }
 
-    /// Sends the head and what the vectors hold.
-    fn send_all(&mut self) -> Result<(), TransportError> {
+    /// Sends what is owed, the head, and what the vectors hold for this batch.
+    fn send_all(&mut self, ticket: Ticket) -> Result<(), TransportError> {
+        if !self.owed.is_empty() {
+            self.head.splice(0..0, self.owed.drain(..));
+        }
         let mut head_sent = 0;
-        while head_sent < self.head.len() || self.vectors.left_bytes() > 0 {
+        let mut result = Ok(());
+        if self.zero_copy.takes(self.vectors.left_bytes()) {
+            result = self.send_zero_copy(ticket, &mut head_sent);
+        }
+        while result.is_ok() && (head_sent < self.head.len() || self.vectors.left_bytes() > 0) {
             self.counters.system_calls += 1;
             match self.vectors.send(&self.connection, &self.head[head_sent..]) {
                 Ok(moved) => {
@@ -91,16 +114,119 @@ impl TcpPageSender {
                     self.counters.wire_bytes += (moved.head_bytes + moved.guest_bytes) as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    self.vectors.clear();
-                    self.phase = Phase::Broken;
-                    let error = self.connection.failed(SENDING, error);
-                    self.connection.shutdown(Shutdown::Both);
-                    return Err(error);
+                Err(error) => result = Err(self.connection.failed(SENDING, error)),
+            }
+        }
+        result.inspect_err(|_| self.give_up())
+    }
+
+    /// Something failed in the middle of a record.
+    fn give_up(&mut self) {
+        self.vectors.clear();
+        self.owed.clear();
+        self.phase = Phase::Broken;
+        self.connection.shutdown(Shutdown::Both);
+    }
+
+    /// Sends the head with a copy, since its buffer is used again, and the pages without. What it
+    /// leaves is to be sent plainly.
+    fn send_zero_copy(
+        &mut self,
+        ticket: Ticket,
+        head_sent: &mut usize,
+    ) -> Result<(), TransportError> {
+        while *head_sent < self.head.len() {
+            self.counters.system_calls += 1;
+            match self.connection.send(&self.head[*head_sent..], SendFlags::MORE) {
+                Ok(sent) => {
+                    *head_sent += sent;
+                    self.counters.wire_bytes += sent as u64;
+                }
+                Err(errno) => return Err(self.connection.failed(SENDING, errno.into())),
+            }
+        }
+        while self.vectors.left_bytes() > 0 {
+            self.counters.system_calls += 1;
+            match self.vectors.send_zero_copy(&self.connection) {
+                Ok(sent) => {
+                    self.counters.wire_bytes += sent as u64;
+                    self.zero_copy.sent(ticket, sent);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(Errno::NOBUFS.raw_os_error()) => {
+                    if !self.make_room(&error)? {
+                        return Ok(());
+                    }
+                }
+                Err(error) => return Err(self.connection.failed(SENDING, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until some zero-copy send is complete, so that there is room for another; false if
+    /// there will be none.
+    fn make_room(&mut self, cause: &io::Error) -> Result<bool, TransportError> {
+        loop {
+            if self.look()? {
+                return Ok(true);
+            }
+            if self.zero_copy.is_done() {
+                let bytes = self.vectors.left_bytes();
+                self.zero_copy.give_up(&self.connection, bytes, cause)?;
+                return Ok(false);
+            }
+            self.counters.system_calls += 1;
+            let ready = self.connection.wait_for_completion(None)?;
+            if self.look()? {
+                return Ok(true);
+            }
+            // Nothing is complete: then it was the connection that ended the wait.
+            let error = self.connection.socket().take_error().ok().flatten();
+            if let Some(error) = error {
+                return Err(self.connection.failed(SENDING, error));
+            }
+            if ready.contains(PollFlags::HUP) {
+                return Err(self.connection.ended(SENDING));
+            }
+        }
+    }
+
+    /// Takes the completions of zero-copy sends that are there; whether there were any.
+    fn look(&mut self) -> Result<bool, TransportError> {
+        let looked = self.zero_copy.look(&self.connection, &mut self.counters.system_calls);
+        self.counters.zero_copy = self.zero_copy.counts();
+        looked
+    }
+
+    /// Sends what is owed as far as there is room.
+    fn send_owed(&mut self) -> Result<(), TransportError> {
+        while !self.owed.is_empty() {
+            self.counters.system_calls += 1;
+            match self.connection.send(&self.owed, SendFlags::DONTWAIT) {
+                Ok(sent) => {
+                    self.owed.drain(..sent);
+                    self.counters.wire_bytes += sent as u64;
+                }
+                Err(Errno::AGAIN) => break,
+                Err(errno) => {
+                    self.owed.clear();
+                    return Err(self.connection.failed(AWAITING_ACKS, errno.into()));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Waits until acknowledgements or completions may be there; false when the time is over.
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<bool, TransportError> {
+        self.counters.system_calls += 1;
+        if self.landed == self.sent {
+            // Only completions are missing. The other side may have ended its direction.
+            return Ok(!self.connection.wait_for_completion(deadline)?.is_empty());
+        }
+        let owing = if self.owed.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+        Ok(!self.connection.wait(PollFlags::IN | owing, deadline)?.is_empty())
     }
 
     fn check_open(&self) -> Result<(), TransportError> {
@@ -150,7 +276,27 @@ impl TcpPageSender {
     }
 
     fn marks(&self) -> Watermarks {
-        Watermarks { released: self.sent, landed: self.landed }
+        let released = self.zero_copy.released(self.sent);
+        Watermarks { released, landed: self.landed.min(released) }
+    }
+
+    /// Takes what is there. What landed before the link was lost is worth knowing: then it is no
+    /// failure yet, the next call fails.
+    fn take_news(&mut self, look: bool) -> Result<(), TransportError> {
+        if look {
+            self.look()?;
+        }
+        if !self.schedule.expects_more(self.landed) {
+            return Ok(());
+        }
+        match self.take_acks() {
+            Err(TransportError::Lost { .. }) if self.has_news() => Ok(()),
+            result => result,
+        }
+    }
+
+    fn has_news(&self) -> bool {
+        self.marks().landed > self.told
     }
 }
 
@@ -172,42 +318,46 @@ impl PageSender for TcpPageSender {
         }
         self.vectors.load(runs)?;
 
-        let covered_bytes: u64 = runs.iter().map(|run| run.range.len_bytes()).sum();
-        self.unasked_bytes = self.unasked_bytes.saturating_add(covered_bytes);
-        let ask = self.unasked_bytes >= ACK_EVERY_BYTES;
-        if ask {
-            self.unasked_bytes = 0;
-        }
         let ticket = self.sent + 1;
+        let ask = self.schedule.flag_next(ticket, runs);
         stream::encode_batch(ticket, runs, ask, &mut self.head);
-        self.send_all()?;
+        self.send_all(ticket)?;
         self.sent = ticket;
+        if self.zero_copy.look_is_due() {
+            self.look()?;
+        }
         Ok(ticket)
     }
 
     fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
         self.connection.check()?;
-        let before = self.landed;
-        if before == self.sent {
-            // Nothing is under way: nothing can come, and waiting would be in vain.
-            return Ok(self.marks());
-        }
         let deadline = deadline_after(wait);
-        loop {
-            match self.take_acks() {
-                // What landed before the link was lost is worth knowing; the next call fails.
-                Err(TransportError::Lost { .. }) if self.landed > before => break,
-                result => result?,
-            }
-            if wait.is_none() || self.landed > before {
+        // Once everything has landed nothing can come, and waiting would be in vain.
+        while self.told < self.sent {
+            self.take_news(wait.is_some())?;
+            if wait.is_none() || self.has_news() {
                 break;
             }
-            self.counters.system_calls += 1;
-            if self.connection.wait(PollFlags::IN, deadline)?.is_empty() {
-                break;
+            if self.landed < self.sent && !self.schedule.expects_more(self.landed) {
+                stream::encode_ack_request(&mut self.owed);
+                self.schedule.requested(self.sent);
+            }
+            let waited = self.send_owed().and_then(|()| self.wait(deadline));
+            match waited {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    self.take_news(true)?;
+                    if self.has_news() {
+                        break;
+                    }
+                    return Err(error);
+                }
             }
         }
-        Ok(self.marks())
+        let marks = self.marks();
+        self.told = marks.landed;
+        Ok(marks)
     }
 
     fn counters(&self) -> ChannelCounters {
@@ -220,8 +370,21 @@ impl PageSender for TcpPageSender {
         }
         self.check_open()?;
         stream::encode_end(&mut self.head);
-        self.send_all()?;
+        self.send_all(self.sent)?;
+        // The end is a request too.
+        self.schedule.requested(self.sent);
         self.phase = Phase::Finished;
+        // Before the connection is shut down: the wait is a real one only until then.
+        let deadline = Instant::now() + LINGER;
+        while !self.zero_copy.is_done() {
+            self.look()?;
+            if self.zero_copy.is_done() || Instant::now() >= deadline {
+                break;
+            }
+            self.counters.system_calls += 1;
+            self.connection.wait_for_completion(Some(deadline))?;
+            self.connection.check()?;
+        }
         self.connection.shutdown(Shutdown::Write);
         Ok(())
     }
@@ -231,10 +394,13 @@ impl Drop for TcpPageSender {
     fn drop(&mut self) {
         if self.phase != Phase::Finished {
             self.connection.shutdown(Shutdown::Both);
-        } else if self.landed < self.sent {
+        } else if self.landed < self.sent || !self.zero_copy.is_done() {
             // The last batches may still be in this side's send buffer. The link holds the
             // socket open; tell it to be patient when it goes.
             self.connection.ask_to_linger();
+        }
+        if let Some(unreleased) = self.zero_copy.take_unreleased(self.vectors.memory()) {
+            self.connection.leave_unreleased(unreleased);
         }
     }
 }

@@ -17,7 +17,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::connection::{Connection, LinkState, close_all, deadline_after};
-use crate::options::TcpOptions;
+use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use crate::sender::TcpPageSender;
 use crate::{CAPABILITIES, NAME, control};
@@ -66,7 +66,7 @@ pub fn connect(
 ///
 /// # Resource cleanup
 ///
-/// Dropping it closes all connections. If data channels were finished and dropped before all
+/// Dropping it closes all connections, and ends zero-copy sends that are still under way. If data channels were finished and dropped before all
 /// their batches were acknowledged, it first waits for the other side to take them, at most two
 /// seconds in all.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ impl Link for TcpSourceLink {
     }
 
     fn capabilities(&self) -> Capabilities {
-        CAPABILITIES
+        Capabilities { zero_copy: self.options.zero_copy != ZeroCopy::Off, ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
@@ -144,12 +144,14 @@ impl SourceLink for TcpSourceLink {
             dialled.into_iter().map(Dialled::await_answer).collect::<Result<Vec<_>, _>>()?;
         self.opened = true;
         self.connections.extend(connections.iter().cloned());
-        Ok(connections
+        connections
             .into_iter()
             .map(|connection| {
-                Box::new(TcpPageSender::new(connection, Arc::clone(memory))) as Box<dyn PageSender>
+                let memory = Arc::clone(memory);
+                let sender = TcpPageSender::new(connection, memory, &self.options)?;
+                Ok(Box::new(sender) as Box<dyn PageSender>)
             })
-            .collect())
+            .collect()
     }
 }
 

@@ -1,10 +1,10 @@
-//! TCP passes the conformance suite: on IPv4, on IPv6, and with socket buffers so small that
-//! nothing ever fits in one piece.
+//! TCP passes the conformance suite: on IPv4, on IPv6, with and without zero-copy sends, and with
+//! socket buffers so small that nothing ever fits in one piece.
 
 use std::time::Duration;
 
 use pageferry::testing::conformance::Pair;
-use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy, connect};
 
 fn pair(address: &str, options: TcpOptions) -> Pair {
     let acceptor = TcpAcceptor::bind(address, options.clone()).expect("a port of loopback");
@@ -26,9 +26,27 @@ fn small_buffers() -> Pair {
     pair("127.0.0.1:0", options)
 }
 
+fn zero_copy() -> Pair {
+    pair("127.0.0.1:0", TcpOptions { zero_copy: ZeroCopy::On, ..TcpOptions::default() })
+}
+
+fn plain() -> Pair {
+    pair("127.0.0.1:0", TcpOptions { zero_copy: ZeroCopy::Off, ..TcpOptions::default() })
+}
+
 mod over_ipv4 {
     use super::*;
     pageferry::conformance_suite!(ipv4);
+}
+
+mod with_zero_copy {
+    use super::*;
+    pageferry::conformance_suite!(zero_copy);
+}
+
+mod without_zero_copy {
+    use super::*;
+    pageferry::conformance_suite!(plain);
 }
 
 mod with_small_buffers {

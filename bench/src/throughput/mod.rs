@@ -32,6 +32,9 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
         dirty_rate: args.dirty_rate,
         transport: args.transport,
         channels: args.channels,
+        zero_copy: args.zero_copy,
+        batch_bytes: args.batch,
+        populate_threads: args.populate,
     };
     match measure(&setup, args.pairs) {
         Ok(pairs) => {

@@ -4,7 +4,7 @@ use comfy_table::Cell;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::wire::{Measured, Setup};
+use super::wire::{Measured, Setup, ZeroCopyFigures};
 use crate::args::Transport;
 use crate::outcome::Failure;
 use crate::output::{self, SCHEMA, median};
@@ -56,14 +56,6 @@ struct BothSides<T> {
     destination: Option<T>,
 }
 
-#[derive(Debug, Clone, Copy, Default, Serialize)]
-struct ZeroCopy {
-    /// Bytes sent by zero-copy calls.
-    sent: u64,
-    /// Of these, bytes that the kernel copied after all.
-    copied_by_kernel: u64,
-}
-
 /// The JSON object. Figures over all pairs are medians, unless they say otherwise.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
@@ -74,6 +66,9 @@ pub(super) struct Report {
     memory_bytes: u64,
     zero_share: f64,
     dirty_rate: u32,
+    /// As asked for; null is the engine's own choice.
+    batch_bytes: Option<u64>,
+    populate_threads: u16,
     pairs: Vec<PairReport>,
     engine_gbps_median: Option<f64>,
     bare_gbps_median: Option<f64>,
@@ -92,7 +87,8 @@ pub(super) struct Report {
     /// The most of any measurement and either side.
     engine_peak_bytes: Option<u64>,
     engine_peak_bytes_by_side: BothSides<u64>,
-    zero_copy: ZeroCopy,
+    /// Of all measurements and both sides together.
+    zero_copy: ZeroCopyFigures,
     /// Both sides' memory was the same after the first measurement; there is no report if not.
     memory_match: bool,
 }
@@ -118,6 +114,8 @@ impl Report {
             memory_bytes: setup.memory_bytes,
             zero_share: setup.zero_share,
             dirty_rate: setup.dirty_rate,
+            batch_bytes: setup.batch_bytes,
+            populate_threads: setup.populate_threads,
             engine_gbps_median: median(engine.iter().map(Transfer::gbps)),
             bare_gbps_median: median(bare.iter().map(Transfer::gbps)),
             ratio_min: ratios.iter().copied().reduce(f64::min),
@@ -139,7 +137,10 @@ impl Report {
                 .unwrap_or(0),
             engine_peak_bytes: peaks.source.max(peaks.destination),
             engine_peak_bytes_by_side: peaks,
-            zero_copy: ZeroCopy::default(),
+            zero_copy: engine
+                .iter()
+                .flat_map(|transfer| [transfer.source.zero_copy, transfer.destination.zero_copy])
+                .fold(ZeroCopyFigures::default(), ZeroCopyFigures::add),
             memory_match: true,
         }
     }
@@ -188,8 +189,8 @@ impl Report {
         row("copied in user space", HumanBytes(self.user_copied_bytes).to_string(), String::new());
         let zero_copy = format!(
             "{}, {} copied by the kernel",
-            HumanBytes(self.zero_copy.sent),
-            HumanBytes(self.zero_copy.copied_by_kernel)
+            HumanBytes(self.zero_copy.sent_bytes),
+            HumanBytes(self.zero_copy.copied_bytes)
         );
         row("sent zero-copy", zero_copy, String::new());
         let peak = |peak: Option<u64>| {

@@ -106,9 +106,16 @@ fn send_by_engine(ram: &Ram, setup: &Setup, address: SocketAddr) -> Result<Measu
             window.begin();
         }
     });
+    let source = match setup.batch_bytes {
+        Some(bytes) => source.batch_bytes(bytes),
+        None => source,
+    };
     let growth = Growth::watch(&memory);
     let Transport::Tcp = setup.transport;
-    let link = connect(address, TcpOptions::default())?;
+    let link = connect(
+        address,
+        TcpOptions { zero_copy: setup.zero_copy.into(), ..TcpOptions::default() },
+    )?;
     let departed = source
         .migrate(machine, &memory, DirtySources::new(trackers), Box::new(link))
         .map_err(|failure| failure.error)?;
@@ -135,7 +142,8 @@ fn receive_by_engine(ram: &Ram, setup: &Setup) -> Result<Measured, Failure> {
     answer(&Answer::Listening(acceptor.local_addr()))?;
     let link = acceptor.accept(None)?;
     drop(acceptor);
-    let destination = Destination::new().on_event(move |event| {
+    let destination = Destination::new().populate_ahead(setup.populate_threads);
+    let destination = destination.on_event(move |event| {
         if matches!(event, Event::Registered(_)) {
             window.begin();
         }
@@ -154,6 +162,7 @@ fn counters(statistics: &Statistics) -> Measured {
         payload_bytes: statistics.pages.data * pageferry::memory::PAGE_BYTES,
         system_calls: statistics.system_calls,
         user_copied_bytes: statistics.user_copied_bytes,
+        zero_copy: statistics.zero_copy.into(),
         ..Measured::default()
     }
 }

@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 
 use clap::ValueEnum;
+use pageferry::transport::ZeroCopyCounts;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
-use crate::args::Transport;
+use crate::args::{Transport, ZeroCopyChoice};
 
 /// A process of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -35,6 +36,9 @@ pub(super) struct Setup {
     pub(super) dirty_rate: u32,
     pub(super) transport: Transport,
     pub(super) channels: u16,
+    pub(super) zero_copy: ZeroCopyChoice,
+    pub(super) batch_bytes: Option<u64>,
+    pub(super) populate_threads: u16,
 }
 
 /// To a side.
@@ -77,6 +81,37 @@ impl std::fmt::Display for Contestant {
     }
 }
 
+/// What became of sends that asked the kernel not to copy.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(super) struct ZeroCopyFigures {
+    /// Sends that are complete.
+    pub(super) sent: u64,
+    /// Those of them that the kernel copied after all.
+    pub(super) copied_by_kernel: u64,
+    /// Bytes of either.
+    pub(super) sent_bytes: u64,
+    pub(super) copied_bytes: u64,
+}
+
+impl From<ZeroCopyCounts> for ZeroCopyFigures {
+    fn from(counts: ZeroCopyCounts) -> Self {
+        let ZeroCopyCounts { sent, copied_by_kernel, sent_bytes, copied_bytes } = counts;
+        Self { sent, copied_by_kernel, sent_bytes, copied_bytes }
+    }
+}
+
+impl ZeroCopyFigures {
+    /// Adds another side's, or another transfer's.
+    pub(super) fn add(self, other: Self) -> Self {
+        Self {
+            sent: self.sent + other.sent,
+            copied_by_kernel: self.copied_by_kernel + other.copied_by_kernel,
+            sent_bytes: self.sent_bytes + other.sent_bytes,
+            copied_bytes: self.copied_bytes + other.copied_bytes,
+        }
+    }
+}
+
 /// What one side saw of one transfer.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub(super) struct Measured {
@@ -90,6 +125,7 @@ pub(super) struct Measured {
     pub(super) system_calls: u64,
     /// Page bytes copied in user space.
     pub(super) user_copied_bytes: u64,
+    pub(super) zero_copy: ZeroCopyFigures,
     /// How far the process grew, without guest memory; `None` where the kernel does not tell.
     pub(super) peak_bytes: Option<u64>,
 }

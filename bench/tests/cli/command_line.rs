@@ -17,6 +17,7 @@ fn nonsense_is_refused_with_help() {
         (&["throughput", "--zero-share", "nan"], &["--zero-share", "between 0.0 and 1.0"]),
         (&["throughput", "--dirty-rate", "fast"], &["--dirty-rate"]),
         (&["throughput", "--transport", "pigeon"], &["--transport", "tcp"]),
+        (&["throughput", "--zero-copy", "maybe"], &["--zero-copy", "auto", "off", "on"]),
         (&["throughput", "--backing", "paper"], &["--backing", "memfd"]),
         (&["bitmap", "--guest", "1G,0"], &["--guest", "512M"]),
         (&["bitmap", "--guest", "1E"], &["--guest", "at most"]),

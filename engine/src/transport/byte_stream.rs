@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::stream::{self, ACK_BYTES, HEADER_BYTES, Header, StreamError};
+use super::stream::{self, ACK_BYTES, AckSchedule, HEADER_BYTES, Header, LEAD_BYTES, StreamError};
 use super::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
     Interrupt, Link, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, Received,
@@ -99,6 +99,7 @@ impl<S: ByteStream> ByteStreamLink<S> {
             memory: Arc::clone(memory),
             user_copied_bytes: 0,
             marks: Watermarks::default(),
+            acks: AckSchedule::default(),
             scratch: Vec::new(),
         });
         Ok(pages.collect())
@@ -291,8 +292,11 @@ struct Pages<S> {
     half: Half<S>,
     memory: Arc<GuestMemory>,
     user_copied_bytes: u64,
-    /// At the source. At the destination `landed` counts what was placed.
+    /// At the source. At the destination `landed` counts what was placed, and `released` what was
+    /// acknowledged.
     marks: Watermarks,
+    /// At the source.
+    acks: AckSchedule,
     scratch: Vec<u8>,
 }
 
@@ -302,12 +306,24 @@ impl<S> Pages<S> {
     }
 }
 
+impl<S: ByteStream> Pages<S> {
+    /// At the destination: says what has landed, if that is news.
+    fn acknowledge(&mut self) -> Result<(), TransportError> {
+        if self.marks.released < self.marks.landed {
+            self.marks.released = self.marks.landed;
+            self.half.write(&self.marks.landed.to_le_bytes())?;
+        }
+        Ok(())
+    }
+}
+
 impl<S: ByteStream> PageSender for Pages<S> {
     fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
         CAPABILITIES.check(runs)?;
         runs.iter().try_for_each(|run| self.memory.span(run.range).map(drop))?;
         let ticket = self.marks.released + 1;
-        stream::encode_batch(ticket, runs, true, &mut self.scratch);
+        let ask = self.acks.flag_next(ticket, runs);
+        stream::encode_batch(ticket, runs, ask, &mut self.scratch);
         self.half.write(&self.scratch)?;
         for run in runs.iter().filter(|run| run.kind == RunKind::Data) {
             self.memory.copy_out(run.range, &mut self.scratch)?;
@@ -324,6 +340,11 @@ impl<S: ByteStream> PageSender for Pages<S> {
             // A look without waiting is not in every stream's power: acknowledgements wait.
             return self.half.check("", Ok(self.marks));
         };
+        if !self.acks.expects_more(self.marks.landed) {
+            stream::encode_ack_request(&mut self.scratch);
+            self.half.write(&self.scratch)?;
+            self.acks.requested(self.marks.released);
+        }
         if self.half.fill(ACK_BYTES, Instant::now().checked_add(wait))? {
             let ack = self.half.take();
             self.marks.landed = stream::decode_ack(ack, self.marks.released, self.marks.landed)?;
@@ -343,16 +364,25 @@ impl<S: ByteStream> PageSender for Pages<S> {
 
 impl<S: ByteStream> PageReceiver for Pages<S> {
     fn receive(&mut self) -> Result<Received, TransportError> {
-        self.half.fill(HEADER_BYTES, None)?;
         let due = self.marks.landed + 1;
-        let header = match stream::decode_header(&self.half.take(), due)? {
-            Header::Batch(header) => header,
-            Header::End => return Ok(Received::End),
+        let header = loop {
+            self.half.fill(LEAD_BYTES, None)?;
+            let mut lead = [0; LEAD_BYTES];
+            lead.copy_from_slice(&self.half.buffer);
+            match stream::decode_header(&lead, due)? {
+                Header::Batch(header) => break header,
+                Header::End => return Ok(Received::End),
+                Header::AckRequest => {
+                    self.half.buffer.clear();
+                    self.acknowledge()?;
+                }
+            }
         };
-        self.half.fill(header.table_bytes(), None)?;
+        self.half.fill(HEADER_BYTES + header.table_bytes(), None)?;
         let mut runs = Vec::new();
-        let table = std::mem::take(&mut self.half.buffer);
-        let counts = stream::decode_table(&header, &table, self.memory.layout(), &mut runs)?;
+        let head = std::mem::take(&mut self.half.buffer);
+        let table = &head[HEADER_BYTES..];
+        let counts = stream::decode_table(&header, table, self.memory.layout(), &mut runs)?;
         for run in runs {
             if run.kind == RunKind::Zero {
                 self.memory.fill_zero(run.range)?;
@@ -364,7 +394,9 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
         }
         self.user_copied_bytes += header.payload_bytes;
         self.marks.landed = due;
-        self.half.write(&due.to_le_bytes())?;
+        if header.ack {
+            self.acknowledge()?;
+        }
         Ok(Received::Batch(counts))
     }
 

@@ -2,7 +2,14 @@
 //! interoperate. Diagrams: `docs/protocol.md`, "data channel".
 //!
 //! A batch is a header, a table of its runs, and the page bytes of its data runs in table order.
-//! The receiver answers with cumulative acknowledgements. All integers are little-endian.
+//! The receiver answers with cumulative acknowledgements, when it is asked to. All integers are
+//! little-endian.
+//!
+//! No record is shorter than [`LEAD_BYTES`]: a table has room for at least [`LEAD_RUNS`] runs. So a receiver may ask its socket for the rest of a
+//! batch and the lead of the next record with one call that waits for all of it: it gets no page
+//! byte of the next batch, and a source that has nothing more to send and wants to know what has
+//! landed sends the request ([`encode_ack_request`]), which ends that call. [`AckSchedule`] knows
+//! when it has to.
 
 use thiserror::Error;
 
@@ -14,6 +21,12 @@ use crate::memory::{Layout, PAGE_BYTES, PageRange};
 pub const HEADER_BYTES: usize = 24;
 /// Length of one run in the table in bytes.
 pub const RUN_BYTES: usize = 16;
+/// Runs for which every table has room; what is not used is zero. A batch of a contiguous piece
+/// of memory has one run, one of a few stripes has a few: either is known from its lead.
+pub const LEAD_RUNS: usize = 8;
+/// What every record begins with: a header, and room for [`LEAD_RUNS`] runs. Records that are no
+/// batches are no longer than this, with zeroes in place of the runs.
+pub const LEAD_BYTES: usize = HEADER_BYTES + LEAD_RUNS * RUN_BYTES;
 /// Length of an acknowledgement in bytes: the ticket up to which everything has landed.
 pub const ACK_BYTES: usize = 8;
 /// Longest header with its table.
@@ -24,6 +37,7 @@ pub const MAX_PAYLOAD_BYTES: u64 = 64 << 20;
 const MAGIC: [u8; 4] = *b"PFB1";
 const TYPE_BATCH: u8 = 1;
 const TYPE_END: u8 = 2;
+const TYPE_ACK_REQUEST: u8 = 3;
 const FLAG_ACK: u8 = 1;
 const KIND_DATA: u8 = 0;
 const KIND_ZERO: u8 = 1;
@@ -41,6 +55,9 @@ pub enum StreamError {
     /// Unknown flag bits or reserved bytes that are not zero.
     #[error("reserved bits {0:#x} are set")]
     Reserved(u32),
+    /// The unused rest of a table is not zero.
+    #[error("the unused rest of a batch's table is not zero")]
+    Unused,
     /// The table is empty or too long.
     #[error("batch of {0} runs, 1 to {MAX_BATCH_RUNS} are allowed")]
     RunCount(u16),
@@ -88,6 +105,8 @@ pub enum Header {
     Batch(BatchHeader),
     /// The channel ends here, in order.
     End,
+    /// The sender waits: whatever has landed and is not acknowledged is to be acknowledged now.
+    AckRequest,
 }
 
 /// The header of a batch.
@@ -99,14 +118,15 @@ pub struct BatchHeader {
     pub runs: u16,
     /// Page bytes after the table.
     pub payload_bytes: u64,
-    /// Whether the receiver owes an acknowledgement once the batch has landed.
+    /// Whether the receiver owes an acknowledgement once the batch has landed. It may take the
+    /// lead of the next record first.
     pub ack: bool,
 }
 
 impl BatchHeader {
-    /// Length of the table in bytes.
+    /// Length of the table in bytes, with what is not used of it.
     pub fn table_bytes(&self) -> usize {
-        usize::from(self.runs) * RUN_BYTES
+        usize::from(self.runs).max(LEAD_RUNS) * RUN_BYTES
     }
 }
 
@@ -128,12 +148,26 @@ pub fn encode_batch(ticket: Ticket, runs: &[Run], ack: bool, into: &mut Vec<u8>)
         });
         into.push(0);
     }
+    // The lead is there in full.
+    into.resize(into.len().max(LEAD_BYTES), 0);
 }
 
 /// Writes the record that ends a channel into `into`, replacing what is there.
 pub fn encode_end(into: &mut Vec<u8>) {
+    encode_bare(TYPE_END, into);
+}
+
+/// Writes the record that asks for an acknowledgement at once into `into`, replacing what is
+/// there.
+pub fn encode_ack_request(into: &mut Vec<u8>) {
+    encode_bare(TYPE_ACK_REQUEST, into);
+}
+
+/// A record of nothing but its type, as long as a lead.
+fn encode_bare(record: u8, into: &mut Vec<u8>) {
     into.clear();
-    encode_header(TYPE_END, 0, 0, 0, 0, into);
+    encode_header(record, 0, 0, 0, 0, into);
+    into.resize(LEAD_BYTES, 0);
 }
 
 fn encode_header(
@@ -152,14 +186,15 @@ fn encode_header(
     into.extend_from_slice(&ticket.to_le_bytes());
 }
 
-/// Reads a header. `expected` is the ticket due.
-pub fn decode_header(bytes: &[u8; HEADER_BYTES], expected: Ticket) -> Result<Header, StreamError> {
-    let (magic, rest) = take::<4>(bytes);
+/// Reads the header of a record from its lead. `expected` is the ticket due. The runs of a batch are
+/// left to [`decode_table`].
+pub fn decode_header(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Header, StreamError> {
+    let (magic, rest) = take::<4>(lead);
     let (kind, rest) = take::<1>(rest);
     let (flags, rest) = take::<1>(rest);
     let (runs, rest) = take::<2>(rest);
     let (payload_bytes, rest) = take::<8>(rest);
-    let (ticket, _) = take::<8>(rest);
+    let (ticket, runs_room) = take::<8>(rest);
     if magic != MAGIC {
         return Err(StreamError::BadMagic(magic));
     }
@@ -168,11 +203,12 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES], expected: Ticket) -> Result<Hea
     let payload_bytes = u64::from_le_bytes(payload_bytes);
     let ticket = u64::from_le_bytes(ticket);
     match kind {
-        TYPE_END => {
-            if flags != 0 || runs != 0 || payload_bytes != 0 || ticket != 0 {
+        TYPE_END | TYPE_ACK_REQUEST => {
+            let fields_are_zero = flags == 0 && runs == 0 && payload_bytes == 0 && ticket == 0;
+            if !fields_are_zero || runs_room.iter().any(|&byte| byte != 0) {
                 return Err(StreamError::Reserved(u32::from(flags)));
             }
-            Ok(Header::End)
+            Ok(if kind == TYPE_END { Header::End } else { Header::AckRequest })
         }
         TYPE_BATCH => {
             if flags & !FLAG_ACK != 0 {
@@ -206,6 +242,11 @@ pub fn decode_table(
 ) -> Result<PageCounts, StreamError> {
     runs.clear();
     let mut actual = 0;
+    let used_bytes = table.len().min(usize::from(header.runs) * RUN_BYTES);
+    let (table, unused) = table.split_at(used_bytes);
+    if unused.iter().any(|&byte| byte != 0) {
+        return Err(StreamError::Unused);
+    }
     for entry in table.chunks_exact(RUN_BYTES) {
         let (first_page, rest) = take::<8>(entry);
         let (pages, rest) = take::<4>(rest);
@@ -258,6 +299,57 @@ pub fn decode_ack(
     Ok(got)
 }
 
+/// Guest memory sent after which an acknowledgement is asked for, as data or as zeroes. A
+/// fraction of what an engine lets be under way, so that a sender never stands still for want of
+/// an acknowledgement that nobody asked for.
+const ACK_EVERY_BYTES: u64 = 8 << 20;
+/// The same for batches of a few pages each.
+const ACK_EVERY_BATCHES: u32 = 64;
+
+/// When a source asks for acknowledgements: with a flag every now and then, and with a request
+/// when it waits and no answer would come otherwise.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AckSchedule {
+    /// Since the last batch with the flag.
+    unasked_bytes: u64,
+    unasked_batches: u32,
+    /// The last batch with the flag.
+    flagged: Ticket,
+    /// Up to here acknowledgements come without any further record.
+    promised: Ticket,
+}
+
+impl AckSchedule {
+    /// Whether the batch that is sent next is to have the flag.
+    pub fn flag_next(&mut self, ticket: Ticket, runs: &[Run]) -> bool {
+        // What was flagged before is answered at the latest when this batch's lead arrives.
+        self.promised = self.promised.max(self.flagged);
+        let covered_bytes =
+            runs.iter().fold(0_u64, |bytes, run| bytes.saturating_add(run.range.len_bytes()));
+        self.unasked_bytes = self.unasked_bytes.saturating_add(covered_bytes);
+        self.unasked_batches += 1;
+        let flag =
+            self.unasked_bytes >= ACK_EVERY_BYTES || self.unasked_batches >= ACK_EVERY_BATCHES;
+        if flag {
+            (self.unasked_bytes, self.unasked_batches) = (0, 0);
+            self.flagged = ticket;
+        }
+        flag
+    }
+
+    /// Whether an acknowledgement is under way that `landed` does not include, or will be
+    /// without any further record.
+    pub fn expects_more(&self, landed: Ticket) -> bool {
+        self.promised > landed
+    }
+
+    /// A request follows the batch `sent`.
+    pub fn requested(&mut self, sent: Ticket) {
+        (self.unasked_bytes, self.unasked_batches) = (0, 0);
+        self.promised = sent;
+    }
+}
+
 /// The first `N` bytes, and the rest. Callers pass slices of a length they checked.
 fn take<const N: usize>(bytes: &[u8]) -> ([u8; N], &[u8]) {
     let (head, rest) = bytes.split_at(N);
@@ -292,11 +384,12 @@ mod tests {
     }
 
     fn decode(bytes: &[u8], expected: Ticket) -> Result<(BatchHeader, Vec<Run>), StreamError> {
-        let (head, table) = take::<HEADER_BYTES>(bytes);
-        let Header::Batch(header) = decode_header(&head, expected)? else {
+        let (lead, _) = take::<LEAD_BYTES>(bytes);
+        let Header::Batch(header) = decode_header(&lead, expected)? else {
             return Err(StreamError::UnknownType(TYPE_END));
         };
         let mut runs = Vec::new();
+        let table = &bytes[HEADER_BYTES..];
         let table = &table[..table.len().min(header.table_bytes())];
         decode_table(&header, table, &layout(), &mut runs)?;
         Ok((header, runs))
@@ -319,10 +412,10 @@ mod tests {
 
         #[test]
         fn any_bytes_are_decoded_or_refused(
-            mut bytes in prop::collection::vec(any::<u8>(), HEADER_BYTES..400),
-            lead: bool,
+            mut bytes in prop::collection::vec(any::<u8>(), LEAD_BYTES..400),
+            like_a_batch: bool,
         ) {
-            if lead {
+            if like_a_batch {
                 bytes[..5].copy_from_slice(b"PFB1\x01");
                 bytes[5] &= FLAG_ACK;
                 bytes[7] = 0;
@@ -340,12 +433,77 @@ mod tests {
     }
 
     #[test]
+    fn records_without_runs_are_a_lead_of_zeroes_after_the_type() {
+        type Encode = fn(&mut Vec<u8>);
+        let cases: [(Encode, Header); 2] =
+            [(encode_end, Header::End), (encode_ack_request, Header::AckRequest)];
+        for (encode, expected) in cases {
+            let mut bytes = vec![0xff; 3];
+            encode(&mut bytes);
+            let lead: [u8; LEAD_BYTES] = bytes.try_into().unwrap();
+            assert_eq!(decode_header(&lead, 7), Ok(expected));
+            for byte in 5..LEAD_BYTES {
+                let mut wrong = lead;
+                wrong[byte] = 1;
+                let error = decode_header(&wrong, 7).unwrap_err();
+                assert!(matches!(error, StreamError::Reserved(_)), "byte {byte}: {error}");
+            }
+        }
+        let mut lead = [0; LEAD_BYTES];
+        lead[..5].copy_from_slice(b"PFB1\x04");
+        assert_eq!(decode_header(&lead, 1), Err(StreamError::UnknownType(4)));
+    }
+
+    fn pages(pages: u32) -> [Run; 1] {
+        [Run { range: PageRange { region: 0, first_page: 0, pages }, kind: RunKind::Data }]
+    }
+
+    #[test]
+    fn acknowledgements_are_asked_for_by_bytes_and_by_batches() {
+        let flags = |count: u32, batches: u64| -> Vec<Ticket> {
+            let mut schedule = AckSchedule::default();
+            (1..=batches).filter(|ticket| schedule.flag_next(*ticket, &pages(count))).collect()
+        };
+        assert_eq!(flags(1024, 6), [2, 4, 6]);
+        assert_eq!(flags(4096, 2), [1, 2]);
+        assert_eq!(flags(1, 130), [64, 128]);
+    }
+
+    /// An answer to a flag may wait for the lead of the next record.
+    #[test]
+    fn the_last_batch_is_never_promised_without_a_request() {
+        let mut schedule = AckSchedule::default();
+        assert!(!schedule.expects_more(0));
+        assert!(schedule.flag_next(1, &pages(4096)));
+        assert!(!schedule.expects_more(0));
+        assert!(!schedule.flag_next(2, &pages(1)));
+        assert!(schedule.expects_more(0) && !schedule.expects_more(1));
+        schedule.requested(2);
+        assert!(schedule.expects_more(1) && !schedule.expects_more(2));
+        // A flag from before the request does not take back what the request promised.
+        assert!(!schedule.flag_next(3, &pages(1)));
+        assert!(schedule.expects_more(1) && !schedule.expects_more(2));
+    }
+
+    #[test]
     fn runs_outside_the_layout_are_refused() {
         for (region, first_page, pages) in [(0, 99, 2), (2, 0, 1), (0, u64::MAX, 1), (0, 0, 0)] {
             let range = PageRange { region, first_page, pages };
             let mut bytes = Vec::new();
             encode_batch(1, &[Run { range, kind: RunKind::Data }], false, &mut bytes);
             assert_eq!(decode(&bytes, 1), Err(StreamError::OutOfRange(range)));
+        }
+    }
+
+    #[test]
+    fn what_a_table_does_not_use_is_zero() {
+        let mut bytes = Vec::new();
+        encode_batch(1, &pages(1), false, &mut bytes);
+        assert_eq!(bytes.len(), LEAD_BYTES);
+        for byte in HEADER_BYTES + RUN_BYTES..LEAD_BYTES {
+            let mut wrong = bytes.clone();
+            wrong[byte] = 1;
+            assert_eq!(decode(&wrong, 1), Err(StreamError::Unused), "byte {byte}");
         }
     }
 

@@ -26,6 +26,7 @@ fn nonsense_is_refused_with_help() {
         (&["run", "--downtime-limit", "5"], &["--downtime-limit", "300ms"]),
         (&["run", "--workload", "busy"], &["--workload", "sequential"]),
         (&["run", "--transport", "pigeon"], &["--transport", "tcp"]),
+        (&["run", "--zero-copy", "maybe"], &["--zero-copy", "auto", "off", "on"]),
         (&["run", "--dirty-rate", "-1"], &["-1"]),
         (&["run", "--dirty-source", "luck"], &["--dirty-source", "pagemap"]),
         (&["run", "--guest=kvm", "--dirty-source=bitmap"], &["--dirty-source bitmap", "kvm guest"]),

@@ -71,6 +71,27 @@ fn eight_channels_and_an_idle_guest() {
 }
 
 #[test]
+fn zero_copy_sends_are_counted() {
+    let report = completes(&["--zero-copy=off", "--backing=memfd"]);
+    assert_eq!((report.count("zero_copy.sent"), report.count("zero_copy.sent_bytes")), (0, 0));
+    let report = completes(&["--zero-copy=on", "--backing=memfd"]);
+    assert_verified(&report);
+    assert!(report.count("zero_copy.sent") > 0, "{report:?}");
+    // On loopback the kernel copies all of it.
+    assert_eq!(report.count("zero_copy.copied_by_kernel"), report.count("zero_copy.sent"));
+    assert_eq!(report.count("zero_copy.copied_bytes"), report.count("zero_copy.sent_bytes"));
+}
+
+#[test]
+fn memory_is_populated_ahead() {
+    let report = completes(&["--populate=2", "--backing=memfd"]);
+    assert_verified(&report);
+    assert_eq!(report.count("populated.threads"), 2);
+    assert!(report.count("populated.bytes") > 0, "{report:?}");
+    assert!(report.number("populated.ms") > 0.0, "{report:?}");
+}
+
+#[test]
 fn a_guest_in_huge_pages() {
     // Both sides' memory.
     let Some(_reserved) = HugePages::reserve(2 * 32) else { return };

@@ -40,12 +40,15 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
     let memory: Arc<GuestMemory> =
         Arc::new(guest_memory(Arc::clone(ram.memory())).expect("a layout"));
     let (version, channels) = (hello.newest_version, hello.channels);
-    say(&mut control, &Message::Welcome(Welcome {
-        version,
-        channels,
-        memory_zeroed: true,
-        wants_data_ranges: false,
-    }));
+    say(
+        &mut control,
+        &Message::Welcome(Welcome {
+            version,
+            channels,
+            memory_zeroed: true,
+            wants_data_ranges: false,
+        }),
+    );
     link.register(&memory).expect("register");
     for mut receiver in link.open_receivers(channels, PATIENCE).expect("channels") {
         // Ends with the link.

@@ -1,14 +1,16 @@
 //! Pages arrive exactly, whatever the sockets do.
 
 use std::thread;
+use std::time::Duration;
 
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
 use pageferry::transport::Link;
+use pageferry::transport::stream::{ACK_BYTES, LEAD_BYTES};
 use pageferry::transport::{
-    ChannelCounters, MAX_BATCH_RUNS, PageCounts, PageReceiver, PageSender, Received, Run, RunKind,
-    TransportError, Watermarks,
+    Capabilities, ChannelCounters, MAX_BATCH_RUNS, PageCounts, PageReceiver, PageSender, Received,
+    Run, RunKind, TransportError, Watermarks,
 };
-use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy, connect};
 
 use crate::support::memory::{assert_same, fill, guest_memory};
 use crate::support::{
@@ -55,8 +57,7 @@ fn send_all(sender: &mut dyn PageSender, batches: &[Vec<Run>]) -> ChannelCounter
         assert_eq!(ticket, last + 1);
         last = ticket;
         let marks = sender.watermarks(None).unwrap();
-        assert_eq!(marks.released, ticket);
-        assert!(marks.landed <= ticket);
+        assert!(marks.landed <= marks.released && marks.released <= ticket, "{marks:?}");
     }
     until_landed(sender, last);
     sender.finish().unwrap();
@@ -108,9 +109,11 @@ fn one_to_eight_channels_move_pages_exactly() {
 #[test]
 fn tiny_buffers_move_pages_exactly() {
     let mut random = Random::new("tiny buffers");
+    // In a receive buffer of less than a few packets Linux may leave the window smaller than a
+    // packet, and then only probes pass, every fifth of a second. Nothing is wrong with the bytes.
     let options = TcpOptions {
         send_buffer_bytes: Some(1),
-        receive_buffer_bytes: Some(1),
+        receive_buffer_bytes: Some(16 << 10),
         ..TcpOptions::default()
     };
     moves_exactly(pair(&options), 3, &mut random);
@@ -176,7 +179,7 @@ fn full_batches_pass_and_larger_ones_are_refused() {
     fill(&from, &mut random);
     let mut link = pair(&TcpOptions::default());
     let limits = link.source.capabilities();
-    assert_eq!(limits, link.destination.capabilities());
+    assert_eq!(limits, Capabilities { zero_copy: true, ..link.destination.capabilities() });
     let Ends { mut senders, mut receivers } = link.open(&from, &to, 1);
     let sender = &mut senders[0];
 
@@ -218,17 +221,43 @@ fn small_batches_need_no_second_thread() {
     assert_eq!(sender.watermarks(Some(PATIENCE)).unwrap(), Watermarks::default());
     for ticket in 1..=10 {
         // Far below what makes a sender ask for an acknowledgement.
-        let run = if ticket % 2 == 0 { zero(0, 0, 8) } else { data(0, 7, 1) };
+        let run = if ticket % 2 == 0 { data(0, 0, 8) } else { data(0, 7, 1) };
         assert_eq!(sender.send(&[run]).unwrap(), ticket);
+        // Asks for the acknowledgement, and so ends the receiver's wait for the next record.
+        let marks = sender.watermarks(Some(Duration::ZERO)).unwrap();
+        assert_eq!(marks.landed, ticket - 1);
         receivers[0].receive().unwrap();
         until_landed(&mut **sender, ticket);
     }
-    // Two that come together: the first needs no acknowledgement of its own.
-    sender.send(&[data(0, 0, 1)]).unwrap();
-    sender.send(&[zero(0, 0, 1)]).unwrap();
-    receivers[0].receive().unwrap();
-    receivers[0].receive().unwrap();
-    until_landed(&mut **sender, 12);
+}
+
+/// Acknowledgements cost what was asked for, and no system call is made in vain.
+#[test]
+fn a_receiver_acknowledges_when_asked_and_only_then() {
+    let memory = guest_memory(&[4096]);
+    let mut link = pair(&TcpOptions { zero_copy: ZeroCopy::Off, ..TcpOptions::default() });
+    let Ends { mut senders, mut receivers } = link.open(&memory, &guest_memory(&[4096]), 1);
+    let (sender, receiver) = (&mut senders[0], &mut receivers[0]);
+    thread::scope(|scope| {
+        let receiving = scope.spawn(move || {
+            drain(&mut **receiver);
+            receiver.counters()
+        });
+        // 64 MiB in batches of 4 MiB: 8 flags, and one end.
+        for ticket in 1..=16 {
+            let first_page = (ticket % 4) * 1024;
+            assert_eq!(sender.send(&[data(0, first_page, 1024)]).unwrap(), ticket);
+        }
+        sender.finish().unwrap();
+        until_landed(&mut **sender, 16);
+        let counters = receiving.join().unwrap();
+        let heads = (16 * LEAD_BYTES + LEAD_BYTES) as u64;
+        // The last flag and the end come together.
+        let acks = 8 * ACK_BYTES as u64;
+        assert_eq!(counters.wire_bytes, (64 << 20) + heads + acks);
+        // The first lead, 16 times a payload with the next lead, and the acknowledgements.
+        assert_eq!(counters.system_calls, 1 + 16 + 8, "{counters:?}");
+    });
 }
 
 /// Everything sent arrives even if the source goes away right after `finish`.

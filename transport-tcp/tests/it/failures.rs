@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 
 use pageferry::memory::{GuestMemory, PageRange};
-use pageferry::transport::stream::{self, ACK_BYTES, StreamError};
+use pageferry::transport::stream::{self, ACK_BYTES, LEAD_BYTES, StreamError};
 use pageferry::transport::{
     DestinationLink, Link, PageReceiver, Received, Run, SourceLink, TransportError,
 };
@@ -77,7 +77,7 @@ fn a_bad_batch_is_malformed_and_touches_no_memory() {
 fn a_source_that_dies_anywhere_is_lost() {
     let mut batch = head(1, &[data(0, 0, 2), data(1, 6, 2)]);
     batch.resize(batch.len() + 4 * 4096, 0xaa);
-    for sent in [0, 1, 23, 24, 39, 40, 55, 56, 57, 5000, batch.len() - 1] {
+    for sent in [0, 1, 23, 24, 39, 40, 55, 56, 57, 151, 152, 153, 5000, batch.len() - 1] {
         let mut r = receiving();
         r.stream.write_all(&batch[..sent]).unwrap();
         drop(r.stream);
@@ -193,7 +193,7 @@ fn what_landed_before_the_loss_is_told() {
     sender.send(&[zero(0, 0, 1)]).unwrap();
     sender.send(&[zero(0, 0, 1)]).unwrap();
     // Read what was sent, so that closing the socket ends the stream in order.
-    let mut read = [0; 80];
+    let mut read = [0; 2 * LEAD_BYTES];
     std::io::Read::read_exact(&mut stream, &mut read).unwrap();
     stream.write_all(&1_u64.to_le_bytes()).unwrap();
     drop(stream);

@@ -7,3 +7,4 @@ mod links;
 mod measure;
 mod strangers;
 mod support;
+mod zero_copy;

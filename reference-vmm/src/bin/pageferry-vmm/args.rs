@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::guest::{GuestKind, kvm_available};
 use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
 use pageferry_vmm::ram::Backing;
@@ -109,6 +110,28 @@ pub(crate) enum Transport {
     Tcp,
 }
 
+/// Whether the kernel is asked not to copy what it sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ZeroCopyChoice {
+    /// As long as it pays: not where the kernel copies anyway, as on loopback.
+    Auto,
+    /// Never.
+    Off,
+    /// Always, also where the kernel copies anyway.
+    On,
+}
+
+impl From<ZeroCopyChoice> for ZeroCopy {
+    fn from(choice: ZeroCopyChoice) -> Self {
+        match choice {
+            ZeroCopyChoice::Auto => Self::Auto,
+            ZeroCopyChoice::Off => Self::Off,
+            ZeroCopyChoice::On => Self::On,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct GuestArgs {
     /// Guest memory.
@@ -178,6 +201,9 @@ pub(crate) struct MigrationArgs {
     /// Data channels, each with a thread on both sides.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) channels: u16,
+    /// Send pages without a copy in the kernel (MSG_ZEROCOPY).
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub(crate) zero_copy: ZeroCopyChoice,
     /// How long the guest may stand still.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
     pub(crate) downtime_limit: Duration,
@@ -198,6 +224,9 @@ pub(crate) struct DemoArgs {
     pub(crate) guest: GuestArgs,
     #[command(flatten)]
     pub(crate) migration: MigrationArgs,
+    /// Threads that allocate the destination's memory ahead of the data.
+    #[arg(long, value_name = "THREADS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=256))]
+    pub(crate) populate: u16,
     /// Compare all memory by digest before the guest resumes. The guest stands still for it,
     /// which is reported apart from the downtime.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
@@ -252,6 +281,9 @@ pub(crate) struct ReceiveArgs {
     /// What backs the guest's memory here.
     #[arg(long, default_value = "anonymous")]
     pub(crate) backing: Backing,
+    /// Threads that allocate the guest's memory ahead of the data.
+    #[arg(long, value_name = "THREADS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=256))]
+    pub(crate) populate: u16,
     /// After the guest arrived: run it for this long, check its memory, and exit [default: run
     /// it until Ctrl-C].
     #[arg(long, value_name = "TIME", value_parser = time)]

@@ -94,6 +94,7 @@ fn source_args(
     }
     option("transport", value_name(&migration.transport));
     option("channels", migration.channels.to_string());
+    option("zero-copy", value_name(&migration.zero_copy));
     option("downtime-limit", format!("{}us", migration.downtime_limit.as_micros()));
     option("max-rounds", migration.max_rounds.to_string());
     if let Some(limit) = migration.bandwidth_limit {
@@ -114,6 +115,7 @@ fn destination_args(args: &DemoArgs) -> Vec<OsString> {
             .map(OsString::from)
             .into();
     list.extend(["--backing".into(), value_name(&args.guest.backing).into()]);
+    list.extend(["--populate".into(), args.populate.to_string().into()]);
     list.extend(["--transport".into(), value_name(&args.migration.transport).into()]);
     if !args.migration.pin.is_empty() {
         list.extend(["--pin".into(), cpu_list(&args.migration.pin).into()]);
@@ -234,6 +236,7 @@ fn merge(mut report: Report, arrived: Result<Report>) -> Report {
         (Outcome::Completed, Ok(arrived)) => {
             report.oracle_ok = arrived.oracle_ok;
             report.oracle = arrived.oracle;
+            report.populated = arrived.populated;
             report.heartbeats = arrived.heartbeats;
             report.heartbeat_gap_ms = arrived.heartbeat_gap_ms;
             if arrived.outcome != Outcome::Completed {

@@ -60,7 +60,9 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     drop(acceptor);
     say!("a source connected from {}", link.peer_addr());
 
-    let destination = Destination::new().threads(Arc::new(PinnedThreads::new(args.pin.clone())));
+    let destination = Destination::new()
+        .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
+        .populate_ahead(args.populate);
     let handle = destination.handle();
     let watch = Watch::start(handle.clone())?;
     let destination = destination.on_event(watch.sink());

@@ -64,7 +64,14 @@ pub(crate) struct Report {
     pub(crate) pages: PagesReport,
     pub(crate) bytes_on_wire: u64,
     pub(crate) user_copied_bytes: u64,
+    pub(crate) zero_copy: ZeroCopyReport,
     pub(crate) system_calls: u64,
+    /// Data channels lost on the way; others took over.
+    pub(crate) lost_channels: u16,
+    /// How often pages were dealt out anew since a channel lagged.
+    pub(crate) rebalances: u32,
+    /// What was done at the destination ahead of the data.
+    pub(crate) populated: PopulatedReport,
     pub(crate) throughput_gbps: f64,
     pub(crate) dirty_pages_per_second: f64,
     pub(crate) heartbeats: Option<u64>,
@@ -82,6 +89,25 @@ pub(crate) struct DowntimeReport {
     pub(crate) device_state: f64,
     pub(crate) commit: f64,
     pub(crate) resume: f64,
+}
+
+/// What became of sends that asked the kernel not to copy.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct ZeroCopyReport {
+    /// Sends that are complete.
+    pub(crate) sent: u64,
+    /// Those of them that the kernel copied after all.
+    pub(crate) copied_by_kernel: u64,
+    /// Bytes of either.
+    pub(crate) sent_bytes: u64,
+    pub(crate) copied_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct PopulatedReport {
+    pub(crate) threads: u16,
+    pub(crate) bytes: u64,
+    pub(crate) ms: f64,
 }
 
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -142,7 +168,20 @@ impl Report {
             },
             bytes_on_wire: statistics.wire_bytes,
             user_copied_bytes: statistics.user_copied_bytes,
+            zero_copy: ZeroCopyReport {
+                sent: statistics.zero_copy.sent,
+                copied_by_kernel: statistics.zero_copy.copied_by_kernel,
+                sent_bytes: statistics.zero_copy.sent_bytes,
+                copied_bytes: statistics.zero_copy.copied_bytes,
+            },
             system_calls: statistics.system_calls,
+            lost_channels: statistics.lost_channels,
+            rebalances: statistics.rebalances,
+            populated: PopulatedReport {
+                threads: statistics.populated.threads,
+                bytes: statistics.populated.bytes,
+                ms: ms(statistics.populated.took),
+            },
             throughput_gbps: statistics.throughput_gbps(),
             dirty_pages_per_second: statistics.dirty_pages_per_second,
             heartbeats: None,
@@ -277,6 +316,9 @@ impl Report {
         row("pages sent", format!("{} ({data})", HumanCount(self.pages.data)));
         row("pages zero", format!("{}, not sent", HumanCount(self.pages.zero)));
         row("copied in user space", HumanBytes(self.user_copied_bytes).to_string());
+        let ZeroCopyReport { sent_bytes, copied_bytes, .. } = self.zero_copy;
+        let (sent, copied) = (HumanBytes(sent_bytes), HumanBytes(copied_bytes));
+        row("sent zero-copy", format!("{sent}, {copied} copied by the kernel"));
         if let (Some(beats), Some(gap)) = (self.heartbeats, self.heartbeat_gap_ms) {
             let beats = HumanCount(beats);
             row("the guest noticed", format!("a gap of {gap:.1} ms in {beats} heartbeats"));

@@ -17,7 +17,7 @@ use pageferry_vmm::ram::Ram;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
 
-use crate::args::{GuestArgs, RunArgs, Transport};
+use crate::args::{GuestArgs, MigrationArgs, RunArgs, Transport};
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
@@ -184,7 +184,7 @@ fn migrate(
     let source = source.on_event(watch.sink());
     machine.guest.reset_heartbeat_gap();
     let (done, ended) = bounded(1);
-    let link = connect_to(address, migration.transport, &handle, wishes);
+    let link = connect_to(address, migration, &handle, wishes);
     let result = thread::scope(|scope| {
         scope.spawn(move || {
             // The receiver waits below for just this.
@@ -234,17 +234,18 @@ fn migrate(
 /// Connects. Who cancels meanwhile need not wait for a host that does not answer.
 fn connect_to(
     address: &str,
-    transport: Transport,
+    migration: &MigrationArgs,
     handle: &MigrationHandle,
     wishes: &Receiver<Wish>,
 ) -> std::result::Result<Box<dyn SourceLink>, pageferry::Error> {
     let (done, connected) = bounded(1);
     let address = address.to_owned();
-    let Transport::Tcp = transport;
+    let Transport::Tcp = migration.transport;
+    let options = TcpOptions { zero_copy: migration.zero_copy.into(), ..TcpOptions::default() };
     // It ends by itself once it has connected or timed out.
     thread::spawn(move || {
         // By then nobody may be listening any more.
-        let _ = done.send(connect(address, TcpOptions::default()));
+        let _ = done.send(connect(address, options));
     });
     loop {
         select! {

@@ -26,6 +26,8 @@ const COUNTS: &[&str] = &[
     "bytes_on_wire",
     "user_copied_bytes",
     "system_calls",
+    "lost_channels",
+    "rebalances",
     "heartbeats",
     "vcpus",
 ];
@@ -86,6 +88,9 @@ impl Report {
         }
         for kind in ["data", "zero", "encoded"] {
             self.count(&format!("pages.{kind}"));
+        }
+        for figure in ["sent", "copied_by_kernel", "sent_bytes", "copied_bytes"] {
+            self.count(&format!("zero_copy.{figure}"));
         }
         let parts = DOWNTIME_PARTS.iter().map(|part| self.number(&format!("downtime.{part}")));
         let (sum, whole): (f64, _) = (parts.sum(), self.number("downtime_ms"));
