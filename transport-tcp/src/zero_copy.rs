@@ -91,9 +91,16 @@ impl ZeroCopier {
         })
     }
 
-    /// Whether a batch with so many page bytes is sent zero-copy.
+    /// Whether a batch with so many page bytes is sent zero-copy. Until it is known what comes of
+    /// it one at a time is, and those behind it are not: where it does not pay a few megabytes
+    /// show it as well as a hundred.
     pub(crate) fn takes(&self, payload_bytes: usize) -> bool {
-        self.mode != Mode::Off && payload_bytes >= MIN_BYTES
+        let ready = match self.mode {
+            Mode::Off => false,
+            Mode::Trying => self.judged.sent > 0 || self.is_done(),
+            Mode::On => true,
+        };
+        ready && payload_bytes >= MIN_BYTES
     }
 
     /// A zero-copy send for this batch went out.
