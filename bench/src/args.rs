@@ -121,6 +121,9 @@ impl Command {
 pub(crate) enum Transport {
     /// TCP sockets.
     Tcp,
+    /// TCP sockets driven by io_uring.
+    #[value(name = "iouring")]
+    IoUring,
 }
 
 /// Whether the kernel is asked not to copy what it sends.

@@ -13,7 +13,7 @@ use crate::memory::Layout;
 
 /// Stripes that are dealt out together, where there are plenty: runs of pages get long, and threads
 /// read lines of the bitmap apart from each other.
-const MOST_AT_ONCE: u32 = 32;
+const MOST_AT_ONCE: u32 = 512;
 
 /// How often a channel gets stripes, at least, where there are enough: what is dirty lies in
 /// heaps, and each channel is to get its part of a heap.
@@ -179,7 +179,7 @@ mod tests {
                 // Dealt out as wanted, to a turn or two.
                 let wanted = stripes as f64 * f64::from(*weight) / f64::from(sum);
                 let count = partition.count(channel) as f64;
-                let turn = (stripes / weights.len() / 16).clamp(1, 32) as f64;
+                let turn = (stripes / weights.len() / 16).clamp(1, 512) as f64;
                 prop_assert!((count - wanted).abs() <= 2.0 * turn, "{count} where {wanted} are due");
             }
             owners.trim();

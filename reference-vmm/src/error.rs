@@ -9,6 +9,7 @@ use crate::layout::LayoutError;
 use crate::ram::RamError;
 pub use crate::state::StateError;
 pub use crate::tracking::TrackingError;
+pub use crate::workload::WorkloadError;
 
 /// Why an operation on a guest failed.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,9 @@ pub enum GuestError {
     /// The guest's writes can't be tracked that way.
     #[error(transparent)]
     Tracking(#[from] TrackingError),
+    /// The guest can't do its workload.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
     /// KVM's dirty rings can't be used.
     #[error(transparent)]
     DirtyRing(#[from] KvmRingError),

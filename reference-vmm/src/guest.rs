@@ -35,7 +35,7 @@ use crate::run_control::{StillRunning, Workers};
 use crate::state::{GuestState, MachineState, StateError};
 use crate::tracking::DirtyTracking;
 use crate::workload::oracle;
-use crate::workload::{OracleReport, WorkloadConfig, contents};
+use crate::workload::{OracleReport, WorkloadConfig, WorkloadError, WorkloadKind, contents};
 
 pub use crate::kvm::{KvmHandles, MemorySlot};
 
@@ -82,6 +82,15 @@ pub fn kvm_available() -> Result<(), String> {
     kvm::open().map(|_| ())
 }
 
+/// Whether guests of that kind can do the workload here. For `fpu` the first call tries it.
+pub fn workload_available(kind: GuestKind, workload: WorkloadKind) -> Result<(), WorkloadError> {
+    workload.check(kind)?;
+    if kind == GuestKind::Kvm && workload == WorkloadKind::Fpu {
+        kvm::computes().map_err(|reason| WorkloadError::NotRunByKvm { workload, reason })?;
+    }
+    Ok(())
+}
+
 /// A guest.
 #[derive(Debug)]
 pub struct Guest {
@@ -122,6 +131,7 @@ impl Guest {
         tracking: DirtyTracking,
     ) -> Result<Self, GuestError> {
         tracking.check(config.kind)?;
+        workload_available(config.kind, config.workload.kind)?;
         let layout = Layout::new(&config.regions, config.vcpus, config.workload.working_set_bytes)?;
         let with_bitmap = tracking == DirtyTracking::Bitmap;
         let ram = GuestRam::for_guest(&config.regions, config.backing, with_bitmap)?;
@@ -250,7 +260,8 @@ impl Guest {
         self.devices.heartbeat.reset_gap();
     }
 
-    /// Whether a paused guest's vector registers hold what they were given at boot.
+    /// Whether a paused guest's vector registers hold what they were given at boot, or with the
+    /// `fpu` workload what it has computed.
     pub fn fpu_intact(&self) -> Result<bool, GuestError> {
         Ok(self.registers()?.0)
     }

@@ -60,6 +60,20 @@ pub(crate) mod slot {
     pub(crate) const XMM: u64 = 256;
 }
 
+/// Where in its slot a virtual CPU of the `fpu` workload stores its registers, and offsets there.
+pub(crate) mod checkpoint {
+    /// It stores to each in turn.
+    pub(crate) const BASES: [u64; 2] = [0x400, 0x800];
+    /// What turns the address of one into that of the other.
+    pub(crate) const TOGGLE: u64 = BASES[0] ^ BASES[1];
+    /// Steps done (u64), stored before the registers.
+    pub(crate) const STEPS: u64 = 0;
+    /// The same, stored after them.
+    pub(crate) const STEPS_AGAIN: u64 = 8;
+    /// YMM0 to YMM15, then ST0 to ST7 as doubles.
+    pub(crate) const REGISTERS: u64 = 64;
+}
+
 /// Where a page has its counter; a workload writes nothing else of a page.
 pub(crate) const PAGE_COUNTER: u64 = 0;
 /// Where a page carries its identity, so that one that landed in another's place is noticed.

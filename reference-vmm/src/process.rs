@@ -186,7 +186,8 @@ impl Program {
 
     fn step(&self, registers: &mut Registers) -> Result<(), GuestMemoryError> {
         match self.kind {
-            WorkloadKind::Idle => Ok(()),
+            // No such guest is created.
+            WorkloadKind::Idle | WorkloadKind::Fpu => Ok(()),
             WorkloadKind::Sequential => {
                 let address = self.page(registers.position) + PAGE_COUNTER;
                 let count = self.memory.load_u8(address)?;

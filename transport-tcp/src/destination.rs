@@ -13,6 +13,7 @@ use pageferry::transport::{
 
 use crate::acceptor::Desk;
 use crate::connection::{Connection, LinkState, close_all};
+use crate::data_socket::DataSocket;
 use crate::receiver::TcpPageReceiver;
 use crate::{CAPABILITIES, NAME, control};
 
@@ -62,6 +63,42 @@ impl TcpDestinationLink {
     pub fn peer_addr(&self) -> SocketAddr {
         self.connections[0].peer()
     }
+
+    /// Fails once the link was interrupted.
+    pub fn check(&self) -> Result<(), TransportError> {
+        self.state.check()
+    }
+
+    /// Accepts the connections of `channels` data channels, in order of their index, for a
+    /// transport that moves bytes in a way of its own. In place of
+    /// [`DestinationLink::open_receivers`].
+    pub fn open_sockets(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<DataSocket>, TransportError> {
+        Ok(self.open(channels, timeout)?.into_iter().map(DataSocket::new).collect())
+    }
+
+    fn open(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Arc<Connection>>, TransportError> {
+        self.state.check()?;
+        crate::check_channels(channels)?;
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
+        let sockets = self.desk.board().collect_channels(channels, timeout, &self.state)?;
+        self.opened = true;
+        let connections = sockets
+            .into_iter()
+            .map(|incoming| self.state.adopt(incoming.socket, incoming.peer))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.connections.extend(connections.iter().cloned());
+        Ok(connections)
+    }
 }
 
 impl Link for TcpDestinationLink {
@@ -99,24 +136,14 @@ impl DestinationLink for TcpDestinationLink {
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
         self.state.check()?;
-        let Some(memory) = &self.memory else {
+        let Some(memory) = self.memory.clone() else {
             return Err(TransportError::OutOfOrder("data channels before registration"));
         };
-        crate::check_channels(channels)?;
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
-        let sockets = self.desk.board().collect_channels(channels, timeout, &self.state)?;
-        self.opened = true;
-        let connections = sockets
-            .into_iter()
-            .map(|incoming| self.state.adopt(incoming.socket, incoming.peer))
-            .collect::<Result<Vec<_>, _>>()?;
-        self.connections.extend(connections.iter().cloned());
+        let connections = self.open(channels, timeout)?;
         Ok(connections
             .into_iter()
             .map(|connection| {
-                Box::new(TcpPageReceiver::new(connection, Arc::clone(memory)))
+                Box::new(TcpPageReceiver::new(connection, Arc::clone(&memory)))
                     as Box<dyn PageReceiver>
             })
             .collect())

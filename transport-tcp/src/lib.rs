@@ -60,6 +60,7 @@ mod acceptor;
 mod board;
 mod connection;
 mod control;
+mod data_socket;
 mod destination;
 mod half_open;
 mod options;
@@ -77,6 +78,7 @@ use std::fmt;
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
 
 pub use acceptor::TcpAcceptor;
+pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
 pub use options::{Keepalive, TcpOptions, ZeroCopy};
 pub use source::{TcpSourceLink, connect};

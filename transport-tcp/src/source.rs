@@ -17,6 +17,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::connection::{Connection, LinkState, close_all, deadline_after};
+use crate::data_socket::DataSocket;
 use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use crate::sender::TcpPageSender;
@@ -92,6 +93,39 @@ impl TcpSourceLink {
     pub fn peer_addr(&self) -> SocketAddr {
         self.connections[0].peer()
     }
+
+    /// Fails once the link was interrupted.
+    pub fn check(&self) -> Result<(), TransportError> {
+        self.state.check()
+    }
+
+    /// Opens the connections of `channels` data channels for a transport that moves bytes in a
+    /// way of its own. In place of [`SourceLink::open_senders`], and with the destination's
+    /// counterpart meanwhile.
+    pub fn open_sockets(&mut self, channels: u16) -> Result<Vec<DataSocket>, TransportError> {
+        Ok(self.open(channels)?.into_iter().map(DataSocket::new).collect())
+    }
+
+    fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
+        self.state.check()?;
+        crate::check_channels(channels)?;
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
+        let peer = self.peer_addr();
+        // All preambles go out before the first answer is waited for.
+        let dialled = (0..channels)
+            .map(|channel| {
+                let preamble = Preamble { id: self.id, kind: Kind::Data { channel } };
+                Dialled::begin(peer, &preamble, &self.options, &self.state)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let connections =
+            dialled.into_iter().map(Dialled::await_answer).collect::<Result<Vec<_>, _>>()?;
+        self.opened = true;
+        self.connections.extend(connections.iter().cloned());
+        Ok(connections)
+    }
 }
 
 impl Link for TcpSourceLink {
@@ -125,29 +159,14 @@ impl Link for TcpSourceLink {
 impl SourceLink for TcpSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         self.state.check()?;
-        let Some(memory) = &self.memory else {
+        let Some(memory) = self.memory.clone() else {
             return Err(TransportError::OutOfOrder("data channels before registration"));
         };
-        crate::check_channels(channels)?;
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
-        let peer = self.peer_addr();
-        // All preambles go out before the first answer is waited for.
-        let dialled = (0..channels)
-            .map(|channel| {
-                let preamble = Preamble { id: self.id, kind: Kind::Data { channel } };
-                Dialled::begin(peer, &preamble, &self.options, &self.state)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let connections =
-            dialled.into_iter().map(Dialled::await_answer).collect::<Result<Vec<_>, _>>()?;
-        self.opened = true;
-        self.connections.extend(connections.iter().cloned());
+        let connections = self.open(channels)?;
         connections
             .into_iter()
             .map(|connection| {
-                let memory = Arc::clone(memory);
+                let memory = Arc::clone(&memory);
                 let sender = TcpPageSender::new(connection, memory, &self.options)?;
                 Ok(Box::new(sender) as Box<dyn PageSender>)
             })

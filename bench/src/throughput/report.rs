@@ -160,8 +160,11 @@ impl Report {
             rows.push((name.to_owned(), engine, bare));
         };
         let memory = format!("{} {}", HumanBytes(self.memory_bytes), self.backing);
-        let Transport::Tcp = self.transport;
-        row("memory", memory, format!("{} x tcp", self.channels));
+        let transport = match self.transport {
+            Transport::Tcp => "tcp",
+            Transport::IoUring => "iouring",
+        };
+        row("memory", memory, format!("{} x {transport}", self.channels));
         row("", "engine".into(), "bare loop".into());
         for (number, pair) in (1..).zip(&self.pairs) {
             let name = format!("pair {number}");

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use pageferry::digest::Digest;
 use pageferry::dirty::{DirtySource, DirtySources};
+use pageferry::transport::{DestinationLink, SourceLink};
 use pageferry::{Destination, Event, Source, Statistics};
+use pageferry_iouring::{IoUringOptions, Rings};
 use pageferry_rust_vmm::PagemapScan;
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 use pageferry_vmm::ram::Ram;
@@ -111,13 +113,17 @@ fn send_by_engine(ram: &Ram, setup: &Setup, address: SocketAddr) -> Result<Measu
         None => source,
     };
     let growth = Growth::watch(&memory);
-    let Transport::Tcp = setup.transport;
-    let link = connect(
-        address,
-        TcpOptions { zero_copy: setup.zero_copy.into(), ..TcpOptions::default() },
-    )?;
+    let zero_copy = setup.zero_copy.into();
+    let link = connect(address, TcpOptions { zero_copy, ..TcpOptions::default() })?;
+    let link: Box<dyn SourceLink> = match setup.transport {
+        Transport::Tcp => Box::new(link),
+        Transport::IoUring => {
+            let options = IoUringOptions { zero_copy, ..IoUringOptions::default() };
+            Box::new(Rings::new(options)?.source_link(link))
+        }
+    };
     let departed = source
-        .migrate(machine, &memory, DirtySources::new(trackers), Box::new(link))
+        .migrate(machine, &memory, DirtySources::new(trackers), link)
         .map_err(|failure| failure.error)?;
     let statistics = &departed.statistics;
     let machine = departed.machine;
@@ -137,18 +143,23 @@ fn receive_by_engine(ram: &Ram, setup: &Setup) -> Result<Measured, Failure> {
     let machine = MemoryOnly::default();
     let window = machine.window.clone();
     let growth = Growth::watch(&memory);
-    let Transport::Tcp = setup.transport;
     let acceptor = TcpAcceptor::bind(HERE, TcpOptions::default())?;
     answer(&Answer::Listening(acceptor.local_addr()))?;
     let link = acceptor.accept(None)?;
     drop(acceptor);
+    let link: Box<dyn DestinationLink> = match setup.transport {
+        Transport::Tcp => Box::new(link),
+        Transport::IoUring => {
+            Box::new(Rings::new(IoUringOptions::default())?.destination_link(link))
+        }
+    };
     let destination = Destination::new().populate_ahead(setup.populate_threads);
     let destination = destination.on_event(move |event| {
         if matches!(event, Event::Registered(_)) {
             window.begin();
         }
     });
-    let offer = destination.negotiate(Box::new(link))?;
+    let offer = destination.negotiate(link)?;
     let arrived = offer.receive(machine, &memory).map_err(|failure| failure.error)?;
     Ok(Measured {
         cpu_nanoseconds: arrived.machine.window.nanoseconds(),

@@ -4,10 +4,14 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::GuestMemoryError;
 
 use super::code;
-use crate::layout::{CODE, GDT, Layout, MAPPING_BYTES, PAGE_BYTES, PAGE_TABLES, PARAMETERS};
+use crate::layout::{
+    CODE, GDT, Layout, MAPPING_BYTES, PAGE_BYTES, PAGE_TABLES, PARAMETERS, checkpoint,
+};
 use crate::linear::LinearMemory;
 use crate::workload::contents::{canary, generator_start};
-use crate::workload::{GENERATOR_MULTIPLIER, HOT_WRITES_IN_A_ROW, WorkloadConfig, hot_pages};
+use crate::workload::{
+    GENERATOR_MULTIPLIER, HOT_WRITES_IN_A_ROW, WorkloadConfig, WorkloadKind, hot_pages,
+};
 
 /// Word of the parameter block with the XSAVE components that hold a pattern. The destination
 /// reads it there: it has no say in what the source's processor had.
@@ -39,6 +43,7 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
+const CR4_OSXSAVE: u64 = 1 << 18;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_FIXED: u64 = 1 << 1;
@@ -82,6 +87,10 @@ pub(crate) fn load_xsave_components(memory: &LinearMemory) -> Result<u64, GuestM
 pub(crate) fn registers(layout: &Layout, workload: &WorkloadConfig, vcpu: u8) -> kvm_regs {
     let slice = layout.slice(vcpu);
     let entry = if vcpu == 0 { code::boot_entry() } else { code::beat_entry() };
+    let (r12, r13) = match workload.kind {
+        WorkloadKind::Fpu => (0, Layout::slot(vcpu) + checkpoint::BASES[0]),
+        _ => (HOT_WRITES_IN_A_ROW, hot_pages(slice.pages)),
+    };
     kvm_regs {
         rip: CODE + entry,
         rflags: RFLAGS_FIXED,
@@ -92,16 +101,17 @@ pub(crate) fn registers(layout: &Layout, workload: &WorkloadConfig, vcpu: u8) ->
         r8: GENERATOR_MULTIPLIER,
         r10: slice.linear,
         r11: Layout::slot(vcpu),
-        r12: HOT_WRITES_IN_A_ROW,
-        r13: hot_pages(slice.pages),
+        r12,
+        r13,
         r15: slice.linear + slice.pages * PAGE_BYTES,
         rsp: canary(workload.seed, vcpu),
         ..kvm_regs::default()
     }
 }
 
-/// Turns the special registers of a virtual CPU after reset into those of 64-bit mode.
-pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs) {
+/// Turns the special registers of a virtual CPU after reset into those of 64-bit mode. Only guests
+/// that compute get AVX: a KVM that lacks it runs the others.
+pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs, kind: WorkloadKind) {
     let flat = kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, ..kvm_segment::default() };
     let data = kvm_segment { selector: DATA_SELECTOR, type_: 3, db: 1, ..flat };
     sregs.cs = kvm_segment { selector: CODE_SELECTOR, type_: 11, l: 1, ..flat };
@@ -123,5 +133,8 @@ pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs) {
     sregs.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_PG;
     sregs.cr3 = PAGE_TABLES;
     sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+    if kind == WorkloadKind::Fpu {
+        sregs.cr4 |= CR4_OSXSAVE;
+    }
     sregs.efer = EFER_LME | EFER_LMA;
 }

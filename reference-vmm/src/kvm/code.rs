@@ -6,21 +6,22 @@
 //! rdi  first page of the slice          rbp  the workload's loop
 //! rsi  pages of the slice               rbx  page choice generator (odd)
 //! r8   generator multiplier             r10  sequential: current page
-//! r11  slot                             r12  hot-cold: hot writes left in a row
-//! r13  hot pages                        r14  beats
+//! r11  slot                             r12  hot-cold: hot writes left in a row; fpu: steps
+//! r13  hot pages; fpu: next checkpoint  r14  beats
 //! r15  end of the slice                 rsp  canary: there is no stack
-//! xmm0-15  a pattern                    rax, rcx, rdx, r9  scratch
+//! xmm0-15  a pattern; fpu: see `arithmetic`
+//! rax, rcx, rdx, r9  scratch
 //! ```
 //!
-//! Only plain integer instructions and `movups` are used: some KVMs interpret guest code and know
-//! little more.
+//! Only plain integer instructions and `movups` are used, but for the `fpu` workload: some KVMs
+//! interpret guest code and know little more.
 #![expect(unsafe_code, reason = "guest code is assembled into the VMM's read-only data")]
 
 use std::arch::global_asm;
 
 use crate::devices::{HEARTBEAT_PORT, SERIAL_PORT};
-use crate::layout::{BANNER, CODE_MAX_BYTES, PAGE_BYTES, PAGE_COUNTER, slot};
-use crate::workload::{HOT_WRITES_IN_A_ROW, WorkloadKind};
+use crate::layout::{BANNER, CODE_MAX_BYTES, PAGE_BYTES, PAGE_COUNTER, checkpoint, slot};
+use crate::workload::{HOT_WRITES_IN_A_ROW, WorkloadKind, arithmetic};
 
 global_asm!(
     ".pushsection .rodata.pageferry_guest, \"a\", @progbits",
@@ -31,7 +32,13 @@ global_asm!(
     ".globl pageferry_guest_random_counted",
     ".globl pageferry_guest_hot_cold",
     ".globl pageferry_guest_hot_cold_counted",
+    ".globl pageferry_guest_fpu",
+    ".globl pageferry_guest_fpu_counted",
+    ".globl pageferry_guest_fpu_operations",
+    ".globl pageferry_guest_fpu_operations_end",
     ".globl pageferry_guest_end",
+    // Constants are aligned from the start, which is that of a page in the guest.
+    ".balign 32",
     // The boot processor starts here: print the banner once the port takes a byte.
     "pageferry_guest_start:",
     "    mov ecx, {banner}",
@@ -137,6 +144,80 @@ global_asm!(
     "    dec ecx",
     "    jnz 20b",
     "    jmp pageferry_guest_beat",
+    // Notes where an instruction that changes x87 or vector registers starts.
+    ".macro pageferry_operation text:vararg",
+    "960: \\text",
+    ".pushsection .rodata.pageferry_guest_operations, \"a\", @progbits",
+    ".long 960b - pageferry_guest_start",
+    ".popsection",
+    ".endm",
+    // ST0 becomes the next number of its chain. One remainder is enough: the exponents are less
+    // than 64 apart.
+    ".macro pageferry_x87_chain",
+    "pageferry_operation fmul qword ptr [rip + 910f]",
+    "pageferry_operation fadd qword ptr [rip + 911f]",
+    "pageferry_operation fprem",
+    ".endm",
+    ".pushsection .rodata.pageferry_guest_operations, \"a\", @progbits",
+    ".balign 4",
+    "pageferry_guest_fpu_operations:",
+    ".popsection",
+    "pageferry_guest_fpu:",
+    "    mov ecx, eax",
+    "20:",
+    "pageferry_x87_chain",
+    ".irp place, 2, 3, 4, 5, 6, 7",
+    "pageferry_operation fxch st(\\place)",
+    "pageferry_x87_chain",
+    ".endr",
+    ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
+    "pageferry_operation vmulpd ymm\\n, ymm\\n, ymmword ptr [rip + 912f]",
+    "pageferry_operation vaddpd ymm\\n, ymm\\n, ymmword ptr [rip + 913f]",
+    "pageferry_operation vmovapd ymm15, ymm\\n",
+    "pageferry_operation vdivpd ymm15, ymm15, ymmword ptr [rip + 914f]",
+    "pageferry_operation vroundpd ymm15, ymm15, {round_as_mxcsr}",
+    "pageferry_operation vmulpd ymm15, ymm15, ymmword ptr [rip + 914f]",
+    "pageferry_operation vsubpd ymm\\n, ymm\\n, ymm15",
+    ".endr",
+    ".irp n, 8, 9, 10, 11, 12, 13, 14",
+    "pageferry_operation mulpd xmm\\n, xmmword ptr [rip + 912f]",
+    "pageferry_operation addpd xmm\\n, xmmword ptr [rip + 913f]",
+    "pageferry_operation movapd xmm15, xmm\\n",
+    "pageferry_operation divpd xmm15, xmmword ptr [rip + 914f]",
+    "pageferry_operation roundpd xmm15, xmm15, {round_as_mxcsr}",
+    "pageferry_operation mulpd xmm15, xmmword ptr [rip + 914f]",
+    "pageferry_operation subpd xmm\\n, xmm15",
+    ".endr",
+    "pageferry_operation inc r12",
+    "    imul rbx, r8",
+    "    mov rax, rbx",
+    "    mul rsi",
+    "    shl rdx, {page_shift}",
+    "    inc qword ptr [rdi + rdx + {counter}]",
+    "pageferry_guest_fpu_counted:",
+    "    inc qword ptr [r11 + {writes}]",
+    "    dec ecx",
+    "    jnz 20b",
+    "    mov [r13 + {checkpoint_steps}], r12",
+    ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+    "    vmovupd [r13 + {checkpoint_registers} + 32 * \\n], ymm\\n",
+    ".endr",
+    ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
+    "    fst qword ptr [r13 + {checkpoint_registers} + 512 + 8 * \\n]",
+    "pageferry_operation fincstp",
+    ".endr",
+    "    mov [r13 + {checkpoint_steps_again}], r12",
+    "    xor r13, {checkpoint_toggle}",
+    "    jmp pageferry_guest_beat",
+    ".pushsection .rodata.pageferry_guest_operations, \"a\", @progbits",
+    "pageferry_guest_fpu_operations_end:",
+    ".popsection",
+    ".balign 32",
+    "912: .quad {multiplier}, {multiplier}, {multiplier}, {multiplier}",
+    "913: .quad {increment}, {increment}, {increment}, {increment}",
+    "914: .quad {modulus}, {modulus}, {modulus}, {modulus}",
+    "910: .quad {x87_multiplier}",
+    "911: .quad {x87_increment}",
     "pageferry_guest_end:",
     ".popsection",
     banner = const BANNER,
@@ -152,6 +233,17 @@ global_asm!(
     page_bytes = const PAGE_BYTES,
     page_shift = const PAGE_BYTES.trailing_zeros(),
     hot_writes = const HOT_WRITES_IN_A_ROW,
+    // And without a note in MXCSR that a result is not exact.
+    round_as_mxcsr = const 0b1100,
+    checkpoint_steps = const checkpoint::STEPS,
+    checkpoint_steps_again = const checkpoint::STEPS_AGAIN,
+    checkpoint_registers = const checkpoint::REGISTERS,
+    checkpoint_toggle = const checkpoint::TOGGLE,
+    multiplier = const (arithmetic::MULTIPLIER as f64).to_bits(),
+    increment = const (arithmetic::INCREMENT as f64).to_bits(),
+    modulus = const arithmetic::MODULUS.to_bits(),
+    x87_multiplier = const (arithmetic::X87_MULTIPLIER as f64).to_bits(),
+    x87_increment = const (arithmetic::X87_INCREMENT as f64).to_bits(),
 );
 
 // SAFETY: the labels are defined by the assembly above; only their addresses are taken.
@@ -163,6 +255,10 @@ unsafe extern "C" {
     static pageferry_guest_random_counted: u8;
     static pageferry_guest_hot_cold: u8;
     static pageferry_guest_hot_cold_counted: u8;
+    static pageferry_guest_fpu: u8;
+    static pageferry_guest_fpu_counted: u8;
+    static pageferry_guest_fpu_operations: u32;
+    static pageferry_guest_fpu_operations_end: u32;
     static pageferry_guest_end: u8;
 }
 
@@ -193,6 +289,7 @@ pub(crate) fn workload_entry(kind: WorkloadKind) -> u64 {
         WorkloadKind::Random => &raw const pageferry_guest_random,
         WorkloadKind::HotCold => &raw const pageferry_guest_hot_cold,
         WorkloadKind::Idle => &raw const pageferry_guest_beat,
+        WorkloadKind::Fpu => &raw const pageferry_guest_fpu,
     };
     offset_of(label) as u64
 }
@@ -200,11 +297,50 @@ pub(crate) fn workload_entry(kind: WorkloadKind) -> u64 {
 /// Whether a virtual CPU there, from the code's start, has counted a write in the page but not yet
 /// in its slot.
 pub(crate) fn write_in_flight(offset: u64) -> bool {
-    let between =
-        [&raw const pageferry_guest_random_counted, &raw const pageferry_guest_hot_cold_counted];
+    let between = [
+        &raw const pageferry_guest_random_counted,
+        &raw const pageferry_guest_hot_cold_counted,
+        &raw const pageferry_guest_fpu_counted,
+    ];
     between.into_iter().any(|label| offset_of(label) as u64 == offset)
+}
+
+/// How many of the `fpu` workload's operations lie before that place, from the code's start: those
+/// that a virtual CPU there has done. The rest of the guest code lies before all of them.
+pub(crate) fn operations_done(offset: u64) -> usize {
+    operation_offsets().iter().take_while(|at| u64::from(**at) < offset).count()
+}
+
+/// Where the instructions start that do the operations, in the code's order.
+fn operation_offsets() -> &'static [u32] {
+    let start = &raw const pageferry_guest_fpu_operations;
+    let len = (&raw const pageferry_guest_fpu_operations_end).addr() - start.addr();
+    // SAFETY: between the labels lies what was assembled, aligned read-only data of this program
+    // that nobody writes.
+    unsafe { std::slice::from_raw_parts(start, len / size_of::<u32>()) }
 }
 
 fn offset_of(label: *const u8) -> usize {
     label.addr() - (&raw const pageferry_guest_start).addr()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_code_fits_its_page() {
+        assert!(bytes().len() as u64 <= CODE_MAX_BYTES, "{}", bytes().len());
+    }
+
+    #[test]
+    fn the_code_has_the_operations_that_the_host_computes() {
+        let offsets = operation_offsets();
+        assert_eq!(offsets.len(), arithmetic::operations().len());
+        assert!(offsets.is_sorted());
+        let start = workload_entry(WorkloadKind::Fpu);
+        assert_eq!(operations_done(start), 0);
+        assert_eq!(operations_done(beat_entry()), 0);
+        assert_eq!(operations_done(bytes().len() as u64), offsets.len());
+    }
 }

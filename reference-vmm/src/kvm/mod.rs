@@ -10,7 +10,8 @@ pub(crate) mod state;
 mod tests;
 mod vcpu;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state,
@@ -23,15 +24,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::{Devices, SERIAL_IRQ};
 use crate::error::GuestError;
-use crate::layout::{CODE, Layout};
+use crate::layout::{CODE, Layout, PAGE_BYTES, WORKING_SET, slot};
 use crate::linear::LinearMemory;
-use crate::ram::GuestRam;
+use crate::ram::{Backing, GuestRam};
 use crate::run_control::{RunControl, Workers};
 use crate::state::StateError;
 use crate::tracking::DirtyTracking;
-use crate::workload::WorkloadConfig;
+use crate::workload::arithmetic::Registers;
 use crate::workload::contents::write_banner;
 use crate::workload::pacer::Pacer;
+use crate::workload::{WorkloadConfig, WorkloadKind};
 use state::{Capabilities, KvmState, VcpuState, failed};
 
 /// The version of KVM's interface; it has not changed since Linux 2.6.22.
@@ -40,6 +42,10 @@ const KVM_API_VERSION: i32 = 12;
 const TASK_STATE_ADDRESS: usize = 0xfffb_d000;
 /// One page below those, likewise.
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// Beats of a trial: the first ones come before any arithmetic.
+const TRIAL_BEATS: u64 = 3;
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A memory slot of a KVM guest: a region of guest memory as KVM was told it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +83,7 @@ pub(crate) struct KvmMachine {
     /// XCR0 for a guest with all the components that have a pattern.
     xcr0: u64,
     memory: LinearMemory,
-    seed: u64,
+    workload: WorkloadConfig,
 }
 
 /// Opens KVM, or says why it can't be used.
@@ -101,6 +107,52 @@ pub(crate) fn open() -> Result<Kvm, String> {
         }
     }
     Ok(kvm)
+}
+
+/// Whether virtual CPUs get through the arithmetic of the `fpu` workload; the reason when not. It is
+/// tried once per process: nothing else tells of a KVM that interprets guest code.
+pub(crate) fn computes() -> Result<(), String> {
+    static COMPUTES: OnceLock<Result<(), String>> = OnceLock::new();
+    let tried = || try_to_compute().map_err(|error| error.to_string()).flatten();
+    COMPUTES.get_or_init(tried).clone()
+}
+
+/// Runs a guest with one page to write to for a few beats.
+fn try_to_compute() -> Result<Result<(), String>, GuestError> {
+    let workload = WorkloadConfig {
+        kind: WorkloadKind::Fpu,
+        working_set_bytes: PAGE_BYTES,
+        dirty_rate_pages_per_second: None,
+        seed: 0,
+    };
+    let regions = [(0, WORKING_SET + PAGE_BYTES)];
+    let layout = Layout::new(&regions, 1, workload.working_set_bytes)?;
+    let ram = GuestRam::for_guest(&regions, Backing::Anonymous, false)?;
+    let memory = LinearMemory::new(&ram, &layout);
+    let (board, serial_interrupt) = Board::new(DirtyTracking::default())?;
+    let devices = Arc::new(Devices::new(serial_interrupt));
+    let machine = KvmMachine::create(board, &ram, &memory, &layout, &workload, &devices)?;
+    machine.boot(&layout, &workload, "")?;
+    let control = machine.workers.control();
+    let deadline = Instant::now() + TRIAL_TIMEOUT;
+    machine.workers.resume();
+    while control.failure().is_none() && devices.heartbeat.snapshot().beats < TRIAL_BEATS {
+        if Instant::now() > deadline {
+            return Ok(Err(format!("no result after {TRIAL_TIMEOUT:?}")));
+        }
+        control.wait_while_running(Instant::now() + Duration::from_millis(1));
+    }
+    if machine.workers.pause(TRIAL_TIMEOUT).is_err() {
+        return Ok(Err("the trial does not stop".to_owned()));
+    }
+    if let Some(failure) = control.failure() {
+        return Ok(Err(format!("x87, SSE and AVX arithmetic were tried, and {failure}")));
+    }
+    if machine.fpu_intact()? {
+        Ok(Ok(()))
+    } else {
+        Ok(Err("x87, SSE and AVX arithmetic were tried, with wrong results".to_owned()))
+    }
 }
 
 /// A virtual machine without virtual CPUs, and the event that raises the serial port's interrupt.
@@ -229,7 +281,7 @@ impl KvmMachine {
             capabilities,
             xcr0: cpuid::xcr0(&supported, fpu::X87 | fpu::SSE | fpu::AVX),
             memory: memory.clone(),
-            seed: workload.seed,
+            workload: workload.clone(),
         })
     }
 
@@ -255,7 +307,7 @@ impl KvmMachine {
         for (id, vcpu) in (0..).zip(&self.vcpus) {
             let vcpu = lock(vcpu);
             let mut sregs = vcpu.get_sregs().map_err(failed("read the special registers"))?;
-            boot::enter_long_mode(&mut sregs);
+            boot::enter_long_mode(&mut sregs, workload.kind);
             vcpu.set_sregs(&sregs).map_err(failed("enter 64-bit mode"))?;
             vcpu.set_regs(&boot::registers(layout, workload, id))
                 .map_err(failed("set the registers"))?;
@@ -276,15 +328,20 @@ impl KvmMachine {
             vcpu.set_xcrs(&xcrs).map_err(failed("set XCR0"))?;
         }
         let words = self.capabilities.xsave_words;
+        let seed = self.workload.seed;
+        if self.workload.kind == WorkloadKind::Fpu {
+            let computed = fpu::computed(&Registers::at(seed, id, 0, 0));
+            return state::write_xsave(vcpu, words, &computed).map(|()| components);
+        }
         // A KVM without AVX refuses the lot.
         for wanted in [components, components & !fpu::AVX] {
-            let pattern = fpu::pattern(self.seed, id, wanted);
+            let pattern = fpu::pattern(seed, id, wanted);
             if state::write_xsave(vcpu, words, &pattern).is_ok() {
                 let kept = state::read_xsave(vcpu, words)?;
-                return Ok(wanted & !fpu::missing(self.seed, id, wanted, &kept));
+                return Ok(wanted & !fpu::missing(seed, id, wanted, &kept));
             }
         }
-        let nothing = fpu::pattern(self.seed, id, 0);
+        let nothing = fpu::pattern(seed, id, 0);
         state::write_xsave(vcpu, words, &nothing).map(|()| 0)
     }
 
@@ -322,13 +379,41 @@ impl KvmMachine {
     /// Whether the vector registers hold what was set at boot, wherever that was.
     pub(crate) fn fpu_intact(&self) -> Result<bool, GuestError> {
         let components = boot::load_xsave_components(&self.memory)?;
+        let seed = self.workload.seed;
         for (id, vcpu) in (0..).zip(&self.vcpus) {
-            let found = state::read_xsave(&lock(vcpu), self.capabilities.xsave_words)?;
-            if !fpu::intact(self.seed, id, components, &found) {
+            let vcpu = lock(vcpu);
+            let found = state::read_xsave(&vcpu, self.capabilities.xsave_words)?;
+            if self.workload.kind == WorkloadKind::Fpu {
+                if let Err(wrong) = self.check_computed(&vcpu, id, &found)? {
+                    tracing::warn!("virtual CPU {id} has lost registers: {wrong}");
+                    return Ok(false);
+                }
+            } else if !fpu::intact(seed, id, components, &found) {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    /// Whether the registers hold what the `fpu` workload has computed up to where the virtual CPU
+    /// stands, and the steps are those that it counted in memory.
+    fn check_computed(
+        &self,
+        vcpu: &VcpuFd,
+        id: u8,
+        xsave: &[u32],
+    ) -> Result<Result<(), String>, GuestError> {
+        let registers = vcpu.get_regs().map_err(failed("read the registers"))?;
+        let (steps, done) =
+            (registers.r12, code::operations_done(registers.rip.wrapping_sub(CODE)));
+        let writes = self.memory.load_u64(Layout::slot(id) + slot::WRITES)?;
+        if steps != writes && steps != writes.wrapping_add(1) {
+            return Ok(Err(format!("it took {steps} steps, and {writes} as memory has it")));
+        }
+        let expected = Registers::at(self.workload.seed, id, steps, done);
+        Ok(fpu::check(&expected, xsave).map_err(|wrong| {
+            format!("after {steps} steps and {done} operations of the next, {wrong}")
+        }))
     }
 }
 

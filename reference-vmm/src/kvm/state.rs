@@ -305,7 +305,8 @@ impl VcpuState {
 
     /// Compares everything that time does not change.
     pub(crate) fn assert_same(&self, other: &Self) {
-        const TSC: u32 = 0x10;
+        /// The time stamp counter, and two clocks as Hyper-V has them.
+        const CLOCKS: [u32; 3] = [0x10, 0x4000_0010, 0x4000_0020];
         assert_eq!(self.mp_state, other.mp_state);
         assert_eq!(self.regs, other.regs);
         assert_eq!(self.sregs, other.sregs);
@@ -316,7 +317,7 @@ impl VcpuState {
         assert_eq!(self.tsc_khz, other.tsc_khz);
         assert_eq!(self.events, other.events);
         let msrs = |state: &Self| {
-            let timeless = state.msrs.iter().filter(|msr| msr.index != TSC);
+            let timeless = state.msrs.iter().filter(|msr| !CLOCKS.contains(&msr.index));
             timeless.map(|msr| (msr.index, msr.data)).collect::<Vec<_>>()
         };
         assert_eq!(msrs(self), msrs(other));

@@ -53,7 +53,7 @@ pub(crate) fn canary(seed: u64, vcpu: u8) -> u64 {
 }
 
 /// Half a vector register: 0 to 31 are XMM0 to XMM15, 32 to 63 the upper halves of YMM0 to YMM15,
-/// 64 to 79 the x87 stack.
+/// 64 to 79 the x87 stack. The `fpu` workload has its own numbering.
 pub(crate) fn vector_word(seed: u64, vcpu: u8, word: u64) -> u64 {
     derive(seed, Domain::VectorRegister, u64::from(vcpu) << 8 | word)
 }

@@ -8,11 +8,15 @@
 //!   is the total, or one ahead of it if the guest stands just between the two.
 //! - `hot-cold` does the same, with nine of ten writes going to the first sixteenth of the slice.
 //! - `idle` writes nothing; the working set holds a pattern that must not change.
+//! - `fpu` writes as `random` does, and computes with all x87, SSE and AVX registers before each
+//!   write. What they hold follows from the number of the step, exactly, and now and then the guest
+//!   stores it. For KVM guests only.
 //!
 //! Every page but each eighth also carries a tag that tells it from all others, so a page that
 //! landed in another's place shows. The eighth ones pass through all-zero contents, as a migration
 //! has to handle that too.
 
+pub(crate) mod arithmetic;
 pub(crate) mod contents;
 pub(crate) mod oracle;
 pub(crate) mod pacer;
@@ -22,6 +26,8 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+
+use crate::guest::GuestKind;
 
 pub use oracle::OracleReport;
 
@@ -38,11 +44,22 @@ pub enum WorkloadKind {
     HotCold,
     /// No writes, only beats.
     Idle,
+    /// Pages at random, and arithmetic in all x87, SSE and AVX registers; KVM guests only.
+    Fpu,
 }
 
 impl WorkloadKind {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Sequential, Self::Random, Self::HotCold, Self::Idle];
+    pub const ALL: [Self; 5] =
+        [Self::Sequential, Self::Random, Self::HotCold, Self::Idle, Self::Fpu];
+
+    /// Whether guests of that kind can do it. What a KVM makes of it shows when one is created.
+    pub fn check(self, kind: GuestKind) -> Result<(), WorkloadError> {
+        match (self, kind) {
+            (Self::Fpu, GuestKind::Process) => Err(WorkloadError::NeedsVirtualCpus(self)),
+            _ => Ok(()),
+        }
+    }
 
     /// The kind as the parameter block in guest memory has it.
     pub(crate) fn code(self) -> u64 {
@@ -51,6 +68,7 @@ impl WorkloadKind {
             Self::Random => 2,
             Self::HotCold => 3,
             Self::Idle => 4,
+            Self::Fpu => 5,
         }
     }
 }
@@ -62,6 +80,7 @@ impl fmt::Display for WorkloadKind {
             Self::Random => "random",
             Self::HotCold => "hot-cold",
             Self::Idle => "idle",
+            Self::Fpu => "fpu",
         })
     }
 }
@@ -79,8 +98,28 @@ impl FromStr for WorkloadKind {
 
 /// A name that is no [`WorkloadKind`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown workload \"{0}\": it is sequential, random, hot-cold or idle")]
+#[error("unknown workload \"{0}\": it is sequential, random, hot-cold, idle or fpu")]
 pub struct UnknownWorkload(String);
+
+/// Why a guest can't do a workload.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkloadError {
+    /// It works on registers.
+    #[error(
+        "failed to set up the {0} workload: it computes in the registers of virtual CPUs, which \
+         only a kvm guest has"
+    )]
+    NeedsVirtualCpus(WorkloadKind),
+    /// This host's KVM does not run it.
+    #[error("failed to set up the {workload} workload: this host's KVM does not run it: {reason}")]
+    NotRunByKvm {
+        /// Which.
+        workload: WorkloadKind,
+        /// What it said.
+        reason: String,
+    },
+}
 
 /// What a guest is told to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,9 +3,13 @@
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryError;
 
+use super::arithmetic::Registers;
 use super::contents::{self, canary, page_tag, parameters, vector_word};
+use super::pacer::FULL_SPEED_STEPS;
 use super::{WorkloadConfig, WorkloadKind};
-use crate::layout::{Layout, PAGE_BYTES, PAGE_COUNTER, PAGE_TAG, PARAMETERS, Page, Slice, slot};
+use crate::layout::{
+    Layout, PAGE_BYTES, PAGE_COUNTER, PAGE_TAG, PARAMETERS, Page, Slice, checkpoint, slot,
+};
 use crate::linear::LinearMemory;
 
 /// What the oracle found.
@@ -71,7 +75,7 @@ pub(crate) fn check(
     let mut totals = Totals { pages: layout.working_set_pages(), ..Totals::default() };
     for (vcpu, in_flight) in (0..layout.vcpus()).zip(writes_in_flight) {
         let slice = layout.slice(vcpu);
-        totals.beats += check_slot(memory, workload.seed, vcpu)?;
+        totals.beats += check_slot(memory, workload, vcpu)?;
         let writes = memory.load_u64(Layout::slot(vcpu) + slot::WRITES)?;
         totals.writes = totals.writes.wrapping_add(writes);
         match workload.kind {
@@ -80,13 +84,23 @@ pub(crate) fn check(
                 let counted = writes.wrapping_add(u64::from(*in_flight));
                 check_counters(memory, workload.seed, vcpu, slice, counted)?;
             }
+            WorkloadKind::Fpu => {
+                let counted = writes.wrapping_add(u64::from(*in_flight));
+                check_counters(memory, workload.seed, vcpu, slice, counted)?;
+                check_checkpoints(memory, workload.seed, vcpu, counted)?;
+            }
             WorkloadKind::Idle => check_pattern(memory, workload.seed, slice)?,
         }
     }
     Ok(totals)
 }
 
-fn check_slot(memory: &LinearMemory, seed: u64, vcpu: u8) -> Result<u64, Violation> {
+fn check_slot(
+    memory: &LinearMemory,
+    workload: &WorkloadConfig,
+    vcpu: u8,
+) -> Result<u64, Violation> {
+    let seed = workload.seed;
     let address = Layout::slot(vcpu);
     let in_memory = memory.load_u64(address + slot::BEATS_MEMORY)?;
     let in_register = memory.load_u64(address + slot::BEATS_REGISTER)?;
@@ -101,7 +115,9 @@ fn check_slot(memory: &LinearMemory, seed: u64, vcpu: u8) -> Result<u64, Violati
             stored == canary(seed, vcpu),
             "vcpu {vcpu} stored {stored:#x} for the register that never changes"
         );
-        for word in 0..32 {
+        // Registers that are computed with are stored in checkpoints, with the step's number.
+        let words = if workload.kind == WorkloadKind::Fpu { 0 } else { 32 };
+        for word in 0..words {
             let stored = memory.load_u64(address + slot::XMM + 8 * word)?;
             ensure!(
                 stored == vector_word(seed, vcpu, word),
@@ -166,6 +182,47 @@ fn check_counters(
     ensure!(
         sum == writes,
         "vcpu {vcpu} wrote {writes} pages and its page counters add up to {sum}"
+    );
+    Ok(())
+}
+
+/// Of the two checkpoints one may be half stored; the other is then of the grant before.
+fn check_checkpoints(
+    memory: &LinearMemory,
+    seed: u64,
+    vcpu: u8,
+    steps: u64,
+) -> Result<(), Violation> {
+    let (mut newest, mut half_stored) = (0, 0);
+    for base in checkpoint::BASES.map(|base| Layout::slot(vcpu) + base) {
+        let stored = memory.load_u64(base + checkpoint::STEPS)?;
+        if stored != memory.load_u64(base + checkpoint::STEPS_AGAIN)? {
+            half_stored += 1;
+            continue;
+        }
+        // Never stored.
+        if stored == 0 {
+            continue;
+        }
+        ensure!(
+            stored <= steps,
+            "vcpu {vcpu} has a checkpoint of step {stored} and took {steps} steps"
+        );
+        newest = newest.max(stored);
+        let expected = Registers::at(seed, vcpu, stored, 0).checkpoint();
+        for (word, expected) in (0..).zip(expected) {
+            let found = memory.load_u64(base + checkpoint::REGISTERS + 8 * word)?;
+            ensure!(
+                found == expected,
+                "vcpu {vcpu} stored {found:#x} for word {word} of its registers after step \
+                 {stored}, expected {expected:#x}"
+            );
+        }
+    }
+    ensure!(half_stored <= 1, "vcpu {vcpu} left both of its checkpoints half stored");
+    ensure!(
+        steps - newest <= 2 * u64::from(FULL_SPEED_STEPS),
+        "vcpu {vcpu} took {steps} steps and its last checkpoint is of step {newest}"
     );
     Ok(())
 }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use super::{WorkloadConfig, WorkloadKind};
 use crate::run_control::RunControl;
 
-/// Steps between two beats at full speed.
-const FULL_SPEED_STEPS: u32 = 256;
+/// Steps between two beats at full speed, and never more than that.
+pub(crate) const FULL_SPEED_STEPS: u32 = 256;
 /// An idle guest beats this often.
 const IDLE_BEAT: Duration = Duration::from_millis(1);
 /// A paced guest beats at least this often, whether a step is due or not.

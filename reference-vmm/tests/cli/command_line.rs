@@ -25,6 +25,8 @@ fn nonsense_is_refused_with_help() {
         (&["run", "--max-rounds", "0"], &["--max-rounds"]),
         (&["run", "--downtime-limit", "5"], &["--downtime-limit", "300ms"]),
         (&["run", "--workload", "busy"], &["--workload", "sequential"]),
+        (&["run", "--guest=process", "--workload=fpu"], &["--workload fpu", "virtual CPUs"]),
+        (&["demo", "--guest=process", "--workload=fpu"], &["--workload fpu", "virtual CPUs"]),
         (&["run", "--transport", "pigeon"], &["--transport", "tcp"]),
         (&["run", "--zero-copy", "maybe"], &["--zero-copy", "auto", "off", "on"]),
         (&["run", "--dirty-rate", "-1"], &["-1"]),

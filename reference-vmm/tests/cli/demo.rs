@@ -1,7 +1,9 @@
 //! `demo`: every kind of guest gets through, and the report says so.
 
 use clap::ValueEnum;
+use pageferry_vmm::guest::{GuestKind, workload_available};
 use pageferry_vmm::tracking::DirtyTracking;
+use pageferry_vmm::workload::WorkloadKind;
 
 use crate::support::host::{HugePages, guest_kind, process_guests_work, skipped};
 use crate::support::process::Process;
@@ -14,7 +16,7 @@ fn completes(more: &[&str]) -> Report {
     report.assert_contract();
     report.assert_departed();
     report.assert_arrived();
-    assert_eq!(report.text("transport"), "tcp");
+    assert!(["iouring", "tcp"].contains(&report.text("transport")), "what this kernel offers");
     assert_eq!(report.count("memory_bytes"), 64 << 20);
     assert_eq!(report.count("working_set_bytes"), 8 << 20);
     assert_eq!(report.count("pages.encoded"), 0);
@@ -131,6 +133,26 @@ fn a_kvm_guest_that_writes_at_a_rate_and_is_not_compared() {
     let parts = ["final_harvest", "final_pages", "device_state"];
     let still: f64 = parts.iter().map(|part| report.number(&format!("downtime.{part}"))).sum();
     assert!(report.number("heartbeat_gap_ms") >= still - 1.0, "{report:?}");
+}
+
+#[test]
+fn a_kvm_guest_that_computes() {
+    if guest_kind() != "kvm" {
+        skipped("there is no KVM here");
+        return;
+    }
+    let args = ["--guest=kvm", "--workload=fpu", "--backing=memfd", "--vcpus=2"];
+    let Err(lacking) = workload_available(GuestKind::Kvm, WorkloadKind::Fpu) else {
+        let report = completes(&args);
+        assert_verified(&report);
+        assert_eq!((report.text("guest"), report.text("workload")), ("kvm", "fpu"));
+        return;
+    };
+    let mut demo = Process::start("demo", &[&["demo", "--json"], &args[..]].concat());
+    assert_eq!(demo.finish_for_people(), (Some(1), String::new()));
+    let (messages, lacking) = (demo.messages(), lacking.to_string());
+    assert!(messages.contains(&lacking) && !messages.contains("listening on"), "{messages}");
+    skipped(&lacking);
 }
 
 /// A demo whose guest is tracked like this; where this host can't, it is refused, and nothing

@@ -6,6 +6,7 @@ mod by_hand;
 mod cancelled;
 mod command_line;
 mod demo;
+mod iouring;
 mod refused;
 mod strangers;
 mod support;

@@ -3,19 +3,19 @@
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    HugePages, MIB, assert_ok, booted, config, kinds, run_for_beats, wait_for_beats,
+    HugePages, MIB, assert_ok, booted, config, kinds, run_for_beats, wait_for_beats, workloads,
 };
 use pageferry_vmm::error::GuestError;
 use pageferry_vmm::guest::{Guest, GuestKind};
 use pageferry_vmm::layout::LayoutError;
 use pageferry_vmm::ram::{Backing, Ram, RamError};
-use pageferry_vmm::workload::WorkloadKind;
+use pageferry_vmm::workload::{WorkloadError, WorkloadKind};
 use vm_memory::{Bytes, GuestAddress};
 
 #[test]
 fn every_workload_satisfies_its_oracle() {
     for kind in kinds() {
-        for workload in WorkloadKind::ALL {
+        for workload in workloads(kind) {
             for vcpus in [1, 2] {
                 let mut guest = booted(config(kind, workload, vcpus));
                 assert_ok(&guest);
@@ -30,6 +30,24 @@ fn every_workload_satisfies_its_oracle() {
                 assert!(report.beats.abs_diff(beats) <= vcpus.into(), "{report:?} {beats}");
             }
         }
+    }
+}
+
+#[test]
+fn a_guest_that_computes_is_refused_where_it_would_not_run() {
+    let config = |kind| config(kind, WorkloadKind::Fpu, 1);
+    let error = Guest::create(config(GuestKind::Process)).unwrap_err();
+    assert!(
+        matches!(error, GuestError::Workload(WorkloadError::NeedsVirtualCpus(WorkloadKind::Fpu))),
+        "{error}"
+    );
+    if kinds().contains(&GuestKind::Kvm) && !workloads(GuestKind::Kvm).contains(&WorkloadKind::Fpu)
+    {
+        let error = Guest::create(config(GuestKind::Kvm)).unwrap_err();
+        assert!(
+            matches!(error, GuestError::Workload(WorkloadError::NotRunByKvm { .. })),
+            "{error}"
+        );
     }
 }
 

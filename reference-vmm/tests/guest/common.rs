@@ -3,10 +3,10 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available};
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available, workload_available};
 use pageferry_vmm::layout::{PAGE_BYTES, WORKING_SET};
 use pageferry_vmm::ram::{Backing, Ram};
-use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
+use pageferry_vmm::workload::{WorkloadConfig, WorkloadError, WorkloadKind};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -22,6 +22,20 @@ pub(crate) fn kinds() -> Vec<GuestKind> {
             vec![GuestKind::Process]
         }
     }
+}
+
+/// The workloads that such guests can do here, having said why they can't do one.
+pub(crate) fn workloads(kind: GuestKind) -> Vec<WorkloadKind> {
+    let can = |workload: &WorkloadKind| match workload_available(kind, *workload) {
+        Ok(()) => true,
+        // That it needs virtual CPUs is no lack of this host.
+        Err(WorkloadError::NeedsVirtualCpus(_)) => false,
+        Err(error) => {
+            eprintln!("{kind} guests with the {workload} workload skipped, because {error}");
+            false
+        }
+    };
+    WorkloadKind::ALL.into_iter().filter(can).collect()
 }
 
 pub(crate) fn config(kind: GuestKind, workload: WorkloadKind, vcpus: u8) -> GuestConfig {

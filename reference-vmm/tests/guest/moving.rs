@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::common::{
-    MIB, assert_ok, booted, config, copy_memory, kinds, run_for_beats, wait_for_beats,
+    MIB, assert_ok, booted, config, copy_memory, kinds, run_for_beats, wait_for_beats, workloads,
 };
 use pageferry_vmm::error::{GuestError, StateError};
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
@@ -21,7 +21,7 @@ fn moved(source: &mut Guest, config: GuestConfig) -> Guest {
 #[test]
 fn a_moved_guest_goes_on() {
     for kind in kinds() {
-        for workload in WorkloadKind::ALL {
+        for workload in workloads(kind) {
             for vcpus in [1, 2] {
                 let config = config(kind, workload, vcpus);
                 let mut guest = booted(config.clone());

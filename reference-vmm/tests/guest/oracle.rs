@@ -1,6 +1,8 @@
 //! The oracles tell right from wrong.
 
-use crate::common::{assert_ok, booted, config, kinds, read_page, run_for_beats, write_page};
+use crate::common::{
+    assert_ok, booted, config, kinds, read_page, run_for_beats, workloads, write_page,
+};
 use pageferry_vmm::error::GuestError;
 use pageferry_vmm::guest::Guest;
 use pageferry_vmm::workload::WorkloadKind;
@@ -8,7 +10,7 @@ use pageferry_vmm::workload::WorkloadKind;
 #[test]
 fn the_oracle_notices_a_corrupted_page() {
     for kind in kinds() {
-        for workload in WorkloadKind::ALL {
+        for workload in workloads(kind) {
             let mut guest = booted(config(kind, workload, 2));
             run_for_beats(&mut guest, 20);
             for page in [0, 1, 300, 1023] {
@@ -59,7 +61,7 @@ fn the_oracle_notices_an_old_page() {
 #[test]
 fn the_oracle_notices_swapped_pages() {
     for kind in kinds() {
-        for workload in WorkloadKind::ALL {
+        for workload in workloads(kind) {
             let guest = booted(config(kind, workload, 1));
             let (a, b) = (read_page(&guest, 1), read_page(&guest, 2));
             write_page(&guest, 1, &b);

@@ -106,8 +106,13 @@ impl GuestChoice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Transport {
+    /// TCP sockets driven by io_uring where the kernel lets this process, and else without.
+    Auto,
     /// TCP sockets.
     Tcp,
+    /// TCP sockets driven by io_uring; the other side may have either.
+    #[value(name = "iouring")]
+    IoUring,
 }
 
 /// Whether the kernel is asked not to copy what it sends.
@@ -167,8 +172,12 @@ impl GuestArgs {
     fn check(&self) -> Result<(), String> {
         let (kind, no_kvm) = self.guest.kind();
         self.dirty_source.check(kind).map_err(|error| {
-            let why = no_kvm.map(|reason| format!(" (no KVM guest, because {reason})"));
+            let why = no_kvm.as_ref().map(|why| format!(" (no KVM guest, because {why})"));
             format!("--dirty-source {}: {error}{}", self.dirty_source, why.unwrap_or_default())
+        })?;
+        self.workload.check(kind).map_err(|error| {
+            let why = no_kvm.map(|reason| format!(" (no KVM guest, because {reason})"));
+            format!("--workload {}: {error}{}", self.workload, why.unwrap_or_default())
         })?;
         let Self { memory, working_set, vcpus, .. } = *self;
         let needed = working_set.saturating_add(WORKING_SET);
@@ -196,7 +205,7 @@ impl GuestArgs {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct MigrationArgs {
     /// What moves the pages.
-    #[arg(long, default_value = "tcp")]
+    #[arg(long, default_value = "auto")]
     pub(crate) transport: Transport,
     /// Data channels, each with a thread on both sides.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -273,7 +282,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:7400")]
     pub(crate) listen: String,
     /// What moves the pages.
-    #[arg(long, default_value = "tcp")]
+    #[arg(long, default_value = "auto")]
     pub(crate) transport: Transport,
     /// Take only a guest with this much memory [default: any].
     #[arg(long, value_name = "SIZE", value_parser = size)]

@@ -61,7 +61,9 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
 /// The report in place of a source's that was interrupted before it listened to that.
 fn called_off(args: &DemoArgs, config: &GuestConfig, tracking: DirtyTracking) -> Report {
     let ended = (Outcome::Cancelled, GuestAt::Source);
-    let mut report = Report::of_source(ended, config, &args.migration, &Statistics::default());
+    let transport = args.migration.transport.name();
+    let statistics = Statistics::default();
+    let mut report = Report::of_source(ended, transport, config, &args.migration, &statistics);
     report.dirty_source(tracking);
     report.error = Some("cancelled before the guest had started".to_owned());
     report

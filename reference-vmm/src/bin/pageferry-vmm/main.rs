@@ -11,6 +11,7 @@ macro_rules! say {
 
 mod args;
 mod demo;
+mod links;
 mod outcome;
 mod receive;
 mod report;

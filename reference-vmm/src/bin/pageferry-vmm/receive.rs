@@ -7,11 +7,11 @@ use crossbeam_channel::{Receiver, select, unbounded};
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::TransportError;
 use pageferry::{Destination, GuestAtDestination, MigrationHandle, Offer, Statistics};
-use pageferry_tcp::{TcpAcceptor, TcpOptions};
+use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy};
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
 
-use crate::args::{ReceiveArgs, Transport};
+use crate::args::ReceiveArgs;
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
@@ -26,7 +26,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
-    let Transport::Tcp = args.transport;
+    let chosen = args.transport.choose(ZeroCopy::default())?;
     let acceptor = TcpAcceptor::bind(&args.listen, TcpOptions::default())?;
     // Scripts read the port from this line.
     say!("listening on {}", acceptor.local_addr());
@@ -67,14 +67,14 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     let watch = Watch::start(handle.clone())?;
     let destination = destination.on_event(watch.sink());
     let migrating = cancel_on_interrupt(&wishes, &handle);
-    let offer = match destination.negotiate(Box::new(link)) {
+    let offer = match destination.negotiate(chosen.receive(link)) {
         Ok(offer) => offer,
         Err(error) => {
             drop(watch);
             let mut report = Report::new(
                 Outcome::of(&error),
                 GuestAt::Source,
-                "tcp",
+                chosen.name(),
                 0,
                 args.memory.unwrap_or_default(),
                 &Statistics::default(),
@@ -92,8 +92,14 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
             drop(watch);
             let statistics = Statistics::default();
             let outcome = Outcome::Failed;
-            let mut report =
-                Report::new(outcome, GuestAt::Source, "tcp", channels, memory_bytes, &statistics);
+            let mut report = Report::new(
+                outcome,
+                GuestAt::Source,
+                chosen.name(),
+                channels,
+                memory_bytes,
+                &statistics,
+            );
             report.error = Some(reason);
             return finish(&report, args.json);
         }
@@ -109,7 +115,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
             let mut report = Report::new(
                 Outcome::Completed,
                 GuestAt::Destination,
-                "tcp",
+                chosen.name(),
                 channels,
                 memory_bytes,
                 statistics,
@@ -124,8 +130,14 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
                 _ => GuestAt::Source,
             };
             let outcome = Outcome::of(&failure.error);
-            let mut report =
-                Report::new(outcome, at, "tcp", channels, memory_bytes, &failure.statistics);
+            let mut report = Report::new(
+                outcome,
+                at,
+                chosen.name(),
+                channels,
+                memory_bytes,
+                &failure.statistics,
+            );
             report.guest(&config);
             report.error = Some(failure.error.chain().to_string());
             let outcome = finish(&report, args.json)?;

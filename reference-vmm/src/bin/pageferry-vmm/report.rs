@@ -195,13 +195,14 @@ impl Report {
     /// Of the side that has the whole picture.
     pub(crate) fn of_source(
         (outcome, guest_at): (Outcome, GuestAt),
+        transport: &str,
         config: &GuestConfig,
         args: &MigrationArgs,
         statistics: &Statistics,
     ) -> Self {
         let memory_bytes = config.regions.iter().map(|(_, len_bytes)| len_bytes).sum();
         let mut report =
-            Self::new(outcome, guest_at, "tcp", args.channels, memory_bytes, statistics);
+            Self::new(outcome, guest_at, transport, args.channels, memory_bytes, statistics);
         report.guest(config);
         report.downtime_limit_ms = Some(ms(args.downtime_limit));
         report

@@ -9,15 +9,15 @@ use pageferry::machine::MachineOperation;
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::{SourceLink, TransportError};
 use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure, Statistics};
-use pageferry_tcp::{TcpOptions, connect};
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
-use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available};
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available, workload_available};
 use pageferry_vmm::ram::Ram;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
 
-use crate::args::{GuestArgs, MigrationArgs, RunArgs, Transport};
+use crate::args::{GuestArgs, RunArgs};
+use crate::links::Chosen;
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
@@ -41,7 +41,8 @@ pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     }
 }
 
-/// What will track a guest of this kind, once it is known that this host has both.
+/// What will track a guest of this kind, once it is known that this host has both, and that such a
+/// guest can do what it is told to.
 pub(crate) fn tracking(
     args: &GuestArgs,
     kind: GuestKind,
@@ -49,6 +50,7 @@ pub(crate) fn tracking(
     if kind == GuestKind::Kvm {
         kvm_available().map_err(|reason| GuestError::KvmUnavailable { reason })?;
     }
+    workload_available(kind, args.workload)?;
     let tracking = args.dirty_source.decide(kind)?;
     tracking.supported()?;
     Ok(tracking)
@@ -125,6 +127,7 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
 fn called_off(args: &RunArgs, guest: &mut Guest) -> Result<Report> {
     let mut report = Report::of_source(
         (Outcome::Cancelled, GuestAt::Source),
+        args.migration.transport.name(),
         guest.config(),
         &args.migration,
         &Statistics::default(),
@@ -184,7 +187,12 @@ fn migrate(
     let source = source.on_event(watch.sink());
     machine.guest.reset_heartbeat_gap();
     let (done, ended) = bounded(1);
-    let link = connect_to(address, migration, &handle, wishes);
+    let chosen = migration.transport.choose(migration.zero_copy.into());
+    let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
+    let link = match chosen {
+        Ok(chosen) => connect_to(address, chosen, &handle, wishes),
+        Err(error) => Err(error.into()),
+    };
     let result = thread::scope(|scope| {
         scope.spawn(move || {
             // The receiver waits below for just this.
@@ -201,7 +209,8 @@ fn migrate(
     })?;
     drop(watch);
     let report = |outcome, at, statistics: &Statistics| {
-        let mut report = Report::of_source((outcome, at), &config, migration, statistics);
+        let mut report =
+            Report::of_source((outcome, at), transport, &config, migration, statistics);
         report.dirty_source(tracking);
         report
     };
@@ -234,24 +243,22 @@ fn migrate(
 /// Connects. Who cancels meanwhile need not wait for a host that does not answer.
 fn connect_to(
     address: &str,
-    migration: &MigrationArgs,
+    chosen: Chosen,
     handle: &MigrationHandle,
     wishes: &Receiver<Wish>,
 ) -> std::result::Result<Box<dyn SourceLink>, pageferry::Error> {
     let (done, connected) = bounded(1);
     let address = address.to_owned();
-    let Transport::Tcp = migration.transport;
-    let options = TcpOptions { zero_copy: migration.zero_copy.into(), ..TcpOptions::default() };
     // It ends by itself once it has connected or timed out.
     thread::spawn(move || {
         // By then nobody may be listening any more.
-        let _ = done.send(connect(address, options));
+        let _ = done.send(chosen.connect(&address));
     });
     loop {
         select! {
             recv(connected) -> link => {
                 let link = link.map_err(|_| TransportError::Closed)??;
-                return Ok(Box::new(link));
+                return Ok(link);
             }
             recv(wishes) -> wish => if let Ok(wish) = wish {
                 steer(handle, &wish);

@@ -1,0 +1,108 @@
+//! The destination's end of a link.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReceiver,
+    Registration, TransportError,
+};
+use pageferry_tcp::TcpDestinationLink;
+
+use crate::receiver::IoUringPageReceiver;
+use crate::ring::Ring;
+use crate::rings::Rings;
+use crate::table::Table;
+use crate::{CAPABILITIES, NAME};
+
+/// The destination's end of a link whose pages go through io_uring. Made by
+/// [`Rings::destination_link`].
+///
+/// # Resource cleanup
+///
+/// Dropping it revokes the registration of guest memory and closes all connections, as
+/// [`TcpDestinationLink`] does.
+#[derive(Debug)]
+pub struct IoUringDestinationLink {
+    tcp: TcpDestinationLink,
+    rings: Rings,
+    memory: Option<Registered>,
+}
+
+#[derive(Debug)]
+struct Registered {
+    memory: Arc<GuestMemory>,
+    /// Held, so that all pages stay where they are.
+    _table: Option<Arc<Table>>,
+}
+
+impl IoUringDestinationLink {
+    pub(crate) fn new(tcp: TcpDestinationLink, rings: Rings) -> Self {
+        Self { tcp, rings, memory: None }
+    }
+
+    /// The migration, as the acceptor's logs call it.
+    pub fn migration_id(&self) -> MigrationId {
+        self.tcp.migration_id()
+    }
+
+    /// The source's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.tcp.peer_addr()
+    }
+}
+
+impl Link for IoUringDestinationLink {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let needs_registration = self.rings.options().register_destination;
+        Capabilities { needs_registration, ..CAPABILITIES }
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.tcp.control()
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.tcp.check()?;
+        let (table, cost) = if self.rings.options().register_destination {
+            self.rings.register(memory, || self.tcp.check())?
+        } else {
+            (None, Registration::default())
+        };
+        self.memory = Some(Registered { memory: Arc::clone(memory), _table: table });
+        Ok(cost)
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.tcp.interrupter()
+    }
+}
+
+impl DestinationLink for IoUringDestinationLink {
+    fn open_receivers(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
+        self.tcp.check()?;
+        let Some(Registered { memory, .. }) = &self.memory else {
+            return Err(TransportError::OutOfOrder("data channels before registration"));
+        };
+        let sockets = self.tcp.open_sockets(channels, timeout)?;
+        sockets
+            .into_iter()
+            .map(|socket| {
+                // No request of a receiver names a registered buffer: its ring needs no table.
+                let ring = Ring::new(self.rings.setup(), None, || socket.check())?;
+                let receiver = IoUringPageReceiver::new(socket, Arc::clone(memory), ring);
+                Ok(Box::new(receiver) as Box<dyn PageReceiver>)
+            })
+            .collect()
+    }
+}

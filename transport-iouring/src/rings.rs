@@ -1,0 +1,87 @@
+//! What a host asks first: whether there is io_uring, and how it will be used.
+
+use std::sync::Arc;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{Registration, TransportError};
+use pageferry_tcp::{TcpDestinationLink, TcpSourceLink};
+
+use crate::destination::IoUringDestinationLink;
+use crate::features::{Features, Unavailable};
+use crate::options::IoUringOptions;
+use crate::probe::probe;
+use crate::ring::RingSetup;
+use crate::source::IoUringSourceLink;
+use crate::table::Table;
+
+/// io_uring as this process may use it.
+///
+/// ```
+/// use pageferry::transport::Link;
+/// use pageferry_iouring::{IoUringOptions, Rings};
+/// use pageferry_tcp::{TcpOptions, connect};
+///
+/// # fn migrate_to(address: &str) -> Result<Box<dyn Link>, pageferry::transport::TransportError> {
+/// // io_uring where there is one, and else the same sockets without it.
+/// let link = connect(address, TcpOptions::default())?;
+/// Ok(match Rings::new(IoUringOptions::default()) {
+///     Ok(rings) => Box::new(rings.source_link(link)),
+///     Err(_unavailable) => Box::new(link),
+/// })
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Rings {
+    options: IoUringOptions,
+    features: Features,
+}
+
+impl Rings {
+    /// Asks the kernel. Leaves nothing behind.
+    pub fn new(options: IoUringOptions) -> Result<Self, Unavailable> {
+        let features = probe()?.without(options.without).consistent();
+        tracing::debug!(?features, "io_uring");
+        Ok(Self { options, features })
+    }
+
+    /// What of the kernel's io_uring is used.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The settings given.
+    pub fn options(&self) -> &IoUringOptions {
+        &self.options
+    }
+
+    /// Has io_uring move the pages of a connected link. The other end may be of either sort.
+    pub fn source_link(&self, tcp: TcpSourceLink) -> IoUringSourceLink {
+        IoUringSourceLink::new(tcp, self.clone())
+    }
+
+    /// Has io_uring place the pages of an accepted link. The other end may be of either sort.
+    pub fn destination_link(&self, tcp: TcpDestinationLink) -> IoUringDestinationLink {
+        IoUringDestinationLink::new(tcp, self.clone())
+    }
+
+    /// Registers guest memory, or goes on without if that is allowed.
+    pub(crate) fn register(
+        &self,
+        memory: &Arc<GuestMemory>,
+        check: impl Fn() -> Result<(), TransportError>,
+    ) -> Result<(Option<Arc<Table>>, Registration), TransportError> {
+        match Table::register(memory, &self.setup(), check) {
+            Ok((table, cost)) => Ok((Some(table), cost)),
+            Err(error @ TransportError::Register { .. }) if !self.options.require_registration => {
+                let error = pageferry::Chain::of(&error);
+                tracing::warn!("guest memory is not registered, and goes on so: {error}");
+                Ok((None, Registration::default()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) fn setup(&self) -> RingSetup {
+        RingSetup { features: self.features, sq_poll: self.options.sq_poll }
+    }
+}

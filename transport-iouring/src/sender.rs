@@ -1,0 +1,494 @@
+//! The source's end of a data channel.
+//!
+//! `send` only queues ([`crate::queue`]). The kernel is told when the queue is full, when the
+//! engine waits, and at the end: everything queued is then one chain of requests that the kernel
+//! does in order, going on by itself after partial sends, and one system call hands the chain
+//! over and waits for its end. The last request takes what acknowledgements are there.
+//!
+//! Pages go out without a copy where that pays ([`ZeroCopy`]): long runs from registered buffers
+//! if there are any, or pinned by the kernel for the time of one send; all else is copied by the
+//! kernel. There are no plain sends from registered buffers: `IORING_OP_SEND` takes none, and
+//! `IORING_OP_WRITE_FIXED` neither goes on after a partial send nor, before Linux 6.18, spares the
+//! program a SIGPIPE.
+//!
+//! # Acknowledgements
+//!
+//! As tcp has them: a flag on a batch now and then, and a request when this side waits and no
+//! answer would come otherwise ([`AckSchedule`]). A batch that was sent zero-copy counts as landed
+//! when the kernel has let go of its memory too, which is mostly before.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::stream::{self, ACK_BYTES, AckSchedule};
+use pageferry::transport::{
+    ChannelCounters, PageSender, Run, Ticket, TransportError, Watermarks, ZeroCopyCounts,
+};
+use pageferry_tcp::{DataSocket, ZeroCopy};
+
+use crate::chain::{Chain, Until};
+use crate::features::Feature;
+use crate::options::IoUringOptions;
+use crate::queue::{Queue, WireBatch};
+use crate::ring::{MAX_CHAIN, Ring, RingSetup};
+use crate::table::Table;
+use crate::vectors::{Outgoing, ZeroCopyRuns};
+
+/// Acknowledgements read with one request.
+const ACKS_AT_ONCE: usize = 64;
+/// A queue that has waited for so long is handed over at the next look.
+const STALE: Duration = Duration::from_millis(1);
+/// How long a finished channel waits for notifications before it takes its memory back.
+const LINGER: Duration = Duration::from_secs(2);
+/// The same of a channel that was lost or reset.
+const LAST_READS: Duration = Duration::from_millis(200);
+
+const SENDING: &str = "send pages";
+const AWAITING_ACKS: &str = "receive acknowledgements";
+const AWAITING_RELEASE: &str = "wait for the end of zero-copy sends";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// The end record is out.
+    Finished,
+    /// Something failed, perhaps in the middle of a batch: nothing can follow.
+    Broken,
+}
+
+/// Whether long runs are sent zero-copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trial {
+    /// So many sends may still be made before the kernel's word on the first ones is known.
+    Running(usize),
+    Pays,
+    DoesNotPay,
+}
+
+/// Sends of a trial, and the longest.
+const TRIAL_SENDS: usize = 8;
+const TRIAL_BYTES: usize = 256 << 10;
+
+/// Whether a request failed because the kernel could not pin its memory, or had none for it.
+fn is_no_room(result: i32) -> bool {
+    [libc::ENOBUFS, libc::ENOMEM].contains(&-result)
+}
+
+/// What goes out with what is queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Last {
+    Nothing,
+    /// A request for an acknowledgement, where none is under way.
+    Request,
+    /// The end of the channel.
+    End,
+}
+
+#[derive(Debug)]
+pub(crate) struct IoUringPageSender {
+    ring: Ring,
+    socket: DataSocket,
+    memory: Arc<GuestMemory>,
+    table: Option<Arc<Table>>,
+    trial: Trial,
+    threshold_bytes: usize,
+    phase: Phase,
+    queue: Queue,
+    queued_since: Option<Instant>,
+    outgoing: Outgoing,
+    head: Vec<u8>,
+    /// The engine's tickets.
+    sent: Ticket,
+    marks: Watermarks,
+    /// The number on the wire of each batch that is out and not landed, with the engine's last
+    /// ticket in it.
+    wire: VecDeque<(Ticket, Ticket)>,
+    wire_sent: Ticket,
+    acknowledged: Ticket,
+    schedule: AckSchedule,
+    acks: [u8; ACKS_AT_ONCE * ACK_BYTES],
+    acks_filled: usize,
+    wire_bytes: u64,
+}
+
+impl IoUringPageSender {
+    pub(crate) fn new(
+        socket: DataSocket,
+        memory: Arc<GuestMemory>,
+        table: Option<Arc<Table>>,
+        setup: RingSetup,
+        options: &IoUringOptions,
+    ) -> Result<Self, TransportError> {
+        let trial = match options.zero_copy {
+            ZeroCopy::On if setup.features.has(Feature::SendZc) => Trial::Pays,
+            // Only where it can be told whether it pays.
+            ZeroCopy::Auto if setup.features.has(Feature::ReportUsage) => {
+                Trial::Running(TRIAL_SENDS)
+            }
+            _ => Trial::DoesNotPay,
+        };
+        Ok(Self {
+            ring: Ring::new(setup, table.clone(), || socket.check())?,
+            socket,
+            table,
+            trial,
+            threshold_bytes: usize::try_from(options.zero_copy_threshold_bytes)
+                .unwrap_or(usize::MAX),
+            phase: Phase::Open,
+            queue: Queue::new(crate::queue_bytes(options)),
+            queued_since: None,
+            outgoing: Outgoing::new(Arc::clone(&memory)),
+            memory,
+            head: Vec::new(),
+            sent: 0,
+            marks: Watermarks::default(),
+            wire: VecDeque::new(),
+            wire_sent: 0,
+            acknowledged: 0,
+            schedule: AckSchedule::default(),
+            acks: [0; ACKS_AT_ONCE * ACK_BYTES],
+            acks_filled: 0,
+            wire_bytes: 0,
+        })
+    }
+
+    fn check_open(&self) -> Result<(), TransportError> {
+        self.socket.check()?;
+        match self.phase {
+            Phase::Open => Ok(()),
+            Phase::Finished => Err(TransportError::OutOfOrder("the data channel is finished")),
+            Phase::Broken => Err(TransportError::Lost {
+                operation: SENDING,
+                cause: io::ErrorKind::NotConnected.into(),
+            }),
+        }
+    }
+
+    /// Something failed, perhaps in the middle of a record.
+    fn give_up(&mut self) {
+        self.phase = Phase::Broken;
+        self.outgoing.clear();
+        self.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Hands over all that is queued, and waits until the kernel has it.
+    fn flush(&mut self, last: Last) -> Result<(), TransportError> {
+        let result = self.encode(last).and_then(|()| self.send_all());
+        if result.is_err() {
+            self.give_up();
+        }
+        self.outgoing.clear();
+        result
+    }
+
+    /// Makes requests of the queue.
+    fn encode(&mut self, last: Last) -> Result<(), TransportError> {
+        self.queued_since = None;
+        for WireBatch { runs, last, .. } in self.queue.drain() {
+            self.wire_sent += 1;
+            let ask = self.schedule.flag_next(self.wire_sent, &runs);
+            stream::encode_batch(self.wire_sent, &runs, ask, &mut self.head);
+            self.outgoing.record(self.wire_sent, &self.head, runs);
+            self.wire.push_back((self.wire_sent, last));
+        }
+        match last {
+            Last::Nothing => {}
+            Last::Request => {
+                let waits = self.acknowledged < self.wire_sent;
+                if waits && !self.schedule.expects_more(self.acknowledged) {
+                    stream::encode_ack_request(&mut self.head);
+                    self.outgoing.record(0, &self.head, Vec::new());
+                    self.schedule.requested(self.wire_sent);
+                }
+            }
+            Last::End => {
+                stream::encode_end(&mut self.head);
+                self.outgoing.record(0, &self.head, Vec::new());
+                // The end is a request too.
+                self.schedule.requested(self.wire_sent);
+            }
+        }
+        let (most_bytes, most_sends) = match self.trial {
+            Trial::Running(sends) => (TRIAL_BYTES, sends),
+            Trial::Pays => (usize::MAX, self.ring.room_for_zero_copy()),
+            Trial::DoesNotPay => (0, 0),
+        };
+        let before = most_sends;
+        let mut zero_copy = (most_sends > 0).then_some(ZeroCopyRuns {
+            table: self.table.as_deref(),
+            least_bytes: self.threshold_bytes,
+            most_bytes,
+            most_sends,
+        });
+        self.outgoing.prepare(zero_copy.as_mut())?;
+        if let (Trial::Running(sends), Some(zero_copy)) = (&mut self.trial, zero_copy) {
+            *sends -= before - zero_copy.most_sends;
+        }
+        Ok(())
+    }
+
+    /// Sends what was encoded, in as few chains as it takes.
+    fn send_all(&mut self) -> Result<(), TransportError> {
+        while !self.outgoing.is_done() {
+            self.socket.check()?;
+            let mut chain = Chain::new();
+            self.outgoing.request(&mut chain, MAX_CHAIN - 1);
+            let sends = chain.len();
+            let with_acks = self.schedule.expects_more(self.acknowledged);
+            if with_acks {
+                chain.then().receive(&mut self.acks[self.acks_filled..], Until::Now);
+            }
+            let results = self.ring.run(&self.socket, &mut chain);
+            let results = results.map_err(|cause| self.socket.failed(SENDING, cause))?;
+            let acks = with_acks.then(|| results[sends]);
+            // The kernel may look for room before it begins a chain, and then sends nothing of it.
+            let refused = results[..sends].iter().position(|result| is_no_room(*result));
+            let refused = refused.filter(|step| self.outgoing.copy_from(*step));
+            let errno = refused.map(|step| -results[step]);
+            let mut failure = None;
+            for &result in &results[..sends] {
+                let sent = usize::try_from(result).unwrap_or(0);
+                self.wire_bytes += sent as u64;
+                if !self.outgoing.advance(sent) {
+                    // The rest was cancelled by the kernel: it is sent again from here on.
+                    let again = [libc::EINTR, libc::EAGAIN, libc::ECANCELED];
+                    let again = again.contains(&-result) || errno == Some(-result);
+                    if result < 0 && !again {
+                        failure = Some(io::Error::from_raw_os_error(-result));
+                    } else if result == 0 {
+                        failure = Some(io::ErrorKind::WriteZero.into());
+                    }
+                    break;
+                }
+            }
+            if let Some(errno) = errno {
+                self.no_room(errno);
+            }
+            if let Some(acks) = acks {
+                self.take_acks(acks)?;
+            }
+            if let Some(cause) = failure {
+                return Err(self.socket.failed(SENDING, cause));
+            }
+        }
+        self.judge();
+        Ok(())
+    }
+
+    /// Ends the trial of zero-copy sends once the kernel has said what it did.
+    fn judge(&mut self) {
+        if !matches!(self.trial, Trial::Running(_)) {
+            return;
+        }
+        let ZeroCopyCounts { sent, copied_by_kernel, .. } = self.ring.zero_copy();
+        if sent < TRIAL_SENDS as u64 {
+            return;
+        }
+        self.trial = if copied_by_kernel * 2 < sent { Trial::Pays } else { Trial::DoesNotPay };
+        let peer = self.socket.peer_addr();
+        tracing::debug!(%peer, sent, copied_by_kernel, "zero-copy sends: {:?}", self.trial);
+    }
+
+    /// The kernel may not pin any more; what was to be zero-copy is copied.
+    fn no_room(&mut self, errno: i32) {
+        self.ring.take_notifications();
+        if self.trial == Trial::Pays && self.ring.oldest_unreleased().is_some() {
+            // What is under way has the room, and gives it back.
+            return;
+        }
+        self.trial = Trial::DoesNotPay;
+        let (peer, cause) = (self.socket.peer_addr(), io::Error::from_raw_os_error(errno));
+        tracing::warn!(
+            %peer,
+            "sends without zero-copy from here on: no room to pin guest memory ({cause}); raise \
+             RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK= of systemd) or give CAP_IPC_LOCK"
+        );
+    }
+
+    /// What a receive of acknowledgements came to.
+    fn take_acks(&mut self, result: i32) -> Result<(), TransportError> {
+        let received = match usize::try_from(result) {
+            Ok(0) => return Err(self.socket.ended(AWAITING_ACKS)),
+            Ok(received) => received,
+            Err(_) if [libc::EINTR, libc::EAGAIN, libc::ECANCELED].contains(&-result) => {
+                return Ok(());
+            }
+            Err(_) => {
+                let cause = io::Error::from_raw_os_error(-result);
+                return Err(self.socket.failed(AWAITING_ACKS, cause));
+            }
+        };
+        self.wire_bytes += received as u64;
+        let filled = self.acks_filled + received;
+        let (acks, partial) = self.acks[..filled].as_chunks::<ACK_BYTES>();
+        self.acks_filled = partial.len();
+        for ack in acks {
+            match stream::decode_ack(*ack, self.wire_sent, self.acknowledged) {
+                Ok(acknowledged) => self.acknowledged = acknowledged,
+                Err(error) => {
+                    self.give_up();
+                    return Err(error.into());
+                }
+            }
+        }
+        self.acks.copy_within(filled - self.acks_filled..filled, 0);
+        Ok(())
+    }
+
+    /// Waits for acknowledgements, at most so long.
+    fn await_acks(&mut self, most: Duration) -> Result<(), TransportError> {
+        let mut chain = Chain::new();
+        chain.receive(&mut self.acks[self.acks_filled..], Until::Some);
+        chain.then().time_out(most);
+        let results = self.ring.run(&self.socket, &mut chain);
+        let results = results.map_err(|cause| self.socket.failed(AWAITING_ACKS, cause))?;
+        let received = results[0];
+        self.take_acks(received)
+    }
+
+    /// The wire's numbers in the engine's tickets.
+    fn advance_marks(&mut self) {
+        self.ring.take_notifications();
+        let released =
+            self.ring.oldest_unreleased().map_or(self.wire_sent, |oldest| oldest.saturating_sub(1));
+        let landed = self.acknowledged.min(released);
+        let last = |upto: Ticket| {
+            let covered = self.wire.iter().take_while(|(wire, _)| *wire <= upto);
+            covered.last().map(|(_, ticket)| *ticket)
+        };
+        let (released, landed_ticket) = (last(released), last(landed));
+        self.marks.released = self.marks.released.max(released.unwrap_or(0));
+        self.marks.landed = self.marks.landed.max(landed_ticket.unwrap_or(0));
+        while self.wire.front().is_some_and(|(wire, _)| *wire <= landed) {
+            self.wire.pop_front();
+        }
+    }
+
+    /// Waits until the kernel reads no guest memory any more, at most so long.
+    fn await_release(&mut self, most: Duration) -> Result<(), TransportError> {
+        let deadline = Instant::now() + most;
+        self.ring.take_notifications();
+        while self.ring.oldest_unreleased().is_some() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.ring.await_notification(left);
+            waited.map_err(|cause| self.socket.failed(AWAITING_RELEASE, cause))?;
+        }
+        Ok(())
+    }
+}
+
+impl PageSender for IoUringPageSender {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        self.check_open()?;
+        if runs.is_empty() {
+            let cause = io::Error::new(io::ErrorKind::InvalidInput, "the batch has no runs");
+            return Err(TransportError::Io { operation: SENDING, cause });
+        }
+        crate::CAPABILITIES.check(runs)?;
+        runs.iter().try_for_each(|run| self.memory.span(run.range).map(drop))?;
+        self.sent += 1;
+        self.queue.push(self.sent, runs);
+        self.queued_since.get_or_insert_with(Instant::now);
+        if self.queue.is_full() {
+            self.flush(Last::Nothing)?;
+        }
+        Ok(self.sent)
+    }
+
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        self.socket.check()?;
+        let before = self.marks.landed;
+        let Some(wait) = wait else {
+            let stale = self.queued_since.is_some_and(|since| since.elapsed() >= STALE);
+            if stale && self.phase == Phase::Open {
+                self.flush(Last::Nothing)?;
+            }
+            self.advance_marks();
+            return Ok(self.marks);
+        };
+        let deadline = Instant::now().checked_add(wait);
+        if self.phase == Phase::Open && before < self.sent {
+            let flushed = self.flush(Last::Request);
+            self.advance_marks();
+            // What landed before the link was lost is worth knowing; the next call fails.
+            if self.marks.landed == before {
+                flushed?;
+            }
+        }
+        self.advance_marks();
+        while self.marks.landed == before && self.marks.landed < self.sent {
+            let left = deadline
+                .map_or(wait, |deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                break;
+            }
+            if self.phase == Phase::Broken {
+                self.check_open()?;
+            }
+            if self.acknowledged < self.wire_sent {
+                self.await_acks(left)?;
+            } else {
+                let waited = self.ring.await_notification(left);
+                waited.map_err(|cause| self.socket.failed(AWAITING_RELEASE, cause))?;
+            }
+            self.socket.check()?;
+            self.advance_marks();
+        }
+        Ok(self.marks)
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        ChannelCounters {
+            wire_bytes: self.wire_bytes,
+            user_copied_bytes: 0,
+            system_calls: self.ring.system_calls(),
+            zero_copy: self.ring.zero_copy(),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        if self.phase == Phase::Finished {
+            return self.socket.check();
+        }
+        self.check_open()?;
+        self.flush(Last::End)?;
+        self.phase = Phase::Finished;
+        self.await_release(LINGER)?;
+        self.socket.check()?;
+        self.advance_marks();
+        self.socket.shutdown(Shutdown::Write);
+        Ok(())
+    }
+}
+
+impl Drop for IoUringPageSender {
+    fn drop(&mut self) {
+        if self.phase != Phase::Finished {
+            self.socket.shutdown(Shutdown::Both);
+        } else if self.acknowledged < self.wire_sent {
+            // The last batches may still be in this side's send buffer. The link holds the
+            // socket open; tell it to be patient when it goes.
+            self.socket.ask_to_linger();
+        }
+        self.ring.take_notifications();
+        if self.ring.oldest_unreleased().is_none() {
+            return;
+        }
+        // A reset has the kernel forget what it has queued, and with it the memory. What is left
+        // is what a NIC reads just now; its pages stay pinned until it has, whatever becomes of
+        // the mapping.
+        let reset = rustix::net::connect_unspec(&self.socket);
+        let waited = self.await_release(LAST_READS);
+        if self.ring.oldest_unreleased().is_some() {
+            let peer = self.socket.peer_addr();
+            tracing::warn!(%peer, ?reset, ?waited, "zero-copy sends of a reset connection go on");
+        }
+    }
+}

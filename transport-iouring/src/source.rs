@@ -1,0 +1,134 @@
+//! The source's end of a link.
+
+use std::fmt;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{
+    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, Registration,
+    SourceLink, TransportError,
+};
+use pageferry_tcp::{TcpOptions, TcpSourceLink, ZeroCopy};
+
+use crate::features::Feature;
+use crate::options::IoUringOptions;
+use crate::rings::Rings;
+use crate::sender::IoUringPageSender;
+use crate::table::Table;
+use crate::{CAPABILITIES, NAME};
+
+/// Connects to a destination that accepts migrations over tcp, whatever moves the pages there.
+///
+/// Without io_uring this fails before anything is sent; [`Rings::new`] tells beforehand.
+pub fn connect(
+    addr: impl ToSocketAddrs + fmt::Debug,
+    tcp: TcpOptions,
+    options: IoUringOptions,
+) -> Result<IoUringSourceLink, TransportError> {
+    let rings = Rings::new(options).map_err(TransportError::from)?;
+    Ok(rings.source_link(pageferry_tcp::connect(addr, tcp)?))
+}
+
+/// The source's end of a link whose pages go through io_uring. Made by [`connect()`] or
+/// [`Rings::source_link`].
+///
+/// # Resource cleanup
+///
+/// Dropping it revokes the registration of guest memory and closes all connections, as
+/// [`TcpSourceLink`] does.
+#[derive(Debug)]
+pub struct IoUringSourceLink {
+    tcp: TcpSourceLink,
+    rings: Rings,
+    memory: Option<Registered>,
+}
+
+#[derive(Debug)]
+struct Registered {
+    memory: Arc<GuestMemory>,
+    /// If memory is registered.
+    table: Option<Arc<Table>>,
+}
+
+impl IoUringSourceLink {
+    pub(crate) fn new(tcp: TcpSourceLink, rings: Rings) -> Self {
+        Self { tcp, rings, memory: None }
+    }
+
+    /// The migration, as the destination's logs call it.
+    pub fn migration_id(&self) -> MigrationId {
+        self.tcp.migration_id()
+    }
+
+    /// The destination's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.tcp.peer_addr()
+    }
+
+    /// Whether any send may be zero-copy.
+    fn may_be_zero_copy(&self) -> bool {
+        let features = self.rings.features();
+        match self.rings.options().zero_copy {
+            ZeroCopy::Off => false,
+            ZeroCopy::On => features.has(Feature::SendZc),
+            // `Auto`: only where it can be told whether it pays.
+            _ => features.has(Feature::ReportUsage),
+        }
+    }
+
+    /// Whether memory is registered. That pins all of it, and so allocates what is zero too: only
+    /// for who asks for it.
+    fn registers(&self) -> bool {
+        self.rings.options().zero_copy == ZeroCopy::On && self.may_be_zero_copy()
+    }
+}
+
+impl Link for IoUringSourceLink {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let (zero_copy, needs_registration) = (self.may_be_zero_copy(), self.registers());
+        Capabilities { zero_copy, needs_registration, ..CAPABILITIES }
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.tcp.control()
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.tcp.check()?;
+        let (table, cost) = if self.registers() {
+            self.rings.register(memory, || self.tcp.check())?
+        } else {
+            (None, Registration::default())
+        };
+        self.memory = Some(Registered { memory: Arc::clone(memory), table });
+        Ok(cost)
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.tcp.interrupter()
+    }
+}
+
+impl SourceLink for IoUringSourceLink {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        self.tcp.check()?;
+        let Some(Registered { memory, table }) = &self.memory else {
+            return Err(TransportError::OutOfOrder("data channels before registration"));
+        };
+        let sockets = self.tcp.open_sockets(channels)?;
+        sockets
+            .into_iter()
+            .map(|socket| {
+                let (memory, table) = (Arc::clone(memory), table.clone());
+                let (setup, options) = (self.rings.setup(), self.rings.options());
+                let sender = IoUringPageSender::new(socket, memory, table, setup, options)?;
+                Ok(Box::new(sender) as Box<dyn PageSender>)
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,153 @@
+//! io_uring passes the conformance suite: with all that this kernel has, with each of its newer
+//! features masked, with socket buffers so small that nothing ever fits in one piece, and with
+//! tcp at either end.
+
+use std::time::Duration;
+
+use pageferry::testing::conformance::{Pair, run_all};
+use pageferry_iouring::{Feature, Features, IoUringOptions, Rings, ZeroCopy};
+use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
+
+fn connected(tcp: &TcpOptions) -> (TcpSourceLink, TcpDestinationLink) {
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", tcp.clone()).expect("a port of loopback");
+    let source = connect(acceptor.local_addr(), tcp.clone()).expect("the acceptor answers");
+    let destination = acceptor.accept(Some(Duration::from_secs(10))).expect("a source came");
+    (source, destination)
+}
+
+fn rings(options: IoUringOptions) -> Rings {
+    Rings::new(options).expect("this kernel has io_uring")
+}
+
+fn pair_of(tcp: &TcpOptions, options: IoUringOptions) -> Pair {
+    let rings = rings(options);
+    let (source, destination) = connected(tcp);
+    (Box::new(rings.source_link(source)), Box::new(rings.destination_link(destination)))
+}
+
+fn small_buffers() -> TcpOptions {
+    TcpOptions {
+        send_buffer_bytes: Some(4096),
+        receive_buffer_bytes: Some(4096),
+        ..TcpOptions::default()
+    }
+}
+
+/// As small as an end with tcp, or one that sends zero-copy, takes without waiting for the kernel's
+/// probes of a shut window all the time.
+fn modest_buffers() -> TcpOptions {
+    TcpOptions {
+        send_buffer_bytes: Some(16 << 10),
+        receive_buffer_bytes: Some(16 << 10),
+        ..TcpOptions::default()
+    }
+}
+
+fn always() -> IoUringOptions {
+    IoUringOptions {
+        zero_copy: ZeroCopy::On,
+        zero_copy_threshold_bytes: 4096,
+        register_destination: true,
+        ..IoUringOptions::default()
+    }
+}
+
+mod with_all_features {
+    use super::*;
+    fn pair() -> Pair {
+        pair_of(&TcpOptions::default(), IoUringOptions::default())
+    }
+    pageferry::conformance_suite!(pair);
+}
+
+mod with_small_buffers {
+    use super::*;
+    fn pair() -> Pair {
+        pair_of(&small_buffers(), IoUringOptions::default())
+    }
+    pageferry::conformance_suite!(pair);
+}
+
+mod always_zero_copy {
+    use super::*;
+    fn pair() -> Pair {
+        pair_of(&TcpOptions::default(), always())
+    }
+    pageferry::conformance_suite!(pair);
+}
+
+mod from_tcp {
+    use super::*;
+    fn pair() -> Pair {
+        let (source, destination) = connected(&TcpOptions::default());
+        let rings = rings(IoUringOptions::default());
+        (Box::new(source), Box::new(rings.destination_link(destination)))
+    }
+    pageferry::conformance_suite!(pair);
+}
+
+mod to_tcp {
+    use super::*;
+    fn pair() -> Pair {
+        let (source, destination) = connected(&TcpOptions::default());
+        let rings = rings(IoUringOptions::default());
+        (Box::new(rings.source_link(source)), Box::new(destination))
+    }
+    pageferry::conformance_suite!(pair);
+}
+
+#[test]
+fn always_zero_copy_with_small_buffers() {
+    run_all(&|| pair_of(&modest_buffers(), always()));
+}
+
+#[test]
+fn mixed_pairs_with_small_buffers() {
+    run_all(&|| {
+        let (source, destination) = connected(&modest_buffers());
+        let rings = rings(IoUringOptions::default());
+        (Box::new(source), Box::new(rings.destination_link(destination)))
+    });
+    run_all(&|| {
+        let (source, destination) = connected(&modest_buffers());
+        let rings = rings(IoUringOptions::default());
+        (Box::new(rings.source_link(source)), Box::new(destination))
+    });
+}
+
+/// Each rung of the ladder: a kernel that has all but one feature, and those that depend on it.
+#[test]
+fn without_each_feature() {
+    for feature in Feature::ALL {
+        eprintln!("without {feature:?}");
+        let without = Features::none().with(feature);
+        run_all(&|| pair_of(&TcpOptions::default(), IoUringOptions { without, ..always() }));
+    }
+}
+
+/// A kernel as old as they get, and Linux 6.1.
+#[test]
+fn without_what_older_kernels_lack() {
+    let ladder = [
+        (Feature::ALL.into_iter().collect(), small_buffers()),
+        (
+            Features::none().with(Feature::ReportUsage).with(Feature::CloneBuffers),
+            TcpOptions::default(),
+        ),
+    ];
+    for (without, tcp) in ladder {
+        run_all(&|| pair_of(&tcp, IoUringOptions { without, ..always() }));
+    }
+}
+
+#[test]
+fn with_a_polling_kernel_thread() {
+    let sq_poll = Some(Duration::from_millis(5));
+    run_all(&|| pair_of(&TcpOptions::default(), IoUringOptions { sq_poll, ..always() }));
+}
+
+#[test]
+fn without_zero_copy() {
+    let options = IoUringOptions { zero_copy: ZeroCopy::Off, ..IoUringOptions::default() };
+    run_all(&|| pair_of(&TcpOptions::default(), options.clone()));
+}

@@ -1,0 +1,67 @@
+//! A data connection for another transport.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use pageferry::transport::TransportError;
+
+use crate::connection::Connection;
+
+/// A data connection of a link, for a transport that finds its connections as TCP does and moves
+/// bytes in a way of its own ([`TcpSourceLink::open_sockets`](crate::TcpSourceLink::open_sockets),
+/// [`TcpDestinationLink::open_sockets`](crate::TcpDestinationLink::open_sockets)). In blocking
+/// mode, with its preambles done.
+///
+/// # Resource cleanup
+///
+/// The link holds the socket too: it is closed when the link and all clones are dropped, and the
+/// link ends the connection when it is dropped. An interrupt of the link shuts it down, which
+/// ends whatever the kernel does with it.
+#[derive(Debug, Clone)]
+pub struct DataSocket(Arc<Connection>);
+
+impl DataSocket {
+    pub(crate) fn new(connection: Arc<Connection>) -> Self {
+        Self(connection)
+    }
+
+    /// The other side's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.0.peer()
+    }
+
+    /// Fails once the link was interrupted.
+    pub fn check(&self) -> Result<(), TransportError> {
+        self.0.check()
+    }
+
+    /// What a failed system call or request means: an interrupt, a lost link, or a machine that
+    /// refuses.
+    pub fn failed(&self, operation: &'static str, cause: io::Error) -> TransportError {
+        self.0.failed(operation, cause)
+    }
+
+    /// What the end of the stream means where more was due.
+    pub fn ended(&self, operation: &'static str) -> TransportError {
+        self.0.ended(operation)
+    }
+
+    /// Ends one direction or both; whoever waits for the socket wakes up.
+    pub fn shutdown(&self, how: Shutdown) {
+        self.0.shutdown(how);
+    }
+
+    /// Has the link, when it is dropped, wait a little until the other side has taken what was
+    /// sent.
+    pub fn ask_to_linger(&self) {
+        self.0.ask_to_linger();
+    }
+}
+
+impl AsFd for DataSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
