@@ -72,6 +72,8 @@ pub(crate) struct Report {
     pub(crate) rebalances: u32,
     /// What was done at the destination ahead of the data.
     pub(crate) populated: PopulatedReport,
+    /// CPU time of the source's process during the migration, the guest's included.
+    pub(crate) cpu_ms: Option<f64>,
     pub(crate) throughput_gbps: f64,
     pub(crate) dirty_pages_per_second: f64,
     pub(crate) heartbeats: Option<u64>,
@@ -182,6 +184,7 @@ impl Report {
                 bytes: statistics.populated.bytes,
                 ms: ms(statistics.populated.took),
             },
+            cpu_ms: None,
             throughput_gbps: statistics.throughput_gbps(),
             dirty_pages_per_second: statistics.dirty_pages_per_second,
             heartbeats: None,
@@ -223,6 +226,11 @@ impl Report {
     pub(crate) fn heartbeat(&mut self, seen: HeartbeatSnapshot) {
         self.heartbeats = Some(seen.beats);
         self.heartbeat_gap_ms = Some(ms(Duration::from_nanos(seen.longest_gap_ns)));
+    }
+
+    /// What the migration took of this process's CPU time.
+    pub(crate) fn cpu_time(&mut self, took: Duration) {
+        self.cpu_ms = Some(ms(took));
     }
 
     pub(crate) fn oracle(&mut self, oracle: &OracleReport) {

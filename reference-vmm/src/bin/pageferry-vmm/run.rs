@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
 use pageferry::machine::MachineOperation;
@@ -15,6 +16,7 @@ use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available, workloa
 use pageferry_vmm::ram::Ram;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::args::{GuestArgs, RunArgs};
 use crate::links::Chosen;
@@ -193,6 +195,7 @@ fn migrate(
         Ok(chosen) => connect_to(address, chosen, &handle, wishes),
         Err(error) => Err(error.into()),
     };
+    let cpu = cpu_time();
     let result = thread::scope(|scope| {
         scope.spawn(move || {
             // The receiver waits below for just this.
@@ -207,11 +210,13 @@ fn migrate(
             }
         }
     })?;
+    let cpu = cpu_time().saturating_sub(cpu);
     drop(watch);
     let report = |outcome, at, statistics: &Statistics| {
         let mut report =
             Report::of_source((outcome, at), transport, &config, migration, statistics);
         report.dirty_source(tracking);
+        report.cpu_time(cpu);
         report
     };
     Ok(match result {
@@ -238,6 +243,12 @@ fn migrate(
             (report, Some(machine))
         }
     })
+}
+
+/// CPU time of this process so far.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// Connects. Who cancels meanwhile need not wait for a host that does not answer.

@@ -17,6 +17,7 @@ const NUMBERS: &[&str] = &[
     "registration_ms",
     "verify_ms",
     "dirty_pages_per_second",
+    "cpu_ms",
 ];
 const COUNTS: &[&str] = &[
     "channels",
