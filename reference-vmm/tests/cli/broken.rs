@@ -27,7 +27,7 @@ fn the_source_is_killed() {
 #[test]
 fn the_destination_stands_still_and_the_source_is_told_to_stop() {
     let (mut source, mut destination, beats) = under_way(&[]);
-    destination.signal(Signal::STOP);
+    destination.stop();
     source.signal(Signal::INT);
     source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
     destination.signal(Signal::CONT);
@@ -38,7 +38,7 @@ fn the_destination_stands_still_and_the_source_is_told_to_stop() {
 #[test]
 fn the_destination_stands_still() {
     let (mut source, destination, beats) = under_way(&["--dirty-rate", "100000"]);
-    destination.signal(Signal::STOP);
+    destination.stop();
     source.finish().report(1).assert_kept("failed", &["timed out"], beats);
 }
 
@@ -47,7 +47,7 @@ fn a_destination_that_never_answers() {
     let (destination, address) = destination(&[]);
     let mut source = source(&["--workload", "idle"]);
     let beats = source.beats();
-    destination.signal(Signal::STOP);
+    destination.stop();
     // Its kernel takes the connection.
     source.say(format!("migrate {address}"));
     let report = source.finish().report(1);

@@ -43,7 +43,7 @@ fn noise_before_and_during_a_migration() {
     source.say(format!("migrate {address}"));
     destination.await_message("a source connected");
     // The migration stands still while they come.
-    source.signal(Signal::STOP);
+    source.stop();
     silent.extend(disturb(&address, &mut noise));
     let mut second = dial(&address);
     second.write_all(&control_preamble()).expect("write");
@@ -62,7 +62,7 @@ fn a_second_source_while_one_is_served() {
     let beats = second.beats();
     first.say(format!("migrate {address}"));
     destination.await_message("a source connected");
-    first.signal(Signal::STOP);
+    first.stop();
     second.say(format!("migrate {address}"));
     let why = ["refused by", &address, "another migration is being served"];
     second.finish().report(1).assert_kept("failed", &why, beats);
@@ -75,7 +75,7 @@ fn a_second_source_while_one_is_served() {
 fn commands_while_a_migration_is_under_way() {
     let (mut source, mut destination, beats) = under_way(&[]);
     // So that it stays under way.
-    destination.signal(Signal::STOP);
+    destination.stop();
     source.say("status");
     source.await_message("a migration is under way");
     source.say("quit");

@@ -106,6 +106,21 @@ impl Process {
             .unwrap_or_else(|error| panic!("failed to signal the {}: {error}", self.name));
     }
 
+    /// Stops it, and waits until each of its threads has stopped: that comes after the signal.
+    pub(crate) fn stop(&self) {
+        self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let deadline = Instant::now() + PATIENCE;
+        while !std::fs::read_dir(&tasks).expect("its threads").flatten().all(|task| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // After the name, which is in brackets and may hold anything.
+            stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('T'))
+        }) {
+            assert!(Instant::now() < deadline, "the {} does not stop", self.name);
+            std::thread::yield_now();
+        }
+    }
+
     /// Whether it has not ended.
     pub(crate) fn lives(&self) -> bool {
         self.wait_until(Instant::now()).is_none()
