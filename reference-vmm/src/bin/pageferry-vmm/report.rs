@@ -208,6 +208,7 @@ impl Report {
             Self::new(outcome, guest_at, transport, args.channels, memory_bytes, statistics);
         report.guest(config);
         report.downtime_limit_ms = Some(ms(args.downtime_limit));
+        report.cpu_ms = Some(0.0);
         report
     }
 
