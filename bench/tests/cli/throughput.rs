@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
 use pageferry_rust_vmm::PagemapScan;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::Value;
 
 use crate::support::{number, program, report, run};
@@ -154,16 +155,21 @@ fn an_interrupt_ends_all_processes() {
     let rest: Vec<_> = stderr.map_while(Result::ok).collect();
     assert_eq!(child.wait().expect("wait").code(), Some(3), "{rest:?}");
     assert_eq!(rest.last().map(String::as_str), Some("cancelled"));
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while sides.iter().any(|side| fs::exists(format!("/proc/{side}")).unwrap_or(false)) {
-        assert!(Instant::now() < deadline, "a side was left behind");
-        std::thread::sleep(Duration::from_millis(10));
+    for side in &sides {
+        let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
+        let ended = poll(&mut [PollFd::new(side, PollFlags::IN)], Some(&patience));
+        assert_eq!(ended, Ok(1), "a side was left behind");
     }
 }
 
-fn children(pid: Pid) -> Vec<String> {
+/// The processes a process has started; each can be polled for its end.
+fn children(pid: Pid) -> Vec<OwnedFd> {
     let pid = pid.as_raw_nonzero();
     let path = format!("/proc/{pid}/task/{pid}/children");
     let list = fs::read_to_string(path).expect("its children");
-    list.split_whitespace().map(str::to_owned).collect()
+    let child = |text: &str| {
+        let pid = text.parse().ok().and_then(Pid::from_raw).expect("a process id");
+        pidfd_open(pid, PidfdFlags::empty()).expect("open a pidfd")
+    };
+    list.split_whitespace().map(child).collect()
 }
