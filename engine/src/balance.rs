@@ -5,14 +5,23 @@
 
 use std::time::Duration;
 
-/// A round says nothing about its channels before.
-const WARM_UP: Duration = Duration::from_millis(500);
+/// When a fence, at which every channel waits for what it has sent, is worth it.
+struct Threshold {
+    /// A round says nothing about its channels before.
+    warm_up: Duration,
+    /// How many times as long as all together the last channel must be expected to take.
+    lag: f64,
+    /// How much earlier the round must be expected to end.
+    gain: Duration,
+}
 
-/// A lag below is not worth a fence, at which every channel waits for what it has sent.
-const WORTHWHILE: Duration = Duration::from_secs(1);
+/// While all channels work: speeds go up and down, and usually make up for it.
+const ALL_BUSY: Threshold =
+    Threshold { warm_up: Duration::from_millis(500), lag: 1.5, gain: Duration::from_secs(1) };
 
-/// How much later than all together the last channel must be expected to end.
-const LAG: f64 = 1.5;
+/// Once a channel has nothing left to do: what it could take over is lost for certain.
+const SOME_IDLE: Threshold =
+    Threshold { warm_up: Duration::from_millis(100), lag: 1.1, gain: Duration::from_millis(100) };
 
 /// How finely channels are weighted. One that moved nothing still gets a weight of 1, to be seen
 /// to recover.
@@ -30,11 +39,13 @@ pub(crate) struct Lane {
 /// The weights of a better partition, if there is one that is worth it. `lanes[c]` is `None` for
 /// a channel that is lost.
 pub(crate) fn rebalance(lanes: &[Option<Lane>], elapsed: Duration) -> Option<Vec<u32>> {
-    if elapsed < WARM_UP {
+    let live = || lanes.iter().flatten();
+    let idle = live().any(|lane| lane.done >= lane.given);
+    let Threshold { warm_up, lag, gain } = if idle { SOME_IDLE } else { ALL_BUSY };
+    if elapsed < warm_up {
         return None;
     }
     let seconds = elapsed.as_secs_f64();
-    let live = || lanes.iter().flatten();
     let speed = |lane: &Lane| lane.done as f64 / seconds;
     let all_speed: f64 = live().map(speed).sum();
     let all_left: f64 = live().map(|lane| lane.given.saturating_sub(lane.done) as f64).sum();
@@ -46,7 +57,7 @@ pub(crate) fn rebalance(lanes: &[Option<Lane>], elapsed: Duration) -> Option<Vec
         |lane: &Lane| lane.given.saturating_sub(lane.done) as f64 / speed(lane).max(1.0 / seconds);
     let last = live().map(alone).fold(0.0, f64::max);
     let together = all_left / all_speed;
-    if last < together * LAG || last - together < WORTHWHILE.as_secs_f64() {
+    if last < together * lag || last - together < gain.as_secs_f64() {
         return None;
     }
     let fastest = live().map(speed).fold(0.0, f64::max);
@@ -92,13 +103,17 @@ mod tests {
     fn channels_that_are_done_take_over() {
         let weights = rebalance(&lanes(&[1000, 100]), Duration::from_secs(2));
         assert_eq!(weights, Some(vec![64, 6]));
+        // Sooner, and for less, than from channels that work.
+        let weights = rebalance(&lanes(&[1000, 700]), Duration::from_secs(1));
+        assert_eq!(weights, Some(vec![64, 45]));
+        assert_eq!(rebalance(&lanes(&[999, 700]), Duration::from_secs(1)), None);
     }
 
     #[test]
     fn neither_early_nor_for_a_moment_nor_with_one_channel() {
         assert_eq!(rebalance(&lanes(&[400, 0]), Duration::from_millis(400)), None);
         let nearly_done =
-            [Some(Lane { done: 1000, given: 1000 }), Some(Lane { done: 900, given: 1000 })];
+            [Some(Lane { done: 1000, given: 1000 }), Some(Lane { done: 950, given: 1000 })];
         assert_eq!(rebalance(&nearly_done, Duration::from_secs(2)), None);
         assert_eq!(
             rebalance(&[Some(Lane { done: 1, given: 1000 }), None], Duration::from_secs(9)),

@@ -7,10 +7,11 @@
 //! another partition, only when every share is gone.
 //!
 //! So ownership changes by a **fenced epoch**, and by nothing else: the driver
-//! [asks the shares back](Loan::ask_back) (or waits for the end of the round), every sender waits
-//! until what it has sent has landed and drops its share, the driver
-//! [takes the ledger back](Loan::take_back) and lends it anew. What the old owner of a stripe sent
-//! has landed before the new one sends, so the newest bytes win also across channels.
+//! [asks the shares back](Loan::ask_back) (or waits for the end of the round), every sender drops
+//! its share, every sender, whether it was interrupted or had finished, waits until what it has
+//! sent has landed, the driver [takes the ledger back](Loan::take_back) and lends it anew. What
+//! the old owner of a stripe sent has landed before the new one sends, so the newest bytes win
+//! also across channels.
 #![expect(unsafe_code, reason = "threads write to words of one bitmap, each to its own")]
 
 use std::ops::Range;
@@ -333,25 +334,31 @@ mod explored {
         }
     }
 
-    /// What a sender does with its shares, `None` being the last; `settles` is whether it keeps to
-    /// the rule of the fence.
-    fn send(world: &World, shares: &Receiver<Option<Share>>, done: &Sender<()>, settles: bool) {
+    /// What the driver tells a sender, as [`crate::sender::Command`].
+    enum Command {
+        Round(Share),
+        Settle,
+        Finish,
+    }
+
+    fn send(world: &World, commands: &Receiver<Command>, done: &Sender<()>) {
         let mut on_its_way = Vec::new();
-        while let Some(mut share) = shares.recv().unwrap() {
-            let mut fenced = false;
-            while !fenced && let Some((stripe, bits)) = share.next_dirty() {
-                let page = stripe.first_word / STRIPE_WORDS;
-                on_its_way.push((page, world.guest[page].load(Ordering::SeqCst)));
-                share.done(bits);
-                fenced = share.is_asked_back();
+        loop {
+            match commands.recv().unwrap() {
+                Command::Round(mut share) => {
+                    while !share.is_asked_back()
+                        && let Some((stripe, bits)) = share.next_dirty()
+                    {
+                        let page = stripe.first_word / STRIPE_WORDS;
+                        on_its_way.push((page, world.guest[page].load(Ordering::SeqCst)));
+                        share.done(bits);
+                    }
+                }
+                Command::Settle => land(world, &mut on_its_way),
+                Command::Finish => return land(world, &mut on_its_way),
             }
-            if fenced && settles {
-                land(world, &mut on_its_way);
-            }
-            drop(share);
             done.send(()).unwrap();
         }
-        land(world, &mut on_its_way);
     }
 
     /// In order, as on any channel.
@@ -361,7 +368,8 @@ mod explored {
         }
     }
 
-    /// Whether old bytes won in any interleaving.
+    /// Whether old bytes won in any interleaving; `settles` is whether the driver keeps to the rule
+    /// of the fence.
     fn old_bytes_win(settles: bool) -> bool {
         let old_won = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         let seen = std::sync::Arc::clone(&old_won);
@@ -380,22 +388,29 @@ mod explored {
             let (done, is_done) = channel();
             let senders: Vec<_> = (0..2)
                 .map(|_| {
-                    let (give, shares) = channel();
+                    let (give, commands) = channel();
                     let (world, done) = (Arc::clone(&world), done.clone());
-                    (give, thread::spawn(move || send(&world, &shares, &done, settles)))
+                    (give, thread::spawn(move || send(&world, &commands, &done)))
                 })
                 .collect();
             let round = |ledger: Ledger, weights: &[u32], ask_back: bool, version: u32| {
-                let (loan, shares) = ledger.lend(&Partition::weighted(&layout, weights));
-                if ask_back {
-                    loan.ask_back();
-                }
+                let (loan, shares) =
+                    ledger.lend(&Partition::weighted(&layout, weights, &DirtyBitmap::new(&layout)));
                 for ((give, _), share) in senders.iter().zip(shares) {
-                    give.send(Some(share)).unwrap();
+                    give.send(Command::Round(share)).unwrap();
                 }
                 // The guest writes while the senders read.
                 world.write(0, version);
+                if ask_back {
+                    loan.ask_back();
+                }
                 senders.iter().for_each(|_| is_done.recv().unwrap());
+                if ask_back && settles {
+                    for (give, _) in &senders {
+                        give.send(Command::Settle).unwrap();
+                    }
+                    senders.iter().for_each(|_| is_done.recv().unwrap());
+                }
                 let mut ledger = loan.take_back().expect("all shares were dropped");
                 world.harvest(&mut ledger.dirty);
                 ledger
@@ -404,12 +419,13 @@ mod explored {
             let ledger = round(Ledger::new(&layout), &[1, 1], true, 2);
             let ledger = round(ledger, &[0, 1], false, 3);
             // The guest is paused; what is dirty is sent, and all lands.
-            let (loan, shares) = ledger.lend(&Partition::weighted(&layout, &[0, 1]));
+            let (loan, shares) =
+                ledger.lend(&Partition::weighted(&layout, &[0, 1], &DirtyBitmap::new(&layout)));
             for ((give, _), share) in senders.iter().zip(shares) {
-                give.send(Some(share)).unwrap();
+                give.send(Command::Round(share)).unwrap();
             }
             for (give, _) in &senders {
-                give.send(None).unwrap();
+                give.send(Command::Finish).unwrap();
             }
             for (_, thread) in senders {
                 thread.join().unwrap();

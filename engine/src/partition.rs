@@ -8,7 +8,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::dirty::{STRIPE_WORDS, WORD_PAGES};
+use crate::dirty::{DirtyBitmap, STRIPE_WORDS, WORD_PAGES};
 use crate::memory::Layout;
 
 /// Stripes that are dealt out together, where there are plenty: runs of pages get long, and threads
@@ -60,18 +60,19 @@ impl Partition {
     ///
     /// If `channels` is 0.
     pub fn new(layout: &Layout, channels: u16) -> Self {
-        Self::weighted(layout, &vec![1; usize::from(channels)])
+        Self::weighted(layout, &vec![1; usize::from(channels)], &DirtyBitmap::new(layout))
     }
 
     /// Deals the stripes out in shares of `weights`, one a channel, as evenly spread as they can
     /// be: with weights 3 and 1 every fourth turn is the second's. A channel of weight 0 gets none.
     ///
+    /// Stripes with a dirty page and those without are dealt out apart: what is left of a round is
+    /// shared by all, and so is memory as a whole in the rounds to come.
+    ///
     /// # Panics
     ///
-    /// If all weights are 0: somebody must own a page.
-    pub fn weighted(layout: &Layout, weights: &[u32]) -> Self {
-        let sum: i64 = weights.iter().map(|weight| i64::from(*weight)).sum();
-        assert!(sum > 0, "a partition needs a channel");
+    /// If all weights are 0: somebody must own a page. If the bitmap is of another layout.
+    pub fn weighted(layout: &Layout, weights: &[u32], dirty: &DirtyBitmap) -> Self {
         let mut count = 0;
         let regions = layout.regions().iter().map(|region| {
             let words = usize::try_from(region.pages().div_ceil(WORD_PAGES)).unwrap_or(usize::MAX);
@@ -81,24 +82,21 @@ impl Partition {
             RegionStripes { first, words }
         });
         let regions = regions.collect();
-        let channels = u32::try_from(weights.len()).unwrap_or(u32::MAX);
-        let at_once = (count / channels / TURNS).clamp(1, MOST_AT_ONCE);
-        // Each channel saves up its weight a turn; the richest takes the stripes and pays for them.
-        let mut credits = vec![0; weights.len()];
+        let is_dirty: Vec<bool> = (0..)
+            .take(layout.regions().len())
+            .flat_map(|region| dirty.region_words(region).chunks(STRIPE_WORDS))
+            .map(|stripe| stripe.iter().any(|word| *word != 0))
+            .collect();
+        let dirty_count = u32::try_from(is_dirty.iter().filter(|dirty| **dirty).count());
+        let dirty_count = dirty_count.unwrap_or(u32::MAX);
+        let mut dirty_to = Dealer::new(weights, dirty_count);
+        let mut clean_to = Dealer::new(weights, count - dirty_count);
         let mut owned: Vec<Vec<Range<u32>>> = vec![Vec::new(); weights.len()];
-        for begin in (0..count).step_by(at_once as usize) {
-            let mut richest = 0;
-            for (channel, weight) in weights.iter().enumerate() {
-                credits[channel] += i64::from(*weight);
-                if credits[channel] > credits[richest] {
-                    richest = channel;
-                }
-            }
-            credits[richest] -= sum;
-            let end = begin.saturating_add(at_once).min(count);
-            match owned[richest].last_mut().filter(|last| last.end == begin) {
-                Some(last) => last.end = end,
-                None => owned[richest].push(begin..end),
+        for (number, is_dirty) in (0..count).zip(is_dirty) {
+            let to = if is_dirty { dirty_to.next() } else { clean_to.next() };
+            match owned[to].last_mut().filter(|last| last.end == number) {
+                Some(last) => last.end = number + 1,
+                None => owned[to].push(number..number + 1),
             }
         }
         Self { regions, owned: owned.into() }
@@ -142,12 +140,51 @@ impl Partition {
     }
 }
 
+/// Says to whom stripes go, one after the other.
+struct Dealer<'a> {
+    weights: &'a [u32],
+    sum: i64,
+    /// What each channel has saved up.
+    credits: Vec<i64>,
+    /// Stripes dealt out together, and how many of them are left.
+    at_once: u32,
+    left: u32,
+    /// To whom they go.
+    owner: usize,
+}
+
+impl<'a> Dealer<'a> {
+    fn new(weights: &'a [u32], stripes: u32) -> Self {
+        let sum: i64 = weights.iter().map(|weight| i64::from(*weight)).sum();
+        assert!(sum > 0, "a partition needs a channel");
+        let channels = u32::try_from(weights.len()).unwrap_or(u32::MAX);
+        let at_once = (stripes / channels / TURNS).clamp(1, MOST_AT_ONCE);
+        Self { weights, sum, credits: vec![0; weights.len()], at_once, left: 0, owner: 0 }
+    }
+
+    /// Each channel saves up its weight a turn; the richest takes the stripes and pays for them.
+    fn next(&mut self) -> usize {
+        if self.left == 0 {
+            self.left = self.at_once;
+            self.owner = 0;
+            for (channel, weight) in self.weights.iter().enumerate() {
+                self.credits[channel] += i64::from(*weight);
+                if self.credits[channel] > self.credits[self.owner] {
+                    self.owner = channel;
+                }
+            }
+            self.credits[self.owner] -= self.sum;
+        }
+        self.left -= 1;
+        self.owner
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::dirty::DirtyBitmap;
     use crate::memory::{PAGE_BYTES, RegionLayout};
 
     proptest! {
@@ -155,6 +192,7 @@ mod tests {
         fn every_word_belongs_to_one_channel(
             region_pages in prop::collection::vec(1_u64..200_000, 1..5),
             weights in prop::collection::vec(0_u32..5, 1..10),
+            heap in 0_u64..200_000,
         ) {
             let sum: u32 = weights.iter().sum();
             prop_assume!(sum > 0);
@@ -166,21 +204,33 @@ mod tests {
                 region
             });
             let layout = Layout::new(regions.collect()).unwrap();
-            let partition = Partition::weighted(&layout, &weights);
+            let mut dirty = DirtyBitmap::new(&layout);
+            (0..heap.min(region_pages[0])).for_each(|page| dirty.set(0, page));
+            let partition = Partition::weighted(&layout, &weights, &dirty);
             let mut owners = DirtyBitmap::new(&layout);
-            let stripes = partition.total();
+            let all_stripes = partition.total();
+            let dirty_stripes = usize::try_from(heap.min(region_pages[0]).div_ceil(512)).unwrap();
             for (channel, weight) in (0..).zip(&weights) {
+                let mut counts = [0, 0];
                 for stripe in partition.stripes(channel) {
-                    let mine = &mut owners.region_words_mut(stripe.region)
-                        [stripe.first_word..stripe.first_word + stripe.words];
+                    let words = stripe.first_word..stripe.first_word + stripe.words;
+                    let of_heap = dirty.region_words(stripe.region)[words.clone()]
+                        .iter()
+                        .any(|word| *word != 0);
+                    counts[usize::from(of_heap)] += 1;
+                    let mine = &mut owners.region_words_mut(stripe.region)[words];
                     prop_assert!(mine.iter().all(|word| *word == 0), "two owners");
                     mine.fill(u64::MAX);
                 }
                 // Dealt out as wanted, to a turn or two.
-                let wanted = stripes as f64 * f64::from(*weight) / f64::from(sum);
-                let count = partition.count(channel) as f64;
-                let turn = (stripes / weights.len() / 16).clamp(1, 512) as f64;
-                prop_assert!((count - wanted).abs() <= 2.0 * turn, "{count} where {wanted} are due");
+                for (count, stripes) in
+                    counts.into_iter().zip([all_stripes - dirty_stripes, dirty_stripes])
+                {
+                    let wanted = stripes as f64 * f64::from(*weight) / f64::from(sum);
+                    let turn = (stripes / weights.len() / 16).clamp(1, 512) as f64;
+                    let off = (f64::from(count) - wanted).abs();
+                    prop_assert!(off <= 2.0 * turn, "{count} where {wanted} are due");
+                }
             }
             owners.trim();
             prop_assert_eq!(owners.count(), layout.pages());

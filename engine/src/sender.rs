@@ -54,15 +54,19 @@ pub(crate) enum Command {
         /// Report only when everything has landed: the last round.
         settle: bool,
     },
+    /// Report when everything has landed: stripes are to change hands.
+    Settle,
     /// End the channel in order, and the thread.
     Finish,
 }
 
 /// What a sender tells the driver.
 pub(crate) enum SenderReport {
-    /// The round's pages are sent (or landed, if it was to settle), or the share was asked back
-    /// and all that was sent has landed. The share is dropped.
+    /// The round's pages are sent (or landed, if it was to settle), or the share was asked back.
+    /// The share is dropped.
     RoundDone { channel: u16, at: Instant },
+    /// All that was sent has landed.
+    Settled { channel: u16 },
     /// The channel ended in order, and the thread.
     Finished,
     /// The channel is broken; the thread has ended, its share is dropped.
@@ -147,12 +151,19 @@ impl SenderThread {
         loop {
             match self.next_command()? {
                 None => return Ok(()),
+                Some(Command::Settle) => {
+                    self.settle()?;
+                    let report = SenderReport::Settled { channel: self.setup.channel };
+                    if self.setup.feed.send(Input::Report(report)).is_err() {
+                        return Ok(());
+                    }
+                }
                 Some(Command::Finish) => return Ok(self.setup.pages.finish()?),
                 Some(Command::Round { mut share, first_look, settle }) => {
                     // The last round is sent with the guest standing still.
                     self.limited = !settle;
-                    let fenced = self.scan(&mut share, first_look)?;
-                    if settle || fenced {
+                    self.scan(&mut share, first_look)?;
+                    if settle {
                         self.settle()?;
                     }
                     self.publish();
@@ -180,10 +191,11 @@ impl SenderThread {
         Ok(self.setup.commands.recv().ok())
     }
 
-    /// Sends all that is dirty in the share; true if it was asked back before.
-    fn scan(&mut self, share: &mut Share, first_look: bool) -> Result<bool, Error> {
-        let mut fenced = false;
-        while !fenced && let Some((stripe, mut dirty)) = share.next_dirty() {
+    /// Sends all that is dirty in the share, or as much until it is asked back.
+    fn scan(&mut self, share: &mut Share, first_look: bool) -> Result<(), Error> {
+        while !share.is_asked_back()
+            && let Some((stripe, mut dirty)) = share.next_dirty()
+        {
             // Re-arm, then read: a write from here on shows in the next harvest.
             let words = &mut dirty[..stripe.words];
             self.setup.sources.rearm(stripe.region, stripe.first_page(), words)?;
@@ -197,10 +209,8 @@ impl SenderThread {
             let (done, given) = share.progress();
             self.gauge().stripes_done.store(done as u64, Ordering::Relaxed);
             self.gauge().stripes_given.store(given as u64, Ordering::Relaxed);
-            fenced = share.is_asked_back();
         }
-        self.send_batch()?;
-        Ok(fenced)
+        self.send_batch()
     }
 
     fn gauge(&self) -> &ChannelGauge {

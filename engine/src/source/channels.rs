@@ -40,7 +40,7 @@ impl Channels {
         Self {
             gauges: Arc::new(ChannelGauge::for_channels(channels)),
             commands: Vec::new(),
-            partition: Partition::weighted(&layout, &weights),
+            partition: Partition::new(&layout, channels),
             weights,
             ledger: Some(Ledger::new(&layout)),
             loan: None,
@@ -65,16 +65,12 @@ impl Channels {
         self.commands.iter().flatten().count()
     }
 
-    /// Who holds a share right after it was lent.
-    pub(super) fn holders(&self) -> Vec<u16> {
+    /// The channels that are not lost.
+    pub(super) fn all_live(&self) -> Vec<u16> {
         (0..)
             .zip(&self.commands)
             .filter_map(|(channel, live)| live.as_ref().map(|_| channel))
             .collect()
-    }
-
-    pub(super) fn is_live(&self, channel: u16) -> bool {
-        self.commands.get(usize::from(channel)).is_some_and(Option::is_some)
     }
 
     /// The pages to be sent, between rounds.
@@ -147,19 +143,31 @@ impl Channels {
         }
     }
 
-    /// Deals the stripes out anew. Takes effect when the ledger is lent next.
-    pub(super) fn deal(&mut self, weights: Vec<u32>) {
-        self.partition = Partition::weighted(&self.layout, &weights);
-        self.weights = weights;
+    /// Has all threads report when everything they sent has landed.
+    pub(super) fn settle(&self) {
+        for commands in self.commands.iter().flatten() {
+            // A thread that is gone has reported why.
+            let _ = commands.send(Command::Settle);
+        }
+    }
+
+    /// Deals the stripes out anew, to the channels that are left, between rounds. Everything sent
+    /// must have landed: stripes change hands.
+    pub(super) fn deal(&mut self, weights: Option<Vec<u32>>) -> Result<(), Error> {
+        self.weights = weights.unwrap_or_else(|| std::mem::take(&mut self.weights));
+        for (weight, commands) in self.weights.iter_mut().zip(&self.commands) {
+            if commands.is_none() {
+                *weight = 0;
+            }
+        }
+        let ledger = self.ledger.as_ref().ok_or_else(|| Error::Internal("the ledger is lent"))?;
+        self.partition = Partition::weighted(&self.layout, &self.weights, &ledger.dirty);
+        Ok(())
     }
 
     /// A channel is gone, and another is there: its stripes go to the others.
     pub(super) fn lose(&mut self, channel: u16) {
-        let index = usize::from(channel);
-        self.commands[index] = None;
-        let mut weights = self.weights.clone();
-        weights[index] = 0;
-        self.deal(weights);
+        self.commands[usize::from(channel)] = None;
     }
 
     /// Tells all threads to end their channels in order.

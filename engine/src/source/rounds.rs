@@ -26,13 +26,22 @@ pub(super) struct RoundBegan {
     landed_bytes: u64,
 }
 
-/// How shares came back.
-struct SharesBack {
+/// What senders are to report.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    /// That they dropped their shares.
+    Shares,
+    /// That all they sent has landed.
+    Landings,
+}
+
+/// How senders reported.
+struct Reported {
     /// When the last sender was done.
     last: Instant,
-    /// Whether something may be left to send: shares were asked back, or a channel was lost.
+    /// Whether stripes are to change hands: shares were asked back, or a channel was lost.
     fenced: bool,
-    /// A better partition, if there is one.
+    /// Better weights, if there are some.
     weights: Option<Vec<u32>>,
 }
 
@@ -104,43 +113,54 @@ impl Drive<'_> {
     /// What a lost or a lagging channel leaves is dealt out again: a new epoch.
     pub(super) fn await_round(&mut self, settle: bool) -> Result<Instant, Error> {
         loop {
-            let wait = self.await_shares()?;
+            let reported = self.await_senders(Awaited::Shares)?;
+            if reported.fenced {
+                // Also by those that had sent all of their share.
+                self.channels.settle();
+                self.await_senders(Awaited::Landings)?;
+            }
             self.channels.take_back()?;
-            if let Some(weights) = wait.weights {
+            if !reported.fenced {
+                return Ok(reported.last);
+            }
+            if let Some(weights) = &reported.weights {
                 self.emit(&Event::Rebalanced { weights: weights.clone() });
                 self.statistics.rebalances += 1;
-                self.channels.deal(weights);
             }
-            if !wait.fenced || self.channels.dirty()?.is_empty() {
-                return Ok(wait.last);
+            self.channels.deal(reported.weights)?;
+            if self.channels.dirty()?.is_empty() {
+                return Ok(reported.last);
             }
             self.channels.lend(settle)?;
         }
     }
 
-    /// Waits until no sender holds a share any more.
-    fn await_shares(&mut self) -> Result<SharesBack, Error> {
-        let mut back = SharesBack { last: Instant::now(), fenced: false, weights: None };
+    /// Waits until all senders have reported it.
+    fn await_senders(&mut self, awaited: Awaited) -> Result<Reported, Error> {
+        let mut reported = Reported { last: Instant::now(), fenced: false, weights: None };
         let mut mark = self.progress_mark();
         let mut progressed = Instant::now();
         let stall = self.source.common.timeouts.stall;
         // A channel may report that it is done, and then fail with what it still had under way.
-        let mut holders = self.channels.holders();
+        let mut missing = self.channels.all_live();
         // Channels that are lost here, and may still land there.
         let mut unclosed: Vec<(u16, Error)> = Vec::new();
-        while !holders.is_empty() || !unclosed.is_empty() {
+        while !missing.is_empty() || !unclosed.is_empty() {
             match self.session.next(Patience::now("pages to land", STALL_TICK)) {
                 Ok(Item::Report(SenderReport::RoundDone { channel, at })) => {
-                    holders.retain(|holder| *holder != channel);
-                    back.last = back.last.max(at);
+                    missing.retain(|other| *other != channel);
+                    reported.last = reported.last.max(at);
+                }
+                Ok(Item::Report(SenderReport::Settled { channel })) => {
+                    missing.retain(|other| *other != channel);
                 }
                 Ok(Item::Report(SenderReport::Failed { channel, error })) => {
                     if !is_lost(&error) || self.channels.live() < 2 {
                         return Err(error);
                     }
                     tracing::warn!(channel, error = %error.chain(), "a data channel is lost");
-                    holders.retain(|holder| *holder != channel);
-                    back.fenced = true;
+                    missing.retain(|other| *other != channel);
+                    reported.fenced = true;
                     self.channels.lose(channel);
                     self.statistics.lost_channels += 1;
                     self.emit(&Event::ChannelLost { channel });
@@ -156,35 +176,27 @@ impl Drive<'_> {
                     } else if progressed.elapsed() >= stall {
                         return Err(Error::TimedOut { what, after: stall });
                     }
-                    if !holders.is_empty() && !back.fenced {
-                        back.weights = self.channels.lagging();
-                        back.fenced = back.weights.is_some();
-                        if back.fenced {
-                            self.channels.ask_back();
-                        }
-                    }
                 }
                 Err(error) => return Err(error),
+            }
+            if awaited == Awaited::Shares && !missing.is_empty() && !reported.fenced {
+                reported.weights = self.channels.lagging();
+                reported.fenced = reported.weights.is_some();
+                if reported.fenced {
+                    self.channels.ask_back();
+                }
             }
             unclosed.retain(|(channel, _)| !self.closed_there[usize::from(*channel)]);
             // Until the destination says so, what the lost channel sent may land on top of what
             // another sends from now on.
-            if holders.is_empty() && progressed.elapsed() >= self.source.common.timeouts.handshake {
+            if missing.is_empty() && progressed.elapsed() >= self.source.common.timeouts.handshake {
                 return Err(unclosed.pop().map_or(
                     Error::TimedOut { what: "a lost channel to be closed", after: stall },
                     |(_, error)| error,
                 ));
             }
         }
-        if let Some(weights) = &mut back.weights {
-            // One may have been lost after they were made.
-            for (channel, weight) in (0..).zip(weights) {
-                if !self.channels.is_live(channel) {
-                    *weight = 0;
-                }
-            }
-        }
-        Ok(back)
+        Ok(reported)
     }
 
     /// Takes a message that may come at any time while pages are being sent.
