@@ -125,8 +125,10 @@ impl IoUringPageSender {
     ) -> Result<Self, TransportError> {
         let trial = match options.zero_copy {
             ZeroCopy::On if setup.features.has(Feature::SendZc) => Trial::Pays,
-            // Only where it can be told whether it pays.
-            ZeroCopy::Auto if setup.features.has(Feature::ReportUsage) => {
+            // Only where it may pay, and can be told whether it does.
+            ZeroCopy::Auto
+                if setup.features.has(Feature::ReportUsage) && !socket.is_within_host() =>
+            {
                 Trial::Running(TRIAL_SENDS)
             }
             _ => Trial::DoesNotPay,

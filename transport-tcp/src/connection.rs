@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
 
+use crate::options;
 use crate::outstanding::Outstanding;
 use crate::raw_io;
 use crate::zero_copy::Unreleased;
@@ -119,6 +120,11 @@ impl AsFd for Connection {
 impl Connection {
     pub(crate) fn socket(&self) -> &Socket {
         &self.socket
+    }
+
+    pub(crate) fn is_within_host(&self) -> bool {
+        // Who has lost its addresses has lost the connection.
+        options::is_within_host(&self.socket).unwrap_or(false)
     }
 
     pub(crate) fn peer(&self) -> SocketAddr {

@@ -32,6 +32,12 @@ impl DataSocket {
         self.0.peer()
     }
 
+    /// Whether this is a connection from an address to itself. The kernel copies zero-copy sends
+    /// there, always.
+    pub fn is_within_host(&self) -> bool {
+        self.0.is_within_host()
+    }
+
     /// Fails once the link was interrupted.
     pub fn check(&self) -> Result<(), TransportError> {
         self.0.check()

@@ -3,7 +3,22 @@
 use std::io;
 use std::time::Duration;
 
-use socket2::{Socket, TcpKeepalive};
+use socket2::{SockAddr, Socket, TcpKeepalive};
+
+/// The send buffer of a connection within one host, unless told otherwise. Such a path holds no
+/// bytes itself, and wakes a waiting thread within microseconds; what the kernel's tuning would
+/// queue up, tens of MiB, is pushed out of the caches before the receiver reads it. Measured:
+/// `docs/performance.md`.
+const WITHIN_HOST_SEND_BYTES: usize = 512 << 10;
+
+/// The receive buffer there: room for a receiver that has to allocate memory meanwhile.
+const WITHIN_HOST_RECEIVE_BYTES: usize = 2 << 20;
+
+/// Whether a connection is one from an address to itself, and so never leaves this host's kernel.
+pub(crate) fn is_within_host(socket: &Socket) -> io::Result<bool> {
+    let ip = |address: SockAddr| address.as_socket().map(|address| address.ip());
+    Ok(ip(socket.local_addr()?) == ip(socket.peer_addr()?))
+}
 
 /// When a silent connection is probed, and given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +47,10 @@ impl Default for Keepalive {
 #[non_exhaustive]
 pub enum ZeroCopy {
     /// As long as it pays: a connection goes back to plain sends when the kernel copies most of
-    /// what the first sends hold, or has no room for them, and a fixed send buffer of less than
-    /// 64 KiB does without. Nothing fails for want of zero-copy.
+    /// what the first sends hold, or has no room for them. A connection from an address to itself
+    /// does without from the start, since the kernel always copies there (`msg_zerocopy.rst`,
+    /// "Loopback"), and so does a fixed send buffer of less than 64 KiB. Nothing fails for want of
+    /// zero-copy.
     #[default]
     Auto,
     /// Never.
@@ -66,11 +83,12 @@ pub struct TcpOptions {
     pub user_timeout: Option<Duration>,
     /// Probes on silent connections; `None` for no probes.
     pub keepalive: Option<Keepalive>,
-    /// Send buffer of each connection in bytes. `None` lets the kernel tune it, which is best
-    /// nearly always; a fixed size is capped by `net.core.wmem_max`.
+    /// Send buffer of each connection in bytes, capped by `net.core.wmem_max`. `None` is best
+    /// nearly always: the kernel tunes it to the path. A connection from an address to itself gets
+    /// 512 KiB then, so that what is under way stays in the processor's caches.
     pub send_buffer_bytes: Option<usize>,
-    /// Receive buffer of each connection in bytes. `None` lets the kernel tune it, which is best
-    /// nearly always; a fixed size is capped by `net.core.rmem_max`.
+    /// Receive buffer of each connection in bytes, capped by `net.core.rmem_max`. `None` is best
+    /// nearly always, as for the send buffer, with 2 MiB for a connection from an address to itself.
     pub receive_buffer_bytes: Option<usize>,
     /// At the source: zero-copy sends on data connections.
     pub zero_copy: ZeroCopy,
@@ -99,6 +117,20 @@ impl TcpOptions {
         }
         if let Some(bytes) = self.receive_buffer_bytes {
             socket.set_recv_buffer_size(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Sets what depends on the path, once there is one.
+    pub(crate) fn apply_to_path(&self, socket: &Socket) -> io::Result<()> {
+        if !is_within_host(socket)? {
+            return Ok(());
+        }
+        if self.send_buffer_bytes.is_none() {
+            socket.set_send_buffer_size(WITHIN_HOST_SEND_BYTES)?;
+        }
+        if self.receive_buffer_bytes.is_none() {
+            socket.set_recv_buffer_size(WITHIN_HOST_RECEIVE_BYTES)?;
         }
         Ok(())
     }

@@ -114,7 +114,10 @@ impl PollLoop {
                 }
             };
             let peer = address.as_socket().unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
-            let prepared = socket.set_nonblocking(true).and_then(|()| self.options.apply(&socket));
+            let prepared = socket
+                .set_nonblocking(true)
+                .and_then(|()| self.options.apply(&socket))
+                .and_then(|()| self.options.apply_to_path(&socket));
             if let Err(error) = prepared {
                 tracing::warn!(%peer, "closed a connection: failed to set it up: {error}");
                 continue;

@@ -206,6 +206,7 @@ impl Dialled {
         if let Some(cause) = connection.socket().take_error().map_err(failed)? {
             return Err(failed(cause));
         }
+        options.apply_to_path(connection.socket()).map_err(failed)?;
         connection.socket().set_nonblocking(false).map_err(failed)?;
         // A fresh socket has room for these few bytes, always.
         let preamble = preamble.encode();

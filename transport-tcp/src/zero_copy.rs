@@ -70,7 +70,7 @@ impl ZeroCopier {
         let buffer_is_small = options.send_buffer_bytes.is_some_and(|bytes| bytes < MIN_BYTES);
         let enabled = match choice {
             ZeroCopy::Off => Ok(Mode::Off),
-            ZeroCopy::Auto if buffer_is_small => Ok(Mode::Off),
+            ZeroCopy::Auto if buffer_is_small || connection.is_within_host() => Ok(Mode::Off),
             ZeroCopy::Auto => raw_io::enable_zero_copy(connection).map(|()| Mode::Trying),
             ZeroCopy::On => raw_io::enable_zero_copy(connection).map(|()| Mode::On),
         };

@@ -10,7 +10,7 @@ use pageferry::transport::{
 use pageferry_tcp::{TcpOptions, ZeroCopy};
 
 use crate::support::memory::{assert_same, fill, guest_memory};
-use crate::support::{Ends, Pair, Random, data, drain, log, pair, until_landed, zero};
+use crate::support::{Ends, Pair, Random, data, drain, log, pair, pair_at, until_landed, zero};
 
 fn options(zero_copy: ZeroCopy) -> TcpOptions {
     TcpOptions { zero_copy, ..TcpOptions::default() }
@@ -62,7 +62,7 @@ fn it_stops_where_the_kernel_copies_anyway() {
     let mut random = Random::new("zero-copy auto");
     let (from, to) = (guest_memory(&[1024]), guest_memory(&[1024]));
     fill(&from, &mut random);
-    let mut link = pair(&options(ZeroCopy::Auto));
+    let mut link = pair_at("127.0.0.2:0", &options(ZeroCopy::Auto));
     let peer = link.source.peer_addr().to_string();
     let Ends { mut senders, mut receivers } = link.open(&from, &to, 1);
     let sender = &mut senders[0];
@@ -82,6 +82,20 @@ fn it_stops_where_the_kernel_copies_anyway() {
     assert_eq!(counts, all_copied(counts.sent, counts.sent_bytes));
     assert!(log::has_line(&[&peer, "INFO", "without zero-copy", "copied"]));
     assert_same(&from, &to);
+}
+
+#[test]
+fn it_is_not_tried_from_an_address_to_itself() {
+    let (from, to) = (guest_memory(&[1024]), guest_memory(&[1024]));
+    let mut link = pair(&options(ZeroCopy::Auto));
+    let Ends { mut senders, mut receivers } = link.open(&from, &to, 1);
+    thread::scope(|scope| {
+        let receiving = scope.spawn(|| drain(&mut *receivers[0]));
+        senders[0].send(&[data(0, 0, 1024)]).unwrap();
+        senders[0].finish().unwrap();
+        assert_eq!(receiving.join().unwrap(), 1);
+    });
+    assert_eq!(senders[0].counters().zero_copy, ZeroCopyCounts::default());
 }
 
 #[test]

@@ -59,7 +59,13 @@ pub(crate) fn acceptor(options: &TcpOptions) -> TcpAcceptor {
 
 /// A link over the loopback.
 pub(crate) fn pair(options: &TcpOptions) -> Pair {
-    let acceptor = acceptor(options);
+    pair_at("127.0.0.1:0", options)
+}
+
+/// A link to an address of the loopback. To another than the first, the ends have different
+/// addresses, so that nothing tells them that they are on one host.
+pub(crate) fn pair_at(address: &str, options: &TcpOptions) -> Pair {
+    let acceptor = TcpAcceptor::bind(address, options.clone()).unwrap();
     let source = connect(acceptor.local_addr(), options.clone()).unwrap();
     let destination = acceptor.accept(Some(PATIENCE)).unwrap();
     Pair { source, destination }
