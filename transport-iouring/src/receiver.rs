@@ -15,7 +15,6 @@
 //! write cannot get stuck.
 
 use std::io;
-use std::net::Shutdown;
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
@@ -277,7 +276,7 @@ impl IoUringPageReceiver {
     /// The source ended the channel: acknowledge all, and end our direction too.
     fn end(&mut self) -> Result<Received, TransportError> {
         self.acknowledge()?;
-        self.socket.shutdown(Shutdown::Write);
+        self.socket.finish();
         self.ended = true;
         Ok(Received::End)
     }
@@ -298,7 +297,7 @@ impl PageReceiver for IoUringPageReceiver {
         let result = self.receive_next();
         if result.is_err() {
             self.lost = true;
-            self.socket.shutdown(Shutdown::Both);
+            self.socket.break_off();
         }
         result
     }
@@ -315,7 +314,7 @@ impl PageReceiver for IoUringPageReceiver {
 impl Drop for IoUringPageReceiver {
     fn drop(&mut self) {
         if !self.ended {
-            self.socket.shutdown(Shutdown::Both);
+            self.socket.break_off();
         }
     }
 }

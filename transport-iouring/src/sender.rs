@@ -19,7 +19,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -97,6 +96,8 @@ pub(crate) struct IoUringPageSender {
     trial: Trial,
     threshold_bytes: usize,
     phase: Phase,
+    /// Why it is broken, if nobody was told yet.
+    untold: Option<TransportError>,
     queue: Queue,
     queued_since: Option<Instant>,
     outgoing: Outgoing,
@@ -141,6 +142,7 @@ impl IoUringPageSender {
             threshold_bytes: usize::try_from(options.zero_copy_threshold_bytes)
                 .unwrap_or(usize::MAX),
             phase: Phase::Open,
+            untold: None,
             queue: Queue::new(crate::queue_bytes(options)),
             queued_since: None,
             outgoing: Outgoing::new(Arc::clone(&memory)),
@@ -158,8 +160,11 @@ impl IoUringPageSender {
         })
     }
 
-    fn check_open(&self) -> Result<(), TransportError> {
+    fn check_open(&mut self) -> Result<(), TransportError> {
         self.socket.check()?;
+        if let Some(error) = self.untold.take() {
+            return Err(error);
+        }
         match self.phase {
             Phase::Open => Ok(()),
             Phase::Finished => Err(TransportError::OutOfOrder("the data channel is finished")),
@@ -174,7 +179,7 @@ impl IoUringPageSender {
     fn give_up(&mut self) {
         self.phase = Phase::Broken;
         self.outgoing.clear();
-        self.socket.shutdown(Shutdown::Both);
+        self.socket.break_off();
     }
 
     /// Hands over all that is queued, and waits until the kernel has it.
@@ -420,8 +425,9 @@ impl PageSender for IoUringPageSender {
             let flushed = self.flush(Last::Request);
             self.advance_marks();
             // What landed before the link was lost is worth knowing; the next call fails.
+            self.untold = flushed.err();
             if self.marks.landed == before {
-                flushed?;
+                self.check_open()?;
             }
         }
         self.advance_marks();
@@ -465,7 +471,7 @@ impl PageSender for IoUringPageSender {
         self.await_release(LINGER)?;
         self.socket.check()?;
         self.advance_marks();
-        self.socket.shutdown(Shutdown::Write);
+        self.socket.finish();
         Ok(())
     }
 }
@@ -473,7 +479,7 @@ impl PageSender for IoUringPageSender {
 impl Drop for IoUringPageSender {
     fn drop(&mut self) {
         if self.phase != Phase::Finished {
-            self.socket.shutdown(Shutdown::Both);
+            self.socket.break_off();
         } else if self.acknowledged < self.wire_sent {
             // The last batches may still be in this side's send buffer. The link holds the
             // socket open; tell it to be patient when it goes.

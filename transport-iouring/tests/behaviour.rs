@@ -154,6 +154,7 @@ fn a_link_may_break_at_any_moment() {
         let breaks: Arc<dyn Interrupt> =
             if round % 4 < 2 { source.interrupter() } else { destination.interrupter() };
         let batches = random.next_u64() % 40;
+        let began = Instant::now();
         thread::scope(|scope| {
             let receiving = scope.spawn(move || {
                 let mut receive = || -> Result<(), TransportError> {
@@ -183,6 +184,7 @@ fn a_link_may_break_at_any_moment() {
             assert!(sending.join().expect("no panic").is_err());
             assert!(receiving.join().expect("no panic").is_err());
         });
+        assert!(began.elapsed() < SOON, "only noticed after {:?}", began.elapsed());
         drop(source);
         assert_eq!(Arc::strong_count(here.memory()), 1, "round {round}");
         assert_eq!(Arc::strong_count(there.memory()), 1, "round {round}");

@@ -293,6 +293,14 @@ impl Connection {
         let _ = self.socket.shutdown(how);
     }
 
+    /// Ends a data connection whose stream cannot go on. Closing it resets it: this side may have
+    /// shut its window, and to a peer that waits for room an end in order would say nothing, until
+    /// its kernel gives up ([`TcpOptions::user_timeout`](crate::TcpOptions::user_timeout)).
+    pub(crate) fn break_off(&self) {
+        let _ = self.socket.set_linger(Some(Duration::ZERO));
+        self.shutdown(Shutdown::Both);
+    }
+
     /// See [`Connection::close`].
     pub(crate) fn ask_to_linger(&self) {
         self.linger.store(true, Ordering::Relaxed);

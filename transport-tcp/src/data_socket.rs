@@ -54,9 +54,15 @@ impl DataSocket {
         self.0.ended(operation)
     }
 
-    /// Ends one direction or both; whoever waits for the socket wakes up.
-    pub fn shutdown(&self, how: Shutdown) {
-        self.0.shutdown(how);
+    /// Ends this direction, in order.
+    pub fn finish(&self) {
+        self.0.shutdown(Shutdown::Write);
+    }
+
+    /// Ends both directions where something went wrong; whoever waits for the socket wakes up, and
+    /// closing it resets the connection, so that the other side learns of it in any case.
+    pub fn break_off(&self) {
+        self.0.break_off();
     }
 
     /// Has the link, when it is dropped, wait a little until the other side has taken what was

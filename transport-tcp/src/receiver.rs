@@ -218,7 +218,7 @@ impl PageReceiver for TcpPageReceiver {
         let result = self.receive_next();
         if result.is_err() {
             self.lost = true;
-            self.connection.shutdown(Shutdown::Both);
+            self.connection.break_off();
         }
         result
     }
@@ -231,7 +231,7 @@ impl PageReceiver for TcpPageReceiver {
 impl Drop for TcpPageReceiver {
     fn drop(&mut self) {
         if !self.ended {
-            self.connection.shutdown(Shutdown::Both);
+            self.connection.break_off();
         }
     }
 }

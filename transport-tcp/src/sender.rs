@@ -125,7 +125,7 @@ impl TcpPageSender {
         self.vectors.clear();
         self.owed.clear();
         self.phase = Phase::Broken;
-        self.connection.shutdown(Shutdown::Both);
+        self.connection.break_off();
     }
 
     /// Sends the head with a copy, since its buffer is used again, and the pages without. What it
@@ -262,7 +262,7 @@ impl TcpPageSender {
                     Ok(landed) => self.landed = landed,
                     Err(error) => {
                         self.phase = Phase::Broken;
-                        self.connection.shutdown(Shutdown::Both);
+                        self.connection.break_off();
                         return Err(error.into());
                     }
                 }
@@ -393,7 +393,7 @@ impl PageSender for TcpPageSender {
 impl Drop for TcpPageSender {
     fn drop(&mut self) {
         if self.phase != Phase::Finished {
-            self.connection.shutdown(Shutdown::Both);
+            self.connection.break_off();
         } else if self.landed < self.sent || !self.zero_copy.is_done() {
             // The last batches may still be in this side's send buffer. The link holds the
             // socket open; tell it to be patient when it goes.
