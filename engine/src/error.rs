@@ -171,7 +171,9 @@ impl Error {
         match self {
             Self::PeerMisbehaved(_)
             | Self::UnexpectedMessage { .. }
-            | Self::Transport(TransportError::Malformed(_)) => Blame::PeerMisbehaved,
+            | Self::Transport(TransportError::Malformed(_) | TransportError::Violation(_)) => {
+                Blame::PeerMisbehaved
+            }
             Self::Incompatible(_) => Blame::PeerIncompatible,
             Self::PeerFailed { .. } | Self::GivenBack { .. } => Blame::PeerFailed,
             Self::Transport(_) => Blame::Transport,

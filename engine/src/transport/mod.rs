@@ -141,6 +141,9 @@ pub enum TransportError {
     /// The other side sent something that no peer of this protocol sends.
     #[error("malformed data from the other side: {0}")]
     Malformed(#[from] stream::StreamError),
+    /// The other side broke the rules of a transport that has a wire format of its own.
+    #[error("the other side sent {0}")]
+    Violation(&'static str),
     /// Nothing came within the time given.
     #[error("timed out after {after:?} while trying to {operation}")]
     TimedOut {

@@ -1,0 +1,232 @@
+//! The destination's end of a link, and where it comes from.
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReceiver,
+    Registration, TransportError,
+};
+
+use crate::cm::RemoteAccess;
+use crate::control::{RdmaControlReceiver, RdmaControlSender};
+use crate::dial::{LINGER, Workshop, check_device};
+use crate::listener::{Listener, Request};
+use crate::memory::Registered;
+use crate::options::RdmaOptions;
+use crate::preamble::Purpose;
+use crate::receiver::RdmaPageReceiver;
+use crate::state::LinkState;
+use crate::verbs::Access;
+use crate::{CAPABILITIES, NAME, check_libraries};
+
+/// Listens at an RDMA device's address for sources.
+///
+/// # Thread safety
+///
+/// May be shared; each source is accepted once.
+#[derive(Debug)]
+pub struct RdmaAcceptor {
+    listener: Arc<Listener>,
+    options: RdmaOptions,
+}
+
+impl RdmaAcceptor {
+    /// Listens; a port of 0 lets the kernel choose one.
+    pub fn bind(address: impl ToSocketAddrs, options: RdmaOptions) -> Result<Self, TransportError> {
+        let unknown = |cause| TransportError::Listen { address: String::from("?"), cause };
+        let address = address
+            .to_socket_addrs()
+            .and_then(|mut all| all.next().ok_or_else(|| io::ErrorKind::NotFound.into()))
+            .map_err(unknown)?;
+        let failed = |cause| TransportError::Listen { address: address.to_string(), cause };
+        check_libraries().map_err(|unavailable| failed(unavailable.into()))?;
+        check_device(&options, &address.to_string())?;
+        let listener = Listener::bind(address).map_err(failed)?;
+        Ok(Self { listener: Arc::new(listener), options })
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.listener.local
+    }
+
+    /// Waits for a source, at most `timeout` (`None`: for as long as it takes).
+    pub fn accept(&self, timeout: Option<Duration>) -> Result<RdmaDestinationLink, TransportError> {
+        self.accept_until(timeout, || false)
+    }
+
+    /// As [`Self::accept`], but gives up, with [`TransportError::Interrupted`], once `stop` says
+    /// so. It is asked a few times a second.
+    pub fn accept_until(
+        &self,
+        timeout: Option<Duration>,
+        stop: impl Fn() -> bool,
+    ) -> Result<RdmaDestinationLink, TransportError> {
+        const TURN: Duration = Duration::from_millis(100);
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            if stop() {
+                return Err(TransportError::Interrupted);
+            }
+            let turn = Instant::now() + TURN;
+            let until = deadline.map_or(turn, |deadline| deadline.min(turn));
+            let first = self.listener.take(
+                |preamble| preamble.purpose == Purpose::Control,
+                Some(until),
+                None,
+            )?;
+            if let Some(request) = first {
+                return self.link(request);
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                let after = timeout.unwrap_or_default();
+                return Err(TransportError::TimedOut { operation: "accept a source", after });
+            }
+        }
+    }
+
+    fn link(&self, request: Request) -> Result<RdmaDestinationLink, TransportError> {
+        let peer = request.id.peer().unwrap_or(self.listener.local);
+        let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
+        let state = LinkState::new().map_err(failed)?;
+        let migration = request.preamble.migration;
+        let workshop = Workshop::at(&request.id, peer, self.options.clone(), state)?;
+        let inlet = workshop.accept_inlet(request, RemoteAccess::Nothing)?;
+        let back = RdmaDestinationLink::take(
+            &self.listener,
+            &workshop,
+            migration,
+            |purpose| purpose == Purpose::ControlBack,
+            workshop.options.connect_timeout,
+        )?;
+        let outlet = workshop.accept_outlet(back)?;
+        self.listener.expect(migration);
+        let control = ControlChannel {
+            sender: Box::new(RdmaControlSender::new(outlet)),
+            receiver: Box::new(RdmaControlReceiver::new(inlet)),
+        };
+        Ok(RdmaDestinationLink {
+            control: Some(control),
+            registered: None,
+            migration,
+            workshop,
+            listener: Arc::clone(&self.listener),
+        })
+    }
+}
+
+/// The destination's end of a link over RDMA.
+///
+/// # Resource cleanup
+///
+/// Dropping it, after its channels, ends the registration of guest memory: from then on the source
+/// cannot write to it, whatever it knows.
+#[derive(Debug)]
+pub struct RdmaDestinationLink {
+    control: Option<ControlChannel>,
+    registered: Option<Arc<Registered>>,
+    migration: MigrationId,
+    workshop: Workshop,
+    listener: Arc<Listener>,
+}
+
+impl RdmaDestinationLink {
+    /// What this migration is called on the wire.
+    pub fn migration_id(&self) -> MigrationId {
+        self.migration
+    }
+
+    /// The source's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.workshop.peer
+    }
+
+    fn take(
+        listener: &Listener,
+        workshop: &Workshop,
+        migration: MigrationId,
+        wanted: impl Fn(Purpose) -> bool,
+        timeout: Duration,
+    ) -> Result<Request, TransportError> {
+        let is_wanted = |preamble: &crate::preamble::Preamble| {
+            preamble.migration == migration && wanted(preamble.purpose)
+        };
+        let deadline = Instant::now().checked_add(timeout);
+        let found = listener.take(is_wanted, deadline, Some(&workshop.state))?;
+        let operation = "accept the source's connections";
+        found.ok_or(TransportError::TimedOut { operation, after: timeout })
+    }
+
+    /// Tells the source where guest memory is.
+    fn tell(&self, registered: &Registered, timeout: Duration) -> Result<(), TransportError> {
+        let (listener, workshop) = (&self.listener, &self.workshop);
+        let wanted = |purpose| purpose == Purpose::Table;
+        let request = Self::take(listener, workshop, self.migration, wanted, timeout)?;
+        let mut outlet = workshop.accept_outlet(request)?;
+        for message in registered.tell() {
+            outlet.message(&message)?;
+        }
+        outlet.flush(LINGER)
+    }
+}
+
+impl Link for RdmaDestinationLink {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.workshop.state.check()?;
+        let chunk_bytes = self.workshop.chunk_bytes();
+        let access = Access::RemoteWrite;
+        let registered = Registered::new(&self.workshop.pd, memory, chunk_bytes, access)?;
+        let cost = registered.cost;
+        self.registered = Some(Arc::new(registered));
+        Ok(cost)
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.workshop.state) as Arc<dyn Interrupt>
+    }
+}
+
+impl DestinationLink for RdmaDestinationLink {
+    fn open_receivers(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
+        let registered = self
+            .registered
+            .clone()
+            .ok_or(TransportError::OutOfOrder("guest memory is not registered"))?;
+        self.tell(&registered, timeout)?;
+        (0..channels)
+            .map(|channel| -> Result<Box<dyn PageReceiver>, TransportError> {
+                let wanted = |purpose| purpose == Purpose::Pages { channel };
+                let request =
+                    Self::take(&self.listener, &self.workshop, self.migration, wanted, timeout)?;
+                let inlet = self.workshop.accept_inlet(request, RemoteAccess::Write)?;
+                Ok(Box::new(RdmaPageReceiver::new(inlet, Arc::clone(&registered))))
+            })
+            .collect()
+    }
+}
+
+impl Drop for RdmaDestinationLink {
+    fn drop(&mut self) {
+        self.listener.forget(self.migration);
+    }
+}

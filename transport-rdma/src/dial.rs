@@ -1,0 +1,330 @@
+//! Makes connections: asks for them, and accepts them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pageferry::transport::{MigrationId, TransportError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::cm::{Event, Id, PathSettings, RemoteAccess};
+use crate::connection::Connection;
+use crate::listener::Request;
+use crate::options::RdmaOptions;
+use crate::pipe::{ACKS, Inlet, Outlet, RECEIVES};
+use crate::preamble::{Preamble, Purpose};
+use crate::state::LinkState;
+use crate::verbs::{Context, Limits, ProtectionDomain, QueuePair, device_names};
+
+/// What every connection of one end of a link is made with.
+#[derive(Debug)]
+pub(crate) struct Workshop {
+    pub(crate) options: RdmaOptions,
+    pub(crate) state: Arc<LinkState>,
+    pub(crate) pd: Arc<ProtectionDomain>,
+    pub(crate) limits: Limits,
+    /// As verbs encode it.
+    pub(crate) mtu: u32,
+    pub(crate) peer: SocketAddr,
+}
+
+/// The device of this name must be there, if one is asked for.
+pub(crate) fn check_device(options: &RdmaOptions, address: &str) -> Result<(), TransportError> {
+    let failed = |cause| TransportError::Connect { address: address.to_owned(), cause };
+    let names = device_names().map_err(failed)?;
+    let missing = match &options.device {
+        _ if names.is_empty() => String::from("this host has no RDMA device"),
+        Some(wanted) if !names.contains(wanted) => {
+            format!("there is no RDMA device {wanted}; there are: {}", names.join(", "))
+        }
+        _ => return Ok(()),
+    };
+    Err(failed(io::Error::new(io::ErrorKind::NotFound, missing)))
+}
+
+/// Waits for the next event of an id.
+fn event(
+    id: &Id,
+    state: &LinkState,
+    deadline: Instant,
+    operation: &'static str,
+) -> Result<Event, TransportError> {
+    let failed = |cause| TransportError::Io { operation, cause };
+    loop {
+        state.check()?;
+        if let Some(event) = id.take_event().map_err(failed)? {
+            return Ok(event);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(failed(io::ErrorKind::TimedOut.into()));
+        }
+        let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 });
+        let mut fds = [
+            PollFd::from_borrowed_fd(id.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(state.bell(), PollFlags::IN),
+        ];
+        match poll(&mut fds, Some(&left)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+    }
+}
+
+/// The device and port must be those asked for, and the port must take the MTU.
+fn check_port(options: &RdmaOptions, context: Context, port: u8) -> io::Result<(Limits, u32)> {
+    let wrong = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    if let Some(wanted) = &options.device
+        && *wanted != context.name()
+    {
+        return wrong(format!(
+            "the address belongs to the RDMA device {}, not {wanted}",
+            context.name()
+        ));
+    }
+    if let Some(wanted) = options.port
+        && wanted != port
+    {
+        return wrong(format!("the address belongs to port {port}, not {wanted}"));
+    }
+    let limits = context.limits(port)?;
+    let encoded = limits.active_mtu_bytes.max(256).ilog2() - 7;
+    match options.mtu {
+        Some(mtu) if mtu.bytes() > limits.active_mtu_bytes => wrong(format!(
+            "a path MTU of {} was asked for, the port of {} has {}; raise the MTU of its network \
+             interface",
+            mtu.bytes(),
+            context.name(),
+            limits.active_mtu_bytes
+        )),
+        Some(mtu) => Ok((limits, mtu.encoded())),
+        None => Ok((limits, encoded)),
+    }
+}
+
+/// Finds the way to an address.
+fn resolve(
+    address: SocketAddr,
+    options: &RdmaOptions,
+    state: &LinkState,
+) -> Result<Id, TransportError> {
+    let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
+    let id = Id::new().map_err(failed)?;
+    if let Some(class) = options.traffic_class {
+        id.set_traffic_class(class).map_err(failed)?;
+    }
+    let within = options.connect_timeout;
+    id.resolve_address(address, within).map_err(failed)?;
+    for step in 0..2 {
+        match event(&id, state, Instant::now() + within, "find the way to the destination")? {
+            Event::AddressResolved if step == 0 => {
+                id.resolve_route(within).map_err(failed)?;
+            }
+            Event::RouteResolved if step == 1 => {}
+            Event::Failed { what, cause } => {
+                return Err(failed(io::Error::new(cause.kind(), format!("{what}: {cause}"))));
+            }
+            other => return Err(failed(io::Error::other(format!("unexpected {other:?}")))),
+        }
+    }
+    Ok(id)
+}
+
+impl Workshop {
+    /// For a source: finds the device that leads to an address.
+    pub(crate) fn towards(
+        address: SocketAddr,
+        options: RdmaOptions,
+        state: Arc<LinkState>,
+    ) -> Result<(Self, Id), TransportError> {
+        check_device(&options, &address.to_string())?;
+        let id = resolve(address, &options, &state)?;
+        let workshop = Self::at(&id, address, options, state)?;
+        Ok((workshop, id))
+    }
+
+    /// For the device of an id.
+    pub(crate) fn at(
+        id: &Id,
+        peer: SocketAddr,
+        options: RdmaOptions,
+        state: Arc<LinkState>,
+    ) -> Result<Self, TransportError> {
+        let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
+        let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        let (limits, mtu) = check_port(&options, context, id.port()).map_err(failed)?;
+        state.watch(context).map_err(failed)?;
+        let pd = ProtectionDomain::new(context).map_err(failed)?;
+        Ok(Self { options, state, pd, limits, mtu, peer })
+    }
+
+    pub(crate) fn preamble(&self, purpose: Purpose, migration: MigrationId) -> Preamble {
+        Preamble { purpose, migration, mtu: u8::try_from(self.mtu).unwrap_or(0) }
+    }
+
+    /// Requests that a send queue holds.
+    fn send_depth(&self) -> u32 {
+        let most =
+            self.limits.max_queue_depth.min(self.limits.max_completions.saturating_sub(ACKS));
+        self.options.send_queue_depth.min(most).max(4)
+    }
+
+    fn path(&self, remote_access: RemoteAccess, mtu: u32) -> PathSettings {
+        PathSettings {
+            gid_index: self.options.gid_index,
+            mtu: Some(mtu),
+            ack_timeout: self.options.ack_timeout_exponent(),
+            retries: self.options.retries.min(7),
+            remote_access,
+        }
+    }
+
+    fn failed(&self) -> impl Fn(io::Error) -> TransportError {
+        let address = self.peer.to_string();
+        move |cause| TransportError::Connect { address: address.clone(), cause }
+    }
+
+    /// A connection that is not connected, over a queue pair ready for receives.
+    fn prepare(
+        &self,
+        id: Id,
+        depths: (u32, u32),
+        path: &PathSettings,
+    ) -> Result<Connection, TransportError> {
+        let failed = self.failed();
+        let qp = QueuePair::new(&self.pd, depths.0, depths.1).map_err(&failed)?;
+        id.prepare(&qp, path).map_err(&failed)?;
+        Ok(Connection::new(qp, id, Arc::clone(&self.state)))
+    }
+
+    fn outlet(&self, id: Id, path: &PathSettings) -> Result<Outlet, TransportError> {
+        let depth = self.send_depth();
+        let connection = self.prepare(id, (depth, ACKS), path)?;
+        let immediate = self.pd.context().has_write_with_immediate();
+        Outlet::new(connection, &self.pd, depth, self.options.signal_every, immediate)
+    }
+
+    fn inlet(&self, id: Id, path: &PathSettings) -> Result<Inlet, TransportError> {
+        Inlet::new(self.prepare(id, (ACKS, RECEIVES), path)?, &self.pd)
+    }
+
+    /// At the source: a connection for this purpose, into which the source puts messages.
+    pub(crate) fn dial_outlet(
+        &self,
+        id: Option<Id>,
+        preamble: &Preamble,
+    ) -> Result<Outlet, TransportError> {
+        let id = self.way(id)?;
+        let path = self.path(RemoteAccess::Nothing, self.mtu);
+        let outlet = self.outlet(id, &path)?;
+        self.dial(&outlet.connection, preamble, &path)?;
+        Ok(outlet)
+    }
+
+    /// At the source: a connection for this purpose, into which the destination puts messages.
+    pub(crate) fn dial_inlet(&self, preamble: &Preamble) -> Result<Inlet, TransportError> {
+        let path = self.path(RemoteAccess::Nothing, self.mtu);
+        let inlet = self.inlet(self.way(None)?, &path)?;
+        self.dial(&inlet.connection, preamble, &path)?;
+        Ok(inlet)
+    }
+
+    fn way(&self, id: Option<Id>) -> Result<Id, TransportError> {
+        id.map_or_else(|| resolve(self.peer, &self.options, &self.state), Ok)
+    }
+
+    fn dial(
+        &self,
+        connection: &Connection,
+        preamble: &Preamble,
+        path: &PathSettings,
+    ) -> Result<(), TransportError> {
+        let failed = self.failed();
+        let (id, qp) = (&connection.id, &connection.qp);
+        id.connect(qp, path, &preamble.encode()).map_err(&failed)?;
+        let deadline = Instant::now() + self.options.connect_timeout;
+        match event(id, &self.state, deadline, "connect")? {
+            Event::Accepted => id.establish(qp, path).map_err(&failed),
+            Event::Rejected { said } => {
+                let said = String::from_utf8_lossy(&said);
+                let said = said.trim_end_matches('\0');
+                if said.is_empty() {
+                    return Err(failed(io::ErrorKind::ConnectionRefused.into()));
+                }
+                let address = self.peer.to_string();
+                Err(TransportError::Refused { address, reason: said.to_owned() })
+            }
+            Event::Failed { what, cause } => {
+                Err(failed(io::Error::new(cause.kind(), format!("{what}: {cause}"))))
+            }
+            other => Err(failed(io::Error::other(format!("unexpected {other:?}")))),
+        }
+    }
+
+    /// At the destination: accepts a connection into which the source puts messages.
+    pub(crate) fn accept_inlet(
+        &self,
+        request: Request,
+        remote_access: RemoteAccess,
+    ) -> Result<Inlet, TransportError> {
+        let path = self.path(remote_access, self.agreed_mtu(&request)?);
+        let inlet = self.inlet(request.id, &path)?;
+        self.accept(&inlet.connection, &path)?;
+        Ok(inlet)
+    }
+
+    /// At the destination: accepts a connection into which the destination puts messages.
+    pub(crate) fn accept_outlet(&self, request: Request) -> Result<Outlet, TransportError> {
+        let path = self.path(RemoteAccess::Nothing, self.agreed_mtu(&request)?);
+        let outlet = self.outlet(request.id, &path)?;
+        self.accept(&outlet.connection, &path)?;
+        Ok(outlet)
+    }
+
+    /// The source's MTU, if this side can do it.
+    fn agreed_mtu(&self, request: &Request) -> Result<u32, TransportError> {
+        let theirs = u32::from(request.preamble.mtu);
+        let (fits, mine) = match self.options.mtu {
+            Some(mtu) => (theirs == mtu.encoded(), mtu.bytes()),
+            None => (theirs <= self.mtu, self.limits.active_mtu_bytes),
+        };
+        if fits && (1..=5).contains(&theirs) {
+            return Ok(theirs);
+        }
+        let reason = format!(
+            "a path MTU of {} is asked for, and the destination's is {mine}",
+            128_u64 << theirs.min(31)
+        );
+        request.id.reject(reason.as_bytes());
+        Err(TransportError::Refused { address: self.peer.to_string(), reason })
+    }
+
+    fn accept(&self, connection: &Connection, path: &PathSettings) -> Result<(), TransportError> {
+        let failed = self.failed();
+        let (id, qp) = (&connection.id, &connection.qp);
+        id.accept(qp, path).map_err(&failed)?;
+        let deadline = Instant::now() + self.options.connect_timeout;
+        match event(id, &self.state, deadline, "accept a connection")? {
+            Event::Established => Ok(()),
+            other => Err(failed(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                format!("the source went away while it connected: {other:?}"),
+            ))),
+        }
+    }
+
+    /// Most bytes of one memory region.
+    pub(crate) fn chunk_bytes(&self) -> u64 {
+        let most = self.limits.max_mr_bytes.min(self.options.chunk_bytes.max(1 << 20));
+        most & !((1 << 20) - 1)
+    }
+
+    /// Most bytes of one write.
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        u64::from(self.options.slice_bytes).min(self.limits.max_message_bytes).max(4096) & !4095
+    }
+}
+
+/// How long ends of pipes have to be heard of before a connection is closed.
+pub(crate) const LINGER: Duration = Duration::from_secs(2);

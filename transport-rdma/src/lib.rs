@@ -1,0 +1,120 @@
+//! RDMA transport of [pageferry]: the source's NIC writes pages straight from its guest memory
+//! into the destination's, whose CPU does nothing for them.
+//!
+//! Connections are reliable connected queue pairs, found by rdma_cm from ordinary addresses: two
+//! for control frames, one a data channel, one on which the destination says where its guest
+//! memory is. Zero pages are mentions that the destination makes zero itself; the end of a round
+//! is a write with immediate data (an empty send on iWARP), which arrives after all that was
+//! written before it.
+//!
+//! libibverbs and librdmacm are loaded at run time. Where they are missing, or there is no RDMA
+//! device, [`connect`] and [`RdmaAcceptor::bind`] say so; [`available`] asks beforehand.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use pageferry_rdma::{RdmaAcceptor, RdmaOptions, connect};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! pageferry_rdma::available()?;
+//! let acceptor = RdmaAcceptor::bind("10.78.0.1:0", RdmaOptions::default())?;
+//! let address = acceptor.local_addr();
+//! let source = std::thread::spawn(move || connect(address, RdmaOptions::default()));
+//! let destination = acceptor.accept(Some(Duration::from_secs(10)))?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Guest memory
+//!
+//! All of it is registered on both sides before the first page goes out: pinned, and so allocated,
+//! also where it is zero. It counts against `RLIMIT_MEMLOCK` unless the process has
+//! `CAP_IPC_LOCK`. It must not be discarded (`MADV_DONTNEED`, a balloon, holes punched into a
+//! memfd) until the link is dropped: the NIC would go on with pages that the guest has no more.
+//! The destination's may be written by the source while the link is there, and no longer.
+//!
+//! # Thread safety
+//!
+//! Links and channels are [`Send`] and driven by one thread at a time. Registration uses two
+//! threads while it lasts; otherwise the crate starts none, and installs no signal handler.
+
+mod cm;
+mod connection;
+mod control;
+mod destination;
+mod dial;
+mod listener;
+mod memory;
+mod options;
+mod pipe;
+mod preamble;
+mod receiver;
+mod sender;
+mod source;
+mod state;
+mod verbs;
+mod zeros;
+
+use std::io;
+
+use pageferry::transport::{Capabilities, MAX_BATCH_RUNS};
+use thiserror::Error;
+
+pub use destination::{RdmaAcceptor, RdmaDestinationLink};
+pub use options::{Mtu, RdmaOptions};
+pub use source::{RdmaSourceLink, connect};
+
+const NAME: &str = "rdma";
+
+const CAPABILITIES: Capabilities = Capabilities {
+    one_sided_write: true,
+    one_sided_read: false,
+    zero_copy: true,
+    needs_registration: true,
+    max_batch_bytes: 16 << 20,
+    max_batch_runs: MAX_BATCH_RUNS,
+};
+
+/// Why there is no RDMA here.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Unavailable {
+    /// A library is not installed.
+    #[error(
+        "{library} is not there; install rdma-core's libraries (Debian: librdmacm1 and \
+         ibverbs-providers)"
+    )]
+    Library {
+        /// Which one.
+        library: &'static str,
+    },
+    /// There is none, or its driver is not loaded.
+    #[error(
+        "this host has no RDMA device; load its driver, or add a software device (rdma link add)"
+    )]
+    NoDevice,
+    /// The kernel does not say.
+    #[error("failed to list RDMA devices")]
+    List(#[source] io::Error),
+}
+
+impl From<Unavailable> for io::Error {
+    fn from(unavailable: Unavailable) -> Self {
+        Self::new(io::ErrorKind::Unsupported, unavailable)
+    }
+}
+
+/// Whether RDMA can be used here, and why not.
+pub fn available() -> Result<(), Unavailable> {
+    check_libraries()?;
+    match verbs::device_names() {
+        Ok(names) if names.is_empty() => Err(Unavailable::NoDevice),
+        Ok(_) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(Unavailable::NoDevice),
+        Err(error) => Err(Unavailable::List(error)),
+    }
+}
+
+fn check_libraries() -> Result<(), Unavailable> {
+    verbs::missing_library().map_or(Ok(()), |library| Err(Unavailable::Library { library }))
+}

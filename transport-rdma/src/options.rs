@@ -1,0 +1,115 @@
+//! Settings of connections, registration and queues.
+
+use std::time::Duration;
+
+/// Most bytes of a packet's payload on the path (path MTU).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Mtu {
+    /// 256 bytes.
+    Bytes256,
+    /// 512 bytes.
+    Bytes512,
+    /// 1024 bytes.
+    Bytes1024,
+    /// 2048 bytes.
+    Bytes2048,
+    /// 4096 bytes.
+    Bytes4096,
+}
+
+impl Mtu {
+    /// Those there are, ascending.
+    pub const ALL: [Self; 5] =
+        [Self::Bytes256, Self::Bytes512, Self::Bytes1024, Self::Bytes2048, Self::Bytes4096];
+
+    /// In bytes.
+    pub fn bytes(self) -> u32 {
+        128 << self.encoded()
+    }
+
+    /// As verbs and the wire encode it.
+    pub(crate) fn encoded(self) -> u32 {
+        self as u32 + 1
+    }
+}
+
+/// Settings of a link; both sides choose theirs freely, but for the MTU.
+///
+/// ```
+/// use pageferry_rdma::{Mtu, RdmaOptions};
+///
+/// let options = RdmaOptions { mtu: Some(Mtu::Bytes4096), ..RdmaOptions::default() };
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RdmaOptions {
+    /// The device that the address must lead to, by name ("mlx5_0"); `None`: whichever it does.
+    pub device: Option<String>,
+    /// The port of it that the address must lead to, from 1.
+    pub port: Option<u8>,
+    /// Index in the port's table of GIDs. `None`: the one of the address.
+    pub gid_index: Option<u8>,
+    /// Path MTU; must fit the ports of both sides. `None`: the largest that this port has.
+    pub mtu: Option<Mtu>,
+    /// Traffic class of all packets (DSCP and ECN bits), for networks that treat RDMA apart.
+    pub traffic_class: Option<u8>,
+    /// At the source: how long each step of connecting may take. At the destination: how long a
+    /// connection that was accepted may take to be there.
+    pub connect_timeout: Duration,
+    /// Time without acknowledgement after which a packet is sent again; rounded up to 4.096 µs
+    /// times a power of two, and NICs may take up to four times as long (InfiniBand
+    /// specification, "Local ACK Timeout").
+    pub ack_timeout: Duration,
+    /// How often, 0 to 7. Then the link is lost.
+    pub retries: u8,
+    /// Guest memory is registered in chunks of at most so many bytes, by two threads.
+    pub chunk_bytes: u64,
+    /// Most bytes of one write.
+    pub slice_bytes: u32,
+    /// Every so many writes are acknowledged by a completion.
+    pub signal_every: u32,
+    /// Writes under way at most on a channel.
+    pub send_queue_depth: u32,
+}
+
+impl Default for RdmaOptions {
+    fn default() -> Self {
+        Self {
+            device: None,
+            port: None,
+            gid_index: None,
+            mtu: None,
+            traffic_class: None,
+            connect_timeout: Duration::from_secs(10),
+            ack_timeout: Duration::from_millis(250),
+            retries: 7,
+            chunk_bytes: 256 << 20,
+            slice_bytes: 1 << 20,
+            signal_every: 16,
+            send_queue_depth: 256,
+        }
+    }
+}
+
+impl RdmaOptions {
+    /// [`Self::ack_timeout`] as the wire encodes it: n for 4.096 µs × 2ⁿ, 1 to 31.
+    pub(crate) fn ack_timeout_exponent(&self) -> u8 {
+        let wanted = self.ack_timeout.as_nanos();
+        (1..31).find(|exponent| (4096_u128 << exponent) >= wanted).unwrap_or(31)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_sizes_are_encoded_as_the_specification_says() {
+        let with = |ack_timeout| RdmaOptions { ack_timeout, ..RdmaOptions::default() };
+        assert_eq!(with(Duration::ZERO).ack_timeout_exponent(), 1);
+        assert_eq!(with(Duration::from_millis(67)).ack_timeout_exponent(), 14);
+        assert_eq!(with(Duration::from_millis(250)).ack_timeout_exponent(), 16);
+        assert_eq!(with(Duration::MAX).ack_timeout_exponent(), 31);
+        assert_eq!(Mtu::ALL.map(Mtu::bytes), [256, 512, 1024, 2048, 4096]);
+        assert_eq!(Mtu::ALL.map(Mtu::encoded), [1, 2, 3, 4, 5]);
+    }
+}

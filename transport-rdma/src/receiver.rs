@@ -1,0 +1,74 @@
+//! The destination's end of a connection for pages. Pages come by themselves; it only makes those
+//! zero that are mentioned, and tells the source what it has seen.
+
+use std::sync::Arc;
+
+use pageferry::transport::{ChannelCounters, PageCounts, PageReceiver, Received, TransportError};
+
+use crate::dial::LINGER;
+use crate::memory::Registered;
+use crate::pipe::{Inlet, Message};
+use crate::zeros::{self, Said};
+
+/// The destination's end of a data channel.
+#[derive(Debug)]
+pub(crate) struct RdmaPageReceiver {
+    inlet: Inlet,
+    /// After the queue pair: nothing is written any more when it goes.
+    registered: Arc<Registered>,
+    wire_bytes: u64,
+    ended: bool,
+}
+
+impl RdmaPageReceiver {
+    pub(crate) fn new(inlet: Inlet, registered: Arc<Registered>) -> Self {
+        Self { inlet, registered, wire_bytes: 0, ended: false }
+    }
+}
+
+impl PageReceiver for RdmaPageReceiver {
+    fn receive(&mut self) -> Result<Received, TransportError> {
+        self.inlet.connection.check()?;
+        while !self.ended {
+            match self.inlet.next(None)? {
+                None => {}
+                // All that was written before it is in memory: the source wants to know.
+                Some(Message::Mark) => self.inlet.acknowledge()?,
+                Some(Message::Bytes(message)) => {
+                    self.wire_bytes += message.len() as u64;
+                    match zeros::decode(&message)? {
+                        Said::End => self.ended = true,
+                        Said::Zeros(ranges) => {
+                            // All are checked before a byte is written.
+                            ranges.iter().try_for_each(|range| {
+                                self.registered.memory.span(*range).map(drop).map_err(|_| {
+                                    TransportError::Violation(
+                                        "a mention of pages outside guest memory",
+                                    )
+                                })
+                            })?;
+                            let mut counts = PageCounts::default();
+                            for range in ranges {
+                                self.registered.memory.fill_zero(range)?;
+                                counts.zero += u64::from(range.pages);
+                            }
+                            return Ok(Received::Batch(counts));
+                        }
+                    }
+                }
+            }
+        }
+        self.inlet.acknowledge()?;
+        // The source may be gone by now: it has ended the channel, and needs no answer.
+        let _ = self.inlet.flush(LINGER);
+        Ok(Received::End)
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        ChannelCounters {
+            wire_bytes: self.wire_bytes,
+            system_calls: self.inlet.system_calls(),
+            ..ChannelCounters::default()
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The source's end of a connection for pages: writes into the destination's memory.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pageferry::memory::{PAGE_BYTES, PageRange};
+use pageferry::transport::{
+    Capabilities, ChannelCounters, PageSender, Run, RunKind, Ticket, TransportError, Watermarks,
+};
+
+use crate::dial::LINGER;
+use crate::memory::{Registered, RemoteTable, pieces};
+use crate::pipe::Outlet;
+use crate::verbs::Span;
+use crate::zeros::{self, END, RUNS_AT_ONCE, overlap};
+
+/// Page bytes after which a mark tells what has landed, unasked.
+const MARK_EVERY_BYTES: u64 = 8 << 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Open,
+    Finished,
+    Broken,
+}
+
+/// The source's end of a data channel.
+#[derive(Debug)]
+pub(crate) struct RdmaPageSender {
+    outlet: Outlet,
+    here: Arc<Registered>,
+    there: Arc<RemoteTable>,
+    capabilities: Capabilities,
+    slice_bytes: u64,
+    phase: Phase,
+    sent: Ticket,
+    marks: Watermarks,
+    /// For each batch that is not released: the request that is its last.
+    last_requests: VecDeque<(Ticket, u64)>,
+    /// For marks that are not taken: the batch up to which they tell, and their number.
+    pending: VecDeque<(Ticket, u64)>,
+    /// Pages that the destination may still be making zero, with the number of the message that
+    /// told it to. Writes to them have to wait.
+    zeroing: VecDeque<(u64, Vec<PageRange>)>,
+    unmarked_bytes: u64,
+    wire_bytes: u64,
+}
+
+impl RdmaPageSender {
+    pub(crate) fn new(
+        outlet: Outlet,
+        here: Arc<Registered>,
+        there: Arc<RemoteTable>,
+        capabilities: Capabilities,
+        slice_bytes: u64,
+    ) -> Self {
+        Self {
+            outlet,
+            here,
+            there,
+            capabilities,
+            slice_bytes,
+            phase: Phase::Open,
+            sent: 0,
+            marks: Watermarks::default(),
+            last_requests: VecDeque::new(),
+            pending: VecDeque::new(),
+            zeroing: VecDeque::new(),
+            unmarked_bytes: 0,
+            wire_bytes: 0,
+        }
+    }
+
+    fn check_open(&self) -> Result<(), TransportError> {
+        self.outlet.check()?;
+        match self.phase {
+            Phase::Open => Ok(()),
+            Phase::Finished => Err(TransportError::OutOfOrder("the data channel is finished")),
+            Phase::Broken => Err(TransportError::Lost {
+                operation: "send pages",
+                cause: std::io::ErrorKind::NotConnected.into(),
+            }),
+        }
+    }
+
+    /// What fails once fails for good.
+    fn guard<T>(
+        &mut self,
+        act: impl FnOnce(&mut Self) -> Result<T, TransportError>,
+    ) -> Result<T, TransportError> {
+        let result = act(self);
+        if result.is_err() {
+            self.phase = Phase::Broken;
+        }
+        result
+    }
+
+    fn put(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        let mut writes = Vec::new();
+        let mut zero_runs = Vec::new();
+        let mut bytes = 0;
+        for Run { range, kind } in runs {
+            match kind {
+                RunKind::Zero => zero_runs.push(*range),
+                RunKind::Data => {
+                    self.await_zeroed(range)?;
+                    for (local, remote) in
+                        pieces(*range, &self.here, &self.there, self.slice_bytes)?
+                    {
+                        let len_bytes = u32::try_from(local.pages * PAGE_BYTES).unwrap_or(u32::MAX);
+                        let span = Span { address: local.address, len_bytes, key: local.key };
+                        writes.push((span, remote.address, remote.key));
+                        bytes += u64::from(len_bytes);
+                    }
+                }
+            }
+        }
+        self.outlet.write(&writes)?;
+        for some in zero_runs.chunks(RUNS_AT_ONCE) {
+            let message = zeros::encode(some);
+            self.wire_bytes += message.len() as u64;
+            let number = self.outlet.message(&message)?;
+            self.zeroing.push_back((number, some.to_vec()));
+        }
+        self.wire_bytes += bytes;
+        self.unmarked_bytes += bytes;
+        self.sent += 1;
+        self.last_requests.push_back((self.sent, self.outlet.posted()));
+        if self.unmarked_bytes >= MARK_EVERY_BYTES {
+            self.mark()?;
+        }
+        self.outlet.pump(None)?;
+        self.advance();
+        Ok(self.sent)
+    }
+
+    /// Waits until the destination does not touch pages any more.
+    fn await_zeroed(&mut self, range: &PageRange) -> Result<(), TransportError> {
+        let over = |(_, ranges): &&(u64, Vec<PageRange>)| ranges.iter().any(|r| overlap(r, range));
+        let Some(number) = self.zeroing.iter().rev().find(over).map(|(number, _)| *number) else {
+            return Ok(());
+        };
+        // Messages are acknowledged now and then, marks at once.
+        self.mark()?;
+        while self.outlet.taken() < number {
+            self.outlet.pump(Some(Instant::now() + LINGER))?;
+        }
+        self.advance();
+        Ok(())
+    }
+
+    fn mark(&mut self) -> Result<(), TransportError> {
+        let number = self.outlet.mark()?;
+        self.pending.push_back((self.sent, number));
+        self.unmarked_bytes = 0;
+        Ok(())
+    }
+
+    fn advance(&mut self) {
+        let (done, taken) = (self.outlet.done(), self.outlet.taken());
+        let covered = |queue: &mut VecDeque<(Ticket, u64)>, upto: u64| {
+            let count = queue.partition_point(|(_, number)| *number <= upto);
+            queue.drain(..count).next_back().map(|(ticket, _)| ticket)
+        };
+        let released = covered(&mut self.last_requests, done);
+        let landed = covered(&mut self.pending, taken);
+        self.marks.landed = landed.unwrap_or(self.marks.landed);
+        self.marks.released = released.unwrap_or(self.marks.released).max(self.marks.landed);
+        let zeroed = self.zeroing.partition_point(|(number, _)| *number <= taken);
+        self.zeroing.drain(..zeroed);
+    }
+
+    fn await_landing(&mut self, deadline: Instant) -> Result<(), TransportError> {
+        let before = self.marks.landed;
+        if self.pending.back().is_none_or(|(ticket, _)| *ticket < self.sent) {
+            self.mark()?;
+        }
+        while self.marks.landed == before && Instant::now() < deadline {
+            self.outlet.pump(Some(deadline))?;
+            self.advance();
+        }
+        Ok(())
+    }
+}
+
+impl PageSender for RdmaPageSender {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        self.check_open()?;
+        self.capabilities.check(runs)?;
+        runs.iter().try_for_each(|run| self.here.memory.span(run.range).map(drop))?;
+        self.guard(|sender| sender.put(runs))
+    }
+
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        self.outlet.check()?;
+        if self.phase == Phase::Broken {
+            self.check_open()?;
+        }
+        self.guard(|sender| {
+            sender.outlet.pump(None)?;
+            sender.advance();
+            if let Some(wait) = wait
+                && sender.marks.landed < sender.sent
+                && sender.phase == Phase::Open
+            {
+                sender.await_landing(Instant::now() + wait)?;
+            }
+            Ok(sender.marks)
+        })
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        ChannelCounters {
+            wire_bytes: self.wire_bytes,
+            system_calls: self.outlet.system_calls(),
+            ..ChannelCounters::default()
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.check_open()?;
+        self.guard(|sender| {
+            sender.outlet.message(&[END])?;
+            sender.outlet.flush(LINGER)
+        })?;
+        self.phase = Phase::Finished;
+        Ok(())
+    }
+}

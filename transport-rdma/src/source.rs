@@ -1,0 +1,135 @@
+//! The source's end of a link.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{
+    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, Registration,
+    SourceLink, TransportError,
+};
+
+use crate::control::{RdmaControlReceiver, RdmaControlSender};
+use crate::dial::Workshop;
+use crate::memory::{Registered, RemoteTable};
+use crate::options::RdmaOptions;
+use crate::pipe::Message;
+use crate::preamble::Purpose;
+use crate::sender::RdmaPageSender;
+use crate::state::LinkState;
+use crate::verbs::Access;
+use crate::{CAPABILITIES, NAME, check_libraries};
+
+/// The source's end of a link over RDMA.
+///
+/// # Resource cleanup
+///
+/// Dropping it, after its channels, ends the registration of guest memory; nothing stays behind in
+/// the device but what the kernel keeps of a closed connection for a while (`TIMEWAIT`).
+#[derive(Debug)]
+pub struct RdmaSourceLink {
+    control: Option<ControlChannel>,
+    registered: Option<Arc<Registered>>,
+    migration: MigrationId,
+    workshop: Workshop,
+}
+
+/// Connects to a destination that listens at an RDMA device's address.
+///
+/// The address tells which device is used, unless one is asked for by [`RdmaOptions::device`];
+/// then it must be that one's.
+pub fn connect(
+    address: SocketAddr,
+    options: RdmaOptions,
+) -> Result<RdmaSourceLink, TransportError> {
+    check_libraries().map_err(|unavailable| TransportError::Connect {
+        address: address.to_string(),
+        cause: unavailable.into(),
+    })?;
+    let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
+    let state = LinkState::new().map_err(failed)?;
+    let migration = MigrationId::random().map_err(failed)?;
+    let (workshop, id) = Workshop::towards(address, options, state)?;
+    let preamble = |purpose| workshop.preamble(purpose, migration);
+    let outlet = workshop.dial_outlet(Some(id), &preamble(Purpose::Control))?;
+    let inlet = workshop.dial_inlet(&preamble(Purpose::ControlBack))?;
+    let control = ControlChannel {
+        sender: Box::new(RdmaControlSender::new(outlet)),
+        receiver: Box::new(RdmaControlReceiver::new(inlet)),
+    };
+    Ok(RdmaSourceLink { control: Some(control), registered: None, migration, workshop })
+}
+
+impl RdmaSourceLink {
+    /// What this migration is called on the wire.
+    pub fn migration_id(&self) -> MigrationId {
+        self.migration
+    }
+
+    /// The destination's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.workshop.peer
+    }
+
+    /// Reads where the destination's memory is.
+    fn table(&self, here: &Registered) -> Result<RemoteTable, TransportError> {
+        let preamble = self.workshop.preamble(Purpose::Table, self.migration);
+        let mut inlet = self.workshop.dial_inlet(&preamble)?;
+        let mut table = RemoteTable::new(here.memory.layout());
+        while !table.is_complete() {
+            match inlet.next(None)? {
+                Some(Message::Bytes(message)) => table.take_in(&message)?,
+                _ => return Err(TransportError::Violation("a mark amid a table")),
+            }
+        }
+        inlet.acknowledge()?;
+        Ok(table)
+    }
+}
+
+impl Link for RdmaSourceLink {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.workshop.state.check()?;
+        let chunk_bytes = self.workshop.chunk_bytes();
+        let registered = Registered::new(&self.workshop.pd, memory, chunk_bytes, Access::Local)?;
+        let cost = registered.cost;
+        self.registered = Some(Arc::new(registered));
+        Ok(cost)
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.workshop.state) as Arc<dyn Interrupt>
+    }
+}
+
+impl SourceLink for RdmaSourceLink {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let here = self
+            .registered
+            .clone()
+            .ok_or(TransportError::OutOfOrder("guest memory is not registered"))?;
+        let there = Arc::new(self.table(&here)?);
+        let slice_bytes = self.workshop.slice_bytes();
+        (0..channels)
+            .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
+                let preamble = self.workshop.preamble(Purpose::Pages { channel }, self.migration);
+                let outlet = self.workshop.dial_outlet(None, &preamble)?;
+                let (here, there) = (Arc::clone(&here), Arc::clone(&there));
+                let sender = RdmaPageSender::new(outlet, here, there, CAPABILITIES, slice_bytes);
+                Ok(Box::new(sender))
+            })
+            .collect()
+    }
+}
