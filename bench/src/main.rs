@@ -2,6 +2,7 @@
 //!
 //! - `throughput` moves guest memory between two processes of this host, by the engine and by a
 //!   bare loop of system calls in turn, and compares them.
+//! - `runs` sends runs of pages of each length, copied by the kernel and zero-copy.
 //! - `bitmap` does what the engine does with dirty bitmaps, and compares it with reading them.
 //!
 //! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
@@ -22,6 +23,7 @@ mod host;
 mod outcome;
 mod output;
 mod random;
+mod runs;
 mod throughput;
 
 use clap::error::ErrorKind;
@@ -47,6 +49,7 @@ fn main() -> std::process::ExitCode {
     }
     let result = match command {
         Command::Throughput(args) => throughput::run(&args),
+        Command::Runs(args) => runs::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
         Command::Side { side } => throughput::serve(side),
     };

@@ -18,7 +18,8 @@ pub struct IoUringOptions {
     /// all is copied, and nothing registered.
     pub zero_copy: ZeroCopy,
     /// Runs of at least so many bytes are sent zero-copy, where it is used; shorter ones go with
-    /// the header of their batch.
+    /// the header of their batch. The default is what copying costs about as much as the request
+    /// and its notification do (`docs/performance.md`).
     pub zero_copy_threshold_bytes: u64,
     /// At the source: page bytes that a channel collects before it tells the kernel, so that one
     /// system call covers many batches. Waiting for what was sent always tells it. At most 32 MiB,

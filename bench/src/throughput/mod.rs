@@ -20,6 +20,7 @@ use sides::{NoAnswer, Sides};
 use wire::{Answer, Contestant, Order, Setup};
 
 pub(crate) use side::serve;
+pub(crate) use usage::process_cpu_nanoseconds;
 pub(crate) use wire::SideName;
 
 /// Measures, and prints the result.

@@ -12,7 +12,7 @@ use crate::host::kib_bytes;
 
 /// CPU time of all threads of this process so far, user and system, in nanoseconds. The sum that
 /// `getrusage` has in microseconds.
-pub(super) fn process_cpu_nanoseconds() -> u64 {
+pub(crate) fn process_cpu_nanoseconds() -> u64 {
     nanoseconds(ClockId::ProcessCPUTime)
 }
 

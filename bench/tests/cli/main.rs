@@ -2,5 +2,6 @@
 
 mod bitmap;
 mod command_line;
+mod runs;
 mod support;
 mod throughput;
