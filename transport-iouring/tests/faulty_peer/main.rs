@@ -27,7 +27,6 @@ use pageferry::transport::{
 use pageferry_iouring::{Feature, Features, IoUringOptions, Rings, ZeroCopy};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 use relay::{Fault, Relay};
-use rustix::process::Pid;
 
 /// Within which a loss must be noticed. Shorter than the time after which the kernel gives up a
 /// peer that takes nothing, which would be no answer to what happens here.
@@ -155,11 +154,7 @@ fn round(seed: u64, fault: Fault, ends: (bool, bool), zero_copy: ZeroCopy) {
         Fault::Stall => vec![source.interrupter(), destination.interrupter()],
         _ => Vec::new(),
     };
-    let (announce, announced) = channel();
     relay.plan(fault, moment, Random::new(random.next_u64()), move || {
-        if fault == Fault::Stall {
-            until_asleep(announced.recv().expect("a sender"));
-        }
         for end in cancelled {
             end.interrupt();
         }
@@ -168,7 +163,6 @@ fn round(seed: u64, fault: Fault, ends: (bool, bool), zero_copy: ZeroCopy) {
 
     let drop_themselves = random.below(2) == 0;
     let sending = End::start((sender, source), drop_themselves, move |(sender, _)| {
-        announce.send(rustix::thread::gettid()).expect("the relay lives");
         send(&mut **sender, fault != Fault::Stall).expect_err("it ends by an error only")
     });
     let receiving = End::start((receiver, destination), drop_themselves, |(receiver, _)| {
@@ -280,17 +274,4 @@ fn pinned_kib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").expect("what the kernel says");
     let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).expect("since 3.2");
     line.trim().trim_end_matches(" kB").parse().expect("a number")
-}
-
-/// Waits until a thread of this process sleeps in the kernel.
-fn until_asleep(tid: Pid) {
-    let path = format!("/proc/self/task/{}/stat", tid.as_raw_nonzero());
-    loop {
-        let stat = fs::read_to_string(&path).expect("the thread lives");
-        // "tid (name) state …"; the name may hold anything, so look from its end.
-        if stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('S')) {
-            return;
-        }
-        thread::yield_now();
-    }
 }

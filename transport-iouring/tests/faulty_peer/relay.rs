@@ -1,6 +1,7 @@
 //! What stands between the two ends, and behaves badly at a chosen byte: to each end it is a peer
 //! that does.
 
+use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -10,7 +11,10 @@ use std::time::Duration;
 
 use pageferry::testing::Random;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::sockopt::set_socket_linger;
+use rustix::net::sockopt::{set_socket_linger, set_socket_recv_buffer_size};
+
+/// Of bytes that the source cannot send: it must be waiting for room, or will with the next batch.
+const STUCK_BYTES: u64 = 64 << 10;
 
 /// What happens on the data connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +74,9 @@ pub(crate) struct Relay {
 impl Relay {
     pub(crate) fn start(to: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port of loopback");
+        // Of those it accepts. Less than the source's kernel queues, so that some of that is still
+        // in guest memory when the relay stalls.
+        set_socket_recv_buffer_size(&listener, 64 << 10).expect("a small buffer");
         let address = listener.local_addr().expect("it has an address");
         let plan = Arc::new(Mutex::new(None));
         let (go_on, going_on) = channel();
@@ -182,8 +189,18 @@ impl Relaying {
         if before > received { None } else { Some((plan.take()?, before)) }
     }
 
-    /// Reads nothing until it is told to, and then all there is.
+    /// Reads nothing until it is told to, and then all there is. Strikes when the source's kernel
+    /// has a lot that it cannot send, and no more comes.
     fn stall(&self, first: &[u8], strike: Box<dyn FnOnce() + Send>) -> io::Result<Vec<u8>> {
+        let mut before = 0;
+        loop {
+            let queued = queued_bytes(&self.joints[1][0])?;
+            if queued >= STUCK_BYTES && queued == before {
+                break;
+            }
+            before = queued;
+            thread::yield_now();
+        }
         strike();
         // If the test has failed meanwhile, nobody wants it any more.
         let _ = self.going_on.recv();
@@ -198,6 +215,23 @@ impl Relaying {
             _ => Ok(rest),
         }
     }
+}
+
+/// What the other end of a connection within this host has not got rid of yet.
+fn queued_bytes(end: &TcpStream) -> io::Result<u64> {
+    let ports = [end.peer_addr()?.port(), end.local_addr()?.port()];
+    let sockets = fs::read_to_string("/proc/self/net/tcp")?;
+    let queued = sockets.lines().skip(1).find_map(|line| {
+        // "number: address:port address:port state queued-to-send:queued-to-read …", in hex.
+        let mut fields = line.split_whitespace().skip(1);
+        for port in ports {
+            let (_, found) = fields.next()?.split_once(':')?;
+            (u16::from_str_radix(found, 16).ok()? == port).then_some(())?;
+        }
+        let (to_send, _) = fields.nth(1)?.split_once(':')?;
+        u64::from_str_radix(to_send, 16).ok()
+    });
+    queued.ok_or_else(|| ErrorKind::NotConnected.into())
 }
 
 /// Makes the trouble, apart from a stall.
