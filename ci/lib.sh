@@ -36,10 +36,13 @@ msrv() {
 
 # need_command COMMAND PACKAGE
 need_command() {
-    command -v "$1" >/dev/null && return
-    command -v apt-get >/dev/null || fail "there is no $1, and no apt-get to install $2"
+    command -v "$1" >/dev/null || need_package "$2"
+}
+
+need_package() {
+    command -v apt-get >/dev/null || fail "there is no $1, and no apt-get to install it with"
     "${sudo[@]}" apt-get update -q
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y "$2"
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y "$1"
 }
 
 run_steps() {
