@@ -1,6 +1,5 @@
 //! The destination's end of a link, and where it comes from.
 
-use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,11 +16,11 @@ use crate::dial::{LINGER, Workshop, check_device};
 use crate::listener::{Listener, Request};
 use crate::memory::Registered;
 use crate::options::RdmaOptions;
-use crate::preamble::Purpose;
+use crate::preamble::{Preamble, Purpose};
 use crate::receiver::RdmaPageReceiver;
 use crate::state::LinkState;
 use crate::verbs::Access;
-use crate::{CAPABILITIES, NAME, check_libraries};
+use crate::{CAPABILITIES, NAME, check_libraries, first_of};
 
 /// Listens at an RDMA device's address for sources.
 ///
@@ -32,21 +31,20 @@ use crate::{CAPABILITIES, NAME, check_libraries};
 pub struct RdmaAcceptor {
     listener: Arc<Listener>,
     options: RdmaOptions,
+    state: Arc<LinkState>,
 }
 
 impl RdmaAcceptor {
     /// Listens; a port of 0 lets the kernel choose one.
     pub fn bind(address: impl ToSocketAddrs, options: RdmaOptions) -> Result<Self, TransportError> {
         let unknown = |cause| TransportError::Listen { address: String::from("?"), cause };
-        let address = address
-            .to_socket_addrs()
-            .and_then(|mut all| all.next().ok_or_else(|| io::ErrorKind::NotFound.into()))
-            .map_err(unknown)?;
+        let address = first_of(address).map_err(unknown)?;
         let failed = |cause| TransportError::Listen { address: address.to_string(), cause };
         check_libraries().map_err(|unavailable| failed(unavailable.into()))?;
         check_device(&options, &address.to_string())?;
         let listener = Listener::bind(address).map_err(failed)?;
-        Ok(Self { listener: Arc::new(listener), options })
+        let state = LinkState::new().map_err(failed)?;
+        Ok(Self { listener: Arc::new(listener), options, state })
     }
 
     /// Where it listens.
@@ -54,38 +52,21 @@ impl RdmaAcceptor {
         self.listener.local
     }
 
-    /// Waits for a source, at most `timeout` (`None`: for as long as it takes).
-    pub fn accept(&self, timeout: Option<Duration>) -> Result<RdmaDestinationLink, TransportError> {
-        self.accept_until(timeout, || false)
+    /// Ends [`Self::accept`], now and later. Links that were accepted go on.
+    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.state) as Arc<dyn Interrupt>
     }
 
-    /// As [`Self::accept`], but gives up, with [`TransportError::Interrupted`], once `stop` says
-    /// so. It is asked a few times a second.
-    pub fn accept_until(
-        &self,
-        timeout: Option<Duration>,
-        stop: impl Fn() -> bool,
-    ) -> Result<RdmaDestinationLink, TransportError> {
-        const TURN: Duration = Duration::from_millis(100);
+    /// Waits for a source, at most `timeout` (`None`: for as long as it takes).
+    pub fn accept(&self, timeout: Option<Duration>) -> Result<RdmaDestinationLink, TransportError> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        loop {
-            if stop() {
-                return Err(TransportError::Interrupted);
-            }
-            let turn = Instant::now() + TURN;
-            let until = deadline.map_or(turn, |deadline| deadline.min(turn));
-            let first = self.listener.take(
-                |preamble| preamble.purpose == Purpose::Control,
-                Some(until),
-                None,
-            )?;
-            if let Some(request) = first {
-                return self.link(request);
-            }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                let after = timeout.unwrap_or_default();
-                return Err(TransportError::TimedOut { operation: "accept a source", after });
-            }
+        let begins = |preamble: &Preamble| preamble.purpose == Purpose::Control;
+        match self.listener.take(begins, deadline, &self.state)? {
+            Some(request) => self.link(request),
+            None => Err(TransportError::TimedOut {
+                operation: "accept a source",
+                after: timeout.unwrap_or_default(),
+            }),
         }
     }
 
@@ -152,11 +133,10 @@ impl RdmaDestinationLink {
         wanted: impl Fn(Purpose) -> bool,
         timeout: Duration,
     ) -> Result<Request, TransportError> {
-        let is_wanted = |preamble: &crate::preamble::Preamble| {
-            preamble.migration == migration && wanted(preamble.purpose)
-        };
+        let is_wanted =
+            |preamble: &Preamble| preamble.migration == migration && wanted(preamble.purpose);
         let deadline = Instant::now().checked_add(timeout);
-        let found = listener.take(is_wanted, deadline, Some(&workshop.state))?;
+        let found = listener.take(is_wanted, deadline, &workshop.state)?;
         let operation = "accept the source's connections";
         found.ok_or(TransportError::TimedOut { operation, after: timeout })
     }

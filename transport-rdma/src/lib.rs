@@ -56,6 +56,7 @@ mod verbs;
 mod zeros;
 
 use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
 
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS};
 use thiserror::Error;
@@ -113,6 +114,10 @@ pub fn available() -> Result<(), Unavailable> {
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(Unavailable::NoDevice),
         Err(error) => Err(Unavailable::List(error)),
     }
+}
+
+fn first_of(address: impl ToSocketAddrs) -> io::Result<SocketAddr> {
+    address.to_socket_addrs()?.next().ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 fn check_libraries() -> Result<(), Unavailable> {

@@ -82,13 +82,11 @@ impl Listener {
         &self,
         wanted: impl Fn(&Preamble) -> bool,
         deadline: Option<Instant>,
-        state: Option<&LinkState>,
+        state: &LinkState,
     ) -> Result<Option<Request>, TransportError> {
         let failed = |cause| TransportError::Io { operation: "wait for a connection", cause };
         loop {
-            if let Some(state) = state {
-                state.check()?;
-            }
+            state.check()?;
             {
                 let mut desk = self.desk();
                 self.take_in(&mut desk).map_err(failed)?;

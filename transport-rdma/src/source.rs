@@ -1,6 +1,6 @@
 //! The source's end of a link.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
@@ -18,7 +18,7 @@ use crate::preamble::Purpose;
 use crate::sender::RdmaPageSender;
 use crate::state::LinkState;
 use crate::verbs::Access;
-use crate::{CAPABILITIES, NAME, check_libraries};
+use crate::{CAPABILITIES, NAME, check_libraries, first_of};
 
 /// The source's end of a link over RDMA.
 ///
@@ -38,10 +38,14 @@ pub struct RdmaSourceLink {
 ///
 /// The address tells which device is used, unless one is asked for by [`RdmaOptions::device`];
 /// then it must be that one's.
+///
+/// Of a name with several addresses the first is taken.
 pub fn connect(
-    address: SocketAddr,
+    address: impl ToSocketAddrs,
     options: RdmaOptions,
 ) -> Result<RdmaSourceLink, TransportError> {
+    let unknown = |cause| TransportError::Connect { address: String::from("?"), cause };
+    let address = first_of(address).map_err(unknown)?;
     check_libraries().map_err(|unavailable| TransportError::Connect {
         address: address.to_string(),
         cause: unavailable.into(),

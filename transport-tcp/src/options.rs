@@ -11,9 +11,6 @@ use socket2::{SockAddr, Socket, TcpKeepalive};
 /// `docs/performance.md`.
 const WITHIN_HOST_SEND_BYTES: usize = 512 << 10;
 
-/// The receive buffer there: room for a receiver that has to allocate memory meanwhile.
-const WITHIN_HOST_RECEIVE_BYTES: usize = 2 << 20;
-
 /// Whether a connection is one from an address to itself, and so never leaves this host's kernel.
 pub(crate) fn is_within_host(socket: &Socket) -> io::Result<bool> {
     let ip = |address: SockAddr| address.as_socket().map(|address| address.ip());
@@ -87,8 +84,8 @@ pub struct TcpOptions {
     /// nearly always: the kernel tunes it to the path. A connection from an address to itself gets
     /// 512 KiB then, so that what is under way stays in the processor's caches.
     pub send_buffer_bytes: Option<usize>,
-    /// Receive buffer of each connection in bytes, capped by `net.core.rmem_max`. `None` is best
-    /// nearly always, as for the send buffer, with 2 MiB for a connection from an address to itself.
+    /// Receive buffer of each connection in bytes, capped by `net.core.rmem_max`. `None` lets
+    /// the kernel tune it, which is best nearly always.
     pub receive_buffer_bytes: Option<usize>,
     /// At the source: zero-copy sends on data connections.
     pub zero_copy: ZeroCopy,
@@ -123,14 +120,8 @@ impl TcpOptions {
 
     /// Sets what depends on the path, once there is one.
     pub(crate) fn apply_to_path(&self, socket: &Socket) -> io::Result<()> {
-        if !is_within_host(socket)? {
-            return Ok(());
-        }
-        if self.send_buffer_bytes.is_none() {
+        if self.send_buffer_bytes.is_none() && is_within_host(socket)? {
             socket.set_send_buffer_size(WITHIN_HOST_SEND_BYTES)?;
-        }
-        if self.receive_buffer_bytes.is_none() {
-            socket.set_recv_buffer_size(WITHIN_HOST_RECEIVE_BYTES)?;
         }
         Ok(())
     }

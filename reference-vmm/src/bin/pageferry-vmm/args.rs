@@ -113,6 +113,49 @@ pub(crate) enum Transport {
     /// TCP sockets driven by io_uring; the other side may have either.
     #[value(name = "iouring")]
     IoUring,
+    /// RDMA: the source's NIC writes to the destination's memory. Addresses are those of RDMA
+    /// devices. In programs that were built with it.
+    Rdma,
+}
+
+/// Settings of `--transport rdma`.
+#[expect(clippy::struct_field_names, reason = "as the command line has them")]
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "With --transport rdma")]
+pub(crate) struct RdmaArgs {
+    /// The device that the address must belong to [default: whichever it does].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rdma_device: Option<String>,
+    /// The port of it [default: whichever it is].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) rdma_port: Option<u8>,
+    /// Index in the port's table of GIDs [default: the one of the address].
+    #[arg(long, value_name = "N")]
+    pub(crate) rdma_gid_index: Option<u8>,
+    /// Path MTU, the same on both sides [default: the largest of the source's port].
+    #[arg(long, value_name = "BYTES", value_parser = ["256", "512", "1024", "2048", "4096"])]
+    pub(crate) rdma_mtu: Option<String>,
+    /// Traffic class of all packets, for networks that treat RDMA apart.
+    #[arg(long, value_name = "N")]
+    pub(crate) rdma_traffic_class: Option<u8>,
+}
+
+impl RdmaArgs {
+    /// As options of a command line.
+    pub(crate) fn to_command_line(&self) -> Vec<String> {
+        let mut list = Vec::new();
+        let mut option = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                list.extend([format!("--rdma-{name}"), value]);
+            }
+        };
+        option("device", self.rdma_device.clone());
+        option("port", self.rdma_port.map(|port| port.to_string()));
+        option("gid-index", self.rdma_gid_index.map(|index| index.to_string()));
+        option("mtu", self.rdma_mtu.clone());
+        option("traffic-class", self.rdma_traffic_class.map(|class| class.to_string()));
+        list
+    }
 }
 
 /// Whether the kernel is asked not to copy what it sends.
@@ -225,14 +268,17 @@ pub(crate) struct MigrationArgs {
     /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
     #[arg(long, value_name = "CPUS", value_delimiter = ',')]
     pub(crate) pin: Vec<usize>,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
-    #[command(flatten)]
-    pub(crate) migration: MigrationArgs,
+    /// Where the destination listens: HOST:PORT, an address of this host.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub(crate) listen: String,
     /// Threads that allocate the destination's memory ahead of the data.
     #[arg(long, value_name = "THREADS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=256))]
     pub(crate) populate: u16,
@@ -243,6 +289,8 @@ pub(crate) struct DemoArgs {
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) migration: MigrationArgs,
 }
 
 #[expect(clippy::struct_excessive_bools, reason = "independent switches")]
@@ -250,8 +298,6 @@ pub(crate) struct DemoArgs {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
-    #[command(flatten)]
-    pub(crate) migration: MigrationArgs,
     /// Where a `pageferry-vmm receive` listens: HOST:PORT.
     #[arg(long, value_name = "ADDR")]
     pub(crate) migrate_to: Option<String>,
@@ -274,6 +320,8 @@ pub(crate) struct RunArgs {
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
+    #[command(flatten)]
+    pub(crate) migration: MigrationArgs,
 }
 
 #[derive(Debug, Args)]
@@ -306,6 +354,8 @@ pub(crate) struct ReceiveArgs {
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
 }
 
 /// "512M", "1G", "64MiB": binary units.

@@ -108,17 +108,19 @@ fn source_args(
     if args.verify {
         list.push("--verify".into());
     }
+    list.extend(migration.rdma.to_command_line().into_iter().map(OsString::from));
     list
 }
 
 fn destination_args(args: &DemoArgs) -> Vec<OsString> {
     let mut list: Vec<OsString> =
-        ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", "127.0.0.1:0"]
+        ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", &args.listen]
             .map(OsString::from)
             .into();
     list.extend(["--backing".into(), value_name(&args.guest.backing).into()]);
     list.extend(["--populate".into(), args.populate.to_string().into()]);
     list.extend(["--transport".into(), value_name(&args.migration.transport).into()]);
+    list.extend(args.migration.rdma.to_command_line().into_iter().map(OsString::from));
     if !args.migration.pin.is_empty() {
         list.extend(["--pin".into(), cpu_list(&args.migration.pin).into()]);
     }

@@ -1,17 +1,31 @@
 //! Which transport a migration has.
 
-use pageferry::transport::{DestinationLink, SourceLink, TransportError};
-use pageferry_iouring::{IoUringOptions, Rings};
-use pageferry_tcp::{TcpDestinationLink, TcpOptions, TcpSourceLink, ZeroCopy, connect};
+use std::net::SocketAddr;
+use std::sync::Arc;
 
-use crate::args::Transport;
+use pageferry::transport::{DestinationLink, Interrupt, SourceLink, TransportError};
+use pageferry_iouring::{IoUringOptions, Rings};
+#[cfg(feature = "rdma")]
+use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions};
+use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink, ZeroCopy, connect};
+
+use crate::args::{RdmaArgs, Transport};
 
 /// The transport that was chosen, ready to make links.
 #[derive(Debug)]
-pub(crate) struct Chosen {
-    /// Without: tcp.
-    rings: Option<Rings>,
-    zero_copy: ZeroCopy,
+pub(crate) enum Chosen {
+    Tcp(ZeroCopy),
+    IoUring(Rings, ZeroCopy),
+    #[cfg(feature = "rdma")]
+    Rdma(RdmaOptions),
+}
+
+/// Where a destination listens.
+#[derive(Debug)]
+pub(crate) enum Acceptor {
+    Tcp(TcpAcceptor),
+    #[cfg(feature = "rdma")]
+    Rdma(RdmaAcceptor),
 }
 
 impl Transport {
@@ -21,46 +35,131 @@ impl Transport {
             Self::Auto => "auto",
             Self::Tcp => "tcp",
             Self::IoUring => "iouring",
+            Self::Rdma => "rdma",
         }
     }
 
     /// Decides; if that is up to this kernel and it has no io_uring, says so on stderr.
-    pub(crate) fn choose(self, zero_copy: ZeroCopy) -> Result<Chosen, TransportError> {
-        let tcp = Chosen { rings: None, zero_copy };
+    pub(crate) fn choose(
+        self,
+        zero_copy: ZeroCopy,
+        rdma: &RdmaArgs,
+    ) -> Result<Chosen, TransportError> {
         let asked_for = match self {
-            Self::Tcp => return Ok(tcp),
+            Self::Tcp => return Ok(Chosen::Tcp(zero_copy)),
+            Self::Rdma => return with_rdma(rdma),
             Self::IoUring => true,
             Self::Auto => false,
         };
         match Rings::new(IoUringOptions { zero_copy, ..IoUringOptions::default() }) {
-            Ok(rings) => Ok(Chosen { rings: Some(rings), ..tcp }),
+            Ok(rings) => Ok(Chosen::IoUring(rings, zero_copy)),
             Err(unavailable) if asked_for => Err(unavailable.into()),
             Err(unavailable) => {
                 say!("no io_uring: {unavailable}; tcp instead");
-                Ok(tcp)
+                Ok(Chosen::Tcp(zero_copy))
             }
         }
     }
 }
 
+#[cfg(feature = "rdma")]
+fn with_rdma(args: &RdmaArgs) -> Result<Chosen, TransportError> {
+    pageferry_rdma::available().map_err(|unavailable| TransportError::Io {
+        operation: "use RDMA",
+        cause: unavailable.into(),
+    })?;
+    let mtu = args
+        .rdma_mtu
+        .as_ref()
+        .and_then(|wanted| Mtu::ALL.into_iter().find(|mtu| mtu.bytes().to_string() == *wanted));
+    Ok(Chosen::Rdma(RdmaOptions {
+        device: args.rdma_device.clone(),
+        port: args.rdma_port,
+        gid_index: args.rdma_gid_index,
+        mtu,
+        traffic_class: args.rdma_traffic_class,
+        ..RdmaOptions::default()
+    }))
+}
+
+#[cfg(not(feature = "rdma"))]
+fn with_rdma(_: &RdmaArgs) -> Result<Chosen, TransportError> {
+    let how = "this program was built without RDMA; build it with --features rdma (which needs \
+               cmake and libclang)";
+    Err(TransportError::Io { operation: "use RDMA", cause: std::io::Error::other(how) })
+}
+
 impl Chosen {
     pub(crate) fn name(&self) -> &'static str {
-        if self.rings.is_some() { "iouring" } else { "tcp" }
+        match self {
+            Self::Tcp(_) => "tcp",
+            Self::IoUring(..) => "iouring",
+            #[cfg(feature = "rdma")]
+            Self::Rdma(_) => "rdma",
+        }
     }
 
     pub(crate) fn connect(&self, address: &str) -> Result<Box<dyn SourceLink>, TransportError> {
-        let options = TcpOptions { zero_copy: self.zero_copy, ..TcpOptions::default() };
-        let link: TcpSourceLink = connect(address, options)?;
-        Ok(match &self.rings {
-            None => Box::new(link),
-            Some(rings) => Box::new(rings.source_link(link)),
+        let by_tcp = |zero_copy| -> Result<TcpSourceLink, TransportError> {
+            connect(address, TcpOptions { zero_copy, ..TcpOptions::default() })
+        };
+        Ok(match self {
+            Self::Tcp(zero_copy) => Box::new(by_tcp(*zero_copy)?),
+            Self::IoUring(rings, zero_copy) => Box::new(rings.source_link(by_tcp(*zero_copy)?)),
+            #[cfg(feature = "rdma")]
+            Self::Rdma(options) => Box::new(pageferry_rdma::connect(address, options.clone())?),
         })
     }
 
-    pub(crate) fn receive(&self, link: TcpDestinationLink) -> Box<dyn DestinationLink> {
-        match &self.rings {
-            None => Box::new(link),
-            Some(rings) => Box::new(rings.destination_link(link)),
+    pub(crate) fn listen(&self, address: &str) -> Result<Acceptor, TransportError> {
+        Ok(match self {
+            Self::Tcp(_) | Self::IoUring(..) => {
+                Acceptor::Tcp(TcpAcceptor::bind(address, TcpOptions::default())?)
+            }
+            #[cfg(feature = "rdma")]
+            Self::Rdma(options) => Acceptor::Rdma(RdmaAcceptor::bind(address, options.clone())?),
+        })
+    }
+
+    /// Waits for a source; says where it is.
+    pub(crate) fn accept(
+        &self,
+        acceptor: &Acceptor,
+    ) -> Result<(SocketAddr, Box<dyn DestinationLink>), TransportError> {
+        Ok(match acceptor {
+            Acceptor::Tcp(acceptor) => {
+                let link = acceptor.accept(None)?;
+                let peer = link.peer_addr();
+                if let Self::IoUring(rings, _) = self {
+                    (peer, Box::new(rings.destination_link(link)))
+                } else {
+                    (peer, Box::new(link))
+                }
+            }
+            #[cfg(feature = "rdma")]
+            Acceptor::Rdma(acceptor) => {
+                let link = acceptor.accept(None)?;
+                (link.peer_addr(), Box::new(link))
+            }
+        })
+    }
+}
+
+impl Acceptor {
+    pub(crate) fn local_addr(&self) -> SocketAddr {
+        match self {
+            Self::Tcp(acceptor) => acceptor.local_addr(),
+            #[cfg(feature = "rdma")]
+            Self::Rdma(acceptor) => acceptor.local_addr(),
+        }
+    }
+
+    /// Ends the wait for a source.
+    pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
+        match self {
+            Self::Tcp(acceptor) => acceptor.interrupter(),
+            #[cfg(feature = "rdma")]
+            Self::Rdma(acceptor) => acceptor.interrupter(),
         }
     }
 }

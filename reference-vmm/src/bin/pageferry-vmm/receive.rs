@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, select, unbounded};
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::TransportError;
 use pageferry::{Destination, GuestAtDestination, MigrationHandle, Offer, Statistics};
-use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy};
+use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
 
@@ -26,8 +26,8 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
-    let chosen = args.transport.choose(ZeroCopy::default())?;
-    let acceptor = TcpAcceptor::bind(&args.listen, TcpOptions::default())?;
+    let chosen = args.transport.choose(ZeroCopy::default(), &args.rdma)?;
+    let acceptor = chosen.listen(&args.listen)?;
     // Scripts read the port from this line.
     say!("listening on {}", acceptor.local_addr());
 
@@ -35,7 +35,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
         let interrupt = acceptor.interrupter();
         let (done, accepted) = crossbeam_channel::bounded(1);
         std::thread::scope(|scope| {
-            scope.spawn(|| done.send(acceptor.accept(None)));
+            scope.spawn(|| done.send(chosen.accept(&acceptor)));
             loop {
                 select! {
                     recv(accepted) -> link => break link.map_err(|_| TransportError::Closed)?,
@@ -48,7 +48,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
             }
         })
     };
-    let link = match accepting {
+    let (peer, link) = match accepting {
         Err(TransportError::Interrupted) => {
             say!("interrupted before a guest came");
             return Ok(Outcome::Cancelled);
@@ -58,7 +58,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     // The port stays with the link, which has others told to come later. Without it they are
     // refused at once, and do not wait for a guest's home that is taken.
     drop(acceptor);
-    say!("a source connected from {}", link.peer_addr());
+    say!("a source connected from {peer}");
 
     let destination = Destination::new()
         .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
@@ -67,7 +67,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     let watch = Watch::start(handle.clone())?;
     let destination = destination.on_event(watch.sink());
     let migrating = cancel_on_interrupt(&wishes, &handle);
-    let offer = match destination.negotiate(chosen.receive(link)) {
+    let offer = match destination.negotiate(link) {
         Ok(offer) => offer,
         Err(error) => {
             drop(watch);

@@ -189,7 +189,7 @@ fn migrate(
     let source = source.on_event(watch.sink());
     machine.guest.reset_heartbeat_gap();
     let (done, ended) = bounded(1);
-    let chosen = migration.transport.choose(migration.zero_copy.into());
+    let chosen = migration.transport.choose(migration.zero_copy.into(), &migration.rdma);
     let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
     let link = match chosen {
         Ok(chosen) => connect_to(address, chosen, &handle, wishes),
