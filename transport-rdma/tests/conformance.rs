@@ -10,12 +10,14 @@ use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions, connect};
 /// The address of this host's RDMA device; `None` and why, loudly, where there is none.
 fn address() -> Option<String> {
     if let Err(unavailable) = pageferry_rdma::available() {
-        eprintln!("skipped, because {unavailable}");
+        eprintln!("conformance over RDMA skipped, because {unavailable}");
         return None;
     }
     let address = std::env::var("PAGEFERRY_RDMA_ADDRESS").ok();
     if address.is_none() {
-        eprintln!("skipped, because PAGEFERRY_RDMA_ADDRESS does not name an RDMA device's address");
+        eprintln!(
+            "conformance over RDMA skipped, because PAGEFERRY_RDMA_ADDRESS does not name an RDMA device's address"
+        );
     }
     address
 }
