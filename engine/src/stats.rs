@@ -88,8 +88,10 @@ pub struct Statistics {
     pub system_calls: u64,
     /// What became of zero-copy sends.
     pub zero_copy: ZeroCopyCounts,
-    /// What registering guest memory cost.
+    /// What registering guest memory cost before the first page.
     pub registration: Registration,
+    /// What of it the data channels did while pages flowed; the time is the sum of theirs.
+    pub registered_on_the_way: Registration,
     /// At the destination: memory populated ahead of the data.
     pub populated: Populated,
     /// Pages the guest dirtied a second, in the last full round.
@@ -118,6 +120,7 @@ impl Statistics {
         self.user_copied_bytes = counters.user_copied_bytes;
         self.system_calls = counters.system_calls;
         self.zero_copy = counters.zero_copy;
+        self.registered_on_the_way = counters.registered;
     }
 
     /// Bits on the wire a second, from the first page to the last one landed, in 10⁹.
@@ -140,6 +143,8 @@ pub(crate) struct ChannelGauge {
     pub(crate) stripes_done: AtomicU64,
     pub(crate) stripes_given: AtomicU64,
     zero_copy: ZeroCopyGauge,
+    registered_bytes: AtomicU64,
+    registering_nanoseconds: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -166,6 +171,10 @@ impl ChannelGauge {
         self.zero_copy.copied_by_kernel.store(copied_by_kernel, Relaxed);
         self.zero_copy.sent_bytes.store(sent_bytes, Relaxed);
         self.zero_copy.copied_bytes.store(copied_bytes, Relaxed);
+        let Registration { registered_bytes, took } = counters.registered;
+        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        self.registered_bytes.store(registered_bytes, Relaxed);
+        self.registering_nanoseconds.store(nanoseconds, Relaxed);
     }
 
     pub(crate) fn counters(&self) -> ChannelCounters {
@@ -178,6 +187,10 @@ impl ChannelGauge {
                 copied_by_kernel: self.zero_copy.copied_by_kernel.load(Relaxed),
                 sent_bytes: self.zero_copy.sent_bytes.load(Relaxed),
                 copied_bytes: self.zero_copy.copied_bytes.load(Relaxed),
+            },
+            registered: Registration {
+                registered_bytes: self.registered_bytes.load(Relaxed),
+                took: Duration::from_nanos(self.registering_nanoseconds.load(Relaxed)),
             },
         }
     }

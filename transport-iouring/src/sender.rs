@@ -458,6 +458,7 @@ impl PageSender for IoUringPageSender {
             user_copied_bytes: 0,
             system_calls: self.ring.system_calls(),
             zero_copy: self.ring.zero_copy(),
+            ..ChannelCounters::default()
         }
     }
 

@@ -23,8 +23,8 @@ pub(crate) const MAX_REQUEST_BYTES: usize = 56;
 /// Most bytes of a refusal.
 pub(crate) const MAX_REFUSAL_BYTES: usize = 148;
 
-/// Reads under way at once on a queue pair, each way.
-const READS_AT_ONCE: u8 = 4;
+/// Reads under way at once on a queue pair, each way, where the devices can.
+pub(crate) const READS_AT_ONCE: u8 = 16;
 
 /// After how long a receiver that had no room is asked again: 12 stands for 640 µs
 /// (InfiniBand specification, table "Encoding for RNR NAK Timer Field").
@@ -46,7 +46,9 @@ pub(crate) struct PathSettings {
     /// As the wire encodes it: 4.096 µs × 2ⁿ.
     pub(crate) ack_timeout: u8,
     pub(crate) retries: u8,
-    /// Whether the other side may write to memory that was registered for it.
+    /// Reads under way at once, each way.
+    pub(crate) reads: u8,
+    /// What the other side may do with memory that was registered for it.
     pub(crate) remote_access: RemoteAccess,
 }
 
@@ -55,6 +57,7 @@ pub(crate) struct PathSettings {
 pub(crate) enum RemoteAccess {
     Nothing,
     Write,
+    Read,
 }
 
 /// Where events of connections come in.
@@ -117,7 +120,9 @@ pub(crate) enum Event {
 
 /// One end of a connection, or a listener.
 pub(crate) struct Id {
-    id: NonNull<sys::rdma_cm_id>,
+    raw: NonNull<sys::rdma_cm_id>,
+    /// Reads at once that the other side serves, as far as is known.
+    reads_there: u8,
     /// After the id: freed later.
     channel: Channel,
 }
@@ -141,7 +146,7 @@ impl Id {
             )
         })?;
         let id = NonNull::new(id).ok_or(io::ErrorKind::InvalidData)?;
-        Ok(Self { id, channel })
+        Ok(Self { raw: id, reads_there: u8::MAX, channel })
     }
 
     /// Readable when there are events.
@@ -152,19 +157,19 @@ impl Id {
     /// The device that the address led to, once it is known.
     pub(crate) fn context(&self) -> Option<Context> {
         // SAFETY: it is there as long as `self`.
-        Context::new(unsafe { self.id.as_ref() }.verbs)
+        Context::new(unsafe { self.raw.as_ref() }.verbs)
     }
 
     /// The port of it.
     pub(crate) fn port(&self) -> u8 {
         // SAFETY: it is there as long as `self`.
-        unsafe { self.id.as_ref() }.port_num
+        unsafe { self.raw.as_ref() }.port_num
     }
 
     /// The other side's address.
     pub(crate) fn peer(&self) -> Option<SocketAddr> {
         // SAFETY: it is there as long as `self`.
-        let addr = &unsafe { self.id.as_ref() }.route.addr.dst_addr_union;
+        let addr = &unsafe { self.raw.as_ref() }.route.addr.dst_addr_union;
         // SAFETY: the storage is as large as the largest address, and was zero at first.
         socket_address(unsafe { &addr.dst_storage })
     }
@@ -172,7 +177,7 @@ impl Id {
     /// This side's address.
     fn local(&self) -> Option<SocketAddr> {
         // SAFETY: it is there as long as `self`.
-        let addr = &unsafe { self.id.as_ref() }.route.addr.src_addr_union;
+        let addr = &unsafe { self.raw.as_ref() }.route.addr.src_addr_union;
         // SAFETY: as for the peer's.
         socket_address(unsafe { &addr.src_storage })
     }
@@ -182,7 +187,7 @@ impl Id {
         // SAFETY: the option is one byte, read by the call.
         check(unsafe {
             sys::rdma_set_option(
-                self.id.as_ptr(),
+                self.raw.as_ptr(),
                 OPTION_LEVEL_ID,
                 OPTION_TYPE_OF_SERVICE,
                 (&raw mut class).cast(),
@@ -196,10 +201,10 @@ impl Id {
         let address = SockAddr::from(address);
         // SAFETY: an address that is only read.
         check(unsafe {
-            sys::rdma_bind_addr(self.id.as_ptr(), address.as_ptr().cast_mut().cast())
+            sys::rdma_bind_addr(self.raw.as_ptr(), address.as_ptr().cast_mut().cast())
         })?;
         // SAFETY: the id is there.
-        check(unsafe { sys::rdma_listen(self.id.as_ptr(), backlog) })?;
+        check(unsafe { sys::rdma_listen(self.raw.as_ptr(), backlog) })?;
         let port = self.local().map(|address| address.port());
         port.ok_or_else(|| io::Error::other("no port was given"))
     }
@@ -209,7 +214,7 @@ impl Id {
         // SAFETY: the address is only read; no source is asked for.
         check(unsafe {
             sys::rdma_resolve_addr(
-                self.id.as_ptr(),
+                self.raw.as_ptr(),
                 ptr::null_mut(),
                 to.as_ptr().cast_mut().cast(),
                 milliseconds(within),
@@ -219,7 +224,7 @@ impl Id {
 
     pub(crate) fn resolve_route(&self, within: Duration) -> io::Result<()> {
         // SAFETY: the id is there.
-        check(unsafe { sys::rdma_resolve_route(self.id.as_ptr(), milliseconds(within)) })
+        check(unsafe { sys::rdma_resolve_route(self.raw.as_ptr(), milliseconds(within)) })
     }
 
     /// Makes a queue pair ready for receives to be posted.
@@ -229,6 +234,7 @@ impl Id {
             attr.qp_access_flags = match path.remote_access {
                 RemoteAccess::Nothing => 0,
                 RemoteAccess::Write => access::IBV_ACCESS_REMOTE_WRITE.0,
+                RemoteAccess::Read => access::IBV_ACCESS_REMOTE_READ.0,
             };
         })
     }
@@ -236,7 +242,7 @@ impl Id {
     /// Makes it receive and send, once it is known whom it talks to.
     fn start(&self, qp: &QueuePair, path: &PathSettings) -> io::Result<()> {
         self.modify(qp, sys::ibv_qp_state::IBV_QPS_RTR, |attr| {
-            attr.max_dest_rd_atomic = READS_AT_ONCE;
+            attr.max_dest_rd_atomic = path.reads;
             attr.min_rnr_timer = RECEIVER_NOT_READY_TIMER;
             if let Some(mtu) = path.mtu {
                 attr.path_mtu = mtu;
@@ -246,7 +252,7 @@ impl Id {
             }
         })?;
         self.modify(qp, sys::ibv_qp_state::IBV_QPS_RTS, |attr| {
-            attr.max_rd_atomic = READS_AT_ONCE;
+            attr.max_rd_atomic = path.reads.min(self.reads_there);
             attr.timeout = path.ack_timeout;
             attr.retry_cnt = path.retries;
             attr.rnr_retry = RECEIVER_NOT_READY_RETRIES;
@@ -264,7 +270,7 @@ impl Id {
         let mut mask = 0;
         attr.qp_state = state;
         // SAFETY: the id is there; both are places to write to.
-        check(unsafe { sys::rdma_init_qp_attr(self.id.as_ptr(), &raw mut attr, &raw mut mask) })?;
+        check(unsafe { sys::rdma_init_qp_attr(self.raw.as_ptr(), &raw mut attr, &raw mut mask) })?;
         set(&mut attr);
         qp.modify(&mut attr, mask)
     }
@@ -278,14 +284,14 @@ impl Id {
     ) -> io::Result<()> {
         let mut param = parameters(qp, path, say)?;
         // SAFETY: the parameters and what they point to are only read, during the call.
-        check(unsafe { sys::rdma_connect(self.id.as_ptr(), &raw mut param) })
+        check(unsafe { sys::rdma_connect(self.raw.as_ptr(), &raw mut param) })
     }
 
     /// Goes on after [`Event::Accepted`].
     pub(crate) fn establish(&self, qp: &QueuePair, path: &PathSettings) -> io::Result<()> {
         self.start(qp, path)?;
         // SAFETY: the id is there.
-        check(unsafe { sys::rdma_establish(self.id.as_ptr()) })
+        check(unsafe { sys::rdma_establish(self.raw.as_ptr()) })
     }
 
     /// Accepts a request.
@@ -293,7 +299,7 @@ impl Id {
         self.start(qp, path)?;
         let mut param = parameters(qp, path, &[])?;
         // SAFETY: as for `connect`.
-        check(unsafe { sys::rdma_accept(self.id.as_ptr(), &raw mut param) })
+        check(unsafe { sys::rdma_accept(self.raw.as_ptr(), &raw mut param) })
     }
 
     /// Refuses a request, with a few words.
@@ -301,13 +307,13 @@ impl Id {
         let say = &say[..say.len().min(MAX_REFUSAL_BYTES)];
         let len_bytes = u8::try_from(say.len()).unwrap_or(0);
         // SAFETY: the words are only read, during the call. Who wanted to connect may be gone.
-        unsafe { sys::rdma_reject(self.id.as_ptr(), say.as_ptr().cast(), len_bytes) };
+        unsafe { sys::rdma_reject(self.raw.as_ptr(), say.as_ptr().cast(), len_bytes) };
     }
 
     /// Tells the other side that it is over.
     pub(crate) fn disconnect(&self) {
         // SAFETY: the id is there. One that is not connected has nobody to tell.
-        unsafe { sys::rdma_disconnect(self.id.as_ptr()) };
+        unsafe { sys::rdma_disconnect(self.raw.as_ptr()) };
     }
 
     /// The next event, if there is one.
@@ -336,7 +342,7 @@ impl fmt::Debug for Id {
 impl Drop for Id {
     fn drop(&mut self) {
         // SAFETY: all its events were acknowledged; freed once.
-        let code = unsafe { sys::rdma_destroy_id(self.id.as_ptr()) };
+        let code = unsafe { sys::rdma_destroy_id(self.raw.as_ptr()) };
         if let Err(error) = check(code) {
             tracing::error!("failed to free a connection: {error}");
         }
@@ -349,6 +355,8 @@ struct Seen {
     status: i32,
     id: *mut sys::rdma_cm_id,
     said: Vec<u8>,
+    /// Reads at once that a request serves.
+    reads: u8,
 }
 
 impl Seen {
@@ -365,7 +373,13 @@ impl Seen {
             unsafe { std::slice::from_raw_parts(conn.private_data.cast::<u8>(), len_bytes) }
                 .to_vec()
         };
-        Self { kind: event.event, status: event.status, id: event.id, said }
+        Self {
+            kind: event.event,
+            status: event.status,
+            id: event.id,
+            said,
+            reads: conn.initiator_depth,
+        }
     }
 
     fn into_event(self) -> io::Result<Event> {
@@ -385,9 +399,9 @@ impl Seen {
             kind::RDMA_CM_EVENT_ROUTE_ERROR => failed("no route"),
             kind::RDMA_CM_EVENT_CONNECT_REQUEST => {
                 let id = NonNull::new(self.id).ok_or(io::ErrorKind::InvalidData)?;
-                let id = Id { id, channel: Channel::new()? };
+                let id = Id { raw: id, reads_there: self.reads, channel: Channel::new()? };
                 // SAFETY: id and channel are there, and the event is acknowledged.
-                check(unsafe { sys::rdma_migrate_id(id.id.as_ptr(), id.channel.0.as_ptr()) })?;
+                check(unsafe { sys::rdma_migrate_id(id.raw.as_ptr(), id.channel.0.as_ptr()) })?;
                 Event::Requested { id, said: self.said }
             }
             kind::RDMA_CM_EVENT_CONNECT_RESPONSE => Event::Accepted,
@@ -429,8 +443,8 @@ fn parameters(qp: &QueuePair, path: &PathSettings, say: &[u8]) -> io::Result<sys
     Ok(sys::rdma_conn_param {
         private_data: if say.is_empty() { ptr::null() } else { say.as_ptr().cast() },
         private_data_len: u8::try_from(say.len()).map_err(io::Error::other)?,
-        responder_resources: READS_AT_ONCE,
-        initiator_depth: READS_AT_ONCE,
+        responder_resources: path.reads,
+        initiator_depth: path.reads,
         flow_control: 1,
         retry_count: path.retries,
         rnr_retry_count: RECEIVER_NOT_READY_RETRIES,

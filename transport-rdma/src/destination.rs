@@ -6,17 +6,19 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReceiver,
-    Registration, TransportError,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReader,
+    PageReceiver, Registration, TransportError,
 };
 
+use crate::announce::{Announcer, hear_all};
 use crate::cm::RemoteAccess;
 use crate::control::{RdmaControlReceiver, RdmaControlSender};
-use crate::dial::{LINGER, Workshop, check_device};
+use crate::dial::{Workshop, check_device};
 use crate::listener::{Listener, Request};
 use crate::memory::Registered;
 use crate::options::RdmaOptions;
 use crate::preamble::{Preamble, Purpose};
+use crate::reader::RdmaPageReader;
 use crate::receiver::RdmaPageReceiver;
 use crate::state::LinkState;
 use crate::verbs::Access;
@@ -141,16 +143,15 @@ impl RdmaDestinationLink {
         found.ok_or(TransportError::TimedOut { operation, after: timeout })
     }
 
-    /// Tells the source where guest memory is.
-    fn tell(&self, registered: &Registered, timeout: Duration) -> Result<(), TransportError> {
-        let (listener, workshop) = (&self.listener, &self.workshop);
-        let wanted = |purpose| purpose == Purpose::Table;
-        let request = Self::take(listener, workshop, self.migration, wanted, timeout)?;
-        let mut outlet = workshop.accept_outlet(request)?;
-        for message in registered.tell() {
-            outlet.message(&message)?;
-        }
-        outlet.flush(LINGER)
+    /// Takes this link's own.
+    fn take_own(&self, wanted: Purpose, timeout: Duration) -> Result<Request, TransportError> {
+        let wanted = |purpose| purpose == wanted;
+        Self::take(&self.listener, &self.workshop, self.migration, wanted, timeout)
+    }
+
+    fn registered(&self) -> Result<Arc<Registered>, TransportError> {
+        let missing = TransportError::OutOfOrder("guest memory is not registered");
+        self.registered.clone().ok_or(missing)
     }
 }
 
@@ -168,12 +169,8 @@ impl Link for RdmaDestinationLink {
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.workshop.state.check()?;
-        let chunk_bytes = self.workshop.chunk_bytes();
-        let access = Access::RemoteWrite;
-        let registered = Registered::new(&self.workshop.pd, memory, chunk_bytes, access)?;
-        let cost = registered.cost;
-        self.registered = Some(Arc::new(registered));
+        let (registered, cost) = self.workshop.register(memory, Access::RemoteWrite)?;
+        self.registered = Some(registered);
         Ok(cost)
     }
 
@@ -188,20 +185,27 @@ impl DestinationLink for RdmaDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
-        let registered = self
-            .registered
-            .clone()
-            .ok_or(TransportError::OutOfOrder("guest memory is not registered"))?;
-        self.tell(&registered, timeout)?;
+        let registered = self.registered()?;
+        let outlet = self.workshop.accept_outlet(self.take_own(Purpose::Table, timeout)?)?;
+        let announcer = Arc::new(Announcer::new(outlet, Arc::clone(&registered)));
+        announcer.announce()?;
         (0..channels)
             .map(|channel| -> Result<Box<dyn PageReceiver>, TransportError> {
-                let wanted = |purpose| purpose == Purpose::Pages { channel };
-                let request =
-                    Self::take(&self.listener, &self.workshop, self.migration, wanted, timeout)?;
+                let request = self.take_own(Purpose::Pages { channel }, timeout)?;
                 let inlet = self.workshop.accept_inlet(request, RemoteAccess::Write)?;
-                Ok(Box::new(RdmaPageReceiver::new(inlet, Arc::clone(&registered))))
+                let (registered, announcer) = (Arc::clone(&registered), Arc::clone(&announcer));
+                Ok(Box::new(RdmaPageReceiver::new(inlet, registered, announcer)))
             })
             .collect()
+    }
+
+    fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
+        let here = self.registered()?;
+        let request = self.take_own(Purpose::Reads, timeout)?;
+        let mut inlet = self.workshop.accept_inlet(request, RemoteAccess::Nothing)?;
+        let there = hear_all(&mut inlet, here.memory.layout(), timeout)?;
+        let slice_bytes = self.workshop.slice_bytes();
+        Ok(Box::new(RdmaPageReader::new(inlet, here, there, slice_bytes)))
     }
 }
 

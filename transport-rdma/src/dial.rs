@@ -5,17 +5,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{MigrationId, TransportError};
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{MigrationId, Registration, TransportError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::cm::{Event, Id, PathSettings, RemoteAccess};
+use crate::cm::{Event, Id, PathSettings, READS_AT_ONCE, RemoteAccess};
 use crate::connection::Connection;
 use crate::listener::Request;
-use crate::options::RdmaOptions;
+use crate::memory::Registered;
+use crate::options::{RdmaOptions, RegistrationMode};
 use crate::pipe::{ACKS, Inlet, Outlet, RECEIVES};
 use crate::preamble::{Preamble, Purpose};
 use crate::state::LinkState;
-use crate::verbs::{Context, Limits, ProtectionDomain, QueuePair, device_names};
+use crate::verbs::{Access, Context, Limits, ProtectionDomain, QueuePair, device_names};
 
 /// What every connection of one end of a link is made with.
 #[derive(Debug)]
@@ -176,6 +178,7 @@ impl Workshop {
             mtu: Some(mtu),
             ack_timeout: self.options.ack_timeout_exponent(),
             retries: self.options.retries.min(7),
+            reads: self.limits.max_reads.min(READS_AT_ONCE),
             remote_access,
         }
     }
@@ -214,9 +217,10 @@ impl Workshop {
         &self,
         id: Option<Id>,
         preamble: &Preamble,
+        remote_access: RemoteAccess,
     ) -> Result<Outlet, TransportError> {
         let id = self.way(id)?;
-        let path = self.path(RemoteAccess::Nothing, self.mtu);
+        let path = self.path(remote_access, self.mtu);
         let outlet = self.outlet(id, &path)?;
         self.dial(&outlet.connection, preamble, &path)?;
         Ok(outlet)
@@ -314,10 +318,29 @@ impl Workshop {
         }
     }
 
+    /// Guest memory, to be registered as the options say: all of it now, or none yet.
+    pub(crate) fn register(
+        &self,
+        memory: &Arc<GuestMemory>,
+        access: Access,
+    ) -> Result<(Arc<Registered>, Registration), TransportError> {
+        self.state.check()?;
+        let chunk_bytes = self.chunk_bytes(memory.layout().len_bytes());
+        let registered = Registered::new(&self.pd, memory, chunk_bytes, access);
+        let cost = match self.options.registration {
+            RegistrationMode::AtStart => registered.all_now()?,
+            RegistrationMode::Ahead => Registration::default(),
+        };
+        Ok((Arc::new(registered), cost))
+    }
+
     /// Most bytes of one memory region.
-    pub(crate) fn chunk_bytes(&self) -> u64 {
-        let most = self.limits.max_mr_bytes.min(self.options.chunk_bytes.max(1 << 20));
-        most & !((1 << 20) - 1)
+    fn chunk_bytes(&self, memory_bytes: u64) -> u64 {
+        const UNIT_BYTES: u64 = 1 << 20;
+        // At most half of what the device has: others use it too.
+        let fewest = memory_bytes / (self.limits.max_mr_count / 2).max(1);
+        let wanted = self.options.chunk_bytes.max(fewest).next_multiple_of(UNIT_BYTES);
+        (wanted.min(self.limits.max_mr_bytes) & !(UNIT_BYTES - 1)).max(UNIT_BYTES)
     }
 
     /// Most bytes of one write.

@@ -38,6 +38,7 @@
 //! Links and channels are [`Send`] and driven by one thread at a time. Registration uses two
 //! threads while it lasts; otherwise the crate starts none, and installs no signal handler.
 
+mod announce;
 mod cm;
 mod connection;
 mod control;
@@ -48,10 +49,12 @@ mod memory;
 mod options;
 mod pipe;
 mod preamble;
+mod reader;
 mod receiver;
 mod sender;
 mod source;
 mod state;
+mod table;
 mod verbs;
 mod zeros;
 
@@ -62,14 +65,14 @@ use pageferry::transport::{Capabilities, MAX_BATCH_RUNS};
 use thiserror::Error;
 
 pub use destination::{RdmaAcceptor, RdmaDestinationLink};
-pub use options::{Mtu, RdmaOptions};
+pub use options::{Mtu, RdmaOptions, RegistrationMode};
 pub use source::{RdmaSourceLink, connect};
 
 const NAME: &str = "rdma";
 
 const CAPABILITIES: Capabilities = Capabilities {
     one_sided_write: true,
-    one_sided_read: false,
+    one_sided_read: true,
     zero_copy: true,
     needs_registration: true,
     max_batch_bytes: 16 << 20,

@@ -33,6 +33,20 @@ impl Mtu {
     }
 }
 
+/// When guest memory is registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RegistrationMode {
+    /// All of it before the first page, by two threads. Pages never wait for it.
+    #[default]
+    AtStart,
+    /// Chunk by chunk, while pages flow. The destination's data threads go ahead in order and tell
+    /// the source of each chunk; a page that is sent before it was told of waits, and nobody asks.
+    /// The source's register a chunk when its first page is sent, and the one after it while the
+    /// NIC is busy. The first page goes out at once, and what the source never sends anything of it
+    /// does not pin.
+    Ahead,
+}
+
 /// Settings of a link; both sides choose theirs freely, but for the MTU.
 ///
 /// ```
@@ -61,7 +75,11 @@ pub struct RdmaOptions {
     pub ack_timeout: Duration,
     /// How often, 0 to 7. Then the link is lost.
     pub retries: u8,
-    /// Guest memory is registered in chunks of at most so many bytes, by two threads.
+    /// When guest memory is registered. Each side chooses for its own.
+    pub registration: RegistrationMode,
+    /// Guest memory is registered in chunks of so many bytes, in whole MiB: as far as the device
+    /// can, and more where it has too few memory regions. With [`RegistrationMode::Ahead`] a zero
+    /// page or a mark waits for one chunk at most.
     pub chunk_bytes: u64,
     /// Most bytes of one write.
     pub slice_bytes: u32,
@@ -82,7 +100,8 @@ impl Default for RdmaOptions {
             connect_timeout: Duration::from_secs(10),
             ack_timeout: Duration::from_millis(250),
             retries: 7,
-            chunk_bytes: 256 << 20,
+            registration: RegistrationMode::AtStart,
+            chunk_bytes: 64 << 20,
             slice_bytes: 1 << 20,
             signal_every: 16,
             send_queue_depth: 256,

@@ -236,10 +236,15 @@ impl Outlet {
         Ok(self.sent)
     }
 
+    /// Whether there is a credit for a message.
+    pub(crate) fn has_room(&mut self) -> Result<bool, TransportError> {
+        self.pump(None)?;
+        Ok(self.sent - self.taken < u64::from(RECEIVES))
+    }
+
     /// As [`Self::message`], but gives up where there is no credit.
     pub(crate) fn try_message(&mut self, bytes: &[u8]) -> Result<u64, TransportError> {
-        self.pump(None)?;
-        if self.sent - self.taken >= u64::from(RECEIVES) {
+        if !self.has_room()? {
             let operation = "send a last message";
             return Err(TransportError::TimedOut { operation, after: Duration::ZERO });
         }
@@ -286,9 +291,11 @@ pub(crate) struct Inlet {
     told: u64,
     /// Whether the one that was given out last counts as dealt with by the next call.
     in_hand: bool,
-    /// Acknowledgements posted, and those of them that are complete.
+    /// Requests posted, and those of them that are complete: acknowledgements, and reads.
     posted: u64,
     done: u64,
+    /// When the other side was last heard of, or asked.
+    heard: Instant,
     found: Vec<Completion>,
 }
 
@@ -311,6 +318,7 @@ impl Inlet {
             in_hand: false,
             posted: 0,
             done: 0,
+            heard: Instant::now(),
             found: Vec::new(),
         };
         for slot in 0..RECEIVES as usize {
@@ -348,11 +356,14 @@ impl Inlet {
                 }
                 continue;
             }
-            let keepalive = now + KEEPALIVE;
+            let keepalive = self.heard + KEEPALIVE;
             self.pump(Some(deadline.map_or(keepalive, |deadline| deadline.min(keepalive))))?;
-            // One that is not complete asks already.
-            if Instant::now() >= keepalive && self.posted == self.done {
-                self.tell()?;
+            if self.heard.elapsed() >= KEEPALIVE {
+                self.heard = Instant::now();
+                // One that is not complete asks already.
+                if self.posted == self.done {
+                    self.tell()?;
+                }
             }
         }
     }
@@ -390,6 +401,30 @@ impl Inlet {
         Ok(())
     }
 
+    /// Reads the other side's memory, and waits until all is here.
+    pub(crate) fn read(&mut self, reads: &[(Span, u64, u32)]) -> Result<(), TransportError> {
+        for some in reads.chunks(ACKS as usize) {
+            while self.posted - self.done > u64::from(ACKS) - some.len() as u64 {
+                self.pump(Some(Instant::now() + TURN))?;
+            }
+            let requests: Vec<Request> = (1..)
+                .zip(some)
+                .map(|(index, (span, address, key))| Request {
+                    work: self.posted + index,
+                    verb: Verb::Read { address: *address, key: *key },
+                    span: Some(*span),
+                    signalled: index == some.len() as u64,
+                })
+                .collect();
+            self.connection.qp.post(&requests).map_err(failed)?;
+            self.posted += requests.len() as u64;
+        }
+        while self.done < self.posted {
+            self.pump(Some(Instant::now() + TURN))?;
+        }
+        Ok(())
+    }
+
     /// Waits until the other side's NIC has all acknowledgements, at most for so long.
     pub(crate) fn flush(&mut self, within: Duration) -> Result<(), TransportError> {
         let deadline = Instant::now() + within;
@@ -413,6 +448,7 @@ impl Inlet {
             self.connection.check()?;
             return Err(lost("receive", completion));
         }
+        self.heard = Instant::now();
         if completion.work & RECEIVE == 0 {
             self.done = completion.work;
             return Ok(());

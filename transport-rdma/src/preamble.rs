@@ -33,6 +33,8 @@ pub(crate) enum Purpose {
     Table,
     /// Pages.
     Pages { channel: u16 },
+    /// Pages that the destination reads.
+    Reads,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +52,7 @@ impl Preamble {
             Purpose::ControlBack => (1, 0),
             Purpose::Table => (2, 0),
             Purpose::Pages { channel } => (3, channel),
+            Purpose::Reads => (4, 0),
         };
         let mut bytes = [0; PREAMBLE_BYTES];
         bytes[..4].copy_from_slice(&MAGIC);
@@ -80,6 +83,7 @@ impl Preamble {
             (1, 0) => Purpose::ControlBack,
             (2, 0) => Purpose::Table,
             (3, channel) => Purpose::Pages { channel },
+            (4, 0) => Purpose::Reads,
             _ => return Err("a request for nothing that is known"),
         };
         let mut id = [0; 16];
@@ -100,6 +104,7 @@ mod tests {
             Purpose::Table,
             Purpose::Pages { channel: 0 },
             Purpose::Pages { channel: 0x1234 },
+            Purpose::Reads,
         ] {
             let preamble = Preamble { purpose, migration: MigrationId([7; 16]), mtu: 5 };
             let mut bytes = preamble.encode().to_vec();

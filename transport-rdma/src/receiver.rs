@@ -1,10 +1,15 @@
 //! The destination's end of a connection for pages. Pages come by themselves; it only makes those
-//! zero that are mentioned, and tells the source what it has seen.
+//! zero that are mentioned, tells the source what it has seen, and registers guest memory ahead of
+//! it, where that was left to it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use pageferry::transport::{ChannelCounters, PageCounts, PageReceiver, Received, TransportError};
+use pageferry::transport::{
+    ChannelCounters, PageCounts, PageReceiver, Received, Registration, TransportError,
+};
 
+use crate::announce::Announcer;
 use crate::dial::LINGER;
 use crate::memory::Registered;
 use crate::pipe::{Inlet, Message};
@@ -16,13 +21,30 @@ pub(crate) struct RdmaPageReceiver {
     inlet: Inlet,
     /// After the queue pair: nothing is written any more when it goes.
     registered: Arc<Registered>,
+    announcer: Arc<Announcer>,
+    /// What this thread registered.
+    cost: Registration,
     wire_bytes: u64,
     ended: bool,
 }
 
 impl RdmaPageReceiver {
-    pub(crate) fn new(inlet: Inlet, registered: Arc<Registered>) -> Self {
-        Self { inlet, registered, wire_bytes: 0, ended: false }
+    pub(crate) fn new(
+        inlet: Inlet,
+        registered: Arc<Registered>,
+        announcer: Arc<Announcer>,
+    ) -> Self {
+        let cost = Registration::default();
+        Self { inlet, registered, announcer, cost, wire_bytes: 0, ended: false }
+    }
+
+    /// The next message. What came goes before what is to be registered.
+    fn next(&mut self) -> Result<Option<Message>, TransportError> {
+        if let Some(message) = self.inlet.next(Some(Instant::now()))? {
+            return Ok(Some(message));
+        }
+        let until = self.announcer.go_ahead(&mut self.cost)?;
+        self.inlet.next(until)
     }
 }
 
@@ -30,7 +52,7 @@ impl PageReceiver for RdmaPageReceiver {
     fn receive(&mut self) -> Result<Received, TransportError> {
         self.inlet.connection.check()?;
         while !self.ended {
-            match self.inlet.next(None)? {
+            match self.next()? {
                 None => {}
                 // All that was written before it is in memory: the source wants to know.
                 Some(Message::Mark) => self.inlet.acknowledge()?,
@@ -68,6 +90,7 @@ impl PageReceiver for RdmaPageReceiver {
         ChannelCounters {
             wire_bytes: self.wire_bytes,
             system_calls: self.inlet.system_calls(),
+            registered: self.cost,
             ..ChannelCounters::default()
         }
     }

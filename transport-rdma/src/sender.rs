@@ -6,12 +6,15 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::{PAGE_BYTES, PageRange};
 use pageferry::transport::{
-    Capabilities, ChannelCounters, PageSender, Run, RunKind, Ticket, TransportError, Watermarks,
+    Capabilities, ChannelCounters, PageSender, Registration, Run, RunKind, Ticket, TransportError,
+    Watermarks,
 };
 
+use crate::announce::Directory;
 use crate::dial::LINGER;
-use crate::memory::{Registered, RemoteTable, pieces};
+use crate::memory::{Registered, pieces};
 use crate::pipe::Outlet;
+use crate::table::RemoteTable;
 use crate::verbs::Span;
 use crate::zeros::{self, END, RUNS_AT_ONCE, overlap};
 
@@ -30,7 +33,9 @@ enum Phase {
 pub(crate) struct RdmaPageSender {
     outlet: Outlet,
     here: Arc<Registered>,
-    there: Arc<RemoteTable>,
+    /// This thread's copy of what the directory knows.
+    there: RemoteTable,
+    directory: Arc<Directory>,
     capabilities: Capabilities,
     slice_bytes: u64,
     phase: Phase,
@@ -45,20 +50,23 @@ pub(crate) struct RdmaPageSender {
     zeroing: VecDeque<(u64, Vec<PageRange>)>,
     unmarked_bytes: u64,
     wire_bytes: u64,
+    /// What this thread registered of guest memory here.
+    registered: Registration,
 }
 
 impl RdmaPageSender {
     pub(crate) fn new(
         outlet: Outlet,
         here: Arc<Registered>,
-        there: Arc<RemoteTable>,
+        directory: Arc<Directory>,
         capabilities: Capabilities,
         slice_bytes: u64,
     ) -> Self {
         Self {
             outlet,
+            there: RemoteTable::new(here.memory.layout()),
             here,
-            there,
+            directory,
             capabilities,
             slice_bytes,
             phase: Phase::Open,
@@ -69,6 +77,7 @@ impl RdmaPageSender {
             zeroing: VecDeque::new(),
             unmarked_bytes: 0,
             wire_bytes: 0,
+            registered: Registration::default(),
         }
     }
 
@@ -97,7 +106,9 @@ impl RdmaPageSender {
     }
 
     fn put(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        self.directory.refresh(&mut self.there)?;
         let mut writes = Vec::new();
+        let mut last_page = None;
         let mut zero_runs = Vec::new();
         let mut bytes = 0;
         for Run { range, kind } in runs {
@@ -105,8 +116,19 @@ impl RdmaPageSender {
                 RunKind::Zero => zero_runs.push(*range),
                 RunKind::Data => {
                     self.await_zeroed(range)?;
+                    let last = range.first_page + u64::from(range.pages) - 1;
+                    // Named in order: with the last page all of the run are known.
+                    if self.there.piece(range.region, last).is_none() {
+                        // What can go goes first.
+                        self.outlet.write(&writes)?;
+                        writes.clear();
+                        self.directory.await_page(&mut self.there, range.region, last)?;
+                    }
+                    last_page = Some((range.region, last));
+                    let there = |region, page| self.there.known(region, page);
+                    let cost = &mut self.registered;
                     for (local, remote) in
-                        pieces(*range, &self.here, &self.there, self.slice_bytes)?
+                        pieces(*range, &self.here, there, self.slice_bytes, cost)?
                     {
                         let len_bytes = u32::try_from(local.pages * PAGE_BYTES).unwrap_or(u32::MAX);
                         let span = Span { address: local.address, len_bytes, key: local.key };
@@ -129,6 +151,10 @@ impl RdmaPageSender {
         self.last_requests.push_back((self.sent, self.outlet.posted()));
         if self.unmarked_bytes >= MARK_EVERY_BYTES {
             self.mark()?;
+        }
+        if let Some((region, page)) = last_page {
+            // While the NIC is busy with what was posted.
+            self.here.go_beyond(region, page, &mut self.registered)?;
         }
         self.outlet.pump(None)?;
         self.advance();
@@ -214,6 +240,7 @@ impl PageSender for RdmaPageSender {
         ChannelCounters {
             wire_bytes: self.wire_bytes,
             system_calls: self.outlet.system_calls(),
+            registered: self.registered,
             ..ChannelCounters::default()
         }
     }

@@ -5,16 +5,18 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, Registration,
-    SourceLink, TransportError,
+    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, ReadGrant,
+    Registration, SourceLink, TransportError,
 };
 
+use crate::announce::{Directory, tell_all};
+use crate::cm::RemoteAccess;
 use crate::control::{RdmaControlReceiver, RdmaControlSender};
 use crate::dial::Workshop;
-use crate::memory::{Registered, RemoteTable};
+use crate::memory::Registered;
 use crate::options::RdmaOptions;
-use crate::pipe::Message;
 use crate::preamble::Purpose;
+use crate::reader::RdmaReadGrant;
 use crate::sender::RdmaPageSender;
 use crate::state::LinkState;
 use crate::verbs::Access;
@@ -55,7 +57,8 @@ pub fn connect(
     let migration = MigrationId::random().map_err(failed)?;
     let (workshop, id) = Workshop::towards(address, options, state)?;
     let preamble = |purpose| workshop.preamble(purpose, migration);
-    let outlet = workshop.dial_outlet(Some(id), &preamble(Purpose::Control))?;
+    let outlet =
+        workshop.dial_outlet(Some(id), &preamble(Purpose::Control), RemoteAccess::Nothing)?;
     let inlet = workshop.dial_inlet(&preamble(Purpose::ControlBack))?;
     let control = ControlChannel {
         sender: Box::new(RdmaControlSender::new(outlet)),
@@ -75,19 +78,9 @@ impl RdmaSourceLink {
         self.workshop.peer
     }
 
-    /// Reads where the destination's memory is.
-    fn table(&self, here: &Registered) -> Result<RemoteTable, TransportError> {
-        let preamble = self.workshop.preamble(Purpose::Table, self.migration);
-        let mut inlet = self.workshop.dial_inlet(&preamble)?;
-        let mut table = RemoteTable::new(here.memory.layout());
-        while !table.is_complete() {
-            match inlet.next(None)? {
-                Some(Message::Bytes(message)) => table.take_in(&message)?,
-                _ => return Err(TransportError::Violation("a mark amid a table")),
-            }
-        }
-        inlet.acknowledge()?;
-        Ok(table)
+    fn registered(&self) -> Result<Arc<Registered>, TransportError> {
+        let missing = TransportError::OutOfOrder("guest memory is not registered");
+        self.registered.clone().ok_or(missing)
     }
 }
 
@@ -105,11 +98,8 @@ impl Link for RdmaSourceLink {
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.workshop.state.check()?;
-        let chunk_bytes = self.workshop.chunk_bytes();
-        let registered = Registered::new(&self.workshop.pd, memory, chunk_bytes, Access::Local)?;
-        let cost = registered.cost;
-        self.registered = Some(Arc::new(registered));
+        let (registered, cost) = self.workshop.register(memory, Access::RemoteRead)?;
+        self.registered = Some(registered);
         Ok(cost)
     }
 
@@ -120,20 +110,30 @@ impl Link for RdmaSourceLink {
 
 impl SourceLink for RdmaSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let here = self
-            .registered
-            .clone()
-            .ok_or(TransportError::OutOfOrder("guest memory is not registered"))?;
-        let there = Arc::new(self.table(&here)?);
+        let here = self.registered()?;
+        let preamble = |purpose| self.workshop.preamble(purpose, self.migration);
+        let table = self.workshop.dial_inlet(&preamble(Purpose::Table))?;
+        let directory = Arc::new(Directory::new(table, here.memory.layout()));
         let slice_bytes = self.workshop.slice_bytes();
         (0..channels)
             .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
-                let preamble = self.workshop.preamble(Purpose::Pages { channel }, self.migration);
-                let outlet = self.workshop.dial_outlet(None, &preamble)?;
-                let (here, there) = (Arc::clone(&here), Arc::clone(&there));
-                let sender = RdmaPageSender::new(outlet, here, there, CAPABILITIES, slice_bytes);
+                let preamble = preamble(Purpose::Pages { channel });
+                let outlet = self.workshop.dial_outlet(None, &preamble, RemoteAccess::Nothing)?;
+                let (here, directory) = (Arc::clone(&here), Arc::clone(&directory));
+                let sender =
+                    RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
                 Ok(Box::new(sender))
             })
             .collect()
+    }
+
+    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
+        let registered = self.registered()?;
+        // The destination may ask for any page.
+        registered.all_now()?;
+        let preamble = self.workshop.preamble(Purpose::Reads, self.migration);
+        let mut outlet = self.workshop.dial_outlet(None, &preamble, RemoteAccess::Read)?;
+        tell_all(&mut outlet, &registered)?;
+        Ok(Box::new(RdmaReadGrant::new(outlet, registered)))
     }
 }

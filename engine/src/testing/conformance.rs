@@ -17,6 +17,8 @@
 //!
 //! or with one call: [`run_all`].
 
+mod reads;
+
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,6 +29,8 @@ use crate::transport::{
     ControlChannel, DestinationLink, MAX_FRAME_BYTES, PageCounts, PageReceiver, PageSender,
     Received, Run, RunKind, SourceLink, TransportError,
 };
+
+pub use reads::pages_are_read_where_that_is_possible;
 
 /// Both ends of a link.
 pub type Pair = (Box<dyn SourceLink>, Box<dyn DestinationLink>);
@@ -55,6 +59,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("a_lost_source_is_noticed", a_lost_source_is_noticed),
     ("a_lost_destination_is_noticed", a_lost_destination_is_noticed),
     ("an_interrupt_wakes_everyone", an_interrupt_wakes_everyone),
+    ("pages_are_read_where_that_is_possible", pages_are_read_where_that_is_possible),
     ("memory_is_let_go", memory_is_let_go),
 ];
 
@@ -79,6 +84,7 @@ macro_rules! conformance_suite {
             a_lost_source_is_noticed
             a_lost_destination_is_noticed
             an_interrupt_wakes_everyone
+            pages_are_read_where_that_is_possible
             memory_is_let_go
         );
     };

@@ -14,7 +14,7 @@ use super::Random;
 use crate::memory::GuestMemory;
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, Interrupt, Link,
-    PageSender, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
+    PageSender, ReadGrant, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
 };
 
 /// Which trouble to make. The default makes none.
@@ -148,6 +148,10 @@ impl SourceLink for FaultySource {
                 })
             })
             .collect())
+    }
+
+    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
+        self.inner.grant_reads()
     }
 }
 

@@ -29,7 +29,7 @@ use thiserror::Error;
 
 pub use batch::{MAX_BATCH_RUNS, PageCounts, Run, RunKind};
 
-use crate::memory::{GuestMemory, OutOfRange};
+use crate::memory::{GuestMemory, OutOfRange, PageRange};
 
 /// Largest control frame in bytes. A sender may not pass more, a receiver refuses more before
 /// it allocates.
@@ -171,6 +171,9 @@ pub enum TransportError {
     /// A stage was skipped: data channels before registration, say.
     #[error("used out of order: {0}")]
     OutOfOrder(&'static str),
+    /// This transport has no such thing ([`Capabilities`] say so beforehand).
+    #[error("this transport has no {0}")]
+    Unsupported(&'static str),
     /// Guest memory could not be registered.
     #[error("failed to register guest memory: {advice}")]
     Register {
@@ -198,6 +201,14 @@ pub struct Registration {
     pub registered_bytes: u64,
     /// Time it took.
     pub took: Duration,
+}
+
+impl Registration {
+    /// Adds another.
+    pub fn add(&mut self, other: &Self) {
+        self.registered_bytes += other.registered_bytes;
+        self.took += other.took;
+    }
 }
 
 /// Ends every operation on a link, now and later, with [`TransportError::Interrupted`].
@@ -254,7 +265,8 @@ pub trait Link: Send {
     fn control(&mut self) -> Result<ControlChannel, TransportError>;
 
     /// Registers guest memory: at the source for reading, at the destination for writing by the
-    /// source.
+    /// source. A transport may leave some of it to the data channels
+    /// ([`ChannelCounters::registered`]).
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError>;
 
     /// A handle that ends all operations of this end.
@@ -267,7 +279,18 @@ pub trait SourceLink: Link {
     /// [`DestinationLink::open_receivers`] with the same number meanwhile. Channel `i` here is
     /// channel `i` there.
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError>;
+
+    /// Lets the destination read all of registered memory for as long as the grant is there; the
+    /// destination calls [`DestinationLink::open_reader`] meanwhile. For transports with
+    /// [`Capabilities::one_sided_read`]; memory must have been registered.
+    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
+        Err(TransportError::Unsupported("one-sided reads"))
+    }
 }
+
+/// Held by the source while the destination may read its memory. Dropping it ends that: reads
+/// under way fail at the destination.
+pub trait ReadGrant: Send {}
 
 /// The destination's end of a link.
 pub trait DestinationLink: Link {
@@ -277,6 +300,24 @@ pub trait DestinationLink: Link {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError>;
+
+    /// A way to read the source's memory, which the source [grants](SourceLink::grant_reads)
+    /// meanwhile; gives up after `timeout`. Each has its own connection, so that several threads
+    /// can read at once.
+    fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
+        let _ = timeout;
+        Err(TransportError::Unsupported("one-sided reads"))
+    }
+}
+
+/// Reads pages of the source, whose CPU does nothing for it; used by one thread at a time.
+pub trait PageReader: Send {
+    /// Reads pages of the source's memory into the same place of this side's; returns when their
+    /// bytes are there. The ranges are checked before a byte is read.
+    fn read(&mut self, ranges: &[PageRange]) -> Result<(), TransportError>;
+
+    /// What this reader has done.
+    fn counters(&self) -> ChannelCounters;
 }
 
 /// Number of a batch on its channel, from 1.
@@ -303,6 +344,9 @@ pub struct ChannelCounters {
     pub system_calls: u64,
     /// What became of zero-copy sends.
     pub zero_copy: ZeroCopyCounts,
+    /// Guest memory that was registered while pages flowed, and so is not in what
+    /// [`Link::register`] returned; the time is this channel's thread's.
+    pub registered: Registration,
 }
 
 /// What became of sends that asked the kernel not to copy.
@@ -335,6 +379,7 @@ impl ChannelCounters {
         self.user_copied_bytes += other.user_copied_bytes;
         self.system_calls += other.system_calls;
         self.zero_copy.add(&other.zero_copy);
+        self.registered.add(&other.registered);
     }
 }
 

@@ -1,0 +1,78 @@
+//! What happens to a device.
+#![expect(unsafe_code, reason = "libibverbs is a C library")]
+
+use std::ffi::CStr;
+use std::fmt;
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::ptr::NonNull;
+
+use rdma_sys as sys;
+
+use super::{Context, check, some};
+
+/// A device opened once more, to be told when its port or all of it fails.
+pub(crate) struct Watch(NonNull<sys::ibv_context>);
+
+// SAFETY: as for `Context`.
+unsafe impl Send for Watch {}
+// SAFETY: as for `Context`.
+unsafe impl Sync for Watch {}
+
+impl Watch {
+    pub(crate) fn new(context: Context) -> io::Result<Self> {
+        // SAFETY: rdma_cm never closes a context, nor its device.
+        let device = unsafe { context.0.as_ref() }.device;
+        // SAFETY: the device of an open context is there.
+        let watch = Self(some(unsafe { sys::ibv_open_device(device) })?);
+        rustix::io::ioctl_fionbio(watch.fd(), true)?;
+        Ok(watch)
+    }
+
+    /// Readable when there is something to know.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: open as long as `self`.
+        let fd: RawFd = unsafe { self.0.as_ref() }.async_fd;
+        // SAFETY: open as long as the context.
+        unsafe { BorrowedFd::borrow_raw(fd) }
+    }
+
+    /// What happened to the device, if that ends a link.
+    pub(crate) fn take(&self) -> Option<String> {
+        use sys::ibv_event_type as event;
+        // SAFETY: a union of pointers and numbers, and a number.
+        let mut found: sys::ibv_async_event = unsafe { std::mem::zeroed() };
+        // SAFETY: the context is open and its events do not block; the event is a place to write to.
+        let code = unsafe { sys::ibv_get_async_event(self.0.as_ptr(), &raw mut found) };
+        if code != 0 {
+            return None;
+        }
+        let fatal =
+            [event::IBV_EVENT_PORT_ERR, event::IBV_EVENT_DEVICE_FATAL].contains(&found.event_type);
+        // SAFETY: any kind has a text.
+        let text = unsafe { sys::ibv_event_type_str(found.event_type) };
+        // SAFETY: from `ibv_get_async_event`, and acknowledged once.
+        unsafe { sys::ibv_ack_async_event(&raw mut found) };
+        if !fatal || text.is_null() {
+            return None;
+        }
+        // SAFETY: a constant string that ends with 0.
+        Some(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watch")
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // SAFETY: opened by `new`; nothing was made of it.
+        let code = unsafe { sys::ibv_close_device(self.0.as_ptr()) };
+        if let Err(error) = check(code) {
+            tracing::error!("failed to close a device: {error}");
+        }
+    }
+}

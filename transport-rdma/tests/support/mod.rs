@@ -1,0 +1,36 @@
+//! What the tests have in common: the device's address, and two ends of a link over it.
+
+use std::thread;
+use std::time::Duration;
+
+use pageferry_rdma::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
+
+/// A bound on everything that should take no time.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+/// The address of this host's RDMA device; `None` and why, loudly, where there is none.
+pub(crate) fn address() -> Option<String> {
+    if let Err(unavailable) = pageferry_rdma::available() {
+        eprintln!("tests over RDMA skipped, because {unavailable}");
+        return None;
+    }
+    let address = std::env::var("PAGEFERRY_RDMA_ADDRESS").ok();
+    if address.is_none() {
+        eprintln!("tests over RDMA skipped, because PAGEFERRY_RDMA_ADDRESS names no device");
+    }
+    address
+}
+
+pub(crate) fn linked(
+    address: &str,
+    here: &RdmaOptions,
+    there: &RdmaOptions,
+) -> (RdmaSourceLink, RdmaDestinationLink) {
+    let acceptor = RdmaAcceptor::bind((address, 0), there.clone()).expect("the device listens");
+    let to = acceptor.local_addr();
+    thread::scope(|scope| {
+        let source = scope.spawn(|| connect(to, here.clone()));
+        let destination = acceptor.accept(Some(SOON)).expect("a source came");
+        (source.join().expect("no panic").expect("the acceptor answers"), destination)
+    })
+}
