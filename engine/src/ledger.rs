@@ -59,6 +59,7 @@ impl Ledger {
                 piece: 0,
                 next: 0,
                 passed: 0,
+                clean: true,
                 current: None,
             })
             .collect();
@@ -98,6 +99,8 @@ pub struct Share {
     next: u32,
     /// Stripes looked at.
     passed: usize,
+    /// Whether the range before this one ended with clean stripes.
+    clean: bool,
     /// The stripe that was given last, one of the channel's.
     current: Option<u32>,
 }
@@ -109,7 +112,8 @@ impl Share {
         while let Some(range) = self.partition.owned(self.channel).get(self.piece) {
             let range = self.next.max(range.start)..range.end;
             // SAFETY: the stripes are my channel's.
-            let found = unsafe { self.table.dirty.first_of(range.clone()) };
+            let found = unsafe { self.table.dirty.first_of(range.clone(), self.clean) };
+            self.clean = found.is_none();
             if let Some((number, bits)) = found {
                 self.passed += (number + 1 - range.start) as usize;
                 self.next = number + 1;
@@ -188,24 +192,28 @@ impl Cells {
         bitmap
     }
 
-    /// The first of some stripes that is not all 0.
+    /// The first of some stripes that is not all 0; `clean` says what the one before was like, and
+    /// so most likely the first of them.
     ///
     /// # Safety
     ///
     /// As for [`Self::of`], of each of them.
     #[inline]
-    unsafe fn first_of(&self, stripes: Range<u32>) -> Option<(u32, StripeBits)> {
-        /// Looked at together once a stripe was clean: so are most, then, and one question costs
-        /// as much as many.
-        const AT_ONCE: u32 = 32;
+    unsafe fn first_of(&self, stripes: Range<u32>, clean: bool) -> Option<(u32, StripeBits)> {
+        /// Looked at together after a clean stripe: so are most, then, and one question costs as
+        /// much as many.
+        const AT_ONCE: u32 = 64;
         let look = |stripe: u32| {
             // SAFETY: one of the caller's.
             let bits = unsafe { self.of(stripe) };
             (bits != [0; STRIPE_WORDS]).then_some((stripe, bits))
         };
         let mut begin = stripes.start;
-        if let found @ Some(_) = stripes.clone().next().and_then(look) {
-            return found;
+        if !clean {
+            if let found @ Some(_) = stripes.clone().next().and_then(look) {
+                return found;
+            }
+            begin += 1;
         }
         while begin < stripes.end {
             let end = begin.saturating_add(AT_ONCE).min(stripes.end);
