@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::net::IpAddr;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::MAX_CHANNELS;
 use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
@@ -31,7 +33,10 @@ Examples:
     pageferry-bench throughput --backing hugetlb
 
   A guest that is half empty and writes to 20000 pages a second, for a script:
-    pageferry-bench throughput --zero-share 0.5 --dirty-rate 20000 --json";
+    pageferry-bench throughput --zero-share 0.5 --dirty-rate 20000 --json
+
+  Over RDMA, against ib_write_bw with as many queue pairs and writes as large:
+    pageferry-bench throughput --transport rdma --rdma-address 10.78.0.1 --memory 256M";
 
 const THROUGHPUT_METHOD: &str = "\
 What is measured:
@@ -52,13 +57,27 @@ What is measured:
   bytes are there. It sends zero pages like all others, nobody writes meanwhile, and it checks
   nothing.
 
+  Over RDMA perftest's ib_write_bw takes the place of the bare loop: as many queue pairs, writes as
+  large, as many bytes, both ends on this host. It registers one small buffer and writes it again
+  and again. What the engine's registration costs is in its figure only if it happens on the way.
+
   CPU seconds are those of all threads of a process during the transfer, kernel included; on
-  loopback the sender's thread does most of the receiving half of TCP. What the thread costs that
-  writes for --dirty-rate is taken off.
+  loopback the sender's thread does most of the receiving half of TCP, and that of a software RDMA
+  device. What the thread costs that writes for --dirty-rate is taken off.
 
   Peak memory is how far the resident set of a process (VmHWM) grew during a migration, without
   what grew in guest memory (Rss of its mappings): heap, stacks and code of the engine. At a
   destination whose memory fills meanwhile, something freed long before the end does not show.";
+
+const LATENCY_METHOD: &str = "\
+Example:
+  pageferry-bench latency --transport rdma --rdma-address 10.78.0.1
+
+What is measured:
+  Two sides on this host write a page of 4 KiB to the other's memory in turn, each as soon as it sees
+  the other's in its own. Half of the time there and back is what a write takes; ib_write_lat does
+  the same. Then pages are written one by one until the source knows that they have landed, which
+  takes the destination's word. Medians of the writes; the two programs in turn.";
 
 const RUNS_METHOD: &str = "\
 Example, on two hosts or in two network namespaces:
@@ -106,6 +125,9 @@ pub(crate) enum Command {
     /// Move memory between two processes of this host, by the engine and by a bare loop.
     #[command(after_long_help = format!("{THROUGHPUT_METHOD}\n\n{THROUGHPUT_EXAMPLES}\n\n{EXIT_CODES}"))]
     Throughput(ThroughputArgs),
+    /// Write single pages by RDMA, and measure how long it takes until they are there.
+    #[command(after_long_help = format!("{LATENCY_METHOD}\n\n{EXIT_CODES}"))]
+    Latency(LatencyArgs),
     /// Send runs of pages of each length by io_uring, copied by the kernel and zero-copy, to where
     /// the same command listens.
     #[command(after_long_help = format!("{RUNS_METHOD}\n\n{EXIT_CODES}"))]
@@ -126,6 +148,7 @@ impl Command {
     pub(crate) fn check(&self) -> Result<(), String> {
         match self {
             Self::Throughput(args) => args.check(),
+            Self::Latency(args) => args.check(),
             Self::Runs(args) => args.check(),
             Self::Bitmap(args) => args.check(),
             Self::Side { .. } => Ok(()),
@@ -142,6 +165,61 @@ pub(crate) enum Transport {
     /// TCP sockets driven by io_uring.
     #[value(name = "iouring")]
     IoUring,
+    /// RDMA, in programs that were built with it; against perftest's ib_write_bw.
+    Rdma,
+}
+
+impl Transport {
+    /// As the command line has it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::IoUring => "iouring",
+            Self::Rdma => "rdma",
+        }
+    }
+}
+
+/// Settings of `--transport rdma`.
+#[expect(clippy::struct_field_names, reason = "as the command line has them")]
+#[derive(Debug, Clone, Default, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "With --transport rdma")]
+pub(crate) struct RdmaArgs {
+    /// Address of the RDMA device, where both sides are.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) rdma_address: Option<IpAddr>,
+    /// Most bytes of one write, and bytes of each of perftest's [default: the transport's, 1 MiB].
+    #[arg(long, value_name = "SIZE", value_parser = slice)]
+    pub(crate) rdma_slice: Option<u32>,
+    /// When guest memory is registered.
+    #[arg(long, value_name = "WHEN", default_value = "at-start")]
+    pub(crate) rdma_registration: RdmaRegistration,
+}
+
+/// When guest memory is registered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum RdmaRegistration {
+    /// All of it before the first page; that time is not counted.
+    #[default]
+    AtStart,
+    /// Chunk by chunk while pages flow.
+    Ahead,
+}
+
+impl RdmaArgs {
+    /// The device's address, which RDMA cannot do without, in a program that was built with RDMA.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if !cfg!(feature = "rdma") {
+            Err("--transport rdma: this program was built without RDMA; build it with --features \
+                 rdma (which needs cmake and libclang)"
+                .to_owned())
+        } else if self.rdma_address.is_none() {
+            Err("--transport rdma needs --rdma-address, the address of an RDMA device".to_owned())
+        } else {
+            Ok(())
+        }
+    }
 }
 
 /// Whether the kernel is asked not to copy what it sends.
@@ -202,12 +280,17 @@ pub(crate) struct ThroughputArgs {
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
 }
 
 impl ThroughputArgs {
     fn check(&self) -> Result<(), String> {
         let Self { memory, backing, channels, .. } = *self;
         let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        if self.transport == Transport::Rdma {
+            self.rdma.check()?;
+        }
         if memory / PAGE_BYTES > MAX_REGION_PAGES {
             let most = MAX_REGION_PAGES * PAGE_BYTES;
             Err(format!("--memory {memory} is too much, at most {most} is possible"))
@@ -219,6 +302,34 @@ impl ThroughputArgs {
             ))
         } else {
             Ok(())
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LatencyArgs {
+    /// What moves the pages.
+    #[arg(long, default_value = "rdma")]
+    pub(crate) transport: Transport,
+    /// Writes of each measurement.
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    pub(crate) writes: u32,
+    /// How often both are measured.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) pairs: u16,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
+}
+
+impl LatencyArgs {
+    fn check(&self) -> Result<(), String> {
+        if self.transport == Transport::Rdma {
+            self.rdma.check()
+        } else {
+            Err(format!("--transport {}: only rdma writes single pages", self.transport.name()))
         }
     }
 }
@@ -295,6 +406,14 @@ fn size(text: &str) -> Result<u64, String> {
         Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
         Ok(bytes) => Ok(bytes),
         Err(error) => Err(format!("{error}; a size is like 512M or 1G")),
+    }
+}
+
+/// Whole pages, as many as one RDMA write can have.
+fn slice(text: &str) -> Result<u32, String> {
+    match u32::try_from(size(text)?) {
+        Ok(bytes) if u64::from(bytes).is_multiple_of(PAGE_BYTES) && bytes <= 1 << 30 => Ok(bytes),
+        _ => Err(format!("a write is of whole pages of {PAGE_BYTES} bytes, at most 1 GiB")),
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! - `throughput` moves guest memory between two processes of this host, by the engine and by a
 //!   bare loop of system calls in turn, and compares them.
+//! - `latency` writes single pages by RDMA, and compares that with ib_write_lat.
 //! - `runs` sends runs of pages of each length, copied by the kernel and zero-copy.
 //! - `bitmap` does what the engine does with dirty bitmaps, and compares it with reading them.
 //!
@@ -19,9 +20,12 @@ macro_rules! say {
 
 mod args;
 mod bitmap;
+mod cpus;
 mod host;
 mod outcome;
 mod output;
+mod page_writes;
+mod perftest;
 mod random;
 mod runs;
 mod throughput;
@@ -49,6 +53,7 @@ fn main() -> std::process::ExitCode {
     }
     let result = match command {
         Command::Throughput(args) => throughput::run(&args),
+        Command::Latency(args) => page_writes::run(&args),
         Command::Runs(args) => runs::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
         Command::Side { side } => throughput::serve(side),

@@ -117,18 +117,30 @@ fn take_in(table: &mut RemoteTable, message: &Message) -> Result<(), TransportEr
     }
 }
 
+/// Where messages come from.
+pub(crate) trait Hear {
+    /// The next message; `None` if none came until `deadline` (without one: for as long as it takes).
+    fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Message>, TransportError>;
+}
+
+impl Hear for Inlet {
+    fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Message>, TransportError> {
+        Self::next(self, deadline)
+    }
+}
+
 /// What the source has heard, shared by its threads. Each has a copy of the table and looks here
 /// when a page is not in it.
 #[derive(Debug)]
-pub(crate) struct Directory {
+pub(crate) struct Directory<I = Inlet> {
     table: Mutex<RemoteTable>,
     /// The table has grown, or who heard has failed.
     grown: Condvar,
-    inlet: Mutex<Inlet>,
+    inlet: Mutex<I>,
 }
 
-impl Directory {
-    pub(crate) fn new(inlet: Inlet, layout: &Layout) -> Self {
+impl<I: Hear> Directory<I> {
+    pub(crate) fn new(inlet: I, layout: &Layout) -> Self {
         let table = Mutex::new(RemoteTable::new(layout));
         Self { table, grown: Condvar::new(), inlet: Mutex::new(inlet) }
     }
@@ -160,6 +172,8 @@ impl Directory {
         page: u64,
     ) -> Result<(), TransportError> {
         loop {
+            // Before the table: what others heard until now is in it, and none will hear what comes.
+            let inlet = self.try_inlet();
             {
                 let table = locked(&self.table);
                 mine.catch_up(&table);
@@ -170,7 +184,7 @@ impl Directory {
                     return Err(TransportError::OutOfOrder("memory that the destination lacks"));
                 }
             }
-            let Some(mut inlet) = self.try_inlet() else {
+            let Some(mut inlet) = inlet else {
                 // Who has it wakes everybody, but may have done so just before.
                 drop(self.grown.wait_timeout(locked(&self.table), GLANCE));
                 continue;
@@ -186,11 +200,65 @@ impl Directory {
         }
     }
 
-    fn try_inlet(&self) -> Option<MutexGuard<'_, Inlet>> {
+    fn try_inlet(&self) -> Option<MutexGuard<'_, I>> {
         match self.inlet.try_lock() {
             Ok(inlet) => Some(inlet),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+    use std::thread;
+
+    use pageferry::memory::{PAGE_BYTES, RegionLayout};
+
+    use super::*;
+
+    /// Messages, and whether nobody waits for one that never comes.
+    impl Hear for Receiver<Message> {
+        fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Message>, TransportError> {
+            if deadline.is_some() {
+                return Ok(self.try_recv().ok());
+            }
+            let message = self.recv_timeout(Duration::from_secs(10));
+            Ok(Some(message.expect("waits for a message that never comes")))
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_what_another_has_heard() {
+        const CHUNKS: u64 = 4;
+        let layout = Layout::new(vec![RegionLayout {
+            guest_addr: 0,
+            len_bytes: CHUNKS * PAGE_BYTES,
+            backing_page_bytes: PAGE_BYTES,
+        }])
+        .unwrap();
+        for _ in 0..2_000 {
+            let (say, heard) = channel();
+            let directory = Directory::new(heard, &layout);
+            thread::scope(|scope| {
+                let senders: Vec<_> = (0..3)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            let mut mine = RemoteTable::new(&layout);
+                            directory.refresh(&mut mine)?;
+                            directory.await_page(&mut mine, 0, CHUNKS - 1)
+                        })
+                    })
+                    .collect();
+                for first_page in 0..CHUNKS {
+                    let entry = Entry { region: 0, first_page, pages: 1, address: 0, key: 1 };
+                    say.send(Message::Bytes(encode(&[entry]))).unwrap();
+                }
+                for sender in senders {
+                    sender.join().unwrap().unwrap();
+                }
+            });
         }
     }
 }

@@ -9,8 +9,9 @@ use std::time::Instant;
 use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use pageferry::transport::{Registration, TransportError};
 
+use crate::pipe::Transfer;
 use crate::table::{Entry, Piece, find};
-use crate::verbs::{Access, MemoryRegion, ProtectionDomain};
+use crate::verbs::{Access, MemoryRegion, ProtectionDomain, Span};
 
 /// Threads that register all at once. The kernel pins pages one by one, so two halve the time; more
 /// compete with the guest.
@@ -200,25 +201,29 @@ fn refused(cause: io::Error, bytes: u64) -> TransportError {
     TransportError::Register { advice, cause }
 }
 
-/// Where pages are, on both sides: pieces that lie in one chunk here and there. Registers what is
-/// needed of this side; of the other side all must be known.
-pub(crate) fn pieces(
+/// Adds what moves pages between their places on both sides, in pieces that lie in one chunk here and
+/// there; returns their bytes. Registers what is needed of this side; of the other side all must be
+/// known.
+pub(crate) fn transfers(
     range: PageRange,
     here: &Registered,
     there: impl Fn(u16, u64) -> Result<Piece, TransportError>,
     most_bytes: u64,
     cost: &mut Registration,
-) -> Result<Vec<(Piece, Piece)>, TransportError> {
-    let mut found = Vec::new();
+    into: &mut Vec<Transfer>,
+) -> Result<u64, TransportError> {
     let mut page = range.first_page;
     let end = range.first_page + u64::from(range.pages);
     while page < end {
-        let outside = TransportError::OutOfOrder("guest memory that was never registered");
-        let mut local = here.piece(range.region, page, cost)?.ok_or(outside)?;
+        let outside = || TransportError::OutOfOrder("guest memory that was never registered");
+        let local = here.piece(range.region, page, cost)?.ok_or_else(outside)?;
         let remote = there(range.region, page)?;
-        local.pages = local.pages.min(remote.pages).min(end - page).min(most_bytes / PAGE_BYTES);
-        found.push((local, remote));
-        page += local.pages;
+        let pages = local.pages.min(remote.pages).min(end - page).min(most_bytes / PAGE_BYTES);
+        // At most a write's, which is far less.
+        let len_bytes = u32::try_from(pages * PAGE_BYTES).unwrap_or(u32::MAX);
+        let span = Span { address: local.address, len_bytes, key: local.key };
+        into.push(Transfer { span, address: remote.address, key: remote.key });
+        page += pages;
     }
-    Ok(found)
+    Ok(range.len_bytes())
 }

@@ -41,6 +41,14 @@ const RECEIVE: u64 = 1 << 63;
 /// A wait that only ends when something happens, taken in turns: what ends it wakes it up.
 const TURN: Duration = Duration::from_secs(3600);
 
+/// Bytes here, and where they go or come from on the other side.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Transfer {
+    pub(crate) span: Span,
+    pub(crate) address: u64,
+    pub(crate) key: u32,
+}
+
 /// Why a queue pair failed.
 fn lost(operation: &'static str, completion: &Completion) -> TransportError {
     let kind = if completion.is_unanswered() {
@@ -186,28 +194,25 @@ impl Outlet {
     }
 
     /// Writes spans to the other side's memory, in order. Waits for room in the send queue.
-    pub(crate) fn write(&mut self, writes: &[(Span, u64, u32)]) -> Result<(), TransportError> {
+    pub(crate) fn write(&mut self, writes: &[Transfer]) -> Result<(), TransportError> {
         let mut rest = writes;
         while !rest.is_empty() {
             self.pump_until(|outlet| outlet.posted - outlet.done < outlet.depth)?;
             let room = usize::try_from(self.depth - (self.posted - self.done)).unwrap_or(1);
             let (now, later) = rest.split_at(room.min(rest.len()));
-            let requests: Vec<Request> = (1..)
-                .zip(now)
-                .map(|(index, (span, address, key))| {
-                    let work = self.posted + index;
-                    Request {
-                        work,
-                        verb: Verb::Write { address: *address, key: *key },
-                        span: Some(*span),
-                        // The last in a full queue, so that its end is heard of.
-                        signalled: work.is_multiple_of(self.signal_every)
-                            || index == now.len() as u64,
-                    }
-                })
-                .collect();
-            self.connection.qp.post(&requests).map_err(failed)?;
-            self.posted += requests.len() as u64;
+            let (posted, count) = (self.posted, now.len() as u64);
+            let requests = (1..).zip(now).map(|(index, write)| {
+                let work = posted + index;
+                Request {
+                    work,
+                    verb: Verb::Write { address: write.address, key: write.key },
+                    span: Some(write.span),
+                    // The last in a full queue, so that its end is heard of.
+                    signalled: work.is_multiple_of(self.signal_every) || index == count,
+                }
+            });
+            self.connection.qp.post(requests).map_err(failed)?;
+            self.posted += count;
             rest = later;
         }
         Ok(())
@@ -218,7 +223,7 @@ impl Outlet {
         self.pump_until(|outlet| outlet.posted - outlet.done < outlet.depth)?;
         let work = self.posted + 1;
         let request = Request { work, verb, span, signalled: true };
-        self.connection.qp.post(&[request]).map_err(failed)?;
+        self.connection.qp.post([request]).map_err(failed)?;
         self.posted = work;
         Ok(work)
     }
@@ -395,29 +400,27 @@ impl Inlet {
         let work = self.posted + 1;
         let span = span(&self.acks, slot, ACK_BYTES, ACK_BYTES);
         let request = Request { work, verb: Verb::Send, span: Some(span), signalled: true };
-        self.connection.qp.post(&[request]).map_err(failed)?;
+        self.connection.qp.post([request]).map_err(failed)?;
         self.posted = work;
         self.told = self.taken;
         Ok(())
     }
 
     /// Reads the other side's memory, and waits until all is here.
-    pub(crate) fn read(&mut self, reads: &[(Span, u64, u32)]) -> Result<(), TransportError> {
+    pub(crate) fn read(&mut self, reads: &[Transfer]) -> Result<(), TransportError> {
         for some in reads.chunks(ACKS as usize) {
             while self.posted - self.done > u64::from(ACKS) - some.len() as u64 {
                 self.pump(Some(Instant::now() + TURN))?;
             }
-            let requests: Vec<Request> = (1..)
-                .zip(some)
-                .map(|(index, (span, address, key))| Request {
-                    work: self.posted + index,
-                    verb: Verb::Read { address: *address, key: *key },
-                    span: Some(*span),
-                    signalled: index == some.len() as u64,
-                })
-                .collect();
-            self.connection.qp.post(&requests).map_err(failed)?;
-            self.posted += requests.len() as u64;
+            let (posted, count) = (self.posted, some.len() as u64);
+            let requests = (1..).zip(some).map(|(index, read)| Request {
+                work: posted + index,
+                verb: Verb::Read { address: read.address, key: read.key },
+                span: Some(read.span),
+                signalled: index == count,
+            });
+            self.connection.qp.post(requests).map_err(failed)?;
+            self.posted += count;
         }
         while self.done < self.posted {
             self.pump(Some(Instant::now() + TURN))?;

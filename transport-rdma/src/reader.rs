@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use pageferry::memory::{PAGE_BYTES, PageRange};
+use pageferry::memory::PageRange;
 use pageferry::transport::{ChannelCounters, PageReader, ReadGrant, Registration, TransportError};
 
-use crate::memory::{Registered, pieces};
+use crate::memory::{Registered, transfers};
 use crate::pipe::{Inlet, Outlet};
 use crate::table::RemoteTable;
-use crate::verbs::Span;
 
 /// The source's end: a queue pair that lets the other side read.
 #[derive(Debug)]
@@ -58,14 +57,8 @@ impl PageReader for RdmaPageReader {
         let mut bytes = 0;
         for range in ranges {
             let there = |region, page| self.there.known(region, page);
-            for (local, remote) in
-                pieces(*range, &self.here, there, self.slice_bytes, &mut self.registered)?
-            {
-                let len_bytes = u32::try_from(local.pages * PAGE_BYTES).unwrap_or(u32::MAX);
-                let span = Span { address: local.address, len_bytes, key: local.key };
-                reads.push((span, remote.address, remote.key));
-                bytes += u64::from(len_bytes);
-            }
+            let (here, cost) = (&self.here, &mut self.registered);
+            bytes += transfers(*range, here, there, self.slice_bytes, cost, &mut reads)?;
         }
         self.inlet.read(&reads)?;
         self.wire_bytes += bytes;

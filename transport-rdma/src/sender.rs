@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::memory::{PAGE_BYTES, PageRange};
+use pageferry::memory::PageRange;
 use pageferry::transport::{
     Capabilities, ChannelCounters, PageSender, Registration, Run, RunKind, Ticket, TransportError,
     Watermarks,
@@ -12,10 +12,9 @@ use pageferry::transport::{
 
 use crate::announce::Directory;
 use crate::dial::LINGER;
-use crate::memory::{Registered, pieces};
-use crate::pipe::Outlet;
+use crate::memory::{Registered, transfers};
+use crate::pipe::{Outlet, Transfer};
 use crate::table::RemoteTable;
-use crate::verbs::Span;
 use crate::zeros::{self, END, RUNS_AT_ONCE, overlap};
 
 /// Page bytes after which a mark tells what has landed, unasked.
@@ -52,6 +51,9 @@ pub(crate) struct RdmaPageSender {
     wire_bytes: u64,
     /// What this thread registered of guest memory here.
     registered: Registration,
+    /// The writes and mentions of a batch, kept so that they need not be allocated anew.
+    writes: Vec<Transfer>,
+    mentions: Vec<PageRange>,
 }
 
 impl RdmaPageSender {
@@ -78,6 +80,8 @@ impl RdmaPageSender {
             unmarked_bytes: 0,
             wire_bytes: 0,
             registered: Registration::default(),
+            writes: Vec::new(),
+            mentions: Vec::new(),
         }
     }
 
@@ -107,13 +111,15 @@ impl RdmaPageSender {
 
     fn put(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
         self.directory.refresh(&mut self.there)?;
-        let mut writes = Vec::new();
+        let mut writes = std::mem::take(&mut self.writes);
+        let mut mentions = std::mem::take(&mut self.mentions);
+        writes.clear();
+        mentions.clear();
         let mut last_page = None;
-        let mut zero_runs = Vec::new();
         let mut bytes = 0;
         for Run { range, kind } in runs {
             match kind {
-                RunKind::Zero => zero_runs.push(*range),
+                RunKind::Zero => mentions.push(*range),
                 RunKind::Data => {
                     self.await_zeroed(range)?;
                     let last = range.first_page + u64::from(range.pages) - 1;
@@ -126,25 +132,19 @@ impl RdmaPageSender {
                     }
                     last_page = Some((range.region, last));
                     let there = |region, page| self.there.known(region, page);
-                    let cost = &mut self.registered;
-                    for (local, remote) in
-                        pieces(*range, &self.here, there, self.slice_bytes, cost)?
-                    {
-                        let len_bytes = u32::try_from(local.pages * PAGE_BYTES).unwrap_or(u32::MAX);
-                        let span = Span { address: local.address, len_bytes, key: local.key };
-                        writes.push((span, remote.address, remote.key));
-                        bytes += u64::from(len_bytes);
-                    }
+                    let (here, cost) = (&self.here, &mut self.registered);
+                    bytes += transfers(*range, here, there, self.slice_bytes, cost, &mut writes)?;
                 }
             }
         }
         self.outlet.write(&writes)?;
-        for some in zero_runs.chunks(RUNS_AT_ONCE) {
+        for some in mentions.chunks(RUNS_AT_ONCE) {
             let message = zeros::encode(some);
             self.wire_bytes += message.len() as u64;
             let number = self.outlet.message(&message)?;
             self.zeroing.push_back((number, some.to_vec()));
         }
+        (self.writes, self.mentions) = (writes, mentions);
         self.wire_bytes += bytes;
         self.unmarked_bytes += bytes;
         self.sent += 1;
@@ -156,8 +156,6 @@ impl RdmaPageSender {
             // While the NIC is busy with what was posted.
             self.here.go_beyond(region, page, &mut self.registered)?;
         }
-        self.outlet.pump(None)?;
-        self.advance();
         Ok(self.sent)
     }
 

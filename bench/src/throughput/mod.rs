@@ -1,6 +1,8 @@
-//! `throughput`: the engine against a bare loop of system calls, in turn, over the same memory.
+//! `throughput`: the engine against a bare loop of system calls, or over RDMA against perftest, in
+//! turn, over as much memory.
 
 mod bare;
+mod links;
 mod machine;
 mod memory;
 mod report;
@@ -12,13 +14,16 @@ mod writer;
 
 use indicatif::HumanBytes;
 
-use crate::args::ThroughputArgs;
+use crate::args::{ThroughputArgs, Transport};
 use crate::host;
 use crate::outcome::{Failure, Outcome};
-use report::{Pair, Report, Transfer};
+use crate::perftest::Device;
+use report::{Other, Pair, Report, Transfer};
 use sides::{NoAnswer, Sides};
 use wire::{Answer, Contestant, Order, Setup};
 
+#[cfg(feature = "rdma")]
+pub(crate) use links::rdma_options;
 pub(crate) use side::serve;
 pub(crate) use usage::process_cpu_nanoseconds;
 pub(crate) use wire::SideName;
@@ -36,6 +41,7 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
         zero_copy: args.zero_copy,
         batch_bytes: args.batch,
         populate_threads: args.populate,
+        rdma: args.rdma.clone(),
     };
     match measure(&setup, args.pairs) {
         Ok(pairs) => {
@@ -58,10 +64,19 @@ fn measure(setup: &Setup, count: u16) -> Result<Vec<Pair>, Failure> {
         sides.tell(side, &Order::Prepare(setup.clone()))?;
         sides.answer(side, |answer| matches!(answer, Answer::Ready).then_some(()))?;
     }
+    let rival = Rival::of(setup)?;
     // Not counted: the first to touch memory that nobody used before pays for it, in a virtual
     // machine to its host.
-    transfer(&mut sides, Contestant::Bare)?;
-    verify(&mut sides, Contestant::Bare)?;
+    match &rival {
+        Rival::Bare => {
+            transfer(&mut sides, Contestant::Bare)?;
+            verify(&mut sides, Contestant::Bare)?;
+        }
+        Rival::Perftest { .. } => {
+            transfer(&mut sides, Contestant::Engine)?;
+            verify(&mut sides, Contestant::Engine)?;
+        }
+    }
     let mut pairs = Vec::new();
     for index in 0..count {
         // In turn, so that what changes slowly on this host changes for both.
@@ -70,16 +85,57 @@ fn measure(setup: &Setup, count: u16) -> Result<Vec<Pair>, Failure> {
             if index == 0 {
                 verify(&mut sides, Contestant::Engine)?;
             }
-            Pair { engine, bare: transfer(&mut sides, Contestant::Bare)? }
+            Pair { engine, other: rival.measure(&mut sides)? }
         } else {
-            let bare = transfer(&mut sides, Contestant::Bare)?;
-            Pair { engine: transfer(&mut sides, Contestant::Engine)?, bare }
+            let other = rival.measure(&mut sides)?;
+            Pair { engine: transfer(&mut sides, Contestant::Engine)?, other }
         };
-        let (engine, bare) = (pair.engine.gbps(), pair.bare.gbps());
-        say!("pair {} of {count}: engine {engine:.2} Gb/s, bare loop {bare:.2} Gb/s", index + 1);
+        let (engine, other) = (pair.engine.gbps(), pair.other.gbps());
+        let name = rival.name();
+        say!("pair {} of {count}: engine {engine:.2} Gb/s, {name} {other:.2} Gb/s", index + 1);
         pairs.push(pair);
     }
     Ok(pairs)
+}
+
+/// What the engine is measured against.
+enum Rival {
+    /// The bare loop of system calls, by the same two processes.
+    Bare,
+    /// ib_write_bw, by processes of its own.
+    Perftest { device: Device, bytes: u32, queue_pairs: u16, writes: u64 },
+}
+
+impl Rival {
+    fn of(setup: &Setup) -> Result<Self, Failure> {
+        let (Transport::Rdma, Some(address)) = (setup.transport, setup.rdma.rdma_address) else {
+            return Ok(Self::Bare);
+        };
+        let bytes = links::slice_bytes(&setup.rdma);
+        let writes = setup.memory_bytes / u64::from(bytes) / u64::from(setup.channels);
+        Ok(Self::Perftest {
+            device: Device::of(address)?,
+            bytes,
+            queue_pairs: setup.channels,
+            writes,
+        })
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Bare => "bare loop",
+            Self::Perftest { .. } => "ib_write_bw",
+        }
+    }
+
+    fn measure(&self, sides: &mut Sides) -> Result<Other, Failure> {
+        Ok(match self {
+            Self::Bare => Other::Bare(transfer(sides, Contestant::Bare)?),
+            Self::Perftest { device, bytes, queue_pairs, writes } => {
+                Other::Perftest { gbps: device.write_gbps(*bytes, *queue_pairs, *writes)? }
+            }
+        })
+    }
 }
 
 /// One measurement.

@@ -4,8 +4,9 @@ use comfy_table::Cell;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
+use super::links;
 use super::wire::{Measured, Setup, ZeroCopyFigures};
-use crate::args::Transport;
+use crate::args::{RdmaRegistration, Transport};
 use crate::outcome::Failure;
 use crate::output::{self, SCHEMA, median};
 
@@ -32,21 +33,50 @@ impl Transfer {
     }
 }
 
-/// Engine and bare loop, one right after the other.
+/// What the engine is compared with.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Other {
+    /// The bare loop.
+    Bare(Transfer),
+    /// perftest's ib_write_bw, which says nothing else.
+    Perftest { gbps: f64 },
+}
+
+impl Other {
+    pub(super) fn gbps(&self) -> f64 {
+        match self {
+            Self::Bare(transfer) => transfer.gbps(),
+            Self::Perftest { gbps } => *gbps,
+        }
+    }
+
+    fn bare(&self) -> Option<Transfer> {
+        match self {
+            Self::Bare(transfer) => Some(*transfer),
+            Self::Perftest { .. } => None,
+        }
+    }
+}
+
+/// The engine and the other, one right after the other.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pair {
     pub(super) engine: Transfer,
-    pub(super) bare: Transfer,
+    pub(super) other: Other,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
 struct PairReport {
     engine_gbps: f64,
-    bare_gbps: f64,
+    /// Null over RDMA.
+    bare_gbps: Option<f64>,
+    /// Null but over RDMA.
+    perftest_gbps: Option<f64>,
+    /// Engine to the other.
     ratio: Option<f64>,
     engine_payload_bytes: u64,
     engine_ms: f64,
-    bare_ms: f64,
+    bare_ms: Option<f64>,
 }
 
 /// A figure of either side; null where it cannot be had.
@@ -69,9 +99,13 @@ pub(super) struct Report {
     /// As asked for; null is the engine's own choice.
     batch_bytes: Option<u64>,
     populate_threads: u16,
+    rdma_registration: Option<RdmaRegistration>,
+    /// Most bytes of one write.
+    rdma_slice_bytes: Option<u32>,
     pairs: Vec<PairReport>,
     engine_gbps_median: Option<f64>,
     bare_gbps_median: Option<f64>,
+    perftest_gbps_median: Option<f64>,
     ratio_min: Option<f64>,
     ratio_median: Option<f64>,
     ratio_max: Option<f64>,
@@ -96,7 +130,8 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(setup: &Setup, pairs: &[Pair]) -> Self {
         let engine: Vec<_> = pairs.iter().map(|pair| pair.engine).collect();
-        let bare: Vec<_> = pairs.iter().map(|pair| pair.bare).collect();
+        let bare: Vec<_> = pairs.iter().filter_map(|pair| pair.other.bare()).collect();
+        let rdma = (setup.transport == Transport::Rdma).then_some(&setup.rdma);
         let reports: Vec<_> = pairs.iter().map(Pair::report).collect();
         let ratios: Vec<_> = reports.iter().filter_map(|pair| pair.ratio).collect();
         let peak = |side: fn(&Transfer) -> Measured| {
@@ -116,8 +151,11 @@ impl Report {
             dirty_rate: setup.dirty_rate,
             batch_bytes: setup.batch_bytes,
             populate_threads: setup.populate_threads,
+            rdma_registration: rdma.map(|rdma| rdma.rdma_registration),
+            rdma_slice_bytes: rdma.map(links::slice_bytes),
             engine_gbps_median: median(engine.iter().map(Transfer::gbps)),
             bare_gbps_median: median(bare.iter().map(Transfer::gbps)),
+            perftest_gbps_median: median(reports.iter().filter_map(|pair| pair.perftest_gbps)),
             ratio_min: ratios.iter().copied().reduce(f64::min),
             ratio_median: median(ratios.iter().copied()),
             ratio_max: ratios.iter().copied().reduce(f64::max),
@@ -160,24 +198,24 @@ impl Report {
             rows.push((name.to_owned(), engine, bare));
         };
         let memory = format!("{} {}", HumanBytes(self.memory_bytes), self.backing);
-        let transport = match self.transport {
-            Transport::Tcp => "tcp",
-            Transport::IoUring => "iouring",
-        };
-        row("memory", memory, format!("{} x {transport}", self.channels));
-        row("", "engine".into(), "bare loop".into());
+        row("memory", memory, format!("{} x {}", self.channels, self.transport.name()));
+        let rdma = self.transport == Transport::Rdma;
+        let other = if rdma { "ib_write_bw" } else { "bare loop" };
+        row("", "engine".into(), other.into());
         for (number, pair) in (1..).zip(&self.pairs) {
             let name = format!("pair {number}");
-            row(&name, gbps(Some(pair.engine_gbps)), gbps(Some(pair.bare_gbps)));
+            let other = pair.bare_gbps.or(pair.perftest_gbps);
+            row(&name, gbps(Some(pair.engine_gbps)), gbps(other));
         }
-        row("median", gbps(self.engine_gbps_median), gbps(self.bare_gbps_median));
+        let other_median = self.bare_gbps_median.or(self.perftest_gbps_median);
+        row("median", gbps(self.engine_gbps_median), gbps(other_median));
         let ratio = format!(
             "{} ({} to {})",
             figure(self.ratio_median, 3),
             figure(self.ratio_min, 3),
             figure(self.ratio_max, 3)
         );
-        row("engine / bare", ratio, String::new());
+        row(&format!("engine / {other}"), ratio, String::new());
         let (cpu, bare_cpu) = (self.cpu_s_per_gib, self.bare_cpu_s_per_gib);
         row("CPU s/GiB, source", figure(cpu.source, 3), figure(bare_cpu.source, 3));
         row("CPU s/GiB, destination", figure(cpu.destination, 3), figure(bare_cpu.destination, 3));
@@ -208,14 +246,16 @@ impl Report {
 
 impl Pair {
     fn report(&self) -> PairReport {
-        let (engine_gbps, bare_gbps) = (self.engine.gbps(), self.bare.gbps());
+        let (engine_gbps, other_gbps) = (self.engine.gbps(), self.other.gbps());
+        let bare = self.other.bare();
         PairReport {
             engine_gbps,
-            bare_gbps,
-            ratio: (bare_gbps > 0.0).then(|| engine_gbps / bare_gbps),
+            bare_gbps: bare.map(|bare| bare.gbps()),
+            perftest_gbps: bare.is_none().then_some(other_gbps),
+            ratio: (other_gbps > 0.0).then(|| engine_gbps / other_gbps),
             engine_payload_bytes: self.engine.source.payload_bytes,
             engine_ms: self.engine.source.nanoseconds as f64 / 1e6,
-            bare_ms: self.bare.source.nanoseconds as f64 / 1e6,
+            bare_ms: bare.map(|bare| bare.source.nanoseconds as f64 / 1e6),
         }
     }
 }

@@ -1,28 +1,23 @@
 //! A side: a process that does what it is told on stdin.
 
 use std::io::{BufRead, Write, stdin, stdout};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use pageferry::digest::Digest;
 use pageferry::dirty::{DirtySource, DirtySources};
-use pageferry::transport::{DestinationLink, SourceLink};
 use pageferry::{Destination, Event, Source, Statistics};
-use pageferry_iouring::{IoUringOptions, Rings};
 use pageferry_rust_vmm::PagemapScan;
-use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 use pageferry_vmm::ram::Ram;
 use rustix::process::{Signal, set_parent_process_death_signal};
 
+use super::links::{self, Acceptor, HERE};
 use super::machine::MemoryOnly;
 use super::usage::Growth;
 use super::wire::{Answer, Contestant, Measured, Order, Setup, SideName};
 use super::writer::Writer;
 use super::{bare, memory};
-use crate::args::Transport;
 use crate::outcome::{Failure, Outcome};
-
-const HERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// Runs a side until stdin ends.
 pub(crate) fn serve(name: SideName) -> Result<Outcome, Failure> {
@@ -113,15 +108,7 @@ fn send_by_engine(ram: &Ram, setup: &Setup, address: SocketAddr) -> Result<Measu
         None => source,
     };
     let growth = Growth::watch(&memory);
-    let zero_copy = setup.zero_copy.into();
-    let link = connect(address, TcpOptions { zero_copy, ..TcpOptions::default() })?;
-    let link: Box<dyn SourceLink> = match setup.transport {
-        Transport::Tcp => Box::new(link),
-        Transport::IoUring => {
-            let options = IoUringOptions { zero_copy, ..IoUringOptions::default() };
-            Box::new(Rings::new(options)?.source_link(link))
-        }
-    };
+    let link = links::connect(setup, address)?;
     let departed = source
         .migrate(machine, &memory, DirtySources::new(trackers), link)
         .map_err(|failure| failure.error)?;
@@ -143,16 +130,9 @@ fn receive_by_engine(ram: &Ram, setup: &Setup) -> Result<Measured, Failure> {
     let machine = MemoryOnly::default();
     let window = machine.window.clone();
     let growth = Growth::watch(&memory);
-    let acceptor = TcpAcceptor::bind(HERE, TcpOptions::default())?;
+    let acceptor = Acceptor::bind(setup)?;
     answer(&Answer::Listening(acceptor.local_addr()))?;
-    let link = acceptor.accept(None)?;
-    drop(acceptor);
-    let link: Box<dyn DestinationLink> = match setup.transport {
-        Transport::Tcp => Box::new(link),
-        Transport::IoUring => {
-            Box::new(Rings::new(IoUringOptions::default())?.destination_link(link))
-        }
-    };
+    let link = acceptor.accept(setup)?;
     let destination = Destination::new().populate_ahead(setup.populate_threads);
     let destination = destination.on_event(move |event| {
         if matches!(event, Event::Registered(_)) {

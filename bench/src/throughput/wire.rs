@@ -7,7 +7,7 @@ use pageferry::transport::ZeroCopyCounts;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
-use crate::args::{Transport, ZeroCopyChoice};
+use crate::args::{RdmaArgs, Transport, ZeroCopyChoice};
 
 /// A process of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -39,6 +39,7 @@ pub(super) struct Setup {
     pub(super) zero_copy: ZeroCopyChoice,
     pub(super) batch_bytes: Option<u64>,
     pub(super) populate_threads: u16,
+    pub(super) rdma: RdmaArgs,
 }
 
 /// To a side.

@@ -182,10 +182,19 @@ pub(crate) struct QueuePair {
     qp: NonNull<sys::ibv_qp>,
     /// After the queue pair: freed later.
     pub(crate) completions: CompletionQueue,
+    chain: Chain,
     _pd: Arc<ProtectionDomain>,
 }
 
-// SAFETY: as for `Context`.
+/// What `QueuePair::post` makes of requests, kept so that it need not be allocated anew. Its pointers
+/// mean nothing outside of that.
+#[derive(Default)]
+struct Chain {
+    spans: Vec<sys::ibv_sge>,
+    links: Vec<sys::ibv_send_wr>,
+}
+
+// SAFETY: as for `Context`; the chain's pointers are only followed inside `post`.
 unsafe impl Send for QueuePair {}
 
 impl QueuePair {
@@ -213,7 +222,7 @@ impl QueuePair {
         };
         // SAFETY: domain and queue are there; the attributes are complete.
         let qp = some(unsafe { sys::ibv_create_qp(pd.pd.as_ptr(), &raw mut init) })?;
-        Ok(Self { qp, completions, _pd: Arc::clone(pd) })
+        Ok(Self { qp, completions, chain: Chain::default(), _pd: Arc::clone(pd) })
     }
 
     /// Its number, for the other side.
@@ -232,24 +241,24 @@ impl QueuePair {
     ///
     /// The caller has made sure that there is room, and keeps the memory of all spans registered
     /// until they are complete or the queue pair is gone.
-    pub(crate) fn post(&self, requests: &[Request]) -> io::Result<()> {
-        let mut spans: Vec<sys::ibv_sge> = requests
-            .iter()
-            .map(|request| {
-                let span = request.span.unwrap_or(Span { address: 0, len_bytes: 0, key: 0 });
-                sys::ibv_sge { addr: span.address, length: span.len_bytes, lkey: span.key }
-            })
-            .collect();
-        let mut chain: Vec<sys::ibv_send_wr> = requests
-            .iter()
-            .zip(&mut spans)
-            .map(|(request, span)| work_request(request, span))
-            .collect();
-        for index in (1..chain.len()).rev() {
-            let next = &raw mut chain[index];
-            chain[index - 1].next = next;
+    pub(crate) fn post(&mut self, requests: impl IntoIterator<Item = Request>) -> io::Result<()> {
+        let Chain { spans, links } = &mut self.chain;
+        spans.clear();
+        links.clear();
+        for request in requests {
+            let span = request.span.unwrap_or(Span { address: 0, len_bytes: 0, key: 0 });
+            spans.push(sys::ibv_sge { addr: span.address, length: span.len_bytes, lkey: span.key });
+            links.push(work_request(&request));
         }
-        let Some(first) = chain.first_mut() else { return Ok(()) };
+        // Neither list moves any more.
+        for (link, span) in links.iter_mut().zip(spans) {
+            link.sg_list = &raw mut *span;
+        }
+        for index in (1..links.len()).rev() {
+            let next = &raw mut links[index];
+            links[index - 1].next = next;
+        }
+        let Some(first) = links.first_mut() else { return Ok(()) };
         let mut bad = ptr::null_mut();
         // SAFETY: the chain and its scatter lists live until the call returns, which is all that
         // is asked for; what they point to is the caller's to keep.
@@ -271,12 +280,12 @@ impl QueuePair {
     }
 }
 
-fn work_request(request: &Request, span: &mut sys::ibv_sge) -> sys::ibv_send_wr {
+/// A request without its scatter list.
+fn work_request(request: &Request) -> sys::ibv_send_wr {
     use sys::ibv_wr_opcode as opcode;
     // SAFETY: numbers, pointers that may be null, and unions of those.
     let mut wr: sys::ibv_send_wr = unsafe { std::mem::zeroed() };
     wr.wr_id = request.work;
-    wr.sg_list = &raw mut *span;
     wr.num_sge = i32::from(request.span.is_some());
     wr.send_flags = if request.signalled { sys::ibv_send_flags::IBV_SEND_SIGNALED.0 } else { 0 };
     wr.opcode = match request.verb {

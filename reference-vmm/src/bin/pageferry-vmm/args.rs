@@ -138,6 +138,34 @@ pub(crate) struct RdmaArgs {
     /// Traffic class of all packets, for networks that treat RDMA apart.
     #[arg(long, value_name = "N")]
     pub(crate) rdma_traffic_class: Option<u8>,
+    /// When guest memory is registered [default: at-start].
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) rdma_registration: Option<RdmaRegistration>,
+    /// Time without acknowledgement after which a packet is sent again [default: 250ms].
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) rdma_ack_timeout: Option<Duration>,
+    /// How often it is sent again before the link is lost [default: 7].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=7))]
+    pub(crate) rdma_retries: Option<u8>,
+}
+
+/// When guest memory is registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RdmaRegistration {
+    /// All of it before the first page.
+    AtStart,
+    /// Chunk by chunk, while pages flow.
+    Ahead,
+}
+
+impl RdmaRegistration {
+    /// As the command line has it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::AtStart => "at-start",
+            Self::Ahead => "ahead",
+        }
+    }
 }
 
 impl RdmaArgs {
@@ -154,6 +182,10 @@ impl RdmaArgs {
         option("gid-index", self.rdma_gid_index.map(|index| index.to_string()));
         option("mtu", self.rdma_mtu.clone());
         option("traffic-class", self.rdma_traffic_class.map(|class| class.to_string()));
+        option("registration", self.rdma_registration.map(|mode| mode.name().to_owned()));
+        let time = |time| humantime::format_duration(time).to_string();
+        option("ack-timeout", self.rdma_ack_timeout.map(time));
+        option("retries", self.rdma_retries.map(|retries| retries.to_string()));
         list
     }
 }

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use pageferry::transport::{DestinationLink, Interrupt, SourceLink, TransportError};
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
-use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions};
+use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions, RegistrationMode};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink, ZeroCopy, connect};
 
+#[cfg(feature = "rdma")]
+use crate::args::RdmaRegistration;
 use crate::args::{RdmaArgs, Transport};
 
 /// The transport that was chosen, ready to make links.
@@ -72,13 +74,21 @@ fn with_rdma(args: &RdmaArgs) -> Result<Chosen, TransportError> {
         .rdma_mtu
         .as_ref()
         .and_then(|wanted| Mtu::ALL.into_iter().find(|mtu| mtu.bytes().to_string() == *wanted));
+    let defaults = RdmaOptions::default();
+    let registration = args.rdma_registration.map_or(defaults.registration, |mode| match mode {
+        RdmaRegistration::AtStart => RegistrationMode::AtStart,
+        RdmaRegistration::Ahead => RegistrationMode::Ahead,
+    });
     Ok(Chosen::Rdma(RdmaOptions {
         device: args.rdma_device.clone(),
         port: args.rdma_port,
         gid_index: args.rdma_gid_index,
         mtu,
         traffic_class: args.rdma_traffic_class,
-        ..RdmaOptions::default()
+        registration,
+        ack_timeout: args.rdma_ack_timeout.unwrap_or(defaults.ack_timeout),
+        retries: args.rdma_retries.unwrap_or(defaults.retries),
+        ..defaults
     }))
 }
 

@@ -55,6 +55,8 @@ pub(crate) struct Report {
     pub(crate) total_ms: f64,
     pub(crate) setup_ms: f64,
     pub(crate) registration_ms: f64,
+    /// Registering guest memory while pages flowed, by all of this side's threads together.
+    pub(crate) registered_on_the_way_ms: f64,
     pub(crate) downtime_ms: f64,
     pub(crate) downtime: DowntimeReport,
     /// Standstill for comparing memory, on top of `downtime_ms`.
@@ -151,6 +153,7 @@ impl Report {
             total_ms: ms(statistics.total),
             setup_ms: ms(statistics.setup),
             registration_ms: ms(statistics.registration.took),
+            registered_on_the_way_ms: ms(statistics.registered_on_the_way.took),
             downtime_ms: ms(downtime.total()),
             downtime: DowntimeReport {
                 pause: ms(downtime.pause),

@@ -15,6 +15,7 @@ const NUMBERS: &[&str] = &[
     "downtime_limit_ms",
     "setup_ms",
     "registration_ms",
+    "registered_on_the_way_ms",
     "verify_ms",
     "dirty_pages_per_second",
     "cpu_ms",
