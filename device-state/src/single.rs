@@ -1,6 +1,5 @@
 //! One section, without a machine around it.
 
-use crate::composite::{decode_body, encode_body};
 use crate::declare::Section;
 use crate::error::{DecodeError, EncodeError, Problem};
 use crate::wire::{StreamWriter, sections};
@@ -8,7 +7,7 @@ use crate::wire::{StreamWriter, sections};
 /// A stream with one section, instance 0: the state, encoded. Its hooks may change it.
 pub fn to_bytes<S: Section>(state: &mut S) -> Result<Vec<u8>, EncodeError> {
     let mut writer = StreamWriter::new();
-    writer.section(S::NAME, 0, S::DECLARED.version, |out| encode_body(state, out))?;
+    writer.state(0, state)?;
     Ok(writer.finish())
 }
 
@@ -19,13 +18,5 @@ pub fn from_bytes<S: Section>(stream: &[u8]) -> Result<S, DecodeError> {
         let (found, expected) = (sections.len() as u64, 1);
         return Err(DecodeError::new(0, Problem::Length { found, expected }));
     };
-    let at = section.offset_bytes;
-    if section.name != S::NAME {
-        let found = section.name.to_owned();
-        return Err(DecodeError::new(at, Problem::Name { found }));
-    }
-    let mut state = S::blank();
-    decode_body(&mut state, section.version, at, &mut section.payload.clone())
-        .map_err(|error| error.in_section(section.name, section.instance))?;
-    Ok(state)
+    section.state()
 }

@@ -5,6 +5,8 @@ use std::collections::HashSet;
 use super::reader::Reader;
 use super::writer::Writer;
 use super::{FORMAT, MAGIC, MAX_NAME_BYTES};
+use crate::composite::{decode_body, encode_body};
+use crate::declare::Section;
 use crate::error::{DecodeError, EncodeError, Problem};
 
 /// First bytes of a section.
@@ -60,6 +62,11 @@ impl StreamWriter {
         append_section(&mut self.out, name, instance, version, payload)?;
         self.sections += 1;
         Ok(())
+    }
+
+    /// Appends a section with a state. Its hooks may change it.
+    pub fn state<S: Section>(&mut self, instance: u32, state: &mut S) -> Result<(), EncodeError> {
+        self.section(S::NAME, instance, S::DECLARED.version, |out| encode_body(state, out))
     }
 
     /// Appends sections that were encoded apart.
@@ -125,6 +132,20 @@ pub struct RawSection<'a> {
     pub offset_bytes: u64,
     /// The payload.
     pub payload: Reader<'a>,
+}
+
+impl RawSection<'_> {
+    /// The state in it. Fails as well if it is of another name.
+    pub fn state<S: Section>(&self) -> Result<S, DecodeError> {
+        if self.name != S::NAME {
+            let found = self.name.to_owned();
+            return Err(DecodeError::new(self.offset_bytes, Problem::Name { found }));
+        }
+        let mut state = S::blank();
+        decode_body(&mut state, self.version, self.offset_bytes, &mut self.payload.clone())
+            .map_err(|error| error.in_section(self.name, self.instance))?;
+        Ok(state)
+    }
 }
 
 /// The sections of a stream, in its order. Checks everything around the payloads: bytes are left
