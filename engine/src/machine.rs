@@ -13,6 +13,9 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 ///   that failed itself;
 /// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing.
 ///
+/// Before the first page moves, `state_schema` is asked of the running machine at the source, and
+/// what it says is shown to `check_state_schema` at the destination.
+///
 /// The machine is given to a migration by value and comes back with its result, whatever that
 /// is.
 pub trait Machine {
@@ -27,6 +30,23 @@ pub trait Machine {
     /// Appends the state of vCPUs and devices to `state`. The guest is paused. May still dirty
     /// guest memory: the engine harvests once more afterwards.
     fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError>;
+
+    /// Describes what `save` would append, for
+    /// [`check_state_schema`](Self::check_state_schema) at the other side. Opaque to the engine, at
+    /// most [`MAX_STATE_SCHEMA_BYTES`](crate::protocol::MAX_STATE_SCHEMA_BYTES). Nothing unless
+    /// implemented.
+    fn state_schema(&self) -> Result<Vec<u8>, MachineError> {
+        Ok(Vec::new())
+    }
+
+    /// Whether `load` would take what a source with that `state_schema` saves. An error ends the
+    /// migration before anything has moved, as
+    /// [`Incompatibility::DeviceState`](crate::protocol::Incompatibility::DeviceState). The bytes
+    /// are what the source says: hostile input. Takes everything unless implemented.
+    fn check_state_schema(&self, source: &[u8]) -> Result<(), MachineError> {
+        let _ = source;
+        Ok(())
+    }
 
     /// Takes over the state that `save` made on the other side. The guest is paused and its
     /// memory complete. A failed `load` leaves the guest to the source.

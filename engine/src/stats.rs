@@ -66,6 +66,18 @@ pub struct RoundStatistics {
     pub took: Duration,
 }
 
+/// What saving and loading device state took. Saving goes on beside the last pages, so that it is
+/// no part of the standstill as long as they take longer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DeviceStateFigures {
+    /// Its length.
+    pub bytes: u64,
+    /// In [`Machine::save`](crate::Machine::save); 0 at the destination.
+    pub save: Duration,
+    /// In [`Machine::load`](crate::Machine::load), by the destination's clock.
+    pub load: Duration,
+}
+
 /// Figures of a whole migration; meaningful for as far as it came if it failed.
 #[derive(Debug, Clone, Default)]
 pub struct Statistics {
@@ -102,6 +114,8 @@ pub struct Statistics {
     pub lost_channels: u16,
     /// How often pages were dealt out anew since a channel lagged.
     pub rebalances: u32,
+    /// The machine's own part in the switchover.
+    pub device_state: DeviceStateFigures,
     /// The guest's standstill.
     pub downtime: Downtime,
 }

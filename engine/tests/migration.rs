@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::dirty::{DirtyBitmap, DirtySources};
+use pageferry::protocol::{FailureReason, Incompatibility};
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::{DestinationLink, SourceLink};
@@ -327,8 +328,28 @@ fn a_link_cut_at_any_control_message_is_safe() {
 }
 
 #[test]
+fn device_state_that_does_not_fit_is_known_before_a_page_moves() {
+    let mut scene = Scene::new();
+    scene.destination_refuses = Refuse::Schema;
+    let outcome = scene.play(|link| link);
+    let Err(failure) = &outcome.source else { panic!("it moved") };
+    // Neither a round nor a pause, and nothing to put back.
+    assert!(failure.statistics.rounds.is_empty() && failure.statistics.pages.data == 0);
+    assert_eq!(failure.statistics.downtime.total(), Duration::ZERO);
+    assert_eq!(outcome.log.put_back.lock().unwrap().count(), 0);
+    let (error, theirs) = outcome.expect_kept();
+    let Error::PeerFailed { reason: FailureReason::Incompatible, text } = &error else {
+        panic!("{error:?}");
+    };
+    assert!(text.contains("Schema refused by the test"), "{text}");
+    let theirs = theirs.expect("the destination's own error");
+    assert!(matches!(theirs, Error::Incompatible(Incompatibility::DeviceState(_))), "{theirs:?}");
+    assert_eq!(theirs.blame(), Blame::PeerIncompatible);
+}
+
+#[test]
 fn a_machine_that_refuses_at_the_source_keeps_its_guest() {
-    for refuse in [Refuse::Pause, Refuse::Save, Refuse::Release] {
+    for refuse in [Refuse::Schema, Refuse::Pause, Refuse::Save, Refuse::Release] {
         let mut scene = Scene::new();
         scene.source_refuses = refuse;
         let (error, theirs) = scene.play(|link| link).expect_kept();

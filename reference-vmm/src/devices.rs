@@ -1,10 +1,10 @@
 //! The devices every guest has.
 
+use pageferry_device_state::{RegisterError, Registry};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::GuestError;
-use crate::heartbeat::{Heartbeat, HeartbeatSnapshot};
-use crate::serial::{SerialPort, SerialRegisters};
+use crate::heartbeat::Heartbeat;
+use crate::serial::SerialPort;
 
 /// First of the serial port's eight I/O ports.
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
@@ -27,16 +27,9 @@ impl Devices {
         Self { heartbeat: Heartbeat::default(), serial: SerialPort::new(serial_interrupt) }
     }
 
-    pub(crate) fn save(&self) -> (HeartbeatSnapshot, SerialRegisters) {
-        (self.heartbeat.snapshot(), self.serial.save())
-    }
-
-    pub(crate) fn restore(
-        &self,
-        heartbeat: HeartbeatSnapshot,
-        serial: SerialRegisters,
-    ) -> Result<(), GuestError> {
-        self.heartbeat.restore(heartbeat);
-        self.serial.restore(serial)
+    /// Adds the devices to those that are saved and loaded.
+    pub(crate) fn register<'a>(&'a self, registry: &mut Registry<'a>) -> Result<(), RegisterError> {
+        registry.add_component(0, &self.heartbeat)?;
+        registry.add_component(0, &self.serial)
     }
 }

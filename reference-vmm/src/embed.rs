@@ -6,6 +6,8 @@ use std::sync::Arc;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
 use pageferry::{Machine, MachineError};
+use pageferry_device_state::Schema;
+use pageferry_device_state::schema::Verdict;
 use pageferry_rust_vmm::{
     AtomicBitmapSource, KvmDirtyLog, KvmDirtyRing, KvmSlot, PagemapScan, UffdWp, guest_memory,
 };
@@ -84,6 +86,19 @@ impl Machine for GuestMachine {
     fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
         state.extend(self.guest.save()?);
         Ok(())
+    }
+
+    fn state_schema(&self) -> Result<Vec<u8>, MachineError> {
+        Ok(self.guest.schema()?.to_json().into_bytes())
+    }
+
+    fn check_state_schema(&self, source: &[u8]) -> Result<(), MachineError> {
+        let compatibility = self.guest.schema()?.reads(&Schema::from_json(source)?);
+        match compatibility.verdict() {
+            // What depends on the state is tried: loading it is all or nothing.
+            Verdict::Works | Verdict::Depends => Ok(()),
+            _ => Err(compatibility.to_string().into()),
+        }
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {

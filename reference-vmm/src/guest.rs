@@ -21,6 +21,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry_device_state::{Registry, Schema};
 use serde::{Deserialize, Serialize};
 
 use crate::devices::Devices;
@@ -32,7 +33,7 @@ use crate::linear::LinearMemory;
 use crate::process::ProcessMachine;
 use crate::ram::{Backing, GuestRam};
 use crate::run_control::{StillRunning, Workers};
-use crate::state::{GuestState, MachineState, StateError};
+use crate::state::StateError;
 use crate::tracking::DirtyTracking;
 use crate::workload::oracle;
 use crate::workload::{OracleReport, WorkloadConfig, WorkloadError, WorkloadKind, contents};
@@ -41,6 +42,13 @@ pub use crate::kvm::{KvmHandles, MemorySlot};
 
 /// A virtual CPU that does not stop for this long sits in the kernel, waiting for memory.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// So many virtual CPUs are worth a thread when they are saved.
+const VCPUS_A_THREAD: u8 = 16;
+
+fn host_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
 
 /// What runs the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -189,42 +197,37 @@ impl Guest {
         const OPERATION: &str = "save the guest's state";
         self.ensure_paused(OPERATION)?;
         self.ensure_alive(OPERATION)?;
-        let machine = match &self.machine {
-            Machine::Kvm(machine) => MachineState::Kvm(Box::new(machine.save()?)),
-            Machine::Process(machine) => MachineState::Process(machine.save()),
-        };
-        let (heartbeat, serial) = self.devices.save();
-        Ok(GuestState { heartbeat, serial, machine }.encode()?)
+        let threads = usize::from(self.config.vcpus / VCPUS_A_THREAD).min(host_cpus());
+        Ok(self.registry()?.save_by_threads(threads).map_err(StateError::from)?)
     }
 
     /// Takes over what [`Self::save`] gave. If it fails half-way the guest can only be dropped,
     /// or loaded again.
     pub fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
         self.ensure_paused("load the guest's state")?;
-        let GuestState { heartbeat, serial, machine: saved } = GuestState::decode(state)?;
-        match (&self.machine, saved) {
-            (Machine::Kvm(machine), MachineState::Kvm(saved)) => {
-                machine.check(&saved)?;
-                self.contents = Contents::HalfLoaded;
-                machine.load(&saved)?;
-            }
-            (Machine::Process(machine), MachineState::Process(saved)) => {
-                machine.check(&saved)?;
-                self.contents = Contents::HalfLoaded;
-                machine.load(saved);
-            }
-            (_, saved) => {
-                let found = match saved {
-                    MachineState::Kvm(_) => GuestKind::Kvm,
-                    MachineState::Process(_) => GuestKind::Process,
-                };
-                let [found, expected] = [found, self.config.kind].map(|kind| kind.to_string());
-                return Err(StateError::Mismatch { what: "its kind", found, expected }.into());
-            }
+        let loaded = self.registry()?.load(state);
+        match &loaded {
+            Ok(()) => self.contents = Contents::Guest,
+            Err(error) if error.is_half_loaded() => self.contents = Contents::HalfLoaded,
+            Err(_) => {}
         }
-        self.devices.restore(heartbeat, serial)?;
-        self.contents = Contents::Guest;
-        Ok(())
+        Ok(loaded.map_err(StateError::from)?)
+    }
+
+    /// What the guest saves and loads, with all its devices. A guest need not be paused to say.
+    pub fn schema(&self) -> Result<Schema, GuestError> {
+        Ok(self.registry()?.schema())
+    }
+
+    /// All that is saved and loaded.
+    fn registry(&self) -> Result<Registry<'_>, StateError> {
+        let mut registry = Registry::new();
+        match &self.machine {
+            Machine::Kvm(machine) => machine.register(&mut registry)?,
+            Machine::Process(machine) => machine.register(&mut registry)?,
+        }
+        self.devices.register(&mut registry)?;
+        Ok(registry)
     }
 
     /// Its memory.

@@ -4,16 +4,20 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
+use pageferry_device_state::{Component, DeviceState, HookError};
 
 /// What the heartbeat saw so far. It moves with the device state.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, DeviceState)]
+#[device_state(name = "heartbeat")]
 pub struct HeartbeatSnapshot {
     /// Beats since boot, of all virtual CPUs together.
+    #[device_state(tag = 1)]
     pub beats: u64,
     /// Longest time between two beats since the last reset.
+    #[device_state(tag = 2)]
     pub longest_gap_ns: u64,
     /// `CLOCK_REALTIME` of the last beat, the only clock two hosts share; 0 before the first.
+    #[device_state(tag = 3)]
     pub last_beat_realtime_ns: u64,
 }
 
@@ -62,6 +66,19 @@ impl Heartbeat {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Component for &Heartbeat {
+    type State = HeartbeatSnapshot;
+
+    fn save(&mut self) -> Result<HeartbeatSnapshot, HookError> {
+        Ok(self.snapshot())
+    }
+
+    fn load(&mut self, seen: HeartbeatSnapshot) -> Result<(), HookError> {
+        self.restore(seen);
+        Ok(())
     }
 }
 

@@ -20,6 +20,7 @@ mod process;
 pub mod ram;
 mod run_control;
 mod serial;
-mod state;
+pub mod snapshot;
+pub mod state;
 pub mod tracking;
 pub mod workload;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use pageferry_device_state::{Component, DeviceState, HookError, RegisterError, Registry};
 use vm_memory::GuestMemoryError;
 
 use crate::devices::Devices;
@@ -10,7 +10,6 @@ use crate::error::GuestError;
 use crate::layout::{Layout, PAGE_BYTES, PAGE_COUNTER, Slice, slot};
 use crate::linear::LinearMemory;
 use crate::run_control::{RunControl, Workers};
-use crate::state::StateError;
 use crate::workload::contents::{canary, generator_start, vector_word};
 use crate::workload::pacer::Pacer;
 use crate::workload::{
@@ -20,25 +19,43 @@ use crate::workload::{
 /// 64-bit halves of XMM0 to XMM15.
 const VECTOR_WORDS: u64 = 32;
 
-/// The saved "registers" of all threads.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct ProcessState {
-    vcpus: Vec<Registers>,
-}
-
 /// What guest code would hold in registers.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Registers {
+#[derive(Debug, Clone, Default, PartialEq, Eq, DeviceState)]
+#[device_state(name = "thread", priority = 50)]
+pub(crate) struct Registers {
     /// Steps left until the next beat.
+    #[device_state(tag = 1)]
     granted: u32,
     /// `sequential`: next page of the slice.
+    #[device_state(tag = 2)]
     position: u64,
+    #[device_state(tag = 3)]
     generator: u64,
     /// `hot-cold`: writes until one goes anywhere.
+    #[device_state(tag = 4)]
     hot_left: u64,
+    #[device_state(tag = 5)]
     beats: u64,
+    #[device_state(tag = 6)]
     canary: u64,
+    #[device_state(tag = 7, max_len = 32)]
     vectors: Vec<u64>,
+}
+
+/// A parked thread, to be saved and loaded.
+struct Thread<'a>(&'a Mutex<Registers>);
+
+impl Component for Thread<'_> {
+    type State = Registers;
+
+    fn save(&mut self) -> Result<Registers, HookError> {
+        Ok(lock(self.0).clone())
+    }
+
+    fn load(&mut self, registers: Registers) -> Result<(), HookError> {
+        *lock(self.0) = registers;
+        Ok(())
+    }
 }
 
 impl Registers {
@@ -103,24 +120,11 @@ impl ProcessMachine {
         }
     }
 
-    pub(crate) fn save(&self) -> ProcessState {
-        ProcessState { vcpus: self.vcpus.iter().map(|registers| lock(registers).clone()).collect() }
-    }
-
-    /// Checks what [`Self::load`] would not take.
-    pub(crate) fn check(&self, state: &ProcessState) -> Result<(), StateError> {
-        let (found, expected) = (state.vcpus.len(), self.vcpus.len());
-        if found == expected {
-            return Ok(());
-        }
-        let [found, expected] = [found, expected].map(|n| n.to_string());
-        Err(StateError::Mismatch { what: "the number of virtual CPUs", found, expected })
-    }
-
-    pub(crate) fn load(&self, state: ProcessState) {
-        for (registers, saved) in self.vcpus.iter().zip(state.vcpus) {
-            *lock(registers) = saved;
-        }
+    /// Adds the threads to what is saved and loaded.
+    pub(crate) fn register<'a>(&'a self, registry: &mut Registry<'a>) -> Result<(), RegisterError> {
+        (0..)
+            .zip(&self.vcpus)
+            .try_for_each(|(vcpu, registers)| registry.add_component(vcpu, Thread(registers)))
     }
 
     /// For each thread, whether it stands between the two counts of a write: it never does.

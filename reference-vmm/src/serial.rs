@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
+use pageferry_device_state::{Component, DeviceState, HookError};
 use vm_superio::serial::{Error, NoEvents};
 use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -12,6 +12,9 @@ use crate::error::GuestError;
 
 /// Output kept; what a guest prints beyond it is dropped.
 const MAX_OUTPUT_BYTES: usize = 1 << 20;
+
+/// Input that the port keeps for the guest.
+const FIFO_BYTES: u32 = 64;
 
 /// The serial port of a guest.
 #[derive(Debug)]
@@ -101,18 +104,53 @@ impl io::Write for Output {
     }
 }
 
-/// The port's registers and unread input.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The port's registers, and input that the guest has not read if there is some.
+#[derive(Debug, Clone, PartialEq, Eq, DeviceState)]
+#[device_state(name = "serial")]
 pub(crate) struct SerialRegisters {
+    #[device_state(tag = 1)]
     baud_divisor: [u8; 2],
+    #[device_state(tag = 2)]
     interrupt_enable: u8,
+    #[device_state(tag = 3)]
     interrupt_identification: u8,
+    #[device_state(tag = 4)]
     line_control: u8,
+    #[device_state(tag = 5)]
     line_status: u8,
+    #[device_state(tag = 6)]
     modem_control: u8,
+    #[device_state(tag = 7)]
     modem_status: u8,
+    #[device_state(tag = 8)]
     scratch: u8,
-    input: Vec<u8>,
+    #[device_state(subsection = "serial/input", needed = SerialRegisters::has_input)]
+    input: SerialInput,
+}
+
+impl SerialRegisters {
+    fn has_input(&self) -> bool {
+        !self.input.bytes.is_empty()
+    }
+}
+
+/// Input that the guest has not read.
+#[derive(Debug, Clone, Default, PartialEq, Eq, DeviceState)]
+struct SerialInput {
+    #[device_state(tag = 1, max_len = FIFO_BYTES)]
+    bytes: Vec<u8>,
+}
+
+impl Component for &SerialPort {
+    type State = SerialRegisters;
+
+    fn save(&mut self) -> Result<SerialRegisters, HookError> {
+        Ok(SerialPort::save(self))
+    }
+
+    fn load(&mut self, registers: SerialRegisters) -> Result<(), HookError> {
+        Ok(self.restore(registers)?)
+    }
 }
 
 impl From<SerialState> for SerialRegisters {
@@ -126,7 +164,7 @@ impl From<SerialState> for SerialRegisters {
             modem_control: state.modem_control,
             modem_status: state.modem_status,
             scratch: state.scratch,
-            input: state.in_buffer,
+            input: SerialInput { bytes: state.in_buffer },
         }
     }
 }
@@ -143,13 +181,15 @@ impl From<SerialRegisters> for SerialState {
             modem_control: registers.modem_control,
             modem_status: registers.modem_status,
             scratch: registers.scratch,
-            in_buffer: registers.input,
+            in_buffer: registers.input.bytes,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use pageferry_device_state::{from_bytes, to_bytes};
+
     use super::*;
 
     #[test]
@@ -171,8 +211,24 @@ mod tests {
     fn too_much_input_is_an_error() {
         let port = SerialPort::new(None);
         let mut registers = port.save();
-        registers.input = vec![0; 1000];
+        registers.input.bytes = vec![0; 1000];
         assert!(port.restore(registers).is_err());
+    }
+
+    #[test]
+    fn input_is_sent_when_there_is_some() {
+        let port = SerialPort::new(None);
+        let mut registers = port.save();
+        let without = to_bytes(&mut registers).unwrap();
+        registers.input.bytes = vec![7; FIFO_BYTES as usize];
+        let with = to_bytes(&mut registers).unwrap();
+        assert!(with.len() > without.len() + registers.input.bytes.len());
+        port.restore(from_bytes(&with).unwrap()).unwrap();
+        assert_eq!(port.save(), registers);
+        port.restore(from_bytes(&without).unwrap()).unwrap();
+        assert!(!port.save().has_input());
+        registers.input.bytes.push(7);
+        assert!(to_bytes(&mut registers).is_err());
     }
 
     #[test]

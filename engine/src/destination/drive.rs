@@ -10,14 +10,14 @@ use super::populate::{self, Populating};
 use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
 use crate::config::Timeouts;
 use crate::digest::Digest;
-use crate::error::Error;
+use crate::error::{Chain, Error};
 use crate::handover::{DestinationHandover, DestinationInput, DestinationState};
 use crate::machine::{Machine, MachineOperation};
 use crate::memory::{GuestMemory, Layout, PageRange};
 use crate::progress::{Event, EventSink, Phase, Shared};
 use crate::protocol::{
-    Agreement, FailureReason, Hello, MAX_DEVICE_STATE_BYTES, Message, Prepare, Prepared, Welcome,
-    negotiate as negotiate_hello,
+    Agreement, FailureReason, Hello, Incompatibility, MAX_DEVICE_STATE_BYTES, Message, Prepare,
+    Prepared, Welcome, negotiate as negotiate_hello,
 };
 use crate::receiver::{self, ReceiverReport};
 use crate::session::{Item, Patience, Session, unexpected};
@@ -162,6 +162,9 @@ impl Drive {
 
     fn run<M: Machine>(&mut self, machine: &mut M, memory: &Arc<GuestMemory>) -> Result<(), Error> {
         self.hello.check_layout(memory.layout())?;
+        machine
+            .check_state_schema(&self.hello.state_schema)
+            .map_err(|cause| Incompatibility::DeviceState(Chain::of(&*cause).to_string()))?;
         self.session.send(&Message::Welcome(self.welcome))?;
         self.emit(&Event::Agreed(self.agreement));
         self.open_channels(memory)?;
@@ -171,6 +174,8 @@ impl Drive {
         let (prepare, state) = self.take_in_pages(memory)?;
         self.shared().set_phase(Phase::Switchover);
         let prepared = load(machine, memory, prepare, &state)?;
+        self.statistics.device_state.bytes = prepare.state_bytes;
+        self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
         self.handover.handle(DestinationInput::Loaded);
         self.session.send(&Message::Prepared(prepared))?;
         self.emit(&Event::Loaded);

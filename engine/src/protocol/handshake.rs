@@ -70,6 +70,10 @@ pub enum Incompatibility {
         /// The destination's regions.
         destination_map: String,
     },
+    /// The machine at the destination would not take the device state of the one at the source
+    /// ([`Machine::check_state_schema`](crate::Machine::check_state_schema)).
+    #[error("device state of the source cannot be loaded at the destination: {0}")]
+    DeviceState(String),
     /// The destination's memory is not zero, and this source relies on it.
     #[error("the destination does not promise zeroed memory")]
     MemoryNotZeroed,
@@ -115,7 +119,7 @@ pub fn negotiate(
 }
 
 impl Hello {
-    /// The greeting of this engine.
+    /// The greeting of this engine, without a schema of device state.
     pub fn new(layout: Layout, channels: u16, verify: bool, description: Vec<u8>) -> Self {
         Self {
             oldest_version: OLDEST_PROTOCOL_VERSION,
@@ -125,6 +129,7 @@ impl Hello {
             verify,
             layout,
             description,
+            state_schema: Vec::new(),
         }
     }
 

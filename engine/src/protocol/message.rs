@@ -9,6 +9,8 @@ use crate::memory::{Layout, MAX_REGIONS, PageRange, RegionLayout};
 
 /// Most bytes of the description a host may send along with the greeting.
 pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;
+/// Most bytes of a machine's description of its device state.
+pub const MAX_STATE_SCHEMA_BYTES: usize = 256 << 10;
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
 /// Most ranges in one [`Message::DataRanges`].
@@ -104,6 +106,8 @@ pub struct Hello {
     pub layout: Layout,
     /// What the source's VMM tells the destination's: how to build the machine. Opaque here.
     pub description: Vec<u8>,
+    /// What the source's machine says of the device state it will save. Opaque here.
+    pub state_schema: Vec<u8>,
 }
 
 /// The destination's answer to the greeting.
@@ -370,6 +374,7 @@ fn encode_hello(hello: &Hello, w: &mut Writer) {
         w.u64(region.backing_page_bytes);
     }
     w.bytes(&hello.description, MAX_DESCRIPTION_BYTES);
+    w.bytes(&hello.state_schema, MAX_STATE_SCHEMA_BYTES);
 }
 
 fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
@@ -399,6 +404,7 @@ fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
         })
         .collect::<Result<Vec<_>, DecodeError>>()?;
     let description = r.bytes(MAX_DESCRIPTION_BYTES, "description")?.to_vec();
+    let state_schema = r.bytes(MAX_STATE_SCHEMA_BYTES, "state_schema")?.to_vec();
     Ok(Hello {
         oldest_version,
         newest_version,
@@ -407,6 +413,7 @@ fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
         verify: flags & FLAG_VERIFY != 0,
         layout: Layout::new(regions)?,
         description,
+        state_schema,
     })
 }
 
@@ -473,8 +480,8 @@ mod tests {
     fn a_message() -> impl Strategy<Value = Message> {
         let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
         prop_oneof![
-            (1_u16.., any::<u16>(), any::<u32>(), any::<bool>(), a_layout(), bytes(100)).prop_map(
-                |(newest_version, channels, page_bytes, verify, layout, d)| {
+            (1_u16.., any::<(u16, u32, bool)>(), a_layout(), bytes(100), bytes(100)).prop_map(
+                |(newest_version, (channels, page_bytes, verify), layout, d, state_schema)| {
                     Message::Hello(Hello {
                         oldest_version: 1,
                         newest_version,
@@ -483,6 +490,7 @@ mod tests {
                         verify,
                         layout,
                         description: d,
+                        state_schema,
                     })
                 }
             ),

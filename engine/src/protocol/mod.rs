@@ -13,7 +13,8 @@ use thiserror::Error;
 pub use handshake::{Agreement, Incompatibility, negotiate};
 pub use message::{
     FailureReason, Hello, MAX_DATA_RANGES, MAX_DESCRIPTION_BYTES, MAX_DEVICE_STATE_BYTES,
-    MAX_STATE_CHUNK_BYTES, MAX_TEXT_BYTES, Message, Prepare, Prepared, Welcome,
+    MAX_STATE_CHUNK_BYTES, MAX_STATE_SCHEMA_BYTES, MAX_TEXT_BYTES, Message, Prepare, Prepared,
+    Welcome,
 };
 
 use crate::memory::LayoutError;

@@ -15,7 +15,7 @@ use crate::handover::{SourceHandover, SourceInput, SourceState};
 use crate::machine::{Machine, MachineError, MachineOperation};
 use crate::memory::GuestMemory;
 use crate::progress::{Event, Phase};
-use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, Message};
+use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message};
 use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
 use crate::stats::Statistics;
@@ -100,7 +100,7 @@ pub(super) struct Drive<'a> {
 
 impl Drive<'_> {
     fn run<M: Machine>(&mut self, machine: &mut M, started: Instant) -> Result<(), Error> {
-        let (agreement, wants_data_ranges) = self.handshake()?;
+        let (agreement, wants_data_ranges) = self.handshake(machine)?;
         self.open_channels(agreement)?;
         if wants_data_ranges {
             let ranges = self.memory.data_ranges(MAX_DATA_RANGES / 4);
@@ -118,13 +118,21 @@ impl Drive<'_> {
         (self.source.events)(event);
     }
 
-    fn handshake(&mut self) -> Result<(Agreement, bool), Error> {
-        let hello = Hello::new(
+    fn handshake<M: Machine>(&mut self, machine: &M) -> Result<(Agreement, bool), Error> {
+        let mut hello = Hello::new(
             self.memory.layout().clone(),
             self.source.channels,
             self.source.verify,
             std::mem::take(&mut self.source.description),
         );
+        hello.state_schema =
+            machine.state_schema().map_err(|cause| refused(MachineOperation::Describe, cause))?;
+        if hello.state_schema.len() > MAX_STATE_SCHEMA_BYTES {
+            return Err(Error::Configuration(format!(
+                "schema of device state of {} bytes, at most {MAX_STATE_SCHEMA_BYTES} are possible",
+                hello.state_schema.len()
+            )));
+        }
         let patience = Patience::now(
             "the destination's answer to the greeting",
             self.source.common.timeouts.handshake,

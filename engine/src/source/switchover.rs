@@ -43,8 +43,11 @@ impl Drive<'_> {
 
         let began = self.begin_round(true)?;
         let mut state = Vec::new();
+        let saving = Instant::now();
         machine.save(&mut state).map_err(|cause| refused(MachineOperation::Save, cause))?;
         let saved = Instant::now();
+        self.statistics.device_state.save = saved.saturating_duration_since(saving);
+        self.statistics.device_state.bytes = state.len() as u64;
         let landed = self.await_round(true)?;
         // Saved while the pages were under way; what took longer than they is its own part.
         let overtime = saved.saturating_duration_since(landed);
@@ -64,6 +67,7 @@ impl Drive<'_> {
         let digest = if agreement.verify { Some(Digest::of(&self.memory)?) } else { None };
         self.statistics.downtime.verify = watch.lap();
         let prepared = self.prepare(&state, digest)?;
+        self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
         let verified = Duration::from_nanos(prepared.verify_ns);
         let lap = watch.lap();
         self.statistics.downtime.verify += verified.min(lap);

@@ -82,10 +82,14 @@ struct Inner {
     writes: AtomicU64,
 }
 
+/// What test machines say of their state: one number.
+const SCHEMA: &[u8] = b"writes: u64";
+
 /// What a test wants a machine to refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refuse {
     Nothing,
+    Schema,
     Pause,
     Save,
     Load,
@@ -206,6 +210,16 @@ impl Machine for TestMachine {
         self.inner.log.mark(0, last);
         state.extend_from_slice(&self.writes().to_le_bytes());
         Ok(())
+    }
+
+    fn state_schema(&self) -> Result<Vec<u8>, MachineError> {
+        self.refuse(Refuse::Schema)?;
+        Ok(SCHEMA.to_vec())
+    }
+
+    fn check_state_schema(&self, source: &[u8]) -> Result<(), MachineError> {
+        self.refuse(Refuse::Schema)?;
+        if source == SCHEMA { Ok(()) } else { Err(format!("{source:?} came").into()) }
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {

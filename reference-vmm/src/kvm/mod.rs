@@ -18,6 +18,7 @@ use kvm_bindings::{
     kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use pageferry_device_state::{RegisterError, Registry};
 use pageferry_rust_vmm::DirtyRings;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -28,13 +29,12 @@ use crate::layout::{CODE, Layout, PAGE_BYTES, WORKING_SET, slot};
 use crate::linear::LinearMemory;
 use crate::ram::{Backing, GuestRam};
 use crate::run_control::{RunControl, Workers};
-use crate::state::StateError;
 use crate::tracking::DirtyTracking;
 use crate::workload::arithmetic::Registers;
 use crate::workload::contents::write_banner;
 use crate::workload::pacer::Pacer;
 use crate::workload::{WorkloadConfig, WorkloadKind};
-use state::{Capabilities, KvmState, VcpuState, failed};
+use state::{Capabilities, Clock, InterruptControllers, Pit, Vcpu, failed};
 
 /// The version of KVM's interface; it has not changed since Linux 2.6.22.
 const KVM_API_VERSION: i32 = 12;
@@ -345,26 +345,22 @@ impl KvmMachine {
         state::write_xsave(vcpu, words, &nothing).map(|()| 0)
     }
 
-    pub(crate) fn save(&self) -> Result<KvmState, GuestError> {
-        let vcpus = self.vcpus.iter().map(|vcpu| VcpuState::save(&lock(vcpu), &self.capabilities));
-        let vcpus = vcpus.collect::<Result<_, _>>()?;
-        let vm = state::save_vm(&self.handles.vm, &self.capabilities)?;
-        Ok(KvmState { vm, vcpus })
-    }
-
-    /// Checks what can be told without touching the virtual machine.
-    pub(crate) fn check(&self, state: &KvmState) -> Result<(), StateError> {
-        state::same("the number of virtual CPUs", state.vcpus.len(), self.vcpus.len())?;
-        state.vm.check(&self.capabilities)?;
-        state.vcpus.iter().try_for_each(|vcpu| vcpu.check(&self.capabilities))
-    }
-
-    pub(crate) fn load(&self, state: &KvmState) -> Result<(), GuestError> {
-        state::restore_interrupts(&self.handles.vm, &state.vm)?;
-        for (vcpu, saved) in self.vcpus.iter().zip(&state.vcpus) {
-            saved.restore(&lock(vcpu), &self.capabilities)?;
+    /// Adds what KVM keeps to what is saved and loaded: as much as it offers here.
+    pub(crate) fn register<'a>(&'a self, registry: &mut Registry<'a>) -> Result<(), RegisterError> {
+        let (vm, capabilities) = (&*self.handles.vm, &self.capabilities);
+        if capabilities.irqchip {
+            registry.add_component(0, InterruptControllers(vm))?;
         }
-        state::restore_clock(&self.handles.vm, &state.vm)
+        if capabilities.pit {
+            registry.add_component(0, Pit(vm))?;
+        }
+        for (id, fd) in (0..).zip(&self.vcpus) {
+            registry.add_component(id, Vcpu { fd, capabilities })?;
+        }
+        if capabilities.clock {
+            registry.add_component(0, Clock(vm))?;
+        }
+        Ok(())
     }
 
     /// For each virtual CPU, whether it stands between the two counts of a write.

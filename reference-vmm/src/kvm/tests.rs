@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use pageferry_device_state::{RawSection, StreamWriter, Writer, sections};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::state::VcpuState;
 use crate::guest::{Guest, GuestConfig, GuestKind, kvm_available, workload_available};
 use crate::layout::{Layout, PAGE_BYTES, WORKING_SET, slot};
 use crate::ram::{Backing, Ram};
-use crate::state::{GuestState, MachineState};
 use crate::workload::{WorkloadConfig, WorkloadKind};
 
 const TSC: u32 = 0x10;
@@ -53,10 +53,8 @@ fn run(guest: &mut Guest) {
 }
 
 fn vcpus(state: &[u8]) -> Vec<VcpuState> {
-    match GuestState::decode(state).unwrap().machine {
-        MachineState::Kvm(state) => state.vcpus,
-        MachineState::Process(_) => panic!("a KVM guest"),
-    }
+    let vcpus = sections(state).unwrap().into_iter().filter(|section| section.name == "vcpu");
+    vcpus.map(|section| section.state().unwrap()).collect()
 }
 
 #[test]
@@ -102,10 +100,22 @@ fn a_lost_register_shows() {
     copy_memory(&source, &destination);
     let state = source.save().unwrap();
     let load_changed = |guest: &mut Guest, change: &dyn Fn(&mut [u32])| {
-        let mut changed = GuestState::decode(&state).unwrap();
-        let MachineState::Kvm(kvm) = &mut changed.machine else { panic!("a KVM guest") };
-        change(&mut kvm.vcpus[1].xsave);
-        guest.load(&changed.encode().unwrap()).unwrap();
+        let mut changed = StreamWriter::new();
+        for RawSection { name, instance, version, payload, .. } in sections(&state).unwrap() {
+            let same = payload.clone().take(payload.left()).unwrap();
+            if (name, instance) == ("vcpu", 1) {
+                let mut vcpu: VcpuState = vcpus(&state).remove(1);
+                change(&mut vcpu.xsave);
+                changed.state(instance, &mut vcpu).unwrap();
+            } else {
+                let copied = |out: &mut Writer| {
+                    out.put(same);
+                    Ok(())
+                };
+                changed.section(name, instance, version, copied).unwrap();
+            }
+        }
+        guest.load(&changed.finish()).unwrap();
     };
     let mut noticed = 0;
     for (name, word) in register_words() {

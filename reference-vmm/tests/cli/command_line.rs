@@ -37,7 +37,7 @@ fn nonsense_is_refused_with_help() {
         (&["demo", "--guest=process", "--dirty-source=ring"], &["ring", "KVM sees only"]),
         (&["demo", "--verify=perhaps"], &["--verify"]),
         (&["dance"], &["dance"]),
-        (&[], &["demo", "run", "receive"]),
+        (&[], &["demo", "run", "receive", "save", "restore", "schema", "inspect"]),
     ];
     for (args, parts) in cases {
         let mut process = Process::start("program", args);

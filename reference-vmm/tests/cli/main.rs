@@ -8,6 +8,7 @@ mod command_line;
 mod demo;
 mod iouring;
 mod refused;
+mod saved;
 mod strangers;
 mod support;
 mod uncertain;

@@ -48,6 +48,42 @@ fn a_source_of_another_protocol_version() {
     destination.finish().report(1).assert_did_not_come("failed", &why);
 }
 
+/// A guest of the reference VMM, as a source says it.
+const GUEST: &str = r#"{"kind":"process","regions":[[0,16777216]],"backing":"anonymous","vcpus":1,
+    "workload":{"kind":"idle","working_set_bytes":4194304,"dirty_rate_pages_per_second":null,
+    "seed":1}}"#;
+
+#[test]
+fn a_source_whose_device_state_is_another() {
+    let schema = pageferry_vmm::state::schema().to_json();
+    let newer = schema.replace(
+        r#""name":"heartbeat","state":{"version":1"#,
+        r#""name":"heartbeat","state":{"version":2"#,
+    );
+    assert_ne!(newer, schema);
+    for (said, why) in [
+        (newer, "heartbeat: the writer has version 2, the reader reads up to 1"),
+        // That of the whole program: a guest of threads has no vCPUs.
+        (schema, "vcpu: the reader does not know the section"),
+        (String::new(), "failed to read a schema"),
+    ] {
+        let (mut destination, address) = destination(&[]);
+        let mut source = dial(&address);
+        source.write_all(&control_preamble()).expect("write");
+        assert_eq!(read_answer(&mut source).status, Status::Ok);
+        let region = RegionLayout { guest_addr: 0, len_bytes: 16 << 20, backing_page_bytes: 4096 };
+        let layout = Layout::new(vec![region]).expect("a layout");
+        let mut hello = Hello::new(layout, 1, false, GUEST.into());
+        hello.state_schema = said.into();
+        send(&mut source, &Message::Hello(hello).encode());
+        // Instead of a welcome: no page was asked for.
+        let Message::Failed { reason, text } = receive(&mut source) else { panic!("no failure") };
+        assert_eq!(reason, FailureReason::Incompatible);
+        assert!(text.contains("device state"), "{text}");
+        destination.finish().report(1).assert_did_not_come("failed", &["device state", why]);
+    }
+}
+
 #[test]
 fn a_source_of_another_transport_version() {
     let (mut destination, address) = destination(&[]);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::common::{
     MIB, assert_ok, booted, config, copy_memory, kinds, run_for_beats, wait_for_beats, workloads,
 };
+use pageferry_device_state::{LoadError, Problem, sections};
 use pageferry_vmm::error::{GuestError, StateError};
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
 use pageferry_vmm::workload::WorkloadKind;
@@ -117,23 +118,34 @@ fn bad_states_are_typed_errors() {
             Err(GuestError::State(error)) => error,
             other => panic!("{} bytes: {other:?}", bytes.len()),
         };
-        assert!(matches!(load(&mut guest, &[]), StateError::NotAState { .. }));
-        assert!(matches!(load(&mut guest, &[0xff; 5000]), StateError::NotAState { .. }));
-        let mut version = good.clone();
-        version[8] ^= 0x7f;
-        assert!(matches!(load(&mut guest, &version), StateError::Version { .. }));
+        let problem = |guest: &mut Guest, bytes: &[u8]| match load(guest, bytes) {
+            StateError::Load(LoadError::Decode(error)) => format!("{:?}", error.problem()),
+            other => panic!("{} bytes: {other:?}", bytes.len()),
+        };
+        assert!(problem(&mut guest, &[]).starts_with("Magic"));
+        assert!(problem(&mut guest, &[0xff; 5000]).starts_with("Magic"));
+        let mut format = good.clone();
+        format[8] ^= 0x7f;
+        assert!(problem(&mut guest, &format).starts_with("Format"));
+        let mut damaged = good.clone();
+        damaged[good.len() / 2] ^= 1;
+        assert!(problem(&mut guest, &damaged).starts_with("Checksum"));
         // A step through all lengths, all of them near the end.
         for len in (0..good.len()).step_by(97).chain(good.len() - 20..good.len()) {
             load(&mut guest, &good[..len]);
         }
         let mut long = good.clone();
         long.push(0);
-        assert!(matches!(load(&mut guest, &long), StateError::Malformed));
+        assert!(problem(&mut guest, &long).starts_with("Trailing"));
 
         let mut other = config.clone();
         other.vcpus = 1;
         let mut other = Guest::create(other).unwrap();
-        assert!(matches!(load(&mut other, &good), StateError::Mismatch { .. }));
+        let unknown = load(&mut other, &good);
+        assert!(
+            matches!(unknown, StateError::Load(LoadError::Unknown { instance: 1, .. })),
+            "{unknown}"
+        );
         // None of these touched the guest.
         assert!(matches!(guest.resume(), Err(GuestError::Empty { .. })));
         copy_memory(&source, &guest);
@@ -141,6 +153,16 @@ fn bad_states_are_typed_errors() {
         run_for_beats(&mut guest, 5);
         assert_ok(&guest);
     }
+}
+
+/// The stream with the checksums that its bytes have.
+fn repaired(mut stream: Vec<u8>) -> Vec<u8> {
+    while let Err(error) = sections(&stream) {
+        let Problem::Checksum { computed, .. } = error.problem() else { break };
+        let at = usize::try_from(error.place().offset_bytes).unwrap() + 20;
+        stream[at..at + 4].copy_from_slice(&computed.to_le_bytes());
+    }
+    stream
 }
 
 #[test]
@@ -156,7 +178,8 @@ fn damaged_states_never_panic() {
         for byte in (10..good.len()).step_by(13) {
             let mut bad = good.clone();
             bad[byte] ^= 1 << (byte % 8);
-            match guest.load(&bad) {
+            // With checksums that fit, so that it gets as far as it can.
+            match guest.load(&repaired(bad)) {
                 Ok(()) => loaded += 1,
                 Err(error) => {
                     refused += 1;
@@ -181,7 +204,10 @@ fn a_state_of_the_other_kind_is_refused() {
     let mut process = booted(config(GuestKind::Process, WorkloadKind::Idle, 1));
     let state = kvm.save().unwrap();
     let error = process.load(&state).unwrap_err();
-    assert!(matches!(error, GuestError::State(StateError::Mismatch { .. })), "{error}");
+    assert!(
+        matches!(error, GuestError::State(StateError::Load(LoadError::Missing { .. }))),
+        "{error}"
+    );
     assert!(kvm.load(&process.save().unwrap()).is_err());
     run_for_beats(&mut kvm, 3);
     run_for_beats(&mut process, 3);

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -35,6 +36,20 @@ Examples:
   A guest that moves when it is told to (SIGUSR1, or \"migrate\" on stdin):
     pageferry-vmm run --migrate-to host-b:7400 --on-demand";
 
+const STATE_EXAMPLES: &str = "\
+Examples:
+  A guest goes on from a file:
+    pageferry-vmm save guest.pf --vcpus 2
+    pageferry-vmm restore guest.pf
+
+  What is in it, and what changed between two:
+    pageferry-vmm inspect guest.pf
+    pageferry-vmm inspect guest.pf later.pf
+
+  Will the next version of this program take what this one has?
+    pageferry-vmm schema dump > old.json
+    pageferry-vmm schema check old.json new.json";
+
 /// A small KVM virtual machine that migrates live.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
@@ -54,6 +69,18 @@ pub(crate) enum Command {
     /// Wait for a guest to arrive, and run it.
     #[command(after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
     Receive(ReceiveArgs),
+    /// Run a guest for a while, save it to a file, and end.
+    #[command(after_long_help = format!("{STATE_EXAMPLES}\n\n{EXIT_CODES}"))]
+    Save(SaveArgs),
+    /// Run the guest that a file holds.
+    #[command(after_long_help = format!("{STATE_EXAMPLES}\n\n{EXIT_CODES}"))]
+    Restore(RestoreArgs),
+    /// What device state is made of, and whether versions of this program read each other's.
+    #[command(subcommand, after_long_help = STATE_EXAMPLES)]
+    Schema(SchemaCommand),
+    /// Print the device state in a file, or what differs in two.
+    #[command(after_long_help = STATE_EXAMPLES)]
+    Inspect(InspectArgs),
 }
 
 impl Command {
@@ -62,7 +89,8 @@ impl Command {
         match self {
             Self::Demo(args) => args.guest.check(),
             Self::Run(args) => args.guest.check(),
-            Self::Receive(_) => Ok(()),
+            Self::Save(args) => args.guest.check(),
+            Self::Receive(_) | Self::Restore(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
         }
     }
 }
@@ -388,6 +416,57 @@ pub(crate) struct ReceiveArgs {
     pub(crate) with_parent: bool,
     #[command(flatten)]
     pub(crate) rdma: RdmaArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SaveArgs {
+    /// The file. It is there once it is whole.
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+    /// How long the guest runs before it is saved.
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = time)]
+    pub(crate) run_for: Duration,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The file.
+    pub(crate) file: PathBuf,
+    /// What backs the guest's memory here.
+    #[arg(long, default_value = "anonymous")]
+    pub(crate) backing: Backing,
+    /// How long the guest runs before its memory is checked and it ends.
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = time)]
+    pub(crate) run_for: Duration,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SchemaCommand {
+    /// Print the schema of this program, as JSON.
+    Dump,
+    /// Tell from two schemas which migrations work: from the old program to the new one, and back.
+    /// Fails if one does not although its versions say that it does.
+    Check {
+        /// The schema of the old program.
+        old: PathBuf,
+        /// The schema of the new one.
+        new: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A file of `save`, or a stream of device state; `-` for stdin.
+    pub(crate) file: PathBuf,
+    /// Another one: print what is different in it.
+    pub(crate) other: Option<PathBuf>,
 }
 
 /// "512M", "1G", "64MiB": binary units.

@@ -11,12 +11,15 @@ macro_rules! say {
 
 mod args;
 mod demo;
+mod inspect;
 mod links;
 mod outcome;
 mod receive;
 mod report;
 mod resident;
 mod run;
+mod saved;
+mod schema;
 mod signals;
 mod watch;
 
@@ -47,6 +50,10 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::demo(&args),
         Command::Run(args) => run::run(&args),
         Command::Receive(args) => receive::receive(&args),
+        Command::Save(args) => saved::save(&args),
+        Command::Restore(args) => saved::restore(&args),
+        Command::Schema(command) => schema::schema(&command),
+        Command::Inspect(args) => inspect::inspect(&args),
     };
     match result {
         Ok(outcome) => outcome.exit_code(),

@@ -74,6 +74,10 @@ pub(crate) struct Report {
     pub(crate) rebalances: u32,
     /// What was done at the destination ahead of the data.
     pub(crate) populated: PopulatedReport,
+    /// Device state: its length, and what saving and loading it took, as far as this side knows.
+    pub(crate) device_state_bytes: u64,
+    pub(crate) device_state_save_ms: f64,
+    pub(crate) device_state_load_ms: f64,
     /// CPU time of the source's process during the migration, the guest's included.
     pub(crate) cpu_ms: Option<f64>,
     pub(crate) throughput_gbps: f64,
@@ -187,6 +191,9 @@ impl Report {
                 bytes: statistics.populated.bytes,
                 ms: ms(statistics.populated.took),
             },
+            device_state_bytes: statistics.device_state.bytes,
+            device_state_save_ms: ms(statistics.device_state.save),
+            device_state_load_ms: ms(statistics.device_state.load),
             cpu_ms: None,
             throughput_gbps: statistics.throughput_gbps(),
             dirty_pages_per_second: statistics.dirty_pages_per_second,

@@ -19,6 +19,8 @@ const NUMBERS: &[&str] = &[
     "verify_ms",
     "dirty_pages_per_second",
     "cpu_ms",
+    "device_state_save_ms",
+    "device_state_load_ms",
 ];
 const COUNTS: &[&str] = &[
     "channels",
@@ -30,6 +32,7 @@ const COUNTS: &[&str] = &[
     "system_calls",
     "lost_channels",
     "rebalances",
+    "device_state_bytes",
     "heartbeats",
     "vcpus",
 ];
@@ -109,6 +112,9 @@ impl Report {
         assert!(self.count("rounds") >= 1 && self.count("bytes_on_wire") > 0, "{self:?}");
         assert!(self.number("total_ms") >= self.number("downtime_ms"), "{self:?}");
         assert!(self.number("downtime_ms") > 0.0, "{self:?}");
+        assert!(self.count("device_state_bytes") > 100, "{self:?}");
+        let took = ["device_state_save_ms", "device_state_load_ms"].map(|name| self.number(name));
+        assert!(took.iter().all(|took| *took > 0.0), "{self:?}");
         assert_eq!(self.count("user_copied_bytes"), 0);
     }
 

@@ -1,0 +1,226 @@
+//! A paused guest in a file: what it is made of, its device state and its memory.
+//!
+//! ```text
+//!  0          8          10    12       16       20       28
+//! ┌──────────┬──────────┬─────┬────────┬────────┬────────┬─────────┬────────┬────────┬─────────┐
+//! │ magic    │ format=1 │ 0   │ config │ schema │ state  │ config  │ schema │ state  │ records │
+//! │ 8 bytes  │ u16      │ u16 │ u32 len│ u32 len│ u64 len│ JSON    │ JSON   │ stream │         │
+//! └──────────┴──────────┴─────┴────────┴────────┴────────┴─────────┴────────┴────────┴─────────┘
+//! magic "PFVMSNAP"; records: guest address u64, length u64, so many bytes of memory; memory in no
+//! record is zero. A record of length 0 ends the file.
+//! ```
+//!
+//! Integers are little-endian. The schema is that of the program that saved, so that the state can
+//! be printed with names by any other.
+
+use std::io::{self, Read, Write};
+
+use pageferry_device_state::Schema;
+use pageferry_device_state::schema::{Compatibility, MAX_SCHEMA_BYTES, SchemaError, Verdict};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::error::GuestError;
+use crate::guest::{Guest, GuestConfig};
+use crate::ram::Backing;
+
+/// First bytes of a file.
+pub const MAGIC: [u8; 8] = *b"PFVMSNAP";
+
+const FORMAT: u16 = 1;
+const MAX_CONFIG_BYTES: u32 = 64 << 10;
+const MAX_STATE_BYTES: u64 = 256 << 20;
+/// Memory is read and written in pieces of this length.
+const PIECE_BYTES: u64 = 64 << 10;
+
+/// Why a guest could not be saved to a file or restored from one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// The file could not be read or written.
+    #[error("failed to {operation} the file")]
+    Io {
+        /// "read" or "write".
+        operation: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is something else, or damaged.
+    #[error("failed to read the file: {0}")]
+    Malformed(&'static str),
+    /// A part of the file is longer than any that was written.
+    #[error("failed to read the file: its {part} has {found} bytes, at most {max} are read")]
+    TooLong {
+        /// Which.
+        part: &'static str,
+        /// What the file says.
+        found: u64,
+        /// What is possible.
+        max: u64,
+    },
+    /// The description of the guest makes no sense.
+    #[error("failed to read what the guest is made of")]
+    Config(#[from] serde_json::Error),
+    /// The schema makes no sense.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// The state is of a program that this one does not understand.
+    #[error("failed to restore the guest: its device state {0}")]
+    Incompatible(Compatibility),
+    /// The guest.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// How much was written or read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Device state.
+    pub state_bytes: u64,
+    /// Memory that is not zero, and so is in the file.
+    pub memory_bytes: u64,
+}
+
+/// A file without its memory.
+#[derive(Debug)]
+pub struct Header {
+    /// What the guest is made of.
+    pub config: GuestConfig,
+    /// What the program that saved it could save.
+    pub schema: Schema,
+    /// Its device state.
+    pub state: Vec<u8>,
+}
+
+fn reading(source: io::Error) -> SnapshotError {
+    if source.kind() == io::ErrorKind::UnexpectedEof {
+        SnapshotError::Malformed("it ends too early")
+    } else {
+        SnapshotError::Io { operation: "read", source }
+    }
+}
+
+fn writing(source: io::Error) -> SnapshotError {
+    SnapshotError::Io { operation: "write", source }
+}
+
+/// Writes a paused guest, which stays as it is.
+pub fn save(guest: &mut Guest, out: &mut impl Write) -> Result<Written, SnapshotError> {
+    let config = serde_json::to_vec(guest.config())?;
+    let schema = guest.schema()?.to_json();
+    let state = guest.save()?;
+    let mut written = Written { state_bytes: state.len() as u64, memory_bytes: 0 };
+    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing);
+    put(&MAGIC)?;
+    put(&FORMAT.to_le_bytes())?;
+    put(&[0; 2])?;
+    for part in [&config, schema.as_bytes()] {
+        put(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes())?;
+    }
+    put(&written.state_bytes.to_le_bytes())?;
+    for part in [&config, schema.as_bytes(), &state] {
+        put(part)?;
+    }
+    let memory = guest.ram().memory();
+    let mut piece = vec![0; usize::try_from(PIECE_BYTES).unwrap_or(usize::MAX)];
+    for region in memory.iter() {
+        let (begin, len_bytes) = (region.start_addr().0, region.len());
+        for address in (begin..begin + len_bytes).step_by(piece.len()) {
+            let len_bytes = PIECE_BYTES.min(begin + len_bytes - address);
+            let piece = &mut piece[..usize::try_from(len_bytes).unwrap_or(usize::MAX)];
+            memory.read_slice(piece, GuestAddress(address)).map_err(GuestError::Memory)?;
+            if piece.iter().any(|byte| *byte != 0) {
+                put(&address.to_le_bytes())?;
+                put(&len_bytes.to_le_bytes())?;
+                put(piece)?;
+                written.memory_bytes += len_bytes;
+            }
+        }
+    }
+    put(&[0; 16])?;
+    out.flush().map_err(writing)?;
+    Ok(written)
+}
+
+/// Reads everything before the memory. The bytes may be anything.
+pub fn read_header(input: &mut impl Read) -> Result<Header, SnapshotError> {
+    if array(input)? != MAGIC {
+        return Err(SnapshotError::Malformed("it holds no guest"));
+    }
+    if u16::from_le_bytes(array(input)?) != FORMAT || array::<2>(input)? != [0; 2] {
+        return Err(SnapshotError::Malformed("it has another format"));
+    }
+    let config = u32::from_le_bytes(array(input)?);
+    let schema = u32::from_le_bytes(array(input)?);
+    let state = u64::from_le_bytes(array(input)?);
+    let config = part(input, "description", config.into(), MAX_CONFIG_BYTES.into())?;
+    let schema = part(input, "schema", schema.into(), MAX_SCHEMA_BYTES as u64)?;
+    let state = part(input, "device state", state, MAX_STATE_BYTES)?;
+    let (config, schema) = (serde_json::from_slice(&config)?, Schema::from_json(&schema)?);
+    Ok(Header { config, schema, state })
+}
+
+/// Makes the guest that a file holds. It is paused. Its memory is backed as told.
+pub fn restore(input: &mut impl Read, backing: Backing) -> Result<(Guest, Written), SnapshotError> {
+    let Header { mut config, schema, state } = read_header(input)?;
+    config.backing = backing;
+    let mut guest = Guest::create(config)?;
+    let compatibility = guest.schema()?.reads(&schema);
+    if compatibility.verdict() == Verdict::Fails {
+        return Err(SnapshotError::Incompatible(compatibility));
+    }
+    let memory_bytes = read_memory(&guest, input)?;
+    guest.load(&state)?;
+    Ok((guest, Written { state_bytes: state.len() as u64, memory_bytes }))
+}
+
+fn read_memory(guest: &Guest, input: &mut impl Read) -> Result<u64, SnapshotError> {
+    let memory = guest.ram().memory();
+    let mut total_bytes = 0;
+    let mut piece = Vec::new();
+    loop {
+        let address = u64::from_le_bytes(array(input)?);
+        let len_bytes = u64::from_le_bytes(array(input)?);
+        if len_bytes == 0 {
+            break;
+        }
+        if len_bytes > PIECE_BYTES {
+            let (part, found, max) = ("piece of memory", len_bytes, PIECE_BYTES);
+            return Err(SnapshotError::TooLong { part, found, max });
+        }
+        piece.resize(usize::try_from(len_bytes).unwrap_or(usize::MAX), 0);
+        input.read_exact(&mut piece).map_err(reading)?;
+        memory
+            .write_slice(&piece, GuestAddress(address))
+            .map_err(|_| SnapshotError::Malformed("it has memory that its guest does not have"))?;
+        total_bytes += len_bytes;
+    }
+    match input.read(&mut [0]).map_err(reading)? {
+        0 => Ok(total_bytes),
+        _ => Err(SnapshotError::Malformed("it goes on after its end")),
+    }
+}
+
+fn array<const N: usize>(input: &mut impl Read) -> Result<[u8; N], SnapshotError> {
+    let mut array = [0; N];
+    input.read_exact(&mut array).map_err(reading)?;
+    Ok(array)
+}
+
+/// So many bytes. Memory is taken as they come.
+fn part(
+    input: &mut impl Read,
+    part: &'static str,
+    found: u64,
+    max: u64,
+) -> Result<Vec<u8>, SnapshotError> {
+    if found > max {
+        return Err(SnapshotError::TooLong { part, found, max });
+    }
+    let mut bytes = Vec::new();
+    input.take(found).read_to_end(&mut bytes).map_err(reading)?;
+    if bytes.len() as u64 == found {
+        Ok(bytes)
+    } else {
+        Err(SnapshotError::Malformed("it ends too early"))
+    }
+}

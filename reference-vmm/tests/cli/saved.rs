@@ -1,0 +1,223 @@
+//! A guest that goes on from a file, and what people see of its state.
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::support::process::Process;
+
+/// A file that is removed in the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let name = format!("{name}-{}", std::process::id());
+        Self(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name))
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().expect("a path of letters")
+    }
+
+    fn with(name: &str, contents: &[u8]) -> Self {
+        let scratch = Self::new(name);
+        fs::write(&scratch.0, contents).expect("write");
+        scratch
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Runs the program to its end: exit status, stdout, messages.
+fn run(args: &[&str]) -> (Option<i32>, String, String) {
+    let mut process = Process::start("program", args);
+    let (status, out) = process.finish_for_people();
+    let messages = process.messages();
+    (status, out, messages)
+}
+
+fn report(args: &[&str]) -> Value {
+    let (status, out, messages) = run(args);
+    assert_eq!(status, Some(0), "{args:?}: {messages}");
+    let report: Value = serde_json::from_str(&out).expect("one JSON object");
+    assert_eq!((&report["schema"], &report["oracle_ok"]), (&1.into(), &true.into()), "{report}");
+    report
+}
+
+const SMALL: [&str; 4] = ["--memory=16M", "--working-set=4M", "--run-for=200ms", "--json"];
+
+fn saved(name: &str, options: &[&str]) -> (Scratch, Value) {
+    let file = Scratch::new(name);
+    let args = [&["save", file.path()], &SMALL[..], options].concat();
+    let report = report(&args);
+    (file, report)
+}
+
+#[test]
+fn a_guest_goes_on_from_a_file() {
+    // KVM where there is KVM, and threads in any case.
+    for kind in ["--guest=auto", "--guest=process"] {
+        for workload in ["sequential", "random", "hot-cold", "idle"] {
+            let workload = format!("--workload={workload}");
+            let (file, saved) = saved("goes-on", &[kind, &workload, "--vcpus=2"]);
+            assert!(saved["state_bytes"].as_u64().unwrap() > 100, "{saved}");
+            let backing = ["--backing=anonymous", "--backing=memfd"];
+            // As often as one likes: restoring takes nothing from the file.
+            for backing in backing {
+                let args = ["restore", file.path(), "--run-for=200ms", "--json", backing];
+                let restored = report(&args);
+                for same in ["guest", "workload", "vcpus", "state_bytes", "memory_bytes"] {
+                    assert_eq!(restored[same], saved[same], "{same}");
+                }
+                let beats = |report: &Value| report["heartbeats"].as_u64().expect("a number");
+                assert!(beats(&restored) >= beats(&saved) + 10, "{saved}\n{restored}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_no_guest_is_refused() {
+    let (file, _) = saved("damaged", &["--guest=process"]);
+    let good = fs::read(&file.0).unwrap();
+    let refused = |contents: &[u8], why: &str| {
+        let bad = Scratch::with("bad", contents);
+        let (status, out, messages) = run(&["restore", bad.path()]);
+        assert_eq!((status, out.as_str()), (Some(1), ""), "{messages}");
+        assert!(messages.contains(why), "no {why:?} in {messages}");
+    };
+    refused(b"", "ends too early");
+    refused(&good[..good.len() - 1], "ends too early");
+    refused(&good[..40], "ends too early");
+    refused(&[&good[..], b"x"].concat(), "goes on after its end");
+    refused(&[b"X", &good[1..]].concat(), "holds no guest");
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    refused(&changed(8, 9), "another format");
+    refused(&changed(15, 0xff), "its description has");
+    refused(&changed(27, 0xff), "its device state has");
+    // Behind description and schema, in the device state.
+    let lengths: Vec<usize> = [12, 16]
+        .map(|at| {
+            usize::try_from(u32::from_le_bytes(good[at..at + 4].try_into().unwrap())).unwrap()
+        })
+        .to_vec();
+    let state = 28 + lengths.iter().sum::<usize>();
+    refused(&changed(state + 60, good[state + 60] ^ 1), "checksum");
+    // Nothing is left of a file that could not be written.
+    let (status, _, messages) =
+        run(&["save", "/proc/pageferry", "--memory=16M", "--working-set=4M"]);
+    assert_eq!(status, Some(1));
+    assert!(messages.contains("failed to create /proc/pageferry"), "{messages}");
+    let (status, _, messages) = run(&["restore", "/nowhere"]);
+    assert_eq!(status, Some(1));
+    assert!(messages.contains("failed to open /nowhere"), "{messages}");
+}
+
+#[test]
+fn a_file_of_another_program_is_refused_by_its_schema() {
+    let (file, _) = saved("foreign", &["--guest=process"]);
+    let good = fs::read(&file.0).unwrap();
+    // The name of a field of the same length, so that nothing moves; and a type.
+    let replaced = |from: &str, to: &str| {
+        let at = good.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        [&good[..at], to.as_bytes(), &good[at + from.len()..]].concat()
+    };
+    let from = r#""name":"granted","type":"u32""#;
+    let renamed = Scratch::with("renamed", &replaced(from, r#""name":"permits","type":"u32""#));
+    assert_eq!(run(&["restore", renamed.path(), "--run-for=10ms"]).0, Some(0));
+    let retyped = Scratch::with("retyped", &replaced(from, r#""name":"granted","type":"i32""#));
+    let (status, _, messages) = run(&["restore", retyped.path()]);
+    assert_eq!(status, Some(1));
+    assert!(messages.contains("thread.granted: the writer has i32, the reader u32"), "{messages}");
+}
+
+#[test]
+fn state_is_printed_and_compared() {
+    let (old, _) = saved("old", &["--guest=auto", "--workload=idle"]);
+    let (new, _) = saved("new", &["--guest=auto", "--workload=idle"]);
+    let (status, text, _) = run(&["inspect", old.path()]);
+    assert_eq!(status, Some(0));
+    for part in ["heartbeat 0: version 1", "  beats: ", "serial 0: version 1", "  line_control: "] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    assert!(!text.contains('#'), "{text}");
+    let (status, same, messages) = run(&["inspect", old.path(), old.path()]);
+    assert_eq!((status, same.as_str(), messages.as_str()), (Some(0), "", "0 differences"));
+    let (status, changes, messages) = run(&["inspect", old.path(), new.path()]);
+    assert_eq!(status, Some(0));
+    assert!(changes.contains("heartbeat 0: last_beat_realtime_ns: 0x"), "{changes}");
+    assert!(messages.ends_with(" differences"), "{messages}");
+    let kept = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/1-kvm.state");
+    let (status, text, _) = run(&["inspect", kept]);
+    assert_eq!(status, Some(0));
+    for part in ["vcpu 1: version 1", "  regs:\n    rax: ", "    rip: 0x", "clock 0: version 1"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let none = Scratch::with("none", b"something else");
+    let (status, _, messages) = run(&["inspect", none.path()]);
+    assert_eq!(status, Some(1));
+    assert!(messages.contains("no device state"), "{messages}");
+}
+
+#[test]
+fn state_is_read_from_stdin() {
+    let kept = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/1-process.state");
+    let program = std::process::Command::new(env!("CARGO_BIN_EXE_pageferry-vmm"))
+        .args(["inspect", "-"])
+        .stdin(fs::File::open(kept).unwrap())
+        .output()
+        .expect("start the program");
+    let text = String::from_utf8(program.stdout).unwrap();
+    assert!(text.contains("\nthread 1: version 1"), "{text}");
+    assert_eq!(text.trim_end(), run(&["inspect", kept]).1);
+}
+
+#[test]
+fn schemas_are_dumped_and_checked() {
+    let (status, dumped, _) = run(&["schema", "dump"]);
+    assert_eq!(status, Some(0));
+    let old = Scratch::with("old.json", dumped.as_bytes());
+    let check = |new: &str| {
+        let new = Scratch::with("new.json", new.as_bytes());
+        run(&["schema", "check", old.path(), new.path()])
+    };
+    let (status, out, _) = check(&dumped);
+    assert_eq!((status, out.as_str()), (Some(0), "old to new: works\nnew to old: works"));
+    let schema: Value = serde_json::from_str(&dumped).unwrap();
+    let changed = |change: fn(&mut Value)| {
+        let mut schema = schema.clone();
+        let sections = schema["sections"].as_array_mut().unwrap();
+        let serial = sections.iter_mut().find(|section| section["name"] == "serial").unwrap();
+        change(&mut serial["state"]);
+        schema.to_string()
+    };
+    // The right way.
+    let (status, out, _) = check(&changed(|state| {
+        state["version"] = 2.into();
+        let field = r#"{"tag":9,"name":"speed","since":2,"has_default":true,"type":"u32"}"#;
+        state["fields"].as_array_mut().unwrap().push(serde_json::from_str(field).unwrap());
+    }));
+    assert_eq!(status, Some(0));
+    let declared = "old to new: works\nnew to old: fails\n  \
+                    fails: serial: the writer has version 2, the reader reads up to 1";
+    assert_eq!(out, declared);
+    // And the wrong one.
+    let (status, out, messages) = check(&changed(|state| {
+        state["fields"].as_array_mut().unwrap().pop();
+    }));
+    assert_eq!(status, Some(1));
+    assert!(out.contains("fails: serial.scratch: the writer does not send the field"), "{out}");
+    assert!(messages.contains("2 of these were not declared"), "{messages}");
+    let (status, _, messages) = check("{}");
+    assert_eq!(status, Some(1));
+    assert!(messages.contains("failed to read a schema: missing field `format`"), "{messages}");
+}
