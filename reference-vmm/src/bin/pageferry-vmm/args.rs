@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -27,6 +28,7 @@ Examples:
   A guest moves between two processes of this host, and everything is checked:
     pageferry-vmm demo
     pageferry-vmm demo --memory 1G --working-set 256M --channels 4 --vcpus 2 --json
+    pageferry-vmm demo --report migration.html
 
   The same by hand, on two hosts (the guest goes on at the second):
     host-b$ pageferry-vmm receive --listen 0.0.0.0:7400
@@ -289,6 +291,9 @@ pub(crate) struct DemoArgs {
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Also write what happened over time, as one HTML file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) migration: MigrationArgs,
 }
@@ -320,6 +325,9 @@ pub(crate) struct RunArgs {
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
+    /// Have what happened over time in the JSON object.
+    #[arg(long, hide = true)]
+    pub(crate) timeline: bool,
     #[command(flatten)]
     pub(crate) migration: MigrationArgs,
 }
@@ -354,6 +362,9 @@ pub(crate) struct ReceiveArgs {
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
+    /// Have what happened over time in the JSON object.
+    #[arg(long, hide = true)]
+    pub(crate) timeline: bool,
     #[command(flatten)]
     pub(crate) rdma: RdmaArgs,
 }

@@ -18,6 +18,7 @@ mod report;
 mod resident;
 mod run;
 mod signals;
+mod timeline;
 mod watch;
 
 use std::process::ExitCode;
