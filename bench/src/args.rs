@@ -7,9 +7,15 @@ use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
+use crate::compare::{self, CompareArgs};
+use crate::gate::{self, GateArgs};
+use crate::hot::{self, HotArgs};
+use crate::latency::{self, LatencyArgs};
+use crate::migrate::{self, MigrateArgs};
+use crate::page::{self, ReportArgs};
 use crate::throughput::SideName;
 
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -113,7 +119,25 @@ pub(crate) enum Command {
     /// Do what the engine does with dirty bitmaps, and read the same bitmaps.
     #[command(after_long_help = format!("{BITMAP_METHOD}\n\n{BITMAP_EXAMPLES}\n\n{EXIT_CODES}"))]
     Bitmap(BitmapArgs),
-    /// One side of a throughput measurement, told on stdin what to do.
+    /// Measure how long a batch, a page, a control frame and the commit take.
+    #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", latency::METHOD, latency::EXAMPLES))]
+    Latency(LatencyArgs),
+    /// Migrate guests live, with every combination of what is given.
+    #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", migrate::METHOD, migrate::EXAMPLES))]
+    Migrate(MigrateArgs),
+    /// Move memory by the engine, by the bare loop, and by whoever else this machine has.
+    #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", compare::METHOD, compare::EXAMPLES))]
+    Compare(CompareArgs),
+    /// Make one page of plots of what other commands measured.
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", page::EXAMPLES))]
+    Report(ReportArgs),
+    /// Do one of the engine's inner loops on one thread, for who counts what it costs.
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", hot::METHOD))]
+    Hot(HotArgs),
+    /// Say whether one build of this program is worse than another.
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", gate::METHOD))]
+    Gate(GateArgs),
+    /// One side of a measurement, told on stdin what to do.
     #[command(hide = true)]
     Side {
         /// Which.
@@ -128,7 +152,10 @@ impl Command {
             Self::Throughput(args) => args.check(),
             Self::Runs(args) => args.check(),
             Self::Bitmap(args) => args.check(),
-            Self::Side { .. } => Ok(()),
+            Self::Latency(args) => args.check(),
+            Self::Migrate(args) => args.check(),
+            Self::Compare(args) => args.check(),
+            Self::Report(_) | Self::Hot(_) | Self::Gate(_) | Self::Side { .. } => Ok(()),
         }
     }
 }
@@ -142,6 +169,15 @@ pub(crate) enum Transport {
     /// TCP sockets driven by io_uring.
     #[value(name = "iouring")]
     IoUring,
+}
+
+impl std::fmt::Display for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::IoUring => "iouring",
+        })
+    }
 }
 
 /// Whether the kernel is asked not to copy what it sends.
@@ -290,7 +326,7 @@ impl BitmapArgs {
 }
 
 /// "512M", "1G", "64MiB": binary units.
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     match parse_size::Config::new().with_binary().parse_size(text) {
         Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
         Ok(bytes) => Ok(bytes),

@@ -4,6 +4,11 @@
 //!   bare loop of system calls in turn, and compares them.
 //! - `runs` sends runs of pages of each length, copied by the kernel and zero-copy.
 //! - `bitmap` does what the engine does with dirty bitmaps, and compares it with reading them.
+//! - `latency` measures how long a batch, a page, a control frame and the commit take.
+//! - `migrate` moves guests live, over everything that makes a difference.
+//! - `compare` has the engine, the bare loop and others move the same memory in turn.
+//! - `report` makes one page of plots of all of it.
+//! - `hot` does an inner loop of the engine alone; `gate` compares two builds by it.
 //!
 //! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
 //! whose fields are a contract (added to, never repurposed; `schema` counts what breaks it).
@@ -19,9 +24,17 @@ macro_rules! say {
 
 mod args;
 mod bitmap;
+mod compare;
+mod gate;
 mod host;
+mod hot;
+mod latency;
+mod links;
+mod load;
+mod migrate;
 mod outcome;
 mod output;
+mod page;
 mod random;
 mod runs;
 mod throughput;
@@ -51,6 +64,12 @@ fn main() -> std::process::ExitCode {
         Command::Throughput(args) => throughput::run(&args),
         Command::Runs(args) => runs::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
+        Command::Latency(args) => latency::run(&args),
+        Command::Migrate(args) => migrate::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Report(args) => page::run(&args),
+        Command::Hot(args) => hot::run(&args),
+        Command::Gate(args) => gate::run(&args),
         Command::Side { side } => throughput::serve(side),
     };
     let outcome = result.unwrap_or_else(|error| {

@@ -16,12 +16,11 @@ use crate::args::ThroughputArgs;
 use crate::host;
 use crate::outcome::{Failure, Outcome};
 use report::{Pair, Report, Transfer};
-use sides::{NoAnswer, Sides};
-use wire::{Answer, Contestant, Order, Setup};
 
-pub(crate) use side::serve;
-pub(crate) use usage::process_cpu_nanoseconds;
-pub(crate) use wire::SideName;
+pub(crate) use side::{answer, serve};
+pub(crate) use sides::{NoAnswer, Sides};
+pub(crate) use usage::{process_cpu_nanoseconds, thread_cpu_nanoseconds};
+pub(crate) use wire::{Answer, Contestant, Order, Setup, SideName};
 
 /// Measures, and prints the result.
 pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
@@ -52,12 +51,7 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
 }
 
 fn measure(setup: &Setup, count: u16) -> Result<Vec<Pair>, Failure> {
-    let mut sides = Sides::start()?;
-    say!("filling {} of {} memory", HumanBytes(setup.memory_bytes), setup.backing);
-    for side in [SideName::Source, SideName::Destination] {
-        sides.tell(side, &Order::Prepare(setup.clone()))?;
-        sides.answer(side, |answer| matches!(answer, Answer::Ready).then_some(()))?;
-    }
+    let mut sides = prepared(setup)?;
     // Not counted: the first to touch memory that nobody used before pays for it, in a virtual
     // machine to its host.
     transfer(&mut sides, Contestant::Bare)?;
@@ -82,8 +76,19 @@ fn measure(setup: &Setup, count: u16) -> Result<Vec<Pair>, Failure> {
     Ok(pairs)
 }
 
+/// Both sides, with the source's memory filled.
+pub(crate) fn prepared(setup: &Setup) -> Result<Sides, Failure> {
+    let mut sides = Sides::start()?;
+    say!("filling {} of {} memory", HumanBytes(setup.memory_bytes), setup.backing);
+    for side in [SideName::Source, SideName::Destination] {
+        sides.tell(side, &Order::Prepare(setup.clone()))?;
+        sides.answer(side, |answer| matches!(answer, Answer::Ready).then_some(()))?;
+    }
+    Ok(sides)
+}
+
 /// One measurement.
-fn transfer(sides: &mut Sides, contestant: Contestant) -> Result<Transfer, Failure> {
+pub(crate) fn transfer(sides: &mut Sides, contestant: Contestant) -> Result<Transfer, Failure> {
     let measured = |answer| match answer {
         Answer::Measured(measured) => Some(measured),
         _ => None,

@@ -13,14 +13,14 @@ const GIB: f64 = (1_u64 << 30) as f64;
 
 /// What both sides saw of one transfer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Transfer {
+pub(crate) struct Transfer {
     pub(super) source: Measured,
     pub(super) destination: Measured,
 }
 
 impl Transfer {
     /// Bits of pages a second, in 10⁹.
-    pub(super) fn gbps(&self) -> f64 {
+    pub(crate) fn gbps(&self) -> f64 {
         let seconds = self.source.nanoseconds as f64 / 1e9;
         if seconds > 0.0 { self.source.payload_bytes as f64 * 8.0 / seconds / 1e9 } else { 0.0 }
     }

@@ -21,6 +21,7 @@ use super::writer::Writer;
 use super::{bare, memory};
 use crate::args::Transport;
 use crate::outcome::{Failure, Outcome};
+use crate::{latency, migrate};
 
 const HERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
@@ -39,7 +40,8 @@ pub(crate) fn serve(name: SideName) -> Result<Outcome, Failure> {
     Ok(Outcome::Completed)
 }
 
-fn answer(answer: &Answer) -> Result<(), Failure> {
+/// Says something to who started this side.
+pub(crate) fn answer(answer: &Answer) -> Result<(), Failure> {
     let line = format!("{}\n", serde_json::to_string(answer)?);
     Ok(stdout().write_all(line.as_bytes())?)
 }
@@ -52,6 +54,8 @@ struct Side {
 
 fn obey(name: SideName, side: &mut Option<Side>, order: Order) -> Result<(), Failure> {
     match (side, order) {
+        (_, Order::Serve(serving)) => latency::serve(serving),
+        (_, Order::Migrate(order)) => migrate::serve(order),
         (side @ None, Order::Prepare(setup)) => {
             let ram = match name {
                 SideName::Source => {
