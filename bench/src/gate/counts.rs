@@ -9,7 +9,7 @@ use pageferry_iouring::{IoUringOptions, Rings};
 
 use super::binary::Binary;
 use super::verdict::{Limit, Row};
-use crate::hot::Counts;
+use crate::hot::{BATCHES, Counts};
 use crate::outcome::Failure;
 
 /// How much worse a number of instructions may be. It changes a little with the compiler's mood
@@ -107,7 +107,10 @@ pub(super) fn counters(head: &Binary, base: Option<&Binary>) -> Result<Vec<Row>,
             row("bytes sent zero-copy and copied", &own(|counts| counts.zero_copy.copied_bytes))?;
         } else if each.is_transport {
             row("bytes on the wire", &own(|counts| counts.wire_bytes))?;
-            row("system calls", &|binary| cost(each, |args| strace(binary, args)))?;
+            row("system calls a batch, in tenths,", &|binary| {
+                let calls = cost(each, |args| strace(binary, args))?;
+                Ok(calls.map(|calls| tenths(calls, each.work * BATCHES)))
+            })?;
         }
     }
     Ok(rows)
@@ -115,6 +118,13 @@ pub(super) fn counters(head: &Binary, base: Option<&Binary>) -> Result<Vec<Row>,
 
 fn counted(binary: &Binary, args: &[&str]) -> Result<Option<Counts>, Failure> {
     Ok(binary.json(args)?.map(serde_json::from_value).transpose()?)
+}
+
+/// How often something was done for each of so many batches, in tenths: threads that find each other
+/// before make a call more or less by chance, and one in ten batches is more than that.
+fn tenths(count: u64, batches: u32) -> u64 {
+    let batches = u64::from(batches.max(1));
+    (count * 10 + batches / 2) / batches
 }
 
 /// System calls of all threads, whoever counts them himself: the least of a few runs, since what the
@@ -149,6 +159,13 @@ fn calls(table: &str) -> BTreeMap<String, u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_call_more_in_every_tenth_batch_shows_and_two_in_all_do_not() {
+        assert_eq!([894, 896, 898].map(|calls| tenths(calls, 128)), [70, 70, 70]);
+        assert_eq!(tenths(896 + 13, 128), 71);
+        assert_eq!(tenths(896 + 128, 128), 80);
+    }
 
     #[test]
     fn straces_table_is_read() {

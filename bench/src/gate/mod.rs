@@ -56,7 +56,11 @@ pub(crate) fn run(args: &GateArgs) -> Result<Outcome, Failure> {
     let mut rows: Vec<Row> = Vec::new();
     rows.extend(counts::instructions(&head, base)?);
     rows.extend(counts::counters(&head, base)?);
-    rows.extend(pairs::times(&head, base, args.pairs)?);
+    if rows.iter().any(Row::is_worse) {
+        say!("something is worse by its count: times are not compared");
+    } else {
+        rows.extend(pairs::times(&head, base, args.pairs)?);
+    }
     let latencies = match &args.histograms {
         Some(directory) => histograms::make(&head, base, directory)?,
         None => Vec::new(),

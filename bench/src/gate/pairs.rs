@@ -34,12 +34,12 @@ const TIMED: [Timed; 6] = [
     Timed { name: "iouring", args: &["hot", "iouring", "--work=8", "--repeat=20"], time: LOOP },
     Timed {
         name: "a transfer by tcp",
-        args: &["throughput", "--transport=tcp", "--memory=256M", "--pairs=3", "--json"],
+        args: &["throughput", "--transport=tcp", "--memory=128M", "--pairs=2", "--json"],
         time: THROUGHPUT,
     },
     Timed {
         name: "a transfer by iouring",
-        args: &["throughput", "--transport=iouring", "--memory=256M", "--pairs=3", "--json"],
+        args: &["throughput", "--transport=iouring", "--memory=128M", "--pairs=2", "--json"],
         time: THROUGHPUT,
     },
 ];

@@ -74,6 +74,10 @@ impl Row {
         }
     }
 
+    pub(super) fn is_worse(&self) -> bool {
+        self.verdict == Verdict::Worse
+    }
+
     fn figures(&self) -> [String; 4] {
         let count = |count: Option<u64>| count.map_or_else(|| "-".to_owned(), |it| it.to_string());
         let ratio = match (self.ratio, self.ratio_low, self.ratio_high) {
@@ -104,7 +108,7 @@ impl Report {
     }
 
     pub(super) fn is_worse(&self) -> bool {
-        self.rows.iter().any(|row| row.verdict == Verdict::Worse)
+        self.rows.iter().any(Row::is_worse)
     }
 
     pub(super) fn print(&self, json: bool) -> Result<(), Failure> {
@@ -123,7 +127,7 @@ impl Report {
             output::line(&super::histograms::table(&self.latencies).to_string())?;
         }
         output::report(self, &table, json)?;
-        for row in self.rows.iter().filter(|row| row.verdict == Verdict::Worse) {
+        for row in self.rows.iter().filter(|row| row.is_worse()) {
             let [base, head, ratio, _] = row.figures();
             say!("WORSE: {}: base {base}, head {head}, head / base {ratio}", row.what);
         }

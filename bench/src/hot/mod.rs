@@ -15,6 +15,8 @@ use crate::args::{Transport, ZeroCopyChoice};
 use crate::outcome::{Failure, Outcome};
 use crate::output::line;
 
+pub(crate) use transports::BATCHES;
+
 pub(crate) const METHOD: &str = "\
 Each does its work so often on one thread; twice as much work less once as much is what the loop
 itself costs, without what comes before and after it.

@@ -22,7 +22,7 @@ use crate::random::Random;
 
 const MEMORY_PAGES: u64 = 1024;
 /// Batches of a unit of work.
-const BATCHES: u32 = 64;
+pub(crate) const BATCHES: u32 = 64;
 /// Runs of a batch, and pages of a run: fewer bytes than a socket takes at once, and enough that they
 /// may be sent zero-copy.
 const RUNS: u64 = 4;
