@@ -9,9 +9,15 @@ use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
+use crate::compare::{self, CompareArgs};
+use crate::gate::{self, GateArgs};
+use crate::hot::{self, HotArgs};
+use crate::latency::{self, LatencyArgs};
+use crate::migrate::{self, MigrateArgs};
+use crate::page::{self, ReportArgs};
 use crate::throughput::SideName;
 
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -69,16 +75,6 @@ What is measured:
   what grew in guest memory (Rss of its mappings): heap, stacks and code of the engine. At a
   destination whose memory fills meanwhile, something freed long before the end does not show.";
 
-const LATENCY_METHOD: &str = "\
-Example:
-  pageferry-bench latency --transport rdma --rdma-address 10.78.0.1
-
-What is measured:
-  Two sides on this host write a page of 4 KiB to the other's memory in turn, each as soon as it sees
-  the other's in its own. Half of the time there and back is what a write takes; ib_write_lat does
-  the same. Then pages are written one by one until the source knows that they have landed, which
-  takes the destination's word. Medians of the writes; the two programs in turn.";
-
 const RUNS_METHOD: &str = "\
 Example, on two hosts or in two network namespaces:
   host-b$ pageferry-bench runs --listen 10.0.0.2:7401
@@ -125,9 +121,6 @@ pub(crate) enum Command {
     /// Move memory between two processes of this host, by the engine and by a bare loop.
     #[command(after_long_help = format!("{THROUGHPUT_METHOD}\n\n{THROUGHPUT_EXAMPLES}\n\n{EXIT_CODES}"))]
     Throughput(ThroughputArgs),
-    /// Write single pages by RDMA, and measure how long it takes until they are there.
-    #[command(after_long_help = format!("{LATENCY_METHOD}\n\n{EXIT_CODES}"))]
-    Latency(LatencyArgs),
     /// Send runs of pages of each length by io_uring, copied by the kernel and zero-copy, to where
     /// the same command listens.
     #[command(after_long_help = format!("{RUNS_METHOD}\n\n{EXIT_CODES}"))]
@@ -135,7 +128,25 @@ pub(crate) enum Command {
     /// Do what the engine does with dirty bitmaps, and read the same bitmaps.
     #[command(after_long_help = format!("{BITMAP_METHOD}\n\n{BITMAP_EXAMPLES}\n\n{EXIT_CODES}"))]
     Bitmap(BitmapArgs),
-    /// One side of a throughput measurement, told on stdin what to do.
+    /// Measure how long a batch, a page, a control frame and the commit take.
+    #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", latency::METHOD, latency::EXAMPLES))]
+    Latency(LatencyArgs),
+    /// Migrate guests live, with every combination of what is given.
+    #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", migrate::METHOD, migrate::EXAMPLES))]
+    Migrate(MigrateArgs),
+    /// Move memory by the engine, by the bare loop, and by whoever else this machine has.
+    #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", compare::METHOD, compare::EXAMPLES))]
+    Compare(CompareArgs),
+    /// Make one page of plots of what other commands measured.
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", page::EXAMPLES))]
+    Report(ReportArgs),
+    /// Do one of the engine's inner loops on one thread, for who counts what it costs.
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", hot::METHOD))]
+    Hot(HotArgs),
+    /// Say whether one build of this program is worse than another.
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", gate::METHOD))]
+    Gate(GateArgs),
+    /// One side of a measurement, told on stdin what to do.
     #[command(hide = true)]
     Side {
         /// Which.
@@ -148,10 +159,12 @@ impl Command {
     pub(crate) fn check(&self) -> Result<(), String> {
         match self {
             Self::Throughput(args) => args.check(),
-            Self::Latency(args) => args.check(),
             Self::Runs(args) => args.check(),
             Self::Bitmap(args) => args.check(),
-            Self::Side { .. } => Ok(()),
+            Self::Latency(args) => args.check(),
+            Self::Migrate(args) => args.check(),
+            Self::Compare(args) => args.check(),
+            Self::Report(_) | Self::Hot(_) | Self::Gate(_) | Self::Side { .. } => Ok(()),
         }
     }
 }
@@ -169,20 +182,9 @@ pub(crate) enum Transport {
     Rdma,
 }
 
-impl Transport {
-    /// As the command line has it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::IoUring => "iouring",
-            Self::Rdma => "rdma",
-        }
-    }
-}
-
 /// Settings of `--transport rdma`.
 #[expect(clippy::struct_field_names, reason = "as the command line has them")]
-#[derive(Debug, Clone, Default, Args, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "With --transport rdma")]
 pub(crate) struct RdmaArgs {
     /// Address of the RDMA device, where both sides are.
@@ -208,9 +210,12 @@ pub(crate) enum RdmaRegistration {
 }
 
 impl RdmaArgs {
-    /// The device's address, which RDMA cannot do without, in a program that was built with RDMA.
-    pub(crate) fn check(&self) -> Result<(), String> {
-        if !cfg!(feature = "rdma") {
+    /// Where RDMA is among the transports: that this program was built with it, and the device's
+    /// address, without which it cannot do.
+    pub(crate) fn check(self, transports: &[Transport]) -> Result<(), String> {
+        if !transports.contains(&Transport::Rdma) {
+            Ok(())
+        } else if !cfg!(feature = "rdma") {
             Err("--transport rdma: this program was built without RDMA; build it with --features \
                  rdma (which needs cmake and libclang)"
                 .to_owned())
@@ -219,6 +224,16 @@ impl RdmaArgs {
         } else {
             Ok(())
         }
+    }
+}
+
+impl std::fmt::Display for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::IoUring => "iouring",
+            Self::Rdma => "rdma",
+        })
     }
 }
 
@@ -288,9 +303,7 @@ impl ThroughputArgs {
     fn check(&self) -> Result<(), String> {
         let Self { memory, backing, channels, .. } = *self;
         let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
-        if self.transport == Transport::Rdma {
-            self.rdma.check()?;
-        }
+        self.rdma.check(&[self.transport])?;
         if memory / PAGE_BYTES > MAX_REGION_PAGES {
             let most = MAX_REGION_PAGES * PAGE_BYTES;
             Err(format!("--memory {memory} is too much, at most {most} is possible"))
@@ -302,34 +315,6 @@ impl ThroughputArgs {
             ))
         } else {
             Ok(())
-        }
-    }
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct LatencyArgs {
-    /// What moves the pages.
-    #[arg(long, default_value = "rdma")]
-    pub(crate) transport: Transport,
-    /// Writes of each measurement.
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
-    pub(crate) writes: u32,
-    /// How often both are measured.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) pairs: u16,
-    /// Print one JSON object and nothing else on stdout.
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) rdma: RdmaArgs,
-}
-
-impl LatencyArgs {
-    fn check(&self) -> Result<(), String> {
-        if self.transport == Transport::Rdma {
-            self.rdma.check()
-        } else {
-            Err(format!("--transport {}: only rdma writes single pages", self.transport.name()))
         }
     }
 }
@@ -401,7 +386,7 @@ impl BitmapArgs {
 }
 
 /// "512M", "1G", "64MiB": binary units.
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     match parse_size::Config::new().with_binary().parse_size(text) {
         Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
         Ok(bytes) => Ok(bytes),

@@ -2,9 +2,13 @@
 //!
 //! - `throughput` moves guest memory between two processes of this host, by the engine and by a
 //!   bare loop of system calls in turn, and compares them.
-//! - `latency` writes single pages by RDMA, and compares that with ib_write_lat.
 //! - `runs` sends runs of pages of each length, copied by the kernel and zero-copy.
 //! - `bitmap` does what the engine does with dirty bitmaps, and compares it with reading them.
+//! - `latency` measures how long a batch, a page, a control frame and the commit take.
+//! - `migrate` moves guests live, over everything that makes a difference.
+//! - `compare` has the engine, the bare loop and others move the same memory in turn.
+//! - `report` makes one page of plots of all of it.
+//! - `hot` does an inner loop of the engine alone; `gate` compares two builds by it.
 //!
 //! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
 //! whose fields are a contract (added to, never repurposed; `schema` counts what breaks it).
@@ -20,10 +24,18 @@ macro_rules! say {
 
 mod args;
 mod bitmap;
+mod compare;
 mod cpus;
+mod gate;
 mod host;
+mod hot;
+mod latency;
+mod links;
+mod load;
+mod migrate;
 mod outcome;
 mod output;
+mod page;
 mod page_writes;
 mod perftest;
 mod random;
@@ -53,9 +65,14 @@ fn main() -> std::process::ExitCode {
     }
     let result = match command {
         Command::Throughput(args) => throughput::run(&args),
-        Command::Latency(args) => page_writes::run(&args),
         Command::Runs(args) => runs::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
+        Command::Latency(args) => latency::run(&args),
+        Command::Migrate(args) => migrate::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Report(args) => page::run(&args),
+        Command::Hot(args) => hot::run(&args),
+        Command::Gate(args) => gate::run(&args),
         Command::Side { side } => throughput::serve(side),
     };
     let outcome = result.unwrap_or_else(|error| {

@@ -15,6 +15,11 @@ use crate::outcome::Failure;
 /// Nothing of perftest's takes longer than that here.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+pub(crate) const WRITE: &str = "ib_write_bw";
+pub(crate) const READ: &str = "ib_read_bw";
+
+const DEVICES: &str = "/sys/class/infiniband";
+
 /// Between two looks whether the server listens, or a program has ended.
 const GLANCE: Duration = Duration::from_millis(20);
 
@@ -28,48 +33,64 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// As sysfs has it: the RoCE v2 entry of the port's GID table that is the address.
+    /// The one that has an address.
     pub(crate) fn of(address: IpAddr) -> Result<Self, Failure> {
         let gid = match address {
             IpAddr::V4(address) => address.to_ipv6_mapped(),
             IpAddr::V6(address) => address,
         };
-        for device in listed(Path::new("/sys/class/infiniband")) {
-            for port in listed(&device.join("ports")) {
-                for entry in listed(&port.join("gids")) {
-                    let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
-                    let index = name(&entry);
-                    let kind = read(&port.join("gid_attrs/types").join(&index));
-                    let is_it = read(&entry).trim().parse::<Ipv6Addr>().is_ok_and(|it| it == gid);
-                    if is_it && kind.trim() == "RoCE v2" {
-                        return Ok(Self {
-                            address,
-                            name: name(&device),
-                            port: name(&port),
-                            gid_index: index,
-                        });
-                    }
-                }
-            }
-        }
-        Err(format!("{address} is no RDMA device's address").into())
+        let it = Self::entries().find(|(_, entry)| *entry == gid).map(|(device, _)| device);
+        it.ok_or_else(|| format!("{address} is no RDMA device's address").into())
     }
 
-    /// Bits a second in 10⁹ on average, of so many writes on each of so many queue pairs.
-    pub(crate) fn write_gbps(
+    /// The first with an IPv4 address.
+    pub(crate) fn first() -> Result<Self, Failure> {
+        let it = Self::entries().find(|(_, entry)| entry.to_ipv4_mapped().is_some());
+        it.map(|(device, _)| device).ok_or_else(|| {
+            format!("there is no RDMA device in {DEVICES} with an IPv4 address").into()
+        })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The RoCE v2 entries of all ports' tables of GIDs, as sysfs has them.
+    fn entries() -> impl Iterator<Item = (Self, Ipv6Addr)> {
+        let ports = listed(Path::new(DEVICES)).into_iter().flat_map(|device| {
+            let ports = listed(&device.join("ports")).into_iter();
+            ports.map(move |port| (name(&device), port))
+        });
+        ports.flat_map(|(device, port)| {
+            listed(&port.join("gids")).into_iter().filter_map(move |entry| {
+                let read = |path: &Path| fs::read_to_string(path).ok();
+                let gid_index = name(&entry);
+                let kind = read(&port.join("gid_attrs/types").join(&gid_index))?;
+                let gid = read(&entry)?.trim().parse::<Ipv6Addr>().ok()?;
+                let address = gid.to_ipv4_mapped().map_or(IpAddr::V6(gid), IpAddr::V4);
+                let it = Self { address, name: device.clone(), port: name(&port), gid_index };
+                (kind.trim() == "RoCE v2").then_some((it, gid))
+            })
+        })
+    }
+
+    /// Bits a second in 10⁹ on average, of so many messages on each of so many queue pairs, by
+    /// `ib_write_bw` or `ib_read_bw`.
+    pub(crate) fn gbps(
         &self,
+        program: &str,
         bytes: u32,
         queue_pairs: u16,
-        writes: u64,
+        messages: u64,
     ) -> Result<f64, Failure> {
         let options = [
             ("-s", bytes.to_string()),
             ("-q", queue_pairs.to_string()),
             // Fewer it does not do.
-            ("-n", writes.max(5).to_string()),
+            ("-n", messages.max(5).to_string()),
         ];
         // #bytes #iterations peak average rate; in MiB, of which it prints more digits.
-        let mib = self.run("ib_write_bw", &options, 3, Placed::Anywhere)?;
+        let mib = self.run(program, &options, 3, Placed::Anywhere)?;
         Ok(mib * f64::from(1 << 20) * 8.0 / 1e9)
     }
 

@@ -107,6 +107,8 @@ struct SenderThread {
     max_batch_runs: usize,
     in_flight: VecDeque<InFlight>,
     in_flight_bytes: u64,
+    /// Emptied lists of runs, to be filled again, so that a round allocates nothing.
+    spare: Vec<Vec<Run>>,
     /// Page bytes sent since the last look at what has landed.
     unreaped_bytes: u64,
     /// Whether the bandwidth limit applies.
@@ -117,13 +119,14 @@ struct SenderThread {
 pub(crate) fn run(setup: SenderSetup) {
     let mut thread = SenderThread {
         known_data: (0, 0..0),
-        batch: Vec::new(),
+        batch: Vec::with_capacity(setup.capabilities.max_batch_runs),
         batch_bytes: 0,
         // A batch holds at least one page, whatever a transport or the host says.
         max_batch_bytes: setup.capabilities.max_batch_bytes.min(setup.batch_bytes).max(PAGE_BYTES),
         max_batch_runs: setup.capabilities.max_batch_runs.max(1),
         in_flight: VecDeque::new(),
         in_flight_bytes: 0,
+        spare: Vec::new(),
         unreaped_bytes: 0,
         limited: true,
         setup,
@@ -353,7 +356,10 @@ impl SenderThread {
             self.wait_for_bandwidth()?;
         }
         let ticket = self.setup.pages.send(&self.batch)?;
-        let runs = std::mem::take(&mut self.batch);
+        // As long as any batch can be: none grows in the middle of a round.
+        let most_runs = self.max_batch_runs;
+        let empty = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(most_runs));
+        let runs = std::mem::replace(&mut self.batch, empty);
         let bytes = std::mem::take(&mut self.batch_bytes);
         self.in_flight.push_back(InFlight { ticket, bytes, runs });
         self.in_flight_bytes += bytes;
@@ -392,9 +398,11 @@ impl SenderThread {
         self.unreaped_bytes = 0;
         let landed = self.setup.pages.watermarks(wait)?.landed;
         while self.in_flight.front().is_some_and(|batch| batch.ticket <= landed) {
-            let Some(batch) = self.in_flight.pop_front() else { break };
+            let Some(mut batch) = self.in_flight.pop_front() else { break };
             self.in_flight_bytes -= batch.bytes;
             self.gauge().landed_bytes.fetch_add(batch.bytes, Ordering::Relaxed);
+            batch.runs.clear();
+            self.spare.push(batch.runs);
         }
         self.publish();
         Ok(())

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::devices::Devices;
 use crate::error::GuestError;
-use crate::heartbeat::HeartbeatSnapshot;
+use crate::heartbeat::{HeartbeatGap, HeartbeatSnapshot};
 use crate::kvm::{self, KvmMachine};
 use crate::layout::Layout;
 use crate::linear::LinearMemory;
@@ -256,6 +256,11 @@ impl Guest {
     /// What the heartbeat saw.
     pub fn heartbeat(&self) -> HeartbeatSnapshot {
         self.devices.heartbeat.snapshot()
+    }
+
+    /// The longest silence of each of the newest slices of time, as far as it was spent here.
+    pub fn heartbeat_gaps(&self) -> Vec<HeartbeatGap> {
+        self.devices.heartbeat.gaps()
     }
 
     /// Forgets the longest gap between beats.

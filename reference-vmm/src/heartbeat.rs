@@ -1,10 +1,25 @@
 //! The heartbeat: the guest beats after every chunk of work, and the device keeps the longest
 //! silence. After a move that is the time the guest's user saw nothing happen.
 
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pageferry_device_state::{Component, DeviceState, HookError};
+use serde::{Deserialize, Serialize};
+
+/// Slices of time of which the longest silence is kept, and how many of them.
+const SLICE_NS: u64 = 10_000_000;
+const MOST_SLICES: usize = 4096;
+
+/// The longest silence that ended in a slice of 10 ms, for who looks at a guest over time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeartbeatGap {
+    /// `CLOCK_REALTIME` of the beat that ended it.
+    pub ended_realtime_ns: u64,
+    /// How long it was.
+    pub gap_ns: u64,
+}
 
 /// What the heartbeat saw so far. It moves with the device state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, DeviceState)]
@@ -33,6 +48,8 @@ struct Inner {
     /// The last beat, if this process saw it. The gap since a beat of another process can only be
     /// told by the realtime clock, which may be stepped, so it is used for nothing else.
     last_beat: Option<Instant>,
+    /// The newest slices in which this process saw a beat.
+    gaps: VecDeque<HeartbeatGap>,
 }
 
 impl Heartbeat {
@@ -50,6 +67,12 @@ impl Heartbeat {
         inner.seen.longest_gap_ns = inner.seen.longest_gap_ns.max(gap_ns);
         inner.seen.last_beat_realtime_ns = realtime_ns;
         inner.last_beat = Some(now);
+        inner.note(HeartbeatGap { ended_realtime_ns: realtime_ns, gap_ns });
+    }
+
+    /// The longest silence of each of the newest slices of time, as far as this process saw them.
+    pub(crate) fn gaps(&self) -> Vec<HeartbeatGap> {
+        self.lock().gaps.iter().copied().collect()
     }
 
     pub(crate) fn snapshot(&self) -> HeartbeatSnapshot {
@@ -61,7 +84,7 @@ impl Heartbeat {
     }
 
     pub(crate) fn restore(&self, seen: HeartbeatSnapshot) {
-        *self.lock() = Inner { seen, last_beat: None };
+        *self.lock() = Inner { seen, ..Inner::default() };
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -82,6 +105,25 @@ impl Component for &Heartbeat {
     }
 }
 
+impl Inner {
+    fn note(&mut self, gap: HeartbeatGap) {
+        let slice = |gap: &HeartbeatGap| gap.ended_realtime_ns / SLICE_NS;
+        match self.gaps.back_mut() {
+            Some(last) if slice(last) == slice(&gap) => {
+                if gap.gap_ns > last.gap_ns {
+                    *last = gap;
+                }
+            }
+            _ => {
+                if self.gaps.len() == MOST_SLICES {
+                    self.gaps.pop_front();
+                }
+                self.gaps.push_back(gap);
+            }
+        }
+    }
+}
+
 fn realtime_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, nanoseconds)
 }
@@ -93,6 +135,18 @@ fn nanoseconds(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_slice_keeps_its_longest_gap_and_old_slices_go() {
+        let gap = |ended_realtime_ns, gap_ns| HeartbeatGap { ended_realtime_ns, gap_ns };
+        let mut inner = Inner::default();
+        for (ended, gap_ns) in [(1, 5), (2, 9), (3, 7), (SLICE_NS, 1)] {
+            inner.note(gap(ended, gap_ns));
+        }
+        assert_eq!(inner.gaps, [gap(2, 9), gap(SLICE_NS, 1)]);
+        (2..=MOST_SLICES as u64).for_each(|slice| inner.note(gap(slice * SLICE_NS, 1)));
+        assert_eq!((inner.gaps.len(), inner.gaps[0]), (MOST_SLICES, gap(SLICE_NS, 1)));
+    }
 
     #[test]
     fn the_first_beat_has_no_gap() {

@@ -11,6 +11,7 @@
 mod devices;
 pub mod embed;
 pub mod error;
+pub mod facts;
 pub mod guest;
 pub mod heartbeat;
 mod kvm;

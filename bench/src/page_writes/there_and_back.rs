@@ -13,14 +13,13 @@ use pageferry::transport::{
     DestinationLink, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
 };
 use pageferry_rdma::{RdmaAcceptor, RdmaOptions, connect};
+use pageferry_report::document::median;
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::Took;
 use crate::cpus;
 use crate::outcome::Failure;
-use crate::output::median;
 
 const PAGE_BYTES: u64 = super::PAGE_BYTES as u64;
 
@@ -121,11 +120,8 @@ fn see(
     Ok(())
 }
 
-pub(super) fn measure(
-    address: IpAddr,
-    options: &RdmaOptions,
-    writes: u32,
-) -> Result<Took, Failure> {
+/// Half the time there and back, in microseconds: the median.
+pub(super) fn measure(address: IpAddr, options: &RdmaOptions, writes: u32) -> Result<f64, Failure> {
     let (here, there) = (Side::new()?, Side::new()?);
     let mut out = Way::open(address, options, &here, &there)?;
     let mut back = Way::open(address, options, &there, &here)?;
@@ -157,22 +153,9 @@ pub(super) fn measure(
                 write_us.push(began.elapsed().as_secs_f64() * 1e6 / 2.0);
                 out_sender.watermarks(None)?;
             }
-            let mut landed_us = Vec::new();
-            // Far fewer: each waits for the destination's threads to wake up.
-            for number in 1..=u64::from(WARM_UP + writes / 10) {
-                let began = Instant::now();
-                send(&mut **out_sender, here, 2, number)?;
-                let ticket = rounds + number;
-                while out_sender.watermarks(Some(PATIENCE))?.landed < ticket {}
-                landed_us.push(began.elapsed().as_secs_f64() * 1e6);
-            }
             out_sender.finish()?;
-            let of = |times: &[f64]| median(times.iter().skip(WARM_UP as usize).copied());
-            let none = || Failure::from("nothing was measured");
-            Ok(Took {
-                write_us: of(&write_us).ok_or_else(none)?,
-                landed_us: of(&landed_us).ok_or_else(none)?,
-            })
+            let counted = write_us.iter().skip(WARM_UP as usize).copied();
+            median(counted).ok_or_else(|| "nothing was measured".into())
         });
         if result.is_err() {
             // The other side waits no longer, and neither do those who only receive.

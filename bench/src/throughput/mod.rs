@@ -2,7 +2,6 @@
 //! turn, over as much memory.
 
 mod bare;
-mod links;
 mod machine;
 mod memory;
 mod report;
@@ -16,17 +15,15 @@ use indicatif::HumanBytes;
 
 use crate::args::{ThroughputArgs, Transport};
 use crate::host;
+use crate::links::{Way, slice_bytes};
 use crate::outcome::{Failure, Outcome};
-use crate::perftest::Device;
+use crate::perftest::{Device, WRITE};
 use report::{Other, Pair, Report, Transfer};
-use sides::{NoAnswer, Sides};
-use wire::{Answer, Contestant, Order, Setup};
 
-#[cfg(feature = "rdma")]
-pub(crate) use links::rdma_options;
-pub(crate) use side::serve;
-pub(crate) use usage::process_cpu_nanoseconds;
-pub(crate) use wire::SideName;
+pub(crate) use side::{answer, serve};
+pub(crate) use sides::{NoAnswer, Sides};
+pub(crate) use usage::{process_cpu_nanoseconds, thread_cpu_nanoseconds};
+pub(crate) use wire::{Answer, Contestant, Order, Setup, SideName};
 
 /// Measures, and prints the result.
 pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
@@ -36,12 +33,11 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
         backing: args.backing,
         zero_share: args.zero_share,
         dirty_rate: args.dirty_rate,
-        transport: args.transport,
+        way: Way { transport: args.transport, rdma: args.rdma },
         channels: args.channels,
         zero_copy: args.zero_copy,
         batch_bytes: args.batch,
         populate_threads: args.populate,
-        rdma: args.rdma.clone(),
     };
     match measure(&setup, args.pairs) {
         Ok(pairs) => {
@@ -58,13 +54,8 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
 }
 
 fn measure(setup: &Setup, count: u16) -> Result<Vec<Pair>, Failure> {
-    let mut sides = Sides::start()?;
-    say!("filling {} of {} memory", HumanBytes(setup.memory_bytes), setup.backing);
-    for side in [SideName::Source, SideName::Destination] {
-        sides.tell(side, &Order::Prepare(setup.clone()))?;
-        sides.answer(side, |answer| matches!(answer, Answer::Ready).then_some(()))?;
-    }
     let rival = Rival::of(setup)?;
+    let mut sides = prepared(setup)?;
     // Not counted: the first to touch memory that nobody used before pays for it, in a virtual
     // machine to its host.
     match &rival {
@@ -108,10 +99,11 @@ enum Rival {
 
 impl Rival {
     fn of(setup: &Setup) -> Result<Self, Failure> {
-        let (Transport::Rdma, Some(address)) = (setup.transport, setup.rdma.rdma_address) else {
+        let (Transport::Rdma, Some(address)) = (setup.way.transport, setup.way.rdma.rdma_address)
+        else {
             return Ok(Self::Bare);
         };
-        let bytes = links::slice_bytes(&setup.rdma);
+        let bytes = slice_bytes(setup.way.rdma);
         let writes = setup.memory_bytes / u64::from(bytes) / u64::from(setup.channels);
         Ok(Self::Perftest {
             device: Device::of(address)?,
@@ -124,7 +116,7 @@ impl Rival {
     fn name(&self) -> &'static str {
         match self {
             Self::Bare => "bare loop",
-            Self::Perftest { .. } => "ib_write_bw",
+            Self::Perftest { .. } => WRITE,
         }
     }
 
@@ -132,14 +124,25 @@ impl Rival {
         Ok(match self {
             Self::Bare => Other::Bare(transfer(sides, Contestant::Bare)?),
             Self::Perftest { device, bytes, queue_pairs, writes } => {
-                Other::Perftest { gbps: device.write_gbps(*bytes, *queue_pairs, *writes)? }
+                Other::Perftest { gbps: device.gbps(WRITE, *bytes, *queue_pairs, *writes)? }
             }
         })
     }
 }
 
+/// Both sides, with the source's memory filled.
+pub(crate) fn prepared(setup: &Setup) -> Result<Sides, Failure> {
+    let mut sides = Sides::start()?;
+    say!("filling {} of {} memory", HumanBytes(setup.memory_bytes), setup.backing);
+    for side in [SideName::Source, SideName::Destination] {
+        sides.tell(side, &Order::Prepare(setup.clone()))?;
+        sides.answer(side, |answer| matches!(answer, Answer::Ready).then_some(()))?;
+    }
+    Ok(sides)
+}
+
 /// One measurement.
-fn transfer(sides: &mut Sides, contestant: Contestant) -> Result<Transfer, Failure> {
+pub(crate) fn transfer(sides: &mut Sides, contestant: Contestant) -> Result<Transfer, Failure> {
     let measured = |answer| match answer {
         Answer::Measured(measured) => Some(measured),
         _ => None,

@@ -4,9 +4,9 @@ use comfy_table::Cell;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::links;
 use super::wire::{Measured, Setup, ZeroCopyFigures};
 use crate::args::{RdmaRegistration, Transport};
+use crate::links::slice_bytes;
 use crate::outcome::Failure;
 use crate::output::{self, SCHEMA, median};
 
@@ -14,14 +14,14 @@ const GIB: f64 = (1_u64 << 30) as f64;
 
 /// What both sides saw of one transfer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Transfer {
+pub(crate) struct Transfer {
     pub(super) source: Measured,
     pub(super) destination: Measured,
 }
 
 impl Transfer {
     /// Bits of pages a second, in 10⁹.
-    pub(super) fn gbps(&self) -> f64 {
+    pub(crate) fn gbps(&self) -> f64 {
         let seconds = self.source.nanoseconds as f64 / 1e9;
         if seconds > 0.0 { self.source.payload_bytes as f64 * 8.0 / seconds / 1e9 } else { 0.0 }
     }
@@ -131,7 +131,7 @@ impl Report {
     pub(super) fn new(setup: &Setup, pairs: &[Pair]) -> Self {
         let engine: Vec<_> = pairs.iter().map(|pair| pair.engine).collect();
         let bare: Vec<_> = pairs.iter().filter_map(|pair| pair.other.bare()).collect();
-        let rdma = (setup.transport == Transport::Rdma).then_some(&setup.rdma);
+        let rdma = (setup.way.transport == Transport::Rdma).then_some(setup.way.rdma);
         let reports: Vec<_> = pairs.iter().map(Pair::report).collect();
         let ratios: Vec<_> = reports.iter().filter_map(|pair| pair.ratio).collect();
         let peak = |side: fn(&Transfer) -> Measured| {
@@ -143,7 +143,7 @@ impl Report {
         };
         Self {
             schema: SCHEMA,
-            transport: setup.transport,
+            transport: setup.way.transport,
             channels: setup.channels,
             backing: setup.backing.to_string(),
             memory_bytes: setup.memory_bytes,
@@ -152,7 +152,7 @@ impl Report {
             batch_bytes: setup.batch_bytes,
             populate_threads: setup.populate_threads,
             rdma_registration: rdma.map(|rdma| rdma.rdma_registration),
-            rdma_slice_bytes: rdma.map(links::slice_bytes),
+            rdma_slice_bytes: rdma.map(slice_bytes),
             engine_gbps_median: median(engine.iter().map(Transfer::gbps)),
             bare_gbps_median: median(bare.iter().map(Transfer::gbps)),
             perftest_gbps_median: median(reports.iter().filter_map(|pair| pair.perftest_gbps)),
@@ -198,7 +198,7 @@ impl Report {
             rows.push((name.to_owned(), engine, bare));
         };
         let memory = format!("{} {}", HumanBytes(self.memory_bytes), self.backing);
-        row("memory", memory, format!("{} x {}", self.channels, self.transport.name()));
+        row("memory", memory, format!("{} x {}", self.channels, self.transport));
         let rdma = self.transport == Transport::Rdma;
         let other = if rdma { "ib_write_bw" } else { "bare loop" };
         row("", "engine".into(), other.into());

@@ -11,13 +11,14 @@ use pageferry_rust_vmm::PagemapScan;
 use pageferry_vmm::ram::Ram;
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-use super::links::{self, Acceptor, HERE};
 use super::machine::MemoryOnly;
 use super::usage::Growth;
 use super::wire::{Answer, Contestant, Measured, Order, Setup, SideName};
 use super::writer::Writer;
 use super::{bare, memory};
+use crate::links::{self, HERE, Listener};
 use crate::outcome::{Failure, Outcome};
+use crate::{latency, migrate};
 
 /// Runs a side until stdin ends.
 pub(crate) fn serve(name: SideName) -> Result<Outcome, Failure> {
@@ -34,7 +35,8 @@ pub(crate) fn serve(name: SideName) -> Result<Outcome, Failure> {
     Ok(Outcome::Completed)
 }
 
-fn answer(answer: &Answer) -> Result<(), Failure> {
+/// Says something to who started this side.
+pub(crate) fn answer(answer: &Answer) -> Result<(), Failure> {
     let line = format!("{}\n", serde_json::to_string(answer)?);
     Ok(stdout().write_all(line.as_bytes())?)
 }
@@ -47,6 +49,8 @@ struct Side {
 
 fn obey(name: SideName, side: &mut Option<Side>, order: Order) -> Result<(), Failure> {
     match (side, order) {
+        (_, Order::Serve(serving)) => latency::serve(serving),
+        (_, Order::Migrate(order)) => migrate::serve(order),
         (side @ None, Order::Prepare(setup)) => {
             let ram = match name {
                 SideName::Source => {
@@ -108,7 +112,7 @@ fn send_by_engine(ram: &Ram, setup: &Setup, address: SocketAddr) -> Result<Measu
         None => source,
     };
     let growth = Growth::watch(&memory);
-    let link = links::connect(setup, address)?;
+    let link = links::connect(setup.way, setup.zero_copy, address)?;
     let departed = source
         .migrate(machine, &memory, DirtySources::new(trackers), link)
         .map_err(|failure| failure.error)?;
@@ -130,9 +134,9 @@ fn receive_by_engine(ram: &Ram, setup: &Setup) -> Result<Measured, Failure> {
     let machine = MemoryOnly::default();
     let window = machine.window.clone();
     let growth = Growth::watch(&memory);
-    let acceptor = Acceptor::bind(setup)?;
-    answer(&Answer::Listening(acceptor.local_addr()))?;
-    let link = acceptor.accept(setup)?;
+    let listener = Listener::bind(setup.way)?;
+    answer(&Answer::Listening(listener.address()))?;
+    let link = listener.accept()?;
     let destination = Destination::new().populate_ahead(setup.populate_threads);
     let destination = destination.on_event(move |event| {
         if matches!(event, Event::Registered(_)) {

@@ -19,7 +19,7 @@ const OTHER_SIDES_WORDS: Duration = Duration::from_millis(500);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NoAnswer {
+pub(crate) enum NoAnswer {
     /// Someone pressed Ctrl-C.
     #[error("cancelled")]
     Cancelled,
@@ -30,7 +30,7 @@ pub(super) enum NoAnswer {
 
 /// Both processes. Dropping it ends them and waits until they are gone.
 #[derive(Debug)]
-pub(super) struct Sides {
+pub(crate) struct Sides {
     source: Process,
     destination: Process,
     heard: Receiver<(SideName, Option<Answer>)>,
@@ -41,7 +41,7 @@ pub(super) struct Sides {
 
 impl Sides {
     /// Starts both.
-    pub(super) fn start() -> Result<Self, Failure> {
+    pub(crate) fn start() -> Result<Self, Failure> {
         let interrupted = listen_to_signals()?;
         let (hear, heard) = unbounded();
         Ok(Self {
@@ -54,7 +54,7 @@ impl Sides {
     }
 
     /// Tells a side what to do.
-    pub(super) fn tell(&mut self, side: SideName, order: &Order) -> Result<(), Failure> {
+    pub(crate) fn tell(&mut self, side: SideName, order: &Order) -> Result<(), Failure> {
         let process = match side {
             SideName::Source => &mut self.source,
             SideName::Destination => &mut self.destination,
@@ -65,7 +65,7 @@ impl Sides {
     }
 
     /// Waits for what `wanted` makes of the next answer of a side.
-    pub(super) fn answer<T>(
+    pub(crate) fn answer<T>(
         &mut self,
         side: SideName,
         wanted: impl FnOnce(Answer) -> Option<T>,

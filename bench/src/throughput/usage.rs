@@ -17,7 +17,7 @@ pub(crate) fn process_cpu_nanoseconds() -> u64 {
 }
 
 /// The same of the calling thread alone.
-pub(super) fn thread_cpu_nanoseconds() -> u64 {
+pub(crate) fn thread_cpu_nanoseconds() -> u64 {
     nanoseconds(ClockId::ThreadCPUTime)
 }
 

@@ -7,7 +7,10 @@ use pageferry::transport::ZeroCopyCounts;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
-use crate::args::{RdmaArgs, Transport, ZeroCopyChoice};
+use crate::args::ZeroCopyChoice;
+use crate::latency::Serve;
+use crate::links::Way;
+use crate::migrate;
 
 /// A process of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -29,22 +32,21 @@ impl std::fmt::Display for SideName {
 
 /// What both sides must know.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Setup {
-    pub(super) memory_bytes: u64,
-    pub(super) backing: Backing,
-    pub(super) zero_share: f64,
-    pub(super) dirty_rate: u32,
-    pub(super) transport: Transport,
-    pub(super) channels: u16,
-    pub(super) zero_copy: ZeroCopyChoice,
-    pub(super) batch_bytes: Option<u64>,
-    pub(super) populate_threads: u16,
-    pub(super) rdma: RdmaArgs,
+pub(crate) struct Setup {
+    pub(crate) memory_bytes: u64,
+    pub(crate) backing: Backing,
+    pub(crate) zero_share: f64,
+    pub(crate) dirty_rate: u32,
+    pub(crate) way: Way,
+    pub(crate) channels: u16,
+    pub(crate) zero_copy: ZeroCopyChoice,
+    pub(crate) batch_bytes: Option<u64>,
+    pub(crate) populate_threads: u16,
 }
 
 /// To a side.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Order {
+pub(crate) enum Order {
     /// The first, once. Answered by `Ready`.
     Prepare(Setup),
     /// To a destination: map fresh memory and listen. Answered by `Listening`, and `Measured`.
@@ -53,22 +55,29 @@ pub(super) enum Order {
     Send(Contestant, SocketAddr),
     /// Read all memory. Answered by `Digest`.
     Digest,
+    /// To a destination, at any time: answer a source that measures latencies. Answered by
+    /// `Listening`, and `Served`.
+    Serve(Serve),
+    /// At any time: one side of a migration. Answered as `migrate` has it.
+    Migrate(migrate::Order),
 }
 
 /// From a side.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Answer {
+pub(crate) enum Answer {
     Ready,
     Listening(SocketAddr),
     Measured(Measured),
     Digest(String),
+    Served,
+    Migrated(migrate::Answer),
     /// It could not, and has ended.
     Failed(String),
 }
 
 /// Who moves the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Contestant {
+pub(crate) enum Contestant {
     Engine,
     Bare,
 }
@@ -115,7 +124,7 @@ impl ZeroCopyFigures {
 
 /// What one side saw of one transfer.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub(super) struct Measured {
+pub(crate) struct Measured {
     /// From the first byte to the last one landed; by the source's clock, 0 at a destination.
     pub(super) nanoseconds: u64,
     /// Page bytes that were sent.

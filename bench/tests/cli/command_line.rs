@@ -19,7 +19,7 @@ fn nonsense_is_refused_with_help() {
         (&["throughput", "--transport", "pigeon"], &["--transport", "tcp"]),
         (&["throughput", "--transport=rdma"], &["--transport rdma", "RDMA"]),
         (&["throughput", "--rdma-slice=5000"], &["--rdma-slice", "4096"]),
-        (&["latency", "--transport=tcp"], &["--transport tcp", "rdma"]),
+        (&["latency", "--transport=rdma"], &["--transport rdma", "RDMA"]),
         (&["throughput", "--zero-copy", "maybe"], &["--zero-copy", "auto", "off", "on"]),
         (&["throughput", "--backing", "paper"], &["--backing", "memfd"]),
         (&["bitmap", "--guest", "1G,0"], &["--guest", "512M"]),
@@ -27,6 +27,17 @@ fn nonsense_is_refused_with_help() {
         (&["bitmap", "--guest", "5000"], &["--guest", "4096"]),
         (&["bitmap", "--threads", "1,0"], &["--threads", "1..=256"]),
         (&["bitmap", "--dirty", "2"], &["--dirty", "between 0.0 and 1.0"]),
+        (&["latency", "--memory", "5000"], &["--memory", "4096"]),
+        (&["latency", "--pings", "0"], &["--pings"]),
+        (&["latency", "--rate", "0"], &["--rate"]),
+        (&["migrate", "--memory", "8M"], &["--working-set", "--memory"]),
+        (&["migrate", "--workload", "sequential,dance"], &["--workload", "dance"]),
+        (&["migrate", "--host-load", "lots"], &["--host-load"]),
+        (&["compare", "--channels", "200"], &["--channels", "1..=128"]),
+        (&["compare", "--memory", "5000"], &["--memory", "4096"]),
+        (&["report"], &["FILE"]),
+        (&["hot", "dance"], &["coalesce"]),
+        (&["gate"], &["--head"]),
         (&["dance"], &["dance"]),
         (&[], &["throughput", "bitmap"]),
     ];
@@ -46,6 +57,9 @@ fn help_has_examples_and_exit_codes() {
         (&["--help"][..], "pageferry-bench throughput"),
         (&["throughput", "--help"], "/proc/sys/vm/nr_hugepages"),
         (&["bitmap", "--help"], "pageferry-bench bitmap --guest"),
+        (&["latency", "--help"], "re-arm of a batch's first page"),
+        (&["migrate", "--help"], "pageferry-bench migrate --dirty-rate"),
+        (&["compare", "--help"], "iperf3"),
     ] {
         let ran = run(args);
         assert_eq!(ran.status, Some(0), "{args:?}");

@@ -2,6 +2,10 @@
 
 mod bitmap;
 mod command_line;
+mod compare;
+mod hot;
+mod latency;
+mod migrate;
 mod runs;
 mod support;
 mod throughput;

@@ -35,6 +35,17 @@ pub(crate) fn report(args: &[&str]) -> Value {
     report
 }
 
+/// Whether this kernel has no io_uring for us; says so.
+pub(crate) fn no_rings() -> bool {
+    match pageferry_iouring::Rings::new(pageferry_iouring::IoUringOptions::default()) {
+        Ok(_) => false,
+        Err(unavailable) => {
+            eprintln!("io_uring skipped, because {unavailable}");
+            true
+        }
+    }
+}
+
 /// A number that must be there and not negative. Parts of the name are separated by dots.
 pub(crate) fn number(report: &Value, name: &str) -> f64 {
     let value = name.split('.').fold(report, |value, part| &value[part]);

@@ -1,6 +1,7 @@
 //! Support for tests of transports and embedders, behind the feature `test-support`:
 //!
 //! - [`conformance`]: the suite every transport passes, third parties' too;
+//! - [`hot`]: a sender's inner loop without its thread, for who counts what it costs;
 //! - [`memory_transport`]: a transport inside one process, without sockets;
 //! - [`faulty`]: a wrapper that makes any transport slow, choppy, unordered between channels, or
 //!   breaks it, by a seed;
@@ -8,6 +9,7 @@
 
 pub mod conformance;
 pub mod faulty;
+pub mod hot;
 pub mod memory_transport;
 
 mod test_memory;

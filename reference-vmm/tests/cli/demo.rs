@@ -85,6 +85,20 @@ fn zero_copy_sends_are_counted() {
 }
 
 #[test]
+fn a_report_is_a_page_of_plots() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let page = directory.path().join("page.html");
+    let option = format!("--report={}", page.display());
+    let report = completes(&[&option, "--backing=memfd"]);
+    assert_verified(&report);
+    let html = std::fs::read_to_string(&page).expect("a page");
+    for plot in ["downtime", "throughput-0", "dirty-rate-0", "remaining-0", "heartbeat-0"] {
+        assert!(html.contains(&format!("data-plot=\"{plot}\"")), "no {plot}");
+    }
+    assert!(!html.contains("<script") && !html.contains("://"), "it needs something else");
+}
+
+#[test]
 fn memory_is_populated_ahead() {
     let report = completes(&["--populate=2", "--backing=memfd"]);
     assert_verified(&report);

@@ -28,6 +28,7 @@ Examples:
   A guest moves between two processes of this host, and everything is checked:
     pageferry-vmm demo
     pageferry-vmm demo --memory 1G --working-set 256M --channels 4 --vcpus 2 --json
+    pageferry-vmm demo --report migration.html
 
   The same by hand, on two hosts (the guest goes on at the second):
     host-b$ pageferry-vmm receive --listen 0.0.0.0:7400
@@ -349,6 +350,9 @@ pub(crate) struct DemoArgs {
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Also write what happened over time, as one HTML file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) migration: MigrationArgs,
 }
@@ -380,6 +384,9 @@ pub(crate) struct RunArgs {
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
+    /// Have what happened over time in the JSON object.
+    #[arg(long, hide = true)]
+    pub(crate) timeline: bool,
     #[command(flatten)]
     pub(crate) migration: MigrationArgs,
 }
@@ -414,6 +421,9 @@ pub(crate) struct ReceiveArgs {
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
+    /// Have what happened over time in the JSON object.
+    #[arg(long, hide = true)]
+    pub(crate) timeline: bool,
     #[command(flatten)]
     pub(crate) rdma: RdmaArgs,
 }

@@ -20,6 +20,7 @@ use crate::args::DemoArgs;
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::signals::{Wish, listen_to_signals};
+use crate::timeline;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -43,18 +44,23 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
         Stdio::inherit(),
     )?;
 
-    let departed =
+    let mut departed =
         source.await_report(&wishes, None)?.unwrap_or_else(|| called_off(args, &config, tracking));
     if departed.outcome != Outcome::Completed {
         // The destination ends by what the source tells it; but a source that never came to
         // connect has told it nothing.
         destination.interrupt();
     }
-    let arrived = destination
+    let mut arrived = destination
         .await_report(&wishes, Some(PATIENCE))
         .and_then(|arrived| arrived.ok_or_else(|| "the destination was interrupted".into()));
+    let there = arrived.as_mut().ok().and_then(|arrived| arrived.timeline.take());
+    let timelines = [departed.timeline.take(), there];
     let report = merge(departed, arrived);
     report.print(args.json)?;
+    if let Some(path) = &args.report {
+        timeline::write(path, &report, timelines)?;
+    }
     Ok(report.outcome)
 }
 
@@ -108,6 +114,9 @@ fn source_args(
     if args.verify {
         list.push("--verify".into());
     }
+    if args.report.is_some() {
+        list.push("--timeline".into());
+    }
     list.extend(migration.rdma.to_command_line().into_iter().map(OsString::from));
     list
 }
@@ -123,6 +132,9 @@ fn destination_args(args: &DemoArgs) -> Vec<OsString> {
     list.extend(args.migration.rdma.to_command_line().into_iter().map(OsString::from));
     if !args.migration.pin.is_empty() {
         list.extend(["--pin".into(), cpu_list(&args.migration.pin).into()]);
+    }
+    if args.report.is_some() {
+        list.push("--timeline".into());
     }
     list
 }

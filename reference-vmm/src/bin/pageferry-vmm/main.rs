@@ -21,6 +21,7 @@ mod run;
 mod saved;
 mod schema;
 mod signals;
+mod timeline;
 mod watch;
 
 use std::process::ExitCode;

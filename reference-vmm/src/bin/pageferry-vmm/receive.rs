@@ -194,6 +194,9 @@ fn run_on(
     wait_or_quit(wishes, Some(time));
     check(&mut guest, &mut report)?;
     report.heartbeat(guest.heartbeat());
+    if args.timeline {
+        report.timeline.get_or_insert_default().add_gaps(guest.heartbeat_gaps());
+    }
     finish(&report, args.json)
 }
 

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::MigrationArgs;
 use crate::outcome::Outcome;
+use crate::timeline::Timeline;
 
 /// Version of the JSON object. Fields are added, never repurposed.
 const SCHEMA: u32 = 1;
@@ -87,6 +88,9 @@ pub(crate) struct Report {
     pub(crate) oracle_ok: Option<bool>,
     pub(crate) oracle: Option<String>,
     pub(crate) memory_match: Option<bool>,
+    /// Between the processes of a demo only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) timeline: Option<Timeline>,
 }
 
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -202,6 +206,7 @@ impl Report {
             oracle_ok: None,
             oracle: None,
             memory_match: None,
+            timeline: None,
         }
     }
 

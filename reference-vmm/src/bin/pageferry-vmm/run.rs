@@ -10,6 +10,7 @@ use pageferry::machine::MachineOperation;
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::{SourceLink, TransportError};
 use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure, Statistics};
+use pageferry_report::recorder::Recorder;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available, workload_available};
@@ -24,6 +25,7 @@ use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
 use crate::signals::{Wish, end_with_parent, listen_to_signals, listen_to_stdin, wait_or_quit};
+use crate::timeline::Timeline;
 use crate::watch::Watch;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -186,7 +188,15 @@ fn migrate(
     let handle = source.handle();
     handle.limit_bandwidth(migration.bandwidth_limit);
     let watch = Watch::start(handle.clone())?;
-    let source = source.on_event(watch.sink());
+    let recorder = args.timeline.then(|| Recorder::start(handle.clone())).transpose()?;
+    let mut record = recorder.as_ref().map(Recorder::sink);
+    let mut show = watch.sink();
+    let source = source.on_event(move |event| {
+        show(event);
+        if let Some(record) = &mut record {
+            record(event);
+        }
+    });
     machine.guest.reset_heartbeat_gap();
     let (done, ended) = bounded(1);
     let chosen = migration.transport.choose(migration.zero_copy.into(), &migration.rdma);
@@ -219,10 +229,22 @@ fn migrate(
         report.cpu_time(cpu);
         report
     };
+    let (statistics, guest) = match &result {
+        Ok(departed) => (&departed.statistics, &departed.machine.guest),
+        Err(failure) => (&failure.statistics, &failure.machine.guest),
+    };
+    let timeline = recorder.map(|recorder| {
+        let channels = migration.channels;
+        let mut timeline =
+            Timeline::of_source(recorder, transport, channels, &config, tracking, statistics);
+        timeline.add_gaps(guest.heartbeat_gaps());
+        timeline
+    });
     Ok(match result {
         Ok(departed) => {
             let mut report = report(Outcome::Completed, GuestAt::Destination, &departed.statistics);
             report.memory_match = args.verify.then_some(true);
+            report.timeline = timeline;
             (report, None)
         }
         Err(failure) => {
@@ -234,6 +256,7 @@ fn migrate(
             };
             let mut report = report(Outcome::of(&error), at, &statistics);
             report.error = Some(error.chain().to_string());
+            report.timeline = timeline;
             if matches!(error, pageferry::Error::MemoryDiffers { .. }) {
                 report.memory_match = Some(false);
             }

@@ -1,0 +1,86 @@
+//! The destination's part: it answers, and measures nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::transport::{DestinationLink, Received, TransportError};
+use pageferry::{Destination, Machine, MachineError};
+use pageferry_rust_vmm::guest_memory;
+use pageferry_vmm::ram::{Backing, Ram};
+use serde::{Deserialize, Serialize};
+
+use crate::links::{Listener, Way};
+use crate::outcome::Failure;
+use crate::throughput::{Answer, answer};
+
+/// For what answers at once where all is well.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a destination is to do for one source.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) enum Serve {
+    /// Send every control frame back.
+    Control { way: Way },
+    /// Take pages in on one data channel.
+    Pages { way: Way, memory_bytes: u64, backing: Backing },
+    /// Take a guest in that is nothing but memory.
+    Migration { way: Way, memory_bytes: u64, backing: Backing },
+}
+
+/// Does it. Answers with `Listening`, and with `Served` when the source is gone.
+pub(crate) fn serve(what: Serve) -> Result<(), Failure> {
+    let (Serve::Control { way } | Serve::Pages { way, .. } | Serve::Migration { way, .. }) = what;
+    let listener = Listener::bind(way)?;
+    answer(&Answer::Listening(listener.address()))?;
+    let mut link = listener.accept()?;
+    match what {
+        Serve::Control { .. } => echo(&mut *link)?,
+        Serve::Pages { memory_bytes, backing, .. } => {
+            let ram = Ram::allocate(&[(0, memory_bytes)], backing)?;
+            link.register(&Arc::new(guest_memory(Arc::clone(ram.memory()))?))?;
+            let mut receivers = link.open_receivers(1, PATIENCE)?;
+            while let Received::Batch(_) = receivers[0].receive()? {}
+        }
+        Serve::Migration { memory_bytes, backing, .. } => {
+            let ram = Ram::allocate(&[(0, memory_bytes)], backing)?;
+            let memory = Arc::new(guest_memory(Arc::clone(ram.memory()))?);
+            let offer = Destination::new().negotiate(link)?;
+            offer.receive(NoMachine, &memory).map_err(|failure| failure.error)?;
+        }
+    }
+    answer(&Answer::Served)
+}
+
+fn echo(link: &mut dyn DestinationLink) -> Result<(), Failure> {
+    let mut control = link.control()?;
+    loop {
+        match control.receiver.receive(None) {
+            Ok(frame) => control.sender.send(&frame)?,
+            // The source has seen enough.
+            Err(TransportError::Closed | TransportError::Lost { .. }) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// There is nothing but memory to move.
+#[derive(Debug)]
+pub(super) struct NoMachine;
+
+impl Machine for NoMachine {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn save(&mut self, _: &mut Vec<u8>) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), MachineError> {
+        Ok(())
+    }
+}

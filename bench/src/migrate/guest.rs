@@ -1,0 +1,74 @@
+//! The guest with its load, as the engine sees it.
+
+use std::time::{Duration, Instant};
+
+use pageferry::{Machine, MachineError};
+use pageferry_vmm::embed::GuestMachine;
+use pageferry_vmm::guest::Guest;
+
+use crate::load::{Load, Used};
+use crate::outcome::Failure;
+
+/// For a guest that lives.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A guest whose load runs while it does.
+#[derive(Debug)]
+pub(super) struct LoadedGuest {
+    pub(super) machine: GuestMachine,
+    pub(super) load: u16,
+    running: Option<Load>,
+    /// What the load did until the guest was paused.
+    pub(super) used: Used,
+}
+
+impl LoadedGuest {
+    pub(super) fn new(guest: Guest, load: u16) -> Self {
+        let machine = GuestMachine { guest };
+        Self { machine, load, running: None, used: Used::default() }
+    }
+
+    /// Waits until the guest has beaten so often more.
+    pub(super) fn await_beats(&self, more: u64) -> Result<(), Failure> {
+        let guest = &self.machine.guest;
+        let beats = guest.heartbeat().beats + more;
+        let began = Instant::now();
+        while guest.heartbeat().beats < beats {
+            if let Some(failure) = guest.failure() {
+                return Err(format!("the guest ended: {failure}").into());
+            }
+            if began.elapsed() > PATIENCE {
+                return Err("the guest does not beat".into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+}
+
+impl Machine for LoadedGuest {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.machine.pause()?;
+        if let Some(load) = self.running.take() {
+            self.used = load.stop();
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.machine.resume()?;
+        if self.load > 0 {
+            let memory = self.machine.guest.ram().memory();
+            self.running = Some(Load::of_guest(self.load, memory)?);
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
+        self.machine.save(state)
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.machine.load(state)
+    }
+}

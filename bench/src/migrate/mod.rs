@@ -1,0 +1,257 @@
+//! `migrate`: whole live migrations, over everything that makes a difference.
+
+mod args;
+mod guest;
+mod report;
+mod side;
+
+use std::net::SocketAddr;
+
+use pageferry_report::document::{Document, Gap, Kind, Load as LoadFigures, Migration, Setting};
+use pageferry_report::facts::Facts;
+use pageferry_vmm::facts::transports;
+use pageferry_vmm::guest::{GuestConfig, GuestKind, kvm_available, workload_available};
+use pageferry_vmm::heartbeat::HeartbeatGap;
+use pageferry_vmm::ram::{Backing, Ram};
+use pageferry_vmm::tracking::DirtyTracking;
+use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
+use serde::{Deserialize, Serialize};
+
+use crate::args::Transport;
+use crate::links::Way;
+use crate::load::Load;
+use crate::outcome::{Failure, Outcome};
+use crate::throughput::{self, NoAnswer, SideName, Sides};
+
+use args::GuestChoice;
+pub(crate) use args::{EXAMPLES, METHOD, MigrateArgs};
+pub(crate) use side::serve;
+
+/// To a side.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// To a destination. Answered by `Listening`, and `Arrived`.
+    Receive(Box<Plan>),
+    /// To a source. Answered by `Departed`.
+    Send(Box<Plan>, SocketAddr),
+}
+
+/// From a side.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    Departed(Box<Departed>),
+    Arrived(Arrived),
+}
+
+/// One migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    way: Way,
+    channels: u16,
+    config: GuestConfig,
+    /// As its command line has it: the type is no value of a wire.
+    dirty_source: String,
+    guest_load: u16,
+    host_load: u16,
+    downtime_limit_ms: u64,
+}
+
+impl Plan {
+    fn setting(&self) -> Setting {
+        let workload = &self.config.workload;
+        Setting {
+            transport: self.way.to_string(),
+            channels: self.channels,
+            backing: self.config.backing.to_string(),
+            guest: self.config.kind.to_string(),
+            dirty_source: self.dirty_source.clone(),
+            workload: workload.kind.to_string(),
+            vcpus: self.config.vcpus,
+            memory_bytes: self.config.regions.iter().map(|(_, len_bytes)| len_bytes).sum(),
+            working_set_bytes: workload.working_set_bytes,
+            dirty_rate: workload.dirty_rate_pages_per_second,
+            guest_load: self.guest_load,
+            host_load: self.host_load,
+        }
+    }
+}
+
+/// What a source saw.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Departed {
+    migration: Migration,
+    /// `CLOCK_REALTIME`.
+    began_ns: u64,
+    gaps: Vec<HeartbeatGap>,
+}
+
+/// What a destination saw.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Arrived {
+    oracle_ok: bool,
+    oracle: String,
+    longest_gap_ns: u64,
+    gaps: Vec<HeartbeatGap>,
+}
+
+/// Measures, and prints the result.
+pub(crate) fn run(args: &MigrateArgs) -> Result<Outcome, Failure> {
+    let (kind, tracking) = decide(args)?;
+    let plans = plans(args, kind, tracking);
+    let mut document = Document::new(Kind::Migrate, Facts::here(transports()));
+    let mut sides = Sides::start()?;
+    let count = plans.len();
+    for (number, plan) in (1..).zip(plans) {
+        let migration = match migrate(&mut sides, &plan) {
+            Ok(migration) => migration,
+            Err(NoAnswer::Cancelled) => {
+                say!("cancelled");
+                return Ok(Outcome::Cancelled);
+            }
+            // The sides have ended; the others go on with new ones.
+            Err(NoAnswer::Failed(why)) => {
+                sides = Sides::start()?;
+                Migration {
+                    setting: plan.setting(),
+                    outcome: "failed".to_owned(),
+                    error: Some(why),
+                    ..Migration::default()
+                }
+            }
+        };
+        let Migration { outcome, downtime_ms, total_ms, .. } = &migration;
+        let title = migration.setting.title();
+        say!(
+            "{number} of {count}: {title}: {outcome} in {total_ms:.0} ms, downtime \
+             {downtime_ms:.2} ms{}",
+            migration.error.as_ref().map_or_else(String::new, |error| format!(": {error}"))
+        );
+        document.migrations.push(migration);
+    }
+    report::print(&document, args.json)?;
+    let right = |each: &Migration| each.outcome == "completed" && each.oracle_ok == Some(true);
+    Ok(if document.migrations.iter().all(right) { Outcome::Completed } else { Outcome::Failed })
+}
+
+/// What runs and tracks the guests, once it is known that this host has it.
+fn decide(args: &MigrateArgs) -> Result<(GuestKind, DirtyTracking), Failure> {
+    let kind = match (args.guest, kvm_available()) {
+        (GuestChoice::Process, _) => GuestKind::Process,
+        (_, Ok(())) => GuestKind::Kvm,
+        (GuestChoice::Kvm, Err(reason)) => return Err(format!("there is no KVM: {reason}").into()),
+        (GuestChoice::Auto, Err(reason)) => {
+            say!("no KVM guest, because {reason}: threads of a process instead");
+            GuestKind::Process
+        }
+    };
+    for workload in &args.workload {
+        workload_available(kind, *workload)?;
+    }
+    let tracking = args.dirty_source.decide(kind)?;
+    tracking.check(kind)?;
+    tracking.supported()?;
+    Ok((kind, tracking))
+}
+
+/// Every combination. What is varied first differs between neighbours, so that they can be compared.
+fn plans(args: &MigrateArgs, kind: GuestKind, tracking: DirtyTracking) -> Vec<Plan> {
+    let workload = WorkloadConfig {
+        kind: WorkloadKind::Sequential,
+        working_set_bytes: args.working_set,
+        dirty_rate_pages_per_second: None,
+        seed: args.seed,
+    };
+    let config = GuestConfig {
+        kind,
+        regions: Ram::pc_regions(args.memory),
+        backing: Backing::Anonymous,
+        vcpus: args.vcpus,
+        workload,
+    };
+    let first = Plan {
+        way: Transport::Tcp.into(),
+        channels: 1,
+        config,
+        dirty_source: tracking.to_string(),
+        guest_load: 0,
+        host_load: 0,
+        downtime_limit_ms: args.downtime_limit,
+    };
+    let rates: Vec<Option<u64>> = match args.dirty_rate.as_slice() {
+        [] => vec![None],
+        rates => rates.iter().copied().map(Some).collect(),
+    };
+    let plans = vec![first];
+    let plans = vary(&plans, &args.host_load, |plan, load| plan.host_load = load);
+    let plans = vary(&plans, &args.guest_load, |plan, load| plan.guest_load = load);
+    let plans = vary(&plans, &rates, |plan, rate| {
+        plan.config.workload.dirty_rate_pages_per_second = rate;
+    });
+    let plans = vary(&plans, &args.workload, |plan, kind| plan.config.workload.kind = kind);
+    let plans = vary(&plans, &args.backing, |plan, backing| plan.config.backing = backing);
+    let plans = vary(&plans, &args.channels, |plan, channels| plan.channels = channels);
+    vary(&plans, &args.transport, |plan, transport| {
+        plan.way = Way { transport, rdma: args.rdma };
+    })
+}
+
+/// Each plan with each value.
+fn vary<T: Copy>(plans: &[Plan], values: &[T], set: impl Fn(&mut Plan, T)) -> Vec<Plan> {
+    let with = |plan: &Plan, value| {
+        let mut plan = plan.clone();
+        set(&mut plan, value);
+        plan
+    };
+    plans.iter().flat_map(|plan| values.iter().map(|value| with(plan, *value))).collect()
+}
+
+/// One migration, under the host's load.
+fn migrate(sides: &mut Sides, plan: &Plan) -> Result<Migration, NoAnswer> {
+    let failed = |error: Failure| NoAnswer::Failed(error.to_string());
+    let load = Load::of_host(plan.host_load).map_err(failed)?;
+    let (source, destination) = (SideName::Source, SideName::Destination);
+    let order = |order| throughput::Order::Migrate(order);
+    sides.tell(destination, &order(Order::Receive(Box::new(plan.clone())))).map_err(failed)?;
+    let address = sides.answer(destination, |answer| match answer {
+        throughput::Answer::Listening(address) => Some(address),
+        _ => None,
+    })?;
+    sides.tell(source, &order(Order::Send(Box::new(plan.clone()), address))).map_err(failed)?;
+    let departed = sides.answer(source, |answer| match answer {
+        throughput::Answer::Migrated(Answer::Departed(departed)) => Some(*departed),
+        _ => None,
+    })?;
+    let arrived = sides.answer(destination, |answer| match answer {
+        throughput::Answer::Migrated(Answer::Arrived(arrived)) => Some(arrived),
+        _ => None,
+    })?;
+    let load = load.stop();
+    let mut migration = merge(departed, arrived);
+    migration.load = LoadFigures {
+        host_cpus: load.cpus(),
+        host_gigabytes_per_second: load.gigabytes_per_second(),
+        ..migration.load
+    };
+    Ok(migration)
+}
+
+/// How long after its end a migration is still looked at: the gap that it made ends there.
+const LOOK_ON_MS: f64 = 100.0;
+
+/// What both sides saw.
+fn merge(departed: Departed, arrived: Arrived) -> Migration {
+    let Departed { migration, began_ns, gaps } = departed;
+    let ms = |nanoseconds: u64| nanoseconds as f64 / 1e6;
+    let last_ms = migration.total_ms + LOOK_ON_MS;
+    let gaps = gaps.into_iter().chain(arrived.gaps).map(|gap| Gap {
+        ms: ms(gap.ended_realtime_ns.saturating_sub(began_ns)),
+        gap_ms: ms(gap.gap_ns),
+    });
+    Migration {
+        oracle_ok: Some(arrived.oracle_ok),
+        error: (!arrived.oracle_ok).then_some(arrived.oracle),
+        heartbeat_gap_ms: Some(ms(arrived.longest_gap_ns)),
+        heartbeat_gaps: gaps.filter(|gap| gap.ms > 0.0 && gap.ms <= last_ms).collect(),
+        ..migration
+    }
+}

@@ -1,0 +1,102 @@
+//! `report`: one page of what other commands measured.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use pageferry_report::document::{Comparison, Contestant, Document, Kind};
+use pageferry_report::facts::Facts;
+use pageferry_report::page;
+use pageferry_vmm::facts::transports;
+use serde::Deserialize;
+
+use crate::outcome::{Failure, Outcome};
+use crate::output::line;
+
+pub(crate) const EXAMPLES: &str = "\
+Example:
+  pageferry-bench migrate --channels 1,2,4 --json > sweep.json
+  pageferry-bench latency --json > latency.json
+  pageferry-bench compare --json > compare.json
+  pageferry-bench report sweep.json latency.json compare.json --out report.html";
+
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// What `migrate`, `latency`, `compare` and `throughput` printed with --json.
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Where to write the page.
+    #[arg(long, value_name = "FILE", default_value = "report.html")]
+    pub(crate) out: PathBuf,
+    /// Print one JSON object with everything that is on the page.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Writes the page.
+pub(crate) fn run(args: &ReportArgs) -> Result<Outcome, Failure> {
+    let mut whole: Option<Document> = None;
+    for path in &args.files {
+        let document = read(path)?;
+        match &mut whole {
+            Some(whole) => {
+                whole.add(document);
+                whole.kind = Kind::Report;
+            }
+            None => whole = Some(document),
+        }
+    }
+    let document = whole.ok_or("there is nothing to report")?;
+    fs::write(&args.out, page::render(&document))
+        .map_err(|error| format!("failed to write {}: {error}", args.out.display()))?;
+    say!("the report is in {}", args.out.display());
+    if args.json {
+        line(&serde_json::to_string(&document)?)?;
+    }
+    Ok(Outcome::Completed)
+}
+
+fn read(path: &Path) -> Result<Document, Failure> {
+    let failed = |error: &(dyn std::error::Error + 'static)| {
+        format!("failed to read {}: {}", path.display(), pageferry::Chain::of(error))
+    };
+    let text = fs::read_to_string(path).map_err(|error| failed(&error))?;
+    Document::parse(&text).or_else(|error| match throughput(&text) {
+        Some(comparison) => {
+            let mut document = Document::new(Kind::Compare, Facts::here(transports()));
+            document.comparisons.push(comparison);
+            Ok(document)
+        }
+        None => Err(failed(&error).into()),
+    })
+}
+
+/// What `throughput` printed, as a comparison.
+fn throughput(text: &str) -> Option<Comparison> {
+    #[derive(Deserialize)]
+    struct Pair {
+        engine_gbps: f64,
+        bare_gbps: f64,
+    }
+    #[derive(Deserialize)]
+    struct Throughput {
+        transport: String,
+        channels: u16,
+        backing: String,
+        memory_bytes: u64,
+        pairs: Vec<Pair>,
+    }
+    let Throughput { transport, channels, backing, memory_bytes, pairs } =
+        serde_json::from_str(text).ok()?;
+    let mib = memory_bytes >> 20;
+    let figures = |figure: fn(&Pair) -> f64| pairs.iter().map(figure).collect();
+    let contestant = |name: String, gbps| Contestant { name, gbps };
+    Some(Comparison {
+        title: format!("{mib} MiB of {backing} memory, {channels} channels"),
+        contestants: vec![
+            contestant(format!("pageferry, {transport}"), figures(|pair| pair.engine_gbps)),
+            contestant("bare loop".to_owned(), figures(|pair| pair.bare_gbps)),
+        ],
+        missing: Vec::new(),
+    })
+}

@@ -1,0 +1,19 @@
+//! What measurements of pageferry have in common.
+//!
+//! - [`document`]: the JSON object that every measurement prints and every report is made of. Its
+//!   schema is a contract, `docs/report.md`.
+//! - [`latency`]: histograms of times, and the files they are kept in.
+//! - [`recorder`]: what a migration did over time, recorded while it runs.
+//! - [`facts`]: the machine that all of it was measured on.
+//! - [`page`]: one HTML file that shows a document, and needs nothing else to be looked at.
+//!
+//! It is a crate of its own since both programs write reports, and one of them is a library of the
+//! other.
+
+pub mod document;
+pub mod facts;
+mod hgrm;
+pub mod latency;
+pub mod page;
+mod plot;
+pub mod recorder;

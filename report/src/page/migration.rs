@@ -1,0 +1,193 @@
+//! Migrations: all side by side, and each over time.
+
+use maud::{Markup, html};
+
+use crate::document::Migration;
+use crate::plot::{Axis, Lines, Series, Share, Stack, bytes, duration_ns, figure, number, stacks};
+
+/// Migrations whose plots are open; one looks at more of them one by one.
+const OPEN: usize = 2;
+
+const MIB: f64 = (1_u32 << 20) as f64;
+
+/// Slices of a migration's time over which throughput is averaged, at most. Landings are noted a
+/// few megabytes at a time.
+const SLICES: f64 = 60.0;
+
+/// A table, and the downtimes with their parts.
+pub(super) fn overview(migrations: &[Migration]) -> Markup {
+    let rows: Vec<Stack> = migrations.iter().map(stack).collect();
+    let longest = migrations.iter().map(|each| each.downtime.total()).fold(0.0, f64::max);
+    let names = migrations.first().map_or(Vec::new(), |each| each.downtime.parts().to_vec());
+    let legend: Vec<_> = (0..).zip(names.iter().map(|(name, _)| *name)).collect();
+    html! {
+        @if !migrations.is_empty() {
+            h2 { "Downtime" }
+            p { "How long the guest stood still, by the parts that make it up." }
+            (figure("downtime", "Downtime of each migration", &legend, Share::All, |width| {
+                stacks(&rows, &Axis::linear(longest, width.units / 130.0, number), "ms", width)
+            }))
+            (table(migrations))
+        }
+    }
+}
+
+fn stack(migration: &Migration) -> Stack {
+    let parts = migration.downtime.parts();
+    Stack {
+        name: migration.setting.title(),
+        parts: (0..).zip(parts).map(|(color, (name, part))| (color, name, part)).collect(),
+        total: format!("{} ms", number(migration.downtime_ms)),
+    }
+}
+
+fn table(migrations: &[Migration]) -> Markup {
+    html! {
+        div.table {
+            table {
+                thead {
+                    tr {
+                        th { "migration" }
+                        @for head in ["total", "rounds", "Gb/s", "downtime", "longest gap", "CPU", "wire"] {
+                            th.n { (head) }
+                        }
+                        th { "guest" }
+                    }
+                }
+                tbody { @for each in migrations { (row(each)) } }
+            }
+        }
+    }
+}
+
+fn row(each: &Migration) -> Markup {
+    let milliseconds =
+        |ms: Option<f64>| ms.map_or_else(|| "-".to_owned(), |ms| duration_ns(ms * 1e6));
+    html! {
+        tr {
+            td.wide-text { (each.setting.title()) }
+            td.n { (milliseconds(Some(each.total_ms))) }
+            td.n { (each.rounds.len()) }
+            td.n { (number(each.throughput_gbps)) }
+            td.n { (milliseconds(Some(each.downtime_ms))) }
+            td.n { (milliseconds(each.heartbeat_gap_ms)) }
+            td.n { (milliseconds(each.cpu_ms)) }
+            td.n { (bytes(each.wire_bytes as f64)) }
+            td {
+                @match (each.outcome.as_str(), each.oracle_ok) {
+                    ("completed", Some(true)) => span.good { "right" },
+                    ("completed", None) => "moved",
+                    ("completed", Some(false)) => span.bad { "WRONG" },
+                    (outcome, _) => span.bad { (outcome) },
+                }
+                @if let Some(error) = &each.error { ": " (error) }
+            }
+        }
+    }
+}
+
+/// Each over time.
+pub(super) fn each(migrations: &[Migration]) -> Markup {
+    html! {
+        @if migrations.iter().any(|each| !each.samples.is_empty()) {
+            h2 { "Over time" }
+            p { "Dashed lines are the beginnings of rounds; the last one is sent with the guest paused." }
+            @for (index, migration) in migrations.iter().enumerate() {
+                @if !migration.samples.is_empty() {
+                    details open[index < OPEN] {
+                        summary {
+                            (migration.setting.title()) " "
+                            span { "(" (duration_ns(migration.total_ms * 1e6)) ")" }
+                        }
+                        div.plots.two { (over_time(index, migration)) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn over_time(index: usize, migration: &Migration) -> Markup {
+    let end = migration.samples.last().map_or(1.0, |sample| sample.ms).max(migration.total_ms);
+    let marks: Vec<_> =
+        migration.rounds.iter().map(|round| (round.ms, round.round.to_string())).collect();
+    let remaining: Vec<_> = migration
+        .samples
+        .iter()
+        .map(|sample| (sample.ms, sample.remaining_bytes as f64 / MIB))
+        .collect();
+    let plots = [
+        ("throughput", "Throughput, Gb/s", 0, throughput(migration)),
+        ("dirty-rate", "Pages the guest wrote a second", 1, dirty_rate(migration)),
+        ("remaining", "Left of the round, MiB", 2, remaining),
+        ("heartbeat", "The guest's longest heartbeat gap, ms", 4, gaps(migration)),
+    ];
+    html! {
+        @for (name, caption, color, points) in plots {
+            @if !points.is_empty() {
+                (figure(&format!("{name}-{index}"), caption, &[], Share::Half, |width| {
+                    let most = points.iter().map(|(_, value)| *value).fold(0.0, f64::max);
+                    Lines {
+                        x: Axis::time(end, width.units / 90.0, number),
+                        y: Axis::linear(most, 4.0, number),
+                        x_title: "ms from the beginning",
+                        series: vec![Series {
+                            color,
+                            name: caption.to_owned(),
+                            points: points.clone(),
+                            filled: true,
+                        }],
+                        marks: marks.clone(),
+                        height: 200.0,
+                    }
+                    .draw(width)
+                }))
+            }
+        }
+    }
+}
+
+/// Gigabits that landed a second, in slices of time.
+fn throughput(migration: &Migration) -> Vec<(f64, f64)> {
+    let samples = &migration.samples;
+    let Some(last) = samples.last() else { return Vec::new() };
+    let slice_ms = (last.ms / SLICES).max(5.0);
+    let mut from = samples[0];
+    let mut points = vec![(from.ms, 0.0)];
+    for sample in samples {
+        let took_ms = sample.ms - from.ms;
+        if took_ms >= slice_ms {
+            let bytes = sample.landed_bytes.saturating_sub(from.landed_bytes) as f64;
+            // A step: the mean of the slice from its beginning to its end.
+            let gbps = bytes * 8.0 / took_ms / 1e6;
+            points.extend([(from.ms, gbps), (sample.ms, gbps)]);
+            from = *sample;
+        }
+    }
+    points
+}
+
+/// What each round found the guest to have written during the round before.
+fn dirty_rate(migration: &Migration) -> Vec<(f64, f64)> {
+    let steps = migration.rounds.windows(2).flat_map(|pair| {
+        let seconds = (pair[1].ms - pair[0].ms) / 1e3;
+        let rate = if seconds > 0.0 { pair[1].dirty_pages as f64 / seconds } else { 0.0 };
+        [(pair[0].ms, rate), (pair[1].ms, rate)]
+    });
+    steps.collect()
+}
+
+/// Each gap is drawn over the time that it lasted.
+fn gaps(migration: &Migration) -> Vec<(f64, f64)> {
+    let mut points = Vec::new();
+    let mut end = 0.0;
+    for gap in migration.heartbeat_gaps.iter().filter(|gap| gap.ms >= 0.0) {
+        let began = (gap.ms - gap.gap_ms).max(end);
+        if began > end {
+            points.extend([(end, 0.0), (began, 0.0)]);
+        }
+        points.extend([(began, gap.gap_ms), (gap.ms, gap.gap_ms)]);
+        end = gap.ms;
+    }
+    points
+}

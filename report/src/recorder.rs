@@ -1,0 +1,176 @@
+//! What a migration does over time: looked at now and then from a thread of its own, so that the
+//! migration pays nothing for it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use pageferry::memory::PAGE_BYTES;
+use pageferry::{Event, MigrationHandle, Progress};
+use serde::{Deserialize, Serialize};
+
+use crate::document::ms;
+
+/// How often one looks at first.
+const INTERVAL: Duration = Duration::from_millis(5);
+
+/// Samples to keep. When there are more, every second one is dropped, and one looks half as often.
+const MOST_SAMPLES: usize = 2000;
+
+/// A moment.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// From the beginning of the migration.
+    pub ms: f64,
+    /// Page bytes that have landed.
+    pub landed_bytes: u64,
+    /// Bytes of pages still to be looked at in this round.
+    pub remaining_bytes: u64,
+}
+
+/// The beginning of a round.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Its number, from 1.
+    pub round: u32,
+    /// When, from the beginning of the migration.
+    pub ms: f64,
+    /// Pages that were dirty.
+    pub dirty_pages: u64,
+}
+
+/// Records one migration until it is finished or dropped.
+#[derive(Debug)]
+pub struct Recorder {
+    began: Instant,
+    stop: Arc<AtomicBool>,
+    rounds: Arc<Mutex<Vec<Round>>>,
+    thread: Option<JoinHandle<Vec<Sample>>>,
+}
+
+impl Recorder {
+    /// Begins. The migration may begin later; times count from here.
+    pub fn start(handle: MigrationHandle) -> std::io::Result<Self> {
+        let began = Instant::now();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let body = move || watch(&handle, began, &stopped);
+        let thread = thread::Builder::new().name("recorder".into()).spawn(body)?;
+        Ok(Self { began, stop, rounds: Arc::default(), thread: Some(thread) })
+    }
+
+    /// When it began.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// A sink for the engine's events.
+    pub fn sink(&self) -> impl FnMut(&Event) + Send + 'static + use<> {
+        let (began, rounds) = (self.began, Arc::clone(&self.rounds));
+        move |event| {
+            if let Event::RoundStarted { round, dirty_pages } = *event {
+                let round = Round { round, ms: ms(began.elapsed()), dirty_pages };
+                rounds.lock().unwrap_or_else(PoisonError::into_inner).push(round);
+            }
+        }
+    }
+
+    /// Ends, and returns what there was to see.
+    pub fn finish(mut self) -> (Vec<Round>, Vec<Sample>) {
+        let samples = self.join();
+        let rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        (rounds, samples)
+    }
+
+    fn join(&mut self) -> Vec<Sample> {
+        self.stop.store(true, Ordering::Relaxed);
+        let Some(thread) = self.thread.take() else { return Vec::new() };
+        thread.thread().unpark();
+        // A recorder that panicked has recorded nothing.
+        thread.join().unwrap_or_default()
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+fn watch(handle: &MigrationHandle, began: Instant, stop: &AtomicBool) -> Vec<Sample> {
+    let mut series = Series::default();
+    let mut interval = INTERVAL;
+    loop {
+        let last = stop.load(Ordering::Relaxed);
+        series.add(began.elapsed(), &handle.progress());
+        if last {
+            return series.samples;
+        }
+        if series.samples.len() > MOST_SAMPLES {
+            series.thin_out();
+            interval *= 2;
+        }
+        thread::park_timeout(interval);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Series {
+    samples: Vec<Sample>,
+    /// The round, and the pages looked at before it.
+    round: (u32, u64),
+}
+
+impl Series {
+    fn add(&mut self, at: Duration, progress: &Progress) {
+        let looked_at = progress.pages.total();
+        if progress.round != self.round.0 {
+            self.round = (progress.round, looked_at);
+        }
+        let remaining_pages =
+            progress.round_pages.saturating_sub(looked_at.saturating_sub(self.round.1));
+        self.samples.push(Sample {
+            ms: ms(at),
+            landed_bytes: progress.landed_bytes,
+            remaining_bytes: remaining_pages * PAGE_BYTES,
+        });
+    }
+
+    fn thin_out(&mut self) {
+        let mut keep = false;
+        self.samples.retain(|_| {
+            keep = !keep;
+            keep
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_series_too_long_loses_every_second_sample() {
+        let sample =
+            |number: u32| Sample { ms: number.into(), landed_bytes: 0, remaining_bytes: 0 };
+        let mut series = Series { samples: (0..5).map(sample).collect(), round: (0, 0) };
+        series.thin_out();
+        assert_eq!(series.samples, [0, 2, 4].map(sample));
+    }
+
+    #[test]
+    fn a_recorder_sees_the_end() {
+        let source = pageferry::Source::new();
+        let recorder = Recorder::start(source.handle()).unwrap();
+        let mut sink = recorder.sink();
+        sink(&Event::RoundStarted { round: 1, dirty_pages: 7 });
+        sink(&Event::GuestPaused);
+        let (rounds, samples) = recorder.finish();
+        assert_eq!(
+            rounds.iter().map(|round| (round.round, round.dirty_pages)).next(),
+            Some((1, 7))
+        );
+        assert!(!samples.is_empty());
+    }
+}
