@@ -2,6 +2,7 @@
 
 mod bitmap;
 mod command_line;
+mod device_state;
 mod runs;
 mod support;
 mod throughput;
