@@ -9,6 +9,7 @@
 //! - `compare` has the engine, the bare loop and others move the same memory in turn.
 //! - `report` makes one page of plots of all of it.
 //! - `hot` does an inner loop of the engine alone; `gate` compares two builds by it.
+//! - `device-state` saves the state of many vCPUs, and encodes and decodes a large device.
 //!
 //! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
 //! whose fields are a contract (added to, never repurposed; `schema` counts what breaks it).
@@ -26,6 +27,7 @@ mod args;
 mod bitmap;
 mod compare;
 mod cpus;
+mod device_state;
 mod gate;
 mod host;
 mod hot;
@@ -73,6 +75,7 @@ fn main() -> std::process::ExitCode {
         Command::Report(args) => page::run(&args),
         Command::Hot(args) => hot::run(&args),
         Command::Gate(args) => gate::run(&args),
+        Command::DeviceState(args) => device_state::run(&args),
         Command::Side { side } => throughput::serve(side),
     };
     let outcome = result.unwrap_or_else(|error| {

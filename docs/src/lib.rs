@@ -8,3 +8,7 @@ struct Embedding;
 #[cfg(doctest)]
 #[doc = include_str!("../transports.md")]
 struct Transports;
+
+#[cfg(doctest)]
+#[doc = include_str!("../device-state.md")]
+struct DeviceState;

@@ -194,10 +194,15 @@ impl Guest {
 
     /// Everything of a paused guest that is not in its memory, as bytes for [`Self::load`].
     pub fn save(&mut self) -> Result<Vec<u8>, GuestError> {
+        let threads = usize::from(self.config.vcpus / VCPUS_A_THREAD).min(host_cpus());
+        self.save_by_threads(threads)
+    }
+
+    /// The same, by so many threads.
+    pub fn save_by_threads(&mut self, threads: usize) -> Result<Vec<u8>, GuestError> {
         const OPERATION: &str = "save the guest's state";
         self.ensure_paused(OPERATION)?;
         self.ensure_alive(OPERATION)?;
-        let threads = usize::from(self.config.vcpus / VCPUS_A_THREAD).min(host_cpus());
         Ok(self.registry()?.save_by_threads(threads).map_err(StateError::from)?)
     }
 

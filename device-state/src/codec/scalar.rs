@@ -22,22 +22,43 @@ pub trait ScalarValue: Copy + Default {
 
     /// Reads it from as many bytes; fails with what is wrong.
     fn read(bytes: &[u8]) -> Result<Self, Problem>;
+
+    /// Appends values side by side.
+    fn append(values: &[Self], out: &mut Writer) {
+        let room = out.room(values.len() * Self::WIDTH_BYTES);
+        for (bytes, value) in room.chunks_exact_mut(Self::WIDTH_BYTES).zip(values) {
+            value.write(bytes);
+        }
+    }
+
+    /// Reads values from as many bytes side by side; fails with the first that is wrong.
+    fn read_all(values: &mut [Self], bytes: &[u8]) -> Result<(), (usize, Problem)> {
+        let each = values.iter_mut().zip(bytes.chunks_exact(Self::WIDTH_BYTES)).enumerate();
+        for (index, (value, bytes)) in each {
+            *value = Self::read(bytes).map_err(|problem| (index, problem))?;
+        }
+        Ok(())
+    }
 }
 
 macro_rules! integers {
-    ($($type:ty: $kind:ident),+) => {$(
+    ($($type:ty: $kind:ident $({ $($fast:tt)* })?),+) => {$(
         impl ScalarValue for $type {
             const KIND: Kind = Kind::$kind;
 
+            #[inline]
             fn write(self, bytes: &mut [u8]) {
                 bytes.copy_from_slice(&self.to_le_bytes());
             }
 
+            #[inline]
             fn read(bytes: &[u8]) -> Result<Self, Problem> {
                 let mut array = [0; size_of::<Self>()];
                 array.copy_from_slice(bytes);
                 Ok(Self::from_le_bytes(array))
             }
+
+            $($($fast)*)?
         }
 
         impl Value for $type {
@@ -47,7 +68,18 @@ macro_rules! integers {
 }
 
 integers!(
-    u8: U8, u16: U16, u32: U32, u64: U64, u128: U128,
+    u8: U8 {
+        // Bytes are what large devices are made of.
+        fn append(values: &[Self], out: &mut Writer) {
+            out.put(values);
+        }
+
+        fn read_all(values: &mut [Self], bytes: &[u8]) -> Result<(), (usize, Problem)> {
+            values.copy_from_slice(bytes);
+            Ok(())
+        }
+    },
+    u16: U16, u32: U32, u64: U64, u128: U128,
     i8: I8, i16: I16, i32: I32, i64: I64, i128: I128
 );
 
@@ -98,24 +130,16 @@ impl<T: ScalarValue> Codec<T> for Scalar {
     }
 
     fn encode_all(values: &mut [T], _: u32, out: &mut Writer) -> Result<(), EncodeError> {
-        let room = out.room(values.len() * T::WIDTH_BYTES);
-        for (bytes, value) in room.chunks_exact_mut(T::WIDTH_BYTES).zip(values) {
-            value.write(bytes);
-        }
+        T::append(values, out);
         Ok(())
     }
 
     fn decode_all(values: &mut [T], _: u32, input: &mut Reader<'_>) -> Result<(), DecodeError> {
         let at = input.offset_bytes();
         let bytes = input.take(values.len() * T::WIDTH_BYTES)?;
-        for (index, (value, bytes)) in
-            values.iter_mut().zip(bytes.chunks_exact(T::WIDTH_BYTES)).enumerate()
-        {
-            *value = T::read(bytes).map_err(|problem| {
-                let at = at + (index * T::WIDTH_BYTES) as u64;
-                DecodeError::new(at, problem).in_element(index)
-            })?;
-        }
-        Ok(())
+        T::read_all(values, bytes).map_err(|(index, problem)| {
+            let at = at + (index * T::WIDTH_BYTES) as u64;
+            DecodeError::new(at, problem).in_element(index)
+        })
     }
 }

@@ -34,10 +34,12 @@ impl<'a> Reader<'a> {
     }
 
     /// Bytes that are left.
+    #[inline]
     pub fn left(&self) -> usize {
         self.rest.len()
     }
 
+    #[inline]
     pub(crate) fn offset_bytes(&self) -> u64 {
         self.offset_bytes
     }
@@ -47,6 +49,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Takes so many bytes.
+    #[inline]
     pub fn take(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
         let Some((head, rest)) = self.rest.split_at_checked(len) else {
             let (needed, left) = (len as u64, self.rest.len() as u64);
@@ -64,20 +67,24 @@ impl<'a> Reader<'a> {
         rest
     }
 
+    #[inline]
     pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
         let mut array = [0; N];
         array.copy_from_slice(self.take(N)?);
         Ok(array)
     }
 
+    #[inline]
     pub(crate) fn u8(&mut self) -> Result<u8, DecodeError> {
         self.array::<1>().map(|[byte]| byte)
     }
 
+    #[inline]
     pub(crate) fn u16(&mut self) -> Result<u16, DecodeError> {
         self.array().map(u16::from_le_bytes)
     }
 
+    #[inline]
     pub(crate) fn u32(&mut self) -> Result<u32, DecodeError> {
         self.array().map(u32::from_le_bytes)
     }
@@ -95,12 +102,14 @@ impl<'a> Reader<'a> {
     }
 
     /// The next so many bytes, to be read apart from what follows.
+    #[inline]
     pub(crate) fn part(&mut self, len: usize) -> Result<Self, DecodeError> {
         let (offset_bytes, hooks) = (self.offset_bytes, self.hooks);
         Ok(Self { rest: self.take(len)?, offset_bytes, hooks })
     }
 
     /// A length, and a reader of as many bytes behind it.
+    #[inline]
     pub(crate) fn sized(&mut self) -> Result<Self, DecodeError> {
         let len = self.u32()?;
         // What does not fit a usize is more than there is.
@@ -108,6 +117,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Everything must have been taken.
+    #[inline]
     pub(crate) fn end(&self) -> Result<(), DecodeError> {
         match self.rest.len() as u64 {
             0 => Ok(()),
@@ -116,6 +126,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The tag of the next field without taking it; `None` at the end and before a subsection.
+    #[inline]
     pub(crate) fn peek_tag(&self) -> Result<Option<u16>, DecodeError> {
         if self.rest.is_empty() {
             return Ok(None);
@@ -125,6 +136,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A field's header, and a reader of its payload.
+    #[inline]
     pub(crate) fn field(&mut self) -> Result<(FieldHeader, Self), DecodeError> {
         let (tag, kind) = (self.u16()?, self.u8()?);
         self.reserved::<1>()?;
@@ -146,6 +158,7 @@ impl<'a> Reader<'a> {
 }
 
 /// The kind must be the one declared.
+#[inline]
 pub(crate) fn expect_kind(expected: Kind, found: u8, at: u64) -> Result<(), DecodeError> {
     if found == expected as u8 {
         return Ok(());

@@ -1,4 +1,7 @@
 //! Appending to a stream. Little-endian.
+//!
+//! Codecs are compiled where types are declared, in other crates: what they call for each field is
+//! marked to be inlined there.
 
 use super::{Kind, SUBSECTION_TAG};
 use crate::error::{EncodeError, EncodeProblem};
@@ -25,23 +28,28 @@ impl Writer {
     }
 
     /// Appends bytes as they are.
+    #[inline]
     pub fn put(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 
+    #[inline]
     pub(crate) fn u8(&mut self, value: u8) {
         self.bytes.push(value);
     }
 
+    #[inline]
     pub(crate) fn u16(&mut self, value: u16) {
         self.put(&value.to_le_bytes());
     }
 
+    #[inline]
     pub(crate) fn u32(&mut self, value: u32) {
         self.put(&value.to_le_bytes());
     }
 
     /// Room for that many bytes, to be filled in.
+    #[inline]
     pub(crate) fn room(&mut self, bytes: usize) -> &mut [u8] {
         let begin = self.bytes.len();
         self.bytes.resize(begin + bytes, 0);
@@ -55,9 +63,8 @@ impl Writer {
         kind: Kind,
         payload: impl FnOnce(&mut Self) -> Result<(), EncodeError>,
     ) -> Result<(), EncodeError> {
-        self.u16(tag);
-        self.u8(kind as u8);
-        self.u8(0);
+        let [low, high] = tag.to_le_bytes();
+        self.put(&[low, high, kind as u8, 0]);
         self.sized(payload)
     }
 

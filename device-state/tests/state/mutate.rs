@@ -1,7 +1,6 @@
 //! Writers that differ from a reader in ways that nobody planned. What the checker says of them
 //! must be what the decoder does.
 
-use pageferry_device_state::from_bytes;
 use pageferry_device_state::schema::{
     FieldSchema, Length, Schema, SectionSchema, Shape, StructSchema, SubsectionSchema,
     VariantSchema, Verdict,
@@ -9,7 +8,7 @@ use pageferry_device_state::schema::{
 use proptest::prelude::*;
 
 use crate::generate::{Random, any_shape, stream};
-use crate::versions::v3;
+use crate::versions::{Mill, mills};
 
 /// Streams of each writer.
 const STREAMS: u64 = 24;
@@ -117,10 +116,16 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_checker_is_right_about_the_decoder(seed in any::<u64>(), mutations in 1..4) {
+    fn the_checker_is_right_about_the_decoder(
+        seed in any::<u64>(),
+        mutations in 1..4,
+        from in 0..5_usize,
+        to in 0..5_usize,
+    ) {
         let mut random = Random::new(seed);
-        let reader = Schema::new().with::<v3::Mill>();
-        let mut writer = reader.clone();
+        // Versions between the declared ones, and beside them.
+        let Mill { schema: reader, read, .. } = &mills()[to];
+        let mut writer = mills()[from].schema.clone();
         for _ in 0..mutations {
             mutate(&mut writer, &mut random);
         }
@@ -132,7 +137,7 @@ proptest! {
         let compatibility = reader.reads(&writer);
         for _ in 0..STREAMS {
             let bytes = stream(&writer, &mut random);
-            let read = from_bytes::<v3::Mill>(&bytes);
+            let read = read(&bytes);
             match compatibility.verdict() {
                 Verdict::Works => prop_assert!(read.is_ok(), "{compatibility}: {:?}", read),
                 Verdict::Fails => prop_assert!(read.is_err(), "{compatibility}: {:?}", read),

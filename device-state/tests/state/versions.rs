@@ -152,10 +152,10 @@ version! {
 }
 
 /// A version as data.
-struct Mill {
-    name: &'static str,
-    schema: Schema,
-    read: fn(&[u8]) -> Result<(), DecodeError>,
+pub(crate) struct Mill {
+    pub(crate) name: &'static str,
+    pub(crate) schema: Schema,
+    pub(crate) read: fn(&[u8]) -> Result<(), DecodeError>,
 }
 
 fn mill<S: Section>(name: &'static str) -> Mill {
@@ -163,7 +163,7 @@ fn mill<S: Section>(name: &'static str) -> Mill {
     Mill { name, schema: Schema::new().with::<S>(), read }
 }
 
-fn mills() -> [Mill; 5] {
+pub(crate) fn mills() -> [Mill; 5] {
     [
         mill::<v1::Mill>("v1"),
         mill::<v2::Mill>("v2"),

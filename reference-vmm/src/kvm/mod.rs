@@ -249,13 +249,13 @@ impl KvmMachine {
     ) -> Result<Self, GuestError> {
         vcpu::install_kick_handler()?;
         let slots = board.add_memory(ram)?;
-        let capabilities = board.capabilities()?;
+        let mut capabilities = board.capabilities()?;
         let supported = board
             .kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("read what cpuid may offer"))?;
         let count = layout.vcpus();
-        let mut vcpus = Vec::with_capacity(count.into());
+        let mut vcpus: Vec<Arc<Mutex<VcpuFd>>> = Vec::with_capacity(count.into());
         let mut bodies = Vec::with_capacity(count.into());
         for id in 0..count {
             let fd = board
@@ -272,6 +272,9 @@ impl KvmMachine {
             bodies.push(move |control: &RunControl| {
                 vcpu::run(&mut lock(&fd), ring.as_ref(), control, &devices, &mut pacer)
             });
+        }
+        if let Some(first) = vcpus.first() {
+            capabilities.keep_readable_msrs(&lock(first))?;
         }
         let workers = Workers::spawn(bodies, vcpu::kick).map_err(GuestError::Thread)?;
         Ok(Self {

@@ -85,7 +85,7 @@ fn plots_are_drawn_light_and_dark_wide_and_narrow() {
             }
         }
         assert!(!plots.is_empty(), "{name}: no plots");
-        for plot in &plots {
+        for plot in plots {
             assert_drawn(&name, plot, &picture);
         }
     }

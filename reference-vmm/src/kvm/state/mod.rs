@@ -13,7 +13,7 @@ mod vcpu;
 mod vm;
 mod xsave;
 
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use super::fpu::MIN_XSAVE_WORDS;
 use crate::error::GuestError;
@@ -24,6 +24,8 @@ pub(crate) use vm::{
     Clock, ClockState, InterruptControllers, InterruptControllersState, Pit, PitState,
 };
 pub(crate) use xsave::{read_xsave, write_xsave};
+
+use xsave::read_msrs;
 
 /// What KVM offers here and so belongs to the state.
 #[derive(Debug, Clone)]
@@ -45,6 +47,14 @@ impl Capabilities {
         // Zero or less where KVM_GET_XSAVE2 is not offered.
         let len_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         len_bytes.div_ceil(4).max(MIN_XSAVE_WORDS)
+    }
+
+    /// Leaves out model specific registers that are listed and cannot be read: each would cost
+    /// another call while the guest stands still.
+    pub(crate) fn keep_readable_msrs(&mut self, vcpu: &VcpuFd) -> Result<(), GuestError> {
+        let readable = read_msrs(vcpu, &self.msrs)?;
+        self.msrs = readable.into_iter().map(|msr| msr.index).collect();
+        Ok(())
     }
 }
 
