@@ -109,8 +109,6 @@ struct SenderThread {
     in_flight_bytes: u64,
     /// Page bytes sent since the last look at what has landed.
     unreaped_bytes: u64,
-    /// Whether the bandwidth limit applies.
-    limited: bool,
 }
 
 /// The body of a sender thread.
@@ -125,7 +123,6 @@ pub(crate) fn run(setup: SenderSetup) {
         in_flight: VecDeque::new(),
         in_flight_bytes: 0,
         unreaped_bytes: 0,
-        limited: true,
         setup,
     };
     let result = thread.serve();
@@ -160,8 +157,6 @@ impl SenderThread {
                 }
                 Some(Command::Finish) => return Ok(self.setup.pages.finish()?),
                 Some(Command::Round { mut share, first_look, settle }) => {
-                    // The last round is sent with the guest standing still.
-                    self.limited = !settle;
                     self.scan(&mut share, first_look)?;
                     if settle {
                         self.settle()?;
@@ -334,7 +329,7 @@ impl SenderThread {
     /// Page bytes that the batch may still take; an empty batch takes a page, whatever the limit.
     fn room_bytes(&self) -> u64 {
         let mut most_bytes = self.max_batch_bytes;
-        if self.limited {
+        if self.setup.shared.limits_bandwidth() {
             most_bytes = most_bytes.min(self.setup.shared.bandwidth_at_a_time());
         }
         let least_bytes = if self.batch_bytes == 0 { PAGE_BYTES } else { 0 };
@@ -349,7 +344,7 @@ impl SenderThread {
         while self.in_flight_bytes > IN_FLIGHT_BYTES || self.in_flight.len() >= IN_FLIGHT_BATCHES {
             self.reap(Some(GLANCE))?;
         }
-        if self.limited {
+        if self.setup.shared.limits_bandwidth() {
             self.wait_for_bandwidth()?;
         }
         let ticket = self.setup.pages.send(&self.batch)?;

@@ -21,5 +21,6 @@ pub mod ram;
 mod run_control;
 mod serial;
 mod state;
+mod throttle;
 pub mod tracking;
 pub mod workload;
