@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::MAX_CHANNELS;
 use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
@@ -93,6 +95,24 @@ What is measured, with a bit for each page of 4 KiB:
   distances. A time is the median of the samples; small bitmaps are gone through many times in a
   sample, and so come from the CPU's caches. Takes 128 bytes of memory for each MiB of guest.";
 
+const SIMULATE_METHOD: &str = "\
+Example:
+  pageferry-bench simulate --html simulated.html
+
+What is simulated:
+  Each scenario is drawn from a seed: a guest (1 GiB to 16 TiB; its pages are written evenly, hot and
+  cold, in bursts or in phases), a link (1 to 400 Gb/s, round trips of 0.05 to 100 ms, jitter,
+  episodes of loss, a slow channel, a step to another speed), two hosts (what pausing, harvesting,
+  saving, loading and resuming cost) and a downtime limit (20 ms to 1 s). Estimators and policies
+  migrate the same scenarios. No thread and no clock is in it: the same seed gives the same figures
+  anywhere, but for elapsed_ms.
+
+  left             the guest runs at the destination (slowed: it was throttled on the way)
+  called off       switchovers given up in time: the guest went on at the source
+  over the limit   downtimes longer than allowed
+  error            how far the prediction was from the downtime
+  effort           total time, as a multiple of sending everything once";
+
 /// Measures the pageferry live-migration engine.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = format!("{THROUGHPUT_EXAMPLES}\n\n{EXIT_CODES}"))]
@@ -113,6 +133,10 @@ pub(crate) enum Command {
     /// Do what the engine does with dirty bitmaps, and read the same bitmaps.
     #[command(after_long_help = format!("{BITMAP_METHOD}\n\n{BITMAP_EXAMPLES}\n\n{EXIT_CODES}"))]
     Bitmap(BitmapArgs),
+    /// Migrate modelled guests over modelled networks with the engine's own state machines, and
+    /// compare estimators and policies.
+    #[command(after_long_help = format!("{SIMULATE_METHOD}\n\n{EXIT_CODES}"))]
+    Simulate(SimulateArgs),
     /// One side of a throughput measurement, told on stdin what to do.
     #[command(hide = true)]
     Side {
@@ -128,7 +152,7 @@ impl Command {
             Self::Throughput(args) => args.check(),
             Self::Runs(args) => args.check(),
             Self::Bitmap(args) => args.check(),
-            Self::Side { .. } => Ok(()),
+            Self::Simulate(_) | Self::Side { .. } => Ok(()),
         }
     }
 }
@@ -287,6 +311,22 @@ impl BitmapArgs {
         }
         Ok(())
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SimulateArgs {
+    /// How many scenarios.
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) scenarios: u32,
+    /// Seed of the first; each further one has the next.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Write plots to this file, a page that needs nothing else.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// "512M", "1G", "64MiB": binary units.

@@ -4,6 +4,7 @@
 //!   bare loop of system calls in turn, and compares them.
 //! - `runs` sends runs of pages of each length, copied by the kernel and zero-copy.
 //! - `bitmap` does what the engine does with dirty bitmaps, and compares it with reading them.
+//! - `simulate` has the engine's convergence machines migrate modelled guests by the thousand.
 //!
 //! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
 //! whose fields are a contract (added to, never repurposed; `schema` counts what breaks it).
@@ -24,6 +25,7 @@ mod outcome;
 mod output;
 mod random;
 mod runs;
+mod simulate;
 mod throughput;
 
 use clap::error::ErrorKind;
@@ -51,6 +53,7 @@ fn main() -> std::process::ExitCode {
         Command::Throughput(args) => throughput::run(&args),
         Command::Runs(args) => runs::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Side { side } => throughput::serve(side),
     };
     let outcome = result.unwrap_or_else(|error| {

@@ -24,6 +24,7 @@ fn nonsense_is_refused_with_help() {
         (&["bitmap", "--guest", "5000"], &["--guest", "4096"]),
         (&["bitmap", "--threads", "1,0"], &["--threads", "1..=256"]),
         (&["bitmap", "--dirty", "2"], &["--dirty", "between 0.0 and 1.0"]),
+        (&["simulate", "--scenarios", "0"], &["--scenarios"]),
         (&["dance"], &["dance"]),
         (&[], &["throughput", "bitmap"]),
     ];

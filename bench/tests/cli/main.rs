@@ -3,5 +3,6 @@
 mod bitmap;
 mod command_line;
 mod runs;
+mod simulate;
 mod support;
 mod throughput;
