@@ -1,5 +1,6 @@
 //! Figures that are learned, with how far off they may be.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// A duration that is expected, and how far off it may be: about a standard deviation.
@@ -30,31 +31,42 @@ pub(crate) fn from_seconds(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds.clamp(0.0, NEVER.as_secs_f64()))
 }
 
+/// What is looked back on for the least that was seen.
+const RECENT: usize = 16;
+
 /// A duration that is seen again and again: its mean and deviation, as TCP learns its round trip
 /// (RFC 6298). Before it was seen for the first time it is what was assumed.
 #[derive(Debug, Clone)]
 pub struct Learned {
     mean: f64,
     deviation: f64,
-    known: bool,
+    recent: VecDeque<f64>,
 }
 
 impl Learned {
     /// With what is assumed for the time being.
     pub fn assumed(expected: Duration, uncertainty: Duration) -> Self {
-        Self { mean: expected.as_secs_f64(), deviation: uncertainty.as_secs_f64(), known: false }
+        Self {
+            mean: expected.as_secs_f64(),
+            deviation: uncertainty.as_secs_f64(),
+            recent: VecDeque::new(),
+        }
     }
 
     /// Takes what was seen.
     pub fn learn(&mut self, seen: Duration) {
         let seen = seen.as_secs_f64();
-        if !std::mem::replace(&mut self.known, true) {
+        if self.recent.is_empty() {
             self.deviation = seen / 2.0;
             self.mean = seen;
         } else {
             self.deviation += ((seen - self.mean).abs() - self.deviation) / 4.0;
             self.mean += (seen - self.mean) / 8.0;
         }
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(seen);
     }
 
     /// Hopes that it takes less than was seen, where nothing will be seen unless it is tried.
@@ -65,12 +77,18 @@ impl Learned {
 
     /// Whether it was ever seen.
     pub fn is_known(&self) -> bool {
-        self.known
+        !self.recent.is_empty()
     }
 
     /// What to expect next time.
     pub fn estimate(&self) -> Estimate {
         Estimate { expected: from_seconds(self.mean), uncertainty: from_seconds(self.deviation) }
+    }
+
+    /// The same, where nothing else is going on: the least that was seen lately.
+    pub fn undisturbed(&self) -> Estimate {
+        let least = self.recent.iter().copied().reduce(f64::min).unwrap_or(self.mean);
+        Estimate { expected: from_seconds(least), ..self.estimate() }
     }
 
     /// What it will hardly exceed, with so many deviations.
@@ -103,6 +121,7 @@ mod tests {
         (0..50).for_each(|_| learned.learn(MS));
         learned.learn(30 * MS);
         assert!(learned.estimate().expected < 5 * MS);
+        assert_eq!(learned.undisturbed().expected, MS);
         assert!(learned.guard(4.0) >= 30 * MS);
         (0..60).for_each(|_| learned.learn(MS));
         assert!(learned.guard(4.0) < 2 * MS, "{:?}", learned.guard(4.0));

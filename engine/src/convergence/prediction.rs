@@ -127,7 +127,8 @@ impl Terms {
 
     /// With so many pages to send at that rate, which is off by that share of it.
     pub(super) fn predict(&self, pages: u64, bytes_per_second: f64, deviation: f64) -> Prediction {
-        let round_trip = self.round_trip.estimate();
+        // Pings go out while pages do, and while the guest keeps CPUs busy. At the end both stand.
+        let round_trip = self.round_trip.undisturbed();
         let seconds = (pages * PAGE_BYTES) as f64 / bytes_per_second;
         let sending = from_seconds(seconds);
         // The last page is there one way later, and its acknowledgement comes back.

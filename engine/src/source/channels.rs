@@ -81,6 +81,11 @@ impl Channels {
         (wanted != self.weights).then_some(wanted)
     }
 
+    /// The channels' shares.
+    pub(super) fn weights(&self) -> &[u32] {
+        &self.weights
+    }
+
     pub(super) fn live(&self) -> usize {
         self.commands.iter().flatten().count()
     }

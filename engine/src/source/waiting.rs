@@ -96,12 +96,13 @@ impl Drive<'_> {
             if !waiting.fenced {
                 return Ok(Some(waiting.last));
             }
-            if let Some(weights) = &waiting.weights {
-                self.emit(&Event::Rebalanced { weights: weights.clone() });
+            let (weights, most) = (waiting.weights.take(), self.source.shared.channels());
+            let rebalanced = weights.is_some();
+            self.channels.deal(weights, most)?;
+            if rebalanced {
+                self.emit(&Event::Rebalanced { weights: self.channels.weights().to_vec() });
                 self.statistics.rebalances += 1;
             }
-            let most = self.source.shared.channels();
-            self.channels.deal(waiting.weights.take(), most)?;
             if self.channels.dirty()?.is_empty() {
                 return Ok(Some(waiting.last));
             }
