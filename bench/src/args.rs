@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::MAX_CHANNELS;
@@ -120,6 +121,24 @@ What is measured:
   stream, checksum included, and decoded to a new device; and the same bytes are copied. Each of
   these takes fresh memory from the allocator. Figures are medians of the samples.";
 
+const SIMULATE_METHOD: &str = "\
+Example:
+  pageferry-bench simulate --html simulated.html
+
+What is simulated:
+  Each scenario is drawn from a seed: a guest (1 GiB to 16 TiB; its pages are written evenly, hot and
+  cold, in bursts or in phases), a link (1 to 400 Gb/s, round trips of 0.05 to 100 ms, jitter,
+  episodes of loss, a slow channel, a step to another speed), two hosts (what pausing, harvesting,
+  saving, loading and resuming cost) and a downtime limit (20 ms to 1 s). Estimators and policies
+  migrate the same scenarios. No thread and no clock is in it: the same seed gives the same figures
+  anywhere, but for elapsed_ms.
+
+  left             the guest runs at the destination (slowed: it was throttled on the way)
+  called off       switchovers given up in time: the guest went on at the source
+  over the limit   downtimes longer than allowed
+  error            how far the prediction was from the downtime
+  effort           total time, as a multiple of sending everything once";
+
 /// Measures the pageferry live-migration engine.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = format!("{THROUGHPUT_EXAMPLES}\n\n{EXIT_CODES}"))]
@@ -140,6 +159,10 @@ pub(crate) enum Command {
     /// Do what the engine does with dirty bitmaps, and read the same bitmaps.
     #[command(after_long_help = format!("{BITMAP_METHOD}\n\n{BITMAP_EXAMPLES}\n\n{EXIT_CODES}"))]
     Bitmap(BitmapArgs),
+    /// Migrate modelled guests over modelled networks with the engine's own state machines, and
+    /// compare estimators and policies.
+    #[command(after_long_help = format!("{SIMULATE_METHOD}\n\n{EXIT_CODES}"))]
+    Simulate(SimulateArgs),
     /// Save and load the device state of a guest, and encode and decode that of a large device.
     #[command(after_long_help = format!("{DEVICE_STATE_METHOD}\n\n{EXIT_CODES}"))]
     DeviceState(DeviceStateArgs),
@@ -183,6 +206,7 @@ impl Command {
             | Self::Report(_)
             | Self::Hot(_)
             | Self::Gate(_)
+            | Self::Simulate(_)
             | Self::Side { .. } => Ok(()),
         }
     }
@@ -415,6 +439,22 @@ pub(crate) struct DeviceStateArgs {
     /// How often each is measured.
     #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) samples: u16,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SimulateArgs {
+    /// How many scenarios.
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) scenarios: u32,
+    /// Seed of the first; each further one has the next.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Write plots to this file, a page that needs nothing else.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,

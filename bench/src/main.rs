@@ -10,6 +10,7 @@
 //! - `report` makes one page of plots of all of it.
 //! - `hot` does an inner loop of the engine alone; `gate` compares two builds by it.
 //! - `device-state` saves the state of many vCPUs, and encodes and decodes a large device.
+//! - `simulate` has the engine's convergence machines migrate modelled guests by the thousand.
 //!
 //! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
 //! whose fields are a contract (added to, never repurposed; `schema` counts what breaks it).
@@ -42,6 +43,7 @@ mod page_writes;
 mod perftest;
 mod random;
 mod runs;
+mod simulate;
 mod throughput;
 
 use clap::error::ErrorKind;
@@ -76,6 +78,7 @@ fn main() -> std::process::ExitCode {
         Command::Hot(args) => hot::run(&args),
         Command::Gate(args) => gate::run(&args),
         Command::DeviceState(args) => device_state::run(&args),
+        Command::Simulate(args) => simulate::run(&args),
         Command::Side { side } => throughput::serve(side),
     };
     let outcome = result.unwrap_or_else(|error| {

@@ -77,6 +77,9 @@ pub enum Error {
     /// The configuration makes no sense.
     #[error("bad configuration: {0}")]
     Configuration(String),
+    /// Something that this engine is to do one day.
+    #[error("unsupported yet: {0}")]
+    Unsupported(&'static str),
     /// [`crate::MigrationHandle::cancel`] was called in time.
     #[error("cancelled")]
     Cancelled,
@@ -182,7 +185,7 @@ impl Error {
             }
             Self::Machine { .. } => Blame::Machine,
             Self::Thread(_) | Self::Host { .. } | Self::Internal(_) => Blame::Host,
-            Self::Configuration(_) => Blame::Configuration,
+            Self::Configuration(_) | Self::Unsupported(_) => Blame::Configuration,
             Self::Cancelled => Blame::Cancelled,
             Self::TimedOut { .. } => Blame::TimedOut,
             Self::NotConverging { .. } => Blame::Guest,

@@ -5,6 +5,7 @@
 //!   Running ── pause ──▶ Stopped               Receiving
 //!                          │  ── prepare ──▶      │ load
 //!                          │  ◀── prepared ──   Prepared
+//!   Running ◀─ resume ─────┤  ── called off ──▶ Receiving     (and once more from the start)
 //!   ═══ point of no return │  ── commit ───▶      │
 //!                        Committed              Owner ── resume ──▶ Running
 //!                          │  ◀── resumed ──      │
@@ -12,7 +13,11 @@
 //!                          │  ◀── gave back ─   GaveBack (resume failed)
 //! ```
 //!
-//! Left of the point of no return any failure leaves the guest to the source. Right of it the
+//! A switchover may be called off before the point of no return: the guest goes on at the source,
+//! and another one follows. Switchovers are numbered, since what the destination says of one may
+//! arrive when it was called off, or even in the middle of the next.
+//!
+//! Before the point of no return any failure leaves the guest to the source. After it the
 //! destination owns it. If the link is lost in between, so that one side cannot know, nobody
 //! resumes by himself: both are *uncertain* and keep their copy. The tests of this module
 //! explore every interleaving of both machines with a link that may break at any point.
@@ -39,12 +44,17 @@ pub enum SourceState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SourceInput {
-    /// The guest was paused for the switchover.
+    /// The guest was paused for a switchover, or for a moment.
     Paused,
-    /// The guest was let run again for more rounds.
+    /// The guest was let run again after a moment in which the destination was told nothing.
     Continued,
-    /// The destination has loaded everything.
-    Prepared,
+    /// The switchover is called off, and the guest was let run again.
+    CalledOff,
+    /// The destination has loaded everything for that switchover.
+    Prepared {
+        /// Its number.
+        attempt: u32,
+    },
     /// The destination runs the guest.
     Resumed,
     /// The destination gave the guest back.
@@ -61,6 +71,8 @@ pub enum SourceAction {
     Nothing,
     /// Send the commit. The state has changed already: even a send that fails counts as sent.
     SendCommit,
+    /// Tell the destination that the switchover of that number is called off.
+    SendCalledOff(u32),
     /// Tell the peer (if it still listens) and let the guest run here.
     KeepGuest,
     /// Finish: the guest runs at the destination.
@@ -75,15 +87,21 @@ pub enum SourceAction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SourceHandover {
     state: SourceState,
+    attempt: u32,
 }
 
 impl Default for SourceHandover {
     fn default() -> Self {
-        Self { state: SourceState::Running }
+        Self { state: SourceState::Running, attempt: 0 }
     }
 }
 
 impl SourceHandover {
+    /// The number of the switchover, or of the last one.
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
     /// Where it stands.
     pub fn state(&self) -> SourceState {
         self.state
@@ -100,9 +118,21 @@ impl SourceHandover {
         use SourceInput as I;
         use SourceState as S;
         let (state, action) = match (self.state, input) {
-            (S::Running, I::Paused) => (S::Stopped, A::Nothing),
+            (S::Running, I::Paused) => {
+                self.attempt = self.attempt.wrapping_add(1);
+                (S::Stopped, A::Nothing)
+            }
             (S::Stopped, I::Continued) => (S::Running, A::Nothing),
-            (S::Stopped, I::Prepared) => (S::Committed, A::SendCommit),
+            (S::Stopped, I::CalledOff) => (S::Running, A::SendCalledOff(self.attempt)),
+            (S::Stopped, I::Prepared { attempt }) if attempt == self.attempt => {
+                (S::Committed, A::SendCommit)
+            }
+            // Said of a switchover that was called off since.
+            (state @ (S::Running | S::Stopped), I::Prepared { attempt })
+                if attempt < self.attempt || (attempt == self.attempt && state == S::Running) =>
+            {
+                (state, A::Nothing)
+            }
             (S::Running | S::Stopped, I::Failed) => (S::Kept, A::KeepGuest),
             (S::Committed, I::Resumed) => (S::HandedOver, A::Finish),
             (S::Committed, I::GaveBack) => (S::Kept, A::KeepGuest),
@@ -139,8 +169,16 @@ pub enum DestinationState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DestinationInput {
-    /// Device state was loaded.
-    Loaded,
+    /// Device state was loaded, for that switchover.
+    Loaded {
+        /// Its number.
+        attempt: u32,
+    },
+    /// The source calls a switchover off.
+    CalledOff {
+        /// Its number.
+        attempt: u32,
+    },
     /// The source commits.
     Commit,
     /// The guest runs.
@@ -159,8 +197,8 @@ pub enum DestinationInput {
 pub enum DestinationAction {
     /// Go on.
     Nothing,
-    /// Tell the source that everything is loaded.
-    SendPrepared,
+    /// Tell the source that everything is loaded for the switchover of that number.
+    SendPrepared(u32),
     /// Acquire resources and resume the guest.
     ResumeGuest,
     /// Tell the source that the guest runs here.
@@ -179,11 +217,12 @@ pub enum DestinationAction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DestinationHandover {
     state: DestinationState,
+    attempt: u32,
 }
 
 impl Default for DestinationHandover {
     fn default() -> Self {
-        Self { state: DestinationState::Receiving }
+        Self { state: DestinationState::Receiving, attempt: 0 }
     }
 }
 
@@ -199,7 +238,18 @@ impl DestinationHandover {
         use DestinationInput as I;
         use DestinationState as S;
         let (state, action) = match (self.state, input) {
-            (S::Receiving, I::Loaded) => (S::Prepared, A::SendPrepared),
+            // A switchover that is called off does not come again.
+            (S::Receiving, I::Loaded { attempt }) if attempt > self.attempt => {
+                self.attempt = attempt;
+                (S::Prepared, A::SendPrepared(attempt))
+            }
+            (S::Receiving, I::CalledOff { attempt }) if attempt > self.attempt => {
+                self.attempt = attempt;
+                (S::Receiving, A::Nothing)
+            }
+            (S::Prepared, I::CalledOff { attempt }) if attempt == self.attempt => {
+                (S::Receiving, A::Nothing)
+            }
             (S::Receiving, I::SourceFailed | I::Failed) => (S::Discarded, A::Discard),
             (S::Prepared, I::Commit) => (S::Owner, A::ResumeGuest),
             // The source's own word that it keeps the guest: it has not committed and never will.
@@ -224,14 +274,18 @@ mod tests {
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
     enum Wire {
-        Prepare,
-        Prepared,
+        Prepare(u32),
+        Prepared(u32),
+        CalledOff(u32),
         Commit,
         Resumed,
         GaveBack,
         SourceFailed,
         DestinationFailed,
     }
+
+    /// Switchovers that are explored, all but the last of which may be called off.
+    const ATTEMPTS: u32 = 3;
 
     /// Both machines, what is under way between them, and whether the link lives. A broken link
     /// delivers nothing any more; each side notices in its own time.
@@ -246,6 +300,7 @@ mod tests {
         source_runs: bool,
         destination_runs: bool,
         prepare_sent: bool,
+        refused: bool,
     }
 
     impl World {
@@ -259,7 +314,17 @@ mod tests {
                 source_runs: true,
                 destination_runs: false,
                 prepare_sent: false,
+                refused: false,
             }
+        }
+
+        /// Whether a side has failed: it no longer listens to what was under way.
+        fn over(&self) -> bool {
+            matches!(self.source.state(), SourceState::Kept | SourceState::Uncertain)
+                || matches!(
+                    self.destination.state(),
+                    DestinationState::Discarded | DestinationState::Uncertain
+                )
         }
 
         fn send_to_destination(&mut self, message: Wire) {
@@ -278,18 +343,23 @@ mod tests {
             match self.source.handle(input) {
                 SourceAction::Nothing | SourceAction::Finish | SourceAction::ReportUncertain => {}
                 SourceAction::SendCommit => self.send_to_destination(Wire::Commit),
+                SourceAction::SendCalledOff(attempt) => {
+                    self.send_to_destination(Wire::CalledOff(attempt));
+                }
                 SourceAction::KeepGuest => {
                     self.send_to_destination(Wire::SourceFailed);
                     self.source_runs = true;
                 }
-                SourceAction::Refuse => self.source(SourceInput::Failed),
+                SourceAction::Refuse => self.refused |= !self.over(),
             }
         }
 
         fn destination(&mut self, input: DestinationInput) {
             match self.destination.handle(input) {
                 DestinationAction::Nothing | DestinationAction::ReportUncertain => {}
-                DestinationAction::SendPrepared => self.send_to_source(Wire::Prepared),
+                DestinationAction::SendPrepared(attempt) => {
+                    self.send_to_source(Wire::Prepared(attempt));
+                }
                 DestinationAction::ResumeGuest => {}
                 DestinationAction::SendResumed => {
                     self.destination_runs = true;
@@ -297,7 +367,7 @@ mod tests {
                 }
                 DestinationAction::SendGaveBack => self.send_to_source(Wire::GaveBack),
                 DestinationAction::Discard => self.send_to_source(Wire::DestinationFailed),
-                DestinationAction::Refuse => self.destination(DestinationInput::Failed),
+                DestinationAction::Refuse => self.refused |= !self.over(),
             }
         }
 
@@ -310,18 +380,26 @@ mod tests {
                 worlds.push(world);
             };
             match self.source.state() {
-                SourceState::Running => step(&|w| {
+                SourceState::Running if self.source.attempt() < ATTEMPTS => step(&|w| {
                     w.source(SourceInput::Paused);
                     w.source_runs = false;
+                    w.prepare_sent = false;
                 }),
-                SourceState::Stopped if !self.prepare_sent => {
+                SourceState::Stopped => {
+                    if !self.prepare_sent {
+                        step(&|w| {
+                            w.send_to_destination(Wire::Prepare(w.source.attempt()));
+                            w.prepare_sent = true;
+                        });
+                        step(&|w| {
+                            w.source(SourceInput::Continued);
+                            w.source_runs = true;
+                        });
+                    }
+                    // At any moment until the commit, and the guest runs before anyone hears of it.
                     step(&|w| {
-                        w.send_to_destination(Wire::Prepare);
-                        w.prepare_sent = true;
-                    });
-                    step(&|w| {
-                        w.source(SourceInput::Continued);
                         w.source_runs = true;
+                        w.source(SourceInput::CalledOff);
                     });
                 }
                 _ => {}
@@ -343,7 +421,8 @@ mod tests {
                     step(&|w| {
                         let message = w.to_destination.pop_front().unwrap();
                         w.destination(match message {
-                            Wire::Prepare => DestinationInput::Loaded,
+                            Wire::Prepare(attempt) => DestinationInput::Loaded { attempt },
+                            Wire::CalledOff(attempt) => DestinationInput::CalledOff { attempt },
                             Wire::Commit => DestinationInput::Commit,
                             _ => DestinationInput::SourceFailed,
                         });
@@ -353,7 +432,7 @@ mod tests {
                     step(&|w| {
                         let message = w.to_source.pop_front().unwrap();
                         w.source(match message {
-                            Wire::Prepared => SourceInput::Prepared,
+                            Wire::Prepared(attempt) => SourceInput::Prepared { attempt },
                             Wire::Resumed => SourceInput::Resumed,
                             Wire::GaveBack => SourceInput::GaveBack,
                             _ => SourceInput::Failed,
@@ -372,6 +451,8 @@ mod tests {
         let mut ends = HashSet::new();
         while let Some(world) = todo.pop() {
             assert!(!(world.source_runs && world.destination_runs), "two guests: {world:?}");
+            // Between two honest sides no message is out of place.
+            assert!(!world.refused, "a message was refused: {world:?}");
             let next = world.next();
             let stuck = next.iter().all(|next| *next == world);
             if stuck {
@@ -383,7 +464,12 @@ mod tests {
             }
             todo.extend(next.into_iter().filter(|next| seen.insert(next.clone())));
         }
-        // The exploration reached what it is about.
+        // The exploration reached what it is about, also after switchovers that were called off.
+        for attempt in 1..=ATTEMPTS {
+            assert!(seen.iter().any(|world| world.destination_runs
+                && world.source.attempt() == attempt
+                && world.source.state() == SourceState::HandedOver));
+        }
         assert!(ends.contains(&(SourceState::HandedOver, DestinationState::Running)));
         assert!(ends.contains(&(SourceState::Kept, DestinationState::Discarded)));
         assert!(ends.contains(&(SourceState::Kept, DestinationState::GaveBack)));
@@ -395,11 +481,29 @@ mod tests {
     #[test]
     fn nonsense_is_refused_without_moving() {
         let mut source = SourceHandover::default();
-        assert_eq!(source.handle(SourceInput::Prepared), SourceAction::Refuse);
+        let prepared = |attempt| SourceInput::Prepared { attempt };
+        assert_eq!(source.handle(prepared(1)), SourceAction::Refuse);
         assert_eq!(source.handle(SourceInput::Resumed), SourceAction::Refuse);
         assert_eq!(source.state(), SourceState::Running);
+        source.handle(SourceInput::Paused);
+        assert_eq!(source.handle(prepared(2)), SourceAction::Refuse);
+        assert_eq!(source.handle(SourceInput::CalledOff), SourceAction::SendCalledOff(1));
+        // Too late, and no reason to do anything.
+        assert_eq!(source.handle(prepared(1)), SourceAction::Nothing);
+        source.handle(SourceInput::Paused);
+        assert_eq!(source.handle(prepared(1)), SourceAction::Nothing);
+        assert_eq!(source.handle(prepared(2)), SourceAction::SendCommit);
+        assert_eq!(source.handle(SourceInput::CalledOff), SourceAction::Refuse);
         let mut destination = DestinationHandover::default();
         assert_eq!(destination.handle(DestinationInput::Commit), DestinationAction::Refuse);
+        let called_off = |attempt| DestinationInput::CalledOff { attempt };
         assert_eq!(destination.state(), DestinationState::Receiving);
+        let loaded = |attempt| DestinationInput::Loaded { attempt };
+        assert_eq!(destination.handle(loaded(1)), DestinationAction::SendPrepared(1));
+        assert_eq!(destination.handle(called_off(2)), DestinationAction::Refuse);
+        assert_eq!(destination.handle(called_off(1)), DestinationAction::Nothing);
+        assert_eq!(destination.handle(DestinationInput::Commit), DestinationAction::Refuse);
+        assert_eq!(destination.handle(loaded(1)), DestinationAction::Refuse);
+        assert_eq!(destination.handle(loaded(2)), DestinationAction::SendPrepared(2));
     }
 }

@@ -1,5 +1,7 @@
 //! The machine port: what the engine asks of the VMM.
 
+use crate::convergence::Rehearsal;
+
 /// What a machine operation failed with; the engine passes it on as it is.
 pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -9,9 +11,11 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 /// orders:
 ///
 /// - at the source: `pause`, `save`, `release_resources`, and then either nothing more, or, when
-///   the migration failed, `reacquire_resources` (if released) and `resume`, also after a `pause`
-///   that failed itself;
-/// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing.
+///   the switchover was called off or the migration failed, `reacquire_resources` (if released) and
+///   `resume`, also after a `pause` that failed itself. A switchover that was called off is followed
+///   by another one. While the guest runs: `rehearse` and `throttle`;
+/// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing. After
+///   a switchover that was called off, `load` again, with newer state.
 ///
 /// Before the first page moves, `state_schema` is asked of the running machine at the source, and
 /// what it says is shown to `check_state_schema` at the destination.
@@ -50,6 +54,9 @@ pub trait Machine {
 
     /// Takes over the state that `save` made on the other side. The guest is paused and its
     /// memory complete. A failed `load` leaves the guest to the source.
+    ///
+    /// May be called again, when a switchover was called off: the guest has run on at the source
+    /// meanwhile, and what is loaded last is all that counts.
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError>;
 
     /// Gives up what only one host may hold (disk locks, network identity) so that the other
@@ -64,8 +71,18 @@ pub trait Machine {
         Ok(())
     }
 
+    /// Says how large the device state is and how long saving it takes, without a switchover: what
+    /// the downtime to expect is made of. Called with the guest running, at the beginning and now
+    /// and then. Where the guest must be stopped for it, that should be for a moment only; the guest
+    /// runs when it returns. `None`: it will be known after the first switchover.
+    fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
+        Ok(None)
+    }
+
     /// Slows the guest's vCPUs down by `percent` (0: full speed, 99: almost still) so that its
-    /// dirty rate sinks. A machine that cannot does nothing. No engine calls it yet.
+    /// dirty rate sinks; by its dirty rate rather than by its time where the machine can tell which
+    /// vCPU dirties how much. A machine that cannot does nothing. Called with the guest running; with
+    /// 0 when the guest stays at the source, before a `resume`.
     fn throttle(&mut self, percent: u8) {
         let _ = percent;
     }
@@ -83,6 +100,8 @@ pub enum MachineOperation {
     Resume,
     /// [`Machine::save`].
     Save,
+    /// [`Machine::rehearse`].
+    Rehearse,
     /// [`Machine::load`].
     Load,
     /// [`Machine::release_resources`].
@@ -98,6 +117,7 @@ impl std::fmt::Display for MachineOperation {
             Self::Pause => "pause the guest",
             Self::Resume => "resume the guest",
             Self::Save => "save device state",
+            Self::Rehearse => "rehearse saving device state",
             Self::Load => "load device state",
             Self::ReleaseResources => "release host resources",
             Self::ReacquireResources => "acquire host resources",

@@ -1,15 +1,15 @@
 //! Watching and steering a migration from outside: events, a snapshot to poll, cancel.
 
 use std::fmt;
-use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::num::{NonZeroU16, NonZeroU64};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use crossbeam_utils::CachePadded;
 
-use crate::convergence::Verdict;
+use crate::convergence::{Bound, Forecast, Policy, Settings, Verdict};
 use crate::error::Error;
 use crate::limit::Limiter;
 use crate::protocol::Agreement;
@@ -50,8 +50,26 @@ pub enum Event {
         /// The channels' shares from now on.
         weights: Vec<u32>,
     },
+    /// At the source: whether pre-copy can meet the downtime limit at all, once two rounds have told,
+    /// and again when the answer has changed.
+    Forecast(Forecast),
+    /// At the source: the guest was slowed down.
+    Throttled {
+        /// By how much: 0 is full speed.
+        percent: u8,
+    },
     /// At the source: the guest was paused.
     GuestPaused,
+    /// A switchover would have taken too long: the guest goes on at the source, and so does the
+    /// migration.
+    CalledOff {
+        /// Its number.
+        attempt: u32,
+        /// What was being done when time was up; known at the source.
+        stage: Option<SwitchoverStage>,
+        /// How long the guest stood still; known at the source.
+        stood: Duration,
+    },
     /// At the destination: everything has arrived and is loaded.
     Loaded,
     /// The point of no return: from now on the destination owns the guest.
@@ -60,6 +78,28 @@ pub enum Event {
     GuestRunsThere,
     /// The migration failed and the guest runs on at the source.
     GuestKept,
+}
+
+/// What is done while the guest stands still, before the point of no return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SwitchoverStage {
+    /// Sending the last pages.
+    Pages,
+    /// Saving device state, sending and loading it.
+    DeviceState,
+    /// All is done but the commit.
+    Commit,
+}
+
+impl fmt::Display for SwitchoverStage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pages => "sending the last pages",
+            Self::DeviceState => "moving the device state",
+            Self::Commit => "committing",
+        })
+    }
 }
 
 /// Where a migration stands.
@@ -128,10 +168,55 @@ impl MigrationHandle {
         self.shared.limiter.set(bytes_per_second);
     }
 
+    /// How long the guest may stand still, from the next decision on. Of use at the source alone,
+    /// as all that follows.
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        self.shared.change(|settings| settings.downtime_limit = limit);
+    }
+
+    /// Whether the limit is kept once the guest is paused, from the next switchover on.
+    pub fn set_bound(&self, bound: Bound) {
+        self.shared.change(|settings| settings.bound = bound);
+    }
+
+    /// What to do if the guest does not converge, from the next decision on. A guest that was
+    /// slowed down stays so unless the new policy is not to: then it gets its speed back.
+    pub fn set_policy(&self, policy: Policy) -> Result<(), Error> {
+        let mut settings = self.settings();
+        settings.policy = policy;
+        check_settings(&settings)?;
+        self.shared.change(|settings| settings.policy = policy);
+        Ok(())
+    }
+
+    /// How long to go on once all memory was sent once ([`Settings::deadline`]).
+    pub fn set_deadline(&self, deadline: Option<Duration>) {
+        self.shared.change(|settings| settings.deadline = deadline);
+    }
+
+    /// What is set.
+    pub fn settings(&self) -> Settings {
+        self.shared.settings()
+    }
+
+    /// Uses that many of the data channels that were opened, at most all, from now on: pages are
+    /// dealt out anew, also in the middle of a round.
+    pub fn use_channels(&self, channels: NonZeroU16) {
+        self.shared.channels.store(channels.get(), Ordering::Relaxed);
+    }
+
     /// A snapshot.
     pub fn progress(&self) -> Progress {
         self.shared.progress()
     }
+}
+
+/// Refuses settings that make no sense, or that this engine cannot follow yet.
+pub(crate) fn check_settings(settings: &Settings) -> Result<(), Error> {
+    if settings.policy == Policy::PostCopy {
+        return Err(Error::Unsupported("post-copy"));
+    }
+    settings.complaint().map_or(Ok(()), |complaint| Err(Error::Configuration(complaint)))
 }
 
 /// Takes events.
@@ -145,6 +230,11 @@ pub(crate) struct Shared {
     round_pages: AtomicU64,
     gauges: OnceLock<Arc<Vec<CachePadded<ChannelGauge>>>>,
     limiter: Limiter,
+    /// Whether the guest stands still, and nothing is limited.
+    stands_still: AtomicBool,
+    settings: Mutex<Settings>,
+    /// Data channels to use, at most.
+    channels: AtomicU16,
     cancelled: AtomicBool,
     wake: (Sender<()>, Receiver<()>),
     /// Set while the driver is inside a call that only an interrupt can end.
@@ -160,6 +250,9 @@ impl Shared {
             round_pages: AtomicU64::new(0),
             gauges: OnceLock::new(),
             limiter: Limiter::default(),
+            stands_still: AtomicBool::new(false),
+            settings: Mutex::new(Settings::default()),
+            channels: AtomicU16::new(u16::MAX),
             cancelled: AtomicBool::new(false),
             wake: bounded(1),
             blocked: Mutex::new(None),
@@ -177,6 +270,28 @@ impl Shared {
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Settings)) {
+        change(&mut self.settings.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Data channels to use, at most.
+    pub(crate) fn channels(&self) -> u16 {
+        self.channels.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_stands_still(&self, stands_still: bool) {
+        self.stands_still.store(stands_still, Ordering::Relaxed);
+    }
+
+    /// Whether the bandwidth limit applies: not to what the guest stands still for.
+    pub(crate) fn limits_bandwidth(&self) -> bool {
+        !self.stands_still.load(Ordering::Relaxed)
     }
 
     /// Takes the link for page bytes; returns how long to wait before using it.

@@ -111,8 +111,6 @@ struct SenderThread {
     spare: Vec<Vec<Run>>,
     /// Page bytes sent since the last look at what has landed.
     unreaped_bytes: u64,
-    /// Whether the bandwidth limit applies.
-    limited: bool,
 }
 
 /// The body of a sender thread.
@@ -128,7 +126,6 @@ pub(crate) fn run(setup: SenderSetup) {
         in_flight_bytes: 0,
         spare: Vec::new(),
         unreaped_bytes: 0,
-        limited: true,
         setup,
     };
     let result = thread.serve();
@@ -163,8 +160,6 @@ impl SenderThread {
                 }
                 Some(Command::Finish) => return Ok(self.setup.pages.finish()?),
                 Some(Command::Round { mut share, first_look, settle }) => {
-                    // The last round is sent with the guest standing still.
-                    self.limited = !settle;
                     self.scan(&mut share, first_look)?;
                     if settle {
                         self.settle()?;
@@ -337,7 +332,7 @@ impl SenderThread {
     /// Page bytes that the batch may still take; an empty batch takes a page, whatever the limit.
     fn room_bytes(&self) -> u64 {
         let mut most_bytes = self.max_batch_bytes;
-        if self.limited {
+        if self.setup.shared.limits_bandwidth() {
             most_bytes = most_bytes.min(self.setup.shared.bandwidth_at_a_time());
         }
         let least_bytes = if self.batch_bytes == 0 { PAGE_BYTES } else { 0 };
@@ -352,7 +347,7 @@ impl SenderThread {
         while self.in_flight_bytes > IN_FLIGHT_BYTES || self.in_flight.len() >= IN_FLIGHT_BATCHES {
             self.reap(Some(GLANCE))?;
         }
-        if self.limited {
+        if self.setup.shared.limits_bandwidth() {
             self.wait_for_bandwidth()?;
         }
         let ticket = self.setup.pages.send(&self.batch)?;

@@ -48,7 +48,7 @@ impl Patience {
         Error::TimedOut { what: self.what, after: self.at_most }
     }
 
-    fn left(&self) -> Duration {
+    pub(crate) fn left(&self) -> Duration {
         self.at_most.saturating_sub(self.since.elapsed())
     }
 }

@@ -114,10 +114,35 @@ pub struct Statistics {
     pub lost_channels: u16,
     /// How often pages were dealt out anew since a channel lagged.
     pub rebalances: u32,
-    /// The machine's own part in the switchover.
+    /// The machine's own part in the last switchover.
     pub device_state: DeviceStateFigures,
-    /// The guest's standstill.
+    /// The guest's standstill, by the last switchover.
     pub downtime: Downtime,
+    /// Switchovers that were begun.
+    pub switchover_attempts: u32,
+    /// How long the guest stood still for those that were called off, all together.
+    pub called_off: Duration,
+    /// The downtime that was predicted when the last one was decided on.
+    pub predicted_downtime: Option<Duration>,
+    /// By how much the guest was slowed down at most.
+    pub throttle_max_percent: u8,
+    /// What became of convergence.
+    pub convergence: Ending,
+}
+
+/// What became of convergence.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ending {
+    /// The migration ended before that was decided.
+    #[default]
+    Undecided,
+    /// The guest left, and was not slowed down for it.
+    Converged,
+    /// The guest was slowed down, and left.
+    Throttled,
+    /// The guest dirtied memory too fast, and stayed.
+    GaveUp,
 }
 
 impl Statistics {

@@ -571,6 +571,7 @@ fn events_tell_the_story_in_order() {
     story.dedup();
     let rounds = story.iter().filter(|name| name.starts_with("Round")).count();
     assert!(rounds >= 3, "{story:?}");
-    story.retain(|name| !name.starts_with("Round"));
+    // What a busy machine may bring about.
+    story.retain(|name| !name.starts_with("Round") && name != "Rebalanced");
     assert_eq!(story, ["Agreed", "Registered", "GuestPaused", "Committed", "GuestRunsThere"]);
 }

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
+use pageferry::convergence::Bound;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
 use pageferry::testing::faulty::{Faults, FaultySource};
@@ -42,6 +43,19 @@ const PAGES: [(u16, u64); 10] = [
 /// One write of the script: which of [`PAGES`], and whether it makes it zero.
 type Write = (usize, bool);
 
+/// What makes a switchover take too long, so that it is called off and the guest writes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stall {
+    /// The last pages do not get through, and do later.
+    Pages,
+    /// The machine takes its time to release what it holds, right before the commit.
+    Release,
+}
+
+/// The downtime limit where there are stalls. Without, a limit that no guest meets which still has
+/// something to write.
+const LIMIT: Duration = Duration::from_millis(60);
+
 struct Guest {
     memory: TestMemory,
     state: Mutex<State>,
@@ -50,6 +64,8 @@ struct Guest {
 struct State {
     /// What comes at the next steps, the last first.
     script: Vec<Vec<Write>>,
+    /// Of the switchovers to come, the last first.
+    stalls: Vec<Stall>,
     paused: bool,
     version: u64,
     /// The model: the version that each page holds, 0 for zero.
@@ -60,11 +76,12 @@ struct State {
 }
 
 impl Guest {
-    fn new(script: Vec<Vec<Write>>) -> Arc<Self> {
+    fn new(script: Vec<Vec<Write>>, stalls: Vec<Stall>) -> Arc<Self> {
         let memory = TestMemory::new(&REGION_PAGES);
         let layout = memory.memory().layout().clone();
         let state = State {
             script,
+            stalls,
             paused: false,
             version: 0,
             newest: [0; PAGES.len()],
@@ -91,6 +108,18 @@ impl Guest {
                 clear(&mut state.armed, region, page);
                 state.dirty.set(region, page);
             }
+        }
+    }
+}
+
+impl Guest {
+    /// Takes too long if this is what the paused guest is to be held up by.
+    fn stall(&self, stall: Stall) {
+        let mut state = self.state.lock().unwrap();
+        if state.paused && state.stalls.last() == Some(&stall) {
+            state.stalls.pop();
+            drop(state);
+            thread::sleep(LIMIT);
         }
     }
 }
@@ -198,6 +227,7 @@ struct SteppingSender {
 impl PageSender for SteppingSender {
     fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
         self.guest.step();
+        self.guest.stall(Stall::Pages);
         let ticket = self.inner.send(runs)?;
         self.guest.step();
         Ok(ticket)
@@ -307,6 +337,8 @@ impl Machine for Scripted {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
+        self.0.state.lock().unwrap().paused = false;
+        self.0.step();
         Ok(())
     }
 
@@ -319,6 +351,7 @@ impl Machine for Scripted {
     }
 
     fn release_resources(&mut self) -> Result<(), MachineError> {
+        self.0.stall(Stall::Release);
         Ok(())
     }
 
@@ -332,16 +365,24 @@ fn a_script() -> impl Strategy<Value = Vec<Vec<Write>>> {
     prop::collection::vec(prop::collection::vec(write, 0..3), 0..200)
 }
 
+/// Mostly none, since each costs time.
+fn some_stalls() -> impl Strategy<Value = Vec<Stall>> {
+    let stall = prop::sample::select(vec![Stall::Pages, Stall::Release]);
+    prop_oneof![4 => Just(Vec::new()), 1 => prop::collection::vec(stall, 1..3)]
+}
+
 /// Migrates the guest of a script over a link with faults. Returns the first of [`PAGES`] that
 /// does not hold its newest bytes, and whether memory is the same otherwise.
 fn play(
     script: Vec<Vec<Write>>,
+    stalls: Vec<Stall>,
     channels: u16,
     faults: Faults,
     late_channel: Option<u16>,
     seed: u64,
 ) -> (Option<(u16, u64)>, bool) {
-    let guest = Guest::new(script);
+    let (stalled, wanted) = (!stalls.is_empty(), stalls.len());
+    let guest = Guest::new(script, stalls);
     // Something to send between the pages of the script.
     (0..1100).step_by(3).for_each(|page| guest.memory.fill_page(0, page, seed));
     PAGES.iter().enumerate().for_each(|(index, _)| write(&guest.memory, index, 0));
@@ -355,22 +396,30 @@ fn play(
         Some(channel) => Box::new(Late { inner: Box::new(there_link), channel }),
         None => Box::new(there_link),
     };
-    let nobody = Guest::new(Vec::new());
+    let nobody = Guest::new(Vec::new(), Vec::new());
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let offer = Destination::new().negotiate(there_link).unwrap();
             offer.receive(Scripted(nobody), there.memory()).map(drop).unwrap();
         });
         let dirty = DirtySources::new(vec![Box::new(Tracker(Arc::clone(&guest)))]);
-        Source::new()
-            .channels(channels)
+        let source = if stalled {
+            Source::new().downtime_limit(LIMIT)
+        } else {
             // Rounds for as long as the script goes on.
-            .downtime_limit(Duration::from_millis(1))
-            .max_rounds(1000)
+            Source::new().downtime_limit(Duration::from_millis(1)).bound(Bound::BestEffort)
+        };
+        let departed = source
+            .channels(channels)
+            .max_rounds(10_000)
             .migrate(Scripted(Arc::clone(&guest)), guest.memory.memory(), dirty, Box::new(link))
-            .map(drop)
             .unwrap();
         receiving.join().unwrap();
+        // Every stall was noticed.
+        let stalls = wanted - guest.state.lock().unwrap().stalls.len();
+        let attempts = departed.statistics.switchover_attempts as usize;
+        assert!(attempts > stalls, "{attempts} switchovers with {stalls} stalls");
+        assert_eq!(departed.statistics.called_off > Duration::ZERO, attempts > 1);
     });
     let newest = guest.state.lock().unwrap().newest;
     let stale = PAGES.into_iter().zip(newest).find(|((region, page), version)| {
@@ -379,13 +428,24 @@ fn play(
     (stale.map(|(page, _)| page), guest.memory.first_difference(&there).is_none())
 }
 
+/// A guest that writes on after each way of calling a switchover off, over channels that are lost
+/// and lag.
+#[test]
+fn what_is_written_after_a_switchover_was_called_off_is_not_lost() {
+    let script = vec![vec![(6, false), (0, false), (9, true)]; 3000];
+    for stalls in [vec![Stall::Pages], vec![Stall::Release], vec![Stall::Release, Stall::Pages]] {
+        let faults = Faults { lose_channel: Some((1, 40 * 4096)), ..Faults::default() };
+        assert_eq!(play(script.clone(), stalls, 3, faults, None, 1), (None, true));
+    }
+}
+
 /// The third page of a stripe that changes hands between two channels when a third one is lost,
 /// while its first owner's batches are still under way.
 #[test]
 fn what_a_former_owner_sent_does_not_land_on_newer_bytes() {
     let script = vec![vec![(6, false)]; 2000];
     let faults = Faults { lose_channel: Some((1, 0)), ..Faults::default() };
-    assert_eq!(play(script, 3, faults, Some(2), 1), (None, true));
+    assert_eq!(play(script, Vec::new(), 3, faults, Some(2), 1), (None, true));
 }
 
 proptest! {
@@ -397,6 +457,7 @@ proptest! {
     #[test]
     fn the_destination_ends_with_the_newest_bytes(
         script in a_script(),
+        stalls in some_stalls(),
         channels in 1_u16..5,
         lose_channel in prop::option::of((0_u16..2, 0_u64..20)),
         reorder_depth in 0_usize..4,
@@ -407,6 +468,6 @@ proptest! {
             .filter(|_| channels > 1)
             .map(|(channel, pages)| (channel, pages * 4096));
         let faults = Faults { lose_channel, reorder_depth, ..Faults::default() };
-        prop_assert_eq!(play(script, channels, faults, late_channel, seed), (None, true));
+        prop_assert_eq!(play(script, stalls, channels, faults, late_channel, seed), (None, true));
     }
 }

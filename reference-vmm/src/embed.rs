@@ -2,7 +2,9 @@
 #![expect(unsafe_code, reason = "promises the engine what the VM's memory slots are")]
 
 use std::sync::Arc;
+use std::time::Instant;
 
+use pageferry::convergence::Rehearsal;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
 use pageferry::{Machine, MachineError};
@@ -103,5 +105,28 @@ impl Machine for GuestMachine {
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         Ok(self.guest.load(state)?)
+    }
+
+    /// Stops the guest for as long as saving takes, well below a millisecond.
+    fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
+        let began = Instant::now();
+        self.guest.pause()?;
+        let paused = Instant::now();
+        let state = self.guest.save()?;
+        let saved = Instant::now();
+        self.guest.resume()?;
+        let resume = saved.elapsed();
+        // From here on it counts which virtual CPU dirties how much.
+        self.guest.throttle(self.guest.throttle_percent());
+        Ok(Some(Rehearsal {
+            state_bytes: state.len() as u64,
+            save: saved.duration_since(paused),
+            pause: Some(paused.duration_since(began)),
+            resume: Some(resume),
+        }))
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.guest.throttle(percent);
     }
 }

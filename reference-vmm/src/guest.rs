@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_device_state::{Registry, Schema};
+use pageferry_rust_vmm::DirtyRings;
 use serde::{Deserialize, Serialize};
 
 use crate::devices::Devices;
@@ -34,6 +35,7 @@ use crate::process::ProcessMachine;
 use crate::ram::{Backing, GuestRam};
 use crate::run_control::{StillRunning, Workers};
 use crate::state::StateError;
+use crate::throttle::Throttle;
 use crate::tracking::DirtyTracking;
 use crate::workload::oracle;
 use crate::workload::{OracleReport, WorkloadConfig, WorkloadError, WorkloadKind, contents};
@@ -110,6 +112,7 @@ pub struct Guest {
     config: GuestConfig,
     tracking: DirtyTracking,
     contents: Contents,
+    throttle: Throttle,
 }
 
 #[derive(Debug)]
@@ -160,7 +163,8 @@ impl Guest {
             }
         };
         let contents = Contents::Nothing;
-        Ok(Self { machine, devices, ram, memory, layout, config, tracking, contents })
+        let throttle = Throttle::new(config.vcpus);
+        Ok(Self { machine, devices, ram, memory, layout, config, tracking, contents, throttle })
     }
 
     /// Fills memory and sets the registers. For a source, once; the guest stays paused.
@@ -190,6 +194,26 @@ impl Guest {
         self.workers().pause(PAUSE_TIMEOUT).map_err(|StillRunning { vcpus }| {
             GuestError::PauseTimedOut { vcpus, waited_ms: PAUSE_TIMEOUT.as_millis() }
         })
+    }
+
+    /// Slows the guest down until it dirties `percent` less, from the next beat of each virtual CPU
+    /// on. Where dirty rings tell which of them dirties how much, those that dirty most are slowed
+    /// down, and the others are left alone.
+    pub fn throttle(&mut self, percent: u8) {
+        let dirtied = match &self.machine {
+            Machine::Kvm(machine) => machine.handles().rings.as_ref().map(DirtyRings::dirtied),
+            Machine::Process(_) => None,
+        };
+        let percents = self.throttle.set(percent, dirtied);
+        match &self.machine {
+            Machine::Kvm(machine) => machine.workers().control().set_throttle(percents),
+            Machine::Process(machine) => machine.workers().control().set_throttle(percents),
+        }
+    }
+
+    /// By how much it is slowed down.
+    pub fn throttle_percent(&self) -> u8 {
+        self.throttle.percent()
     }
 
     /// Everything of a paused guest that is not in its memory, as bytes for [`Self::load`].

@@ -23,5 +23,6 @@ mod run_control;
 mod serial;
 pub mod snapshot;
 pub mod state;
+mod throttle;
 pub mod tracking;
 pub mod workload;

@@ -43,6 +43,8 @@ pub(crate) struct RunControl {
     target: AtomicU8,
     state: Mutex<State>,
     changed: Condvar,
+    /// By how many percent each thread is to be slowed down.
+    throttle: Box<[AtomicU8]>,
 }
 
 #[derive(Debug)]
@@ -60,6 +62,7 @@ impl RunControl {
             target: AtomicU8::new(Target::Paused as u8),
             state: Mutex::new(state),
             changed: Condvar::new(),
+            throttle: (0..workers).map(|_| AtomicU8::new(0)).collect(),
         }
     }
 
@@ -77,6 +80,18 @@ impl RunControl {
                 return;
             }
             state = self.wait(state, left);
+        }
+    }
+
+    /// By how many percent a thread is to be slowed down.
+    pub(crate) fn throttle(&self, worker: usize) -> u8 {
+        self.throttle.get(worker).map_or(0, |percent| percent.load(Ordering::Relaxed))
+    }
+
+    /// Slows threads down from their next beat on. One that no percentage is given for keeps its own.
+    pub(crate) fn set_throttle(&self, percents: &[u8]) {
+        for (throttle, percent) in self.throttle.iter().zip(percents) {
+            throttle.store((*percent).min(99), Ordering::Relaxed);
         }
     }
 

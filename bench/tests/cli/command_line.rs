@@ -38,6 +38,7 @@ fn nonsense_is_refused_with_help() {
         (&["report"], &["FILE"]),
         (&["hot", "dance"], &["coalesce"]),
         (&["gate"], &["--head"]),
+        (&["simulate", "--scenarios", "0"], &["--scenarios"]),
         (&["dance"], &["dance"]),
         (&[], &["throughput", "bitmap"]),
     ];

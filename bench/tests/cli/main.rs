@@ -8,5 +8,6 @@ mod hot;
 mod latency;
 mod migrate;
 mod runs;
+mod simulate;
 mod support;
 mod throughput;

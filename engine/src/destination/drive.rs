@@ -1,5 +1,6 @@
 //! The destination's driver.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
 use crate::config::Timeouts;
 use crate::digest::Digest;
 use crate::error::{Chain, Error};
-use crate::handover::{DestinationHandover, DestinationInput, DestinationState};
+use crate::handover::{DestinationAction, DestinationHandover, DestinationInput, DestinationState};
 use crate::machine::{Machine, MachineOperation};
 use crate::memory::{GuestMemory, Layout, PageRange};
 use crate::progress::{Event, EventSink, Phase, Shared};
@@ -45,8 +46,16 @@ pub(super) struct Drive {
     populate_threads: u16,
     populating: Arc<Populating>,
     gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
+    /// Reports that came when they did not matter. They do once a switchover is called off.
+    late: VecDeque<ReceiverReport>,
     started: Instant,
     statistics: Statistics,
+}
+
+/// What the source said when all was loaded.
+enum Answer {
+    Commit,
+    CalledOff,
 }
 
 /// Hears the greeting and answers if it does not fit.
@@ -77,6 +86,7 @@ pub(super) fn negotiate(
                 populate_threads,
                 populating: Populating::new(),
                 gauges,
+                late: VecDeque::new(),
                 started,
                 statistics: Statistics::default(),
             })
@@ -171,15 +181,29 @@ impl Drive {
         self.shared().set_phase(Phase::PreCopy);
         self.statistics.setup = self.started.elapsed();
 
-        let (prepare, state) = self.take_in_pages(memory)?;
-        self.shared().set_phase(Phase::Switchover);
-        let prepared = load(machine, memory, prepare, &state)?;
-        self.statistics.device_state.bytes = prepare.state_bytes;
-        self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
-        self.handover.handle(DestinationInput::Loaded);
-        self.session.send(&Message::Prepared(prepared))?;
-        self.emit(&Event::Loaded);
-        self.take_over(machine)
+        let mut populating = false;
+        loop {
+            let (prepare, state) = self.take_in_pages(memory, &mut populating)?;
+            self.shared().set_phase(Phase::Switchover);
+            let attempt = prepare.attempt;
+            let prepared = load(machine, memory, prepare, &state)?;
+            self.statistics.device_state.bytes = prepare.state_bytes;
+            self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
+            if self.handover.handle(DestinationInput::Loaded { attempt })
+                != DestinationAction::SendPrepared(attempt)
+            {
+                return Err(unexpected(
+                    &Message::Prepare(prepare),
+                    "that switchover was called off",
+                ));
+            }
+            self.session.send(&Message::Prepared(prepared))?;
+            self.emit(&Event::Loaded);
+            match self.await_commit()? {
+                Answer::Commit => return self.take_over(machine),
+                Answer::CalledOff => self.shared().set_phase(Phase::PreCopy),
+            }
+        }
     }
 
     fn open_channels(&mut self, memory: &Arc<GuestMemory>) -> Result<(), Error> {
@@ -203,20 +227,35 @@ impl Drive {
 
     /// Until the source says that everything is here: pages land by themselves, device state
     /// comes on the control channel.
-    fn take_in_pages(&mut self, memory: &Arc<GuestMemory>) -> Result<(Prepare, Vec<u8>), Error> {
+    fn take_in_pages(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+        populating: &mut bool,
+    ) -> Result<(Prepare, Vec<u8>), Error> {
         let mut state = Vec::new();
-        let mut populating = false;
         loop {
-            match self.session.next(Patience::now("the source", PATIENT))? {
+            let item = match self.late.pop_front() {
+                Some(report) => Item::Report(report),
+                None => self.session.next(Patience::now("the source", PATIENT))?,
+            };
+            match item {
                 Item::Message(Message::Round { round, dirty_pages }) => {
                     self.shared().set_round(round, dirty_pages);
                     self.emit(&Event::RoundStarted { round, dirty_pages });
                 }
                 Item::Message(Message::DataRanges(ranges))
-                    if self.welcome.wants_data_ranges && !populating =>
+                    if self.welcome.wants_data_ranges && !*populating =>
                 {
-                    populating = true;
+                    *populating = true;
                     self.populate(memory, &ranges)?;
+                }
+                Item::Message(Message::Ping { number }) => {
+                    self.session.send(&Message::Pong { number })?;
+                }
+                Item::Message(Message::CalledOff { attempt }) => {
+                    // In the middle of its state, or before.
+                    state.clear();
+                    self.called_off(attempt)?;
                 }
                 Item::Message(Message::StateChunk(chunk)) => {
                     if (state.len() + chunk.len()) as u64 > MAX_DEVICE_STATE_BYTES {
@@ -253,6 +292,18 @@ impl Drive {
         }
     }
 
+    /// The source lets the guest go on.
+    fn called_off(&mut self, attempt: u32) -> Result<(), Error> {
+        if self.handover.handle(DestinationInput::CalledOff { attempt })
+            == DestinationAction::Refuse
+        {
+            let state = "no such switchover was under way";
+            return Err(unexpected(&Message::CalledOff { attempt }, state));
+        }
+        self.emit(&Event::CalledOff { attempt, stage: None, stood: Duration::ZERO });
+        Ok(())
+    }
+
     /// Starts the threads that populate memory.
     fn populate(&mut self, memory: &Arc<GuestMemory>, ranges: &[PageRange]) -> Result<(), Error> {
         // What is not inside memory is the source's mistake, and is known before it costs.
@@ -274,17 +325,29 @@ impl Drive {
         Ok(())
     }
 
-    /// Waits for the commit, and runs the guest.
-    fn take_over<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
+    /// Waits for the commit, or for the source to call the switchover off.
+    fn await_commit(&mut self) -> Result<Answer, Error> {
         let patience = Patience::now("the commit", self.timeouts.commit);
         loop {
             match self.session.next_committed(patience)? {
-                Item::Message(Message::Commit) => break,
+                Item::Message(Message::Commit) => return Ok(Answer::Commit),
+                Item::Message(Message::CalledOff { attempt }) => {
+                    self.called_off(attempt)?;
+                    return Ok(Answer::CalledOff);
+                }
+                Item::Message(Message::Ping { number }) => {
+                    self.session.send(&Message::Pong { number })?;
+                }
                 Item::Message(other) => return Err(unexpected(&other, "waiting for the commit")),
-                // Everything has landed; how the data channels end matters no more.
-                Item::Report(_) => {}
+                // Everything has landed; how the data channels end matters no more, unless more
+                // pages come after all.
+                Item::Report(report) => self.late.push_back(report),
             }
         }
+    }
+
+    /// Runs the guest, which is ours.
+    fn take_over<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
         let began = Instant::now();
         self.handover.handle(DestinationInput::Commit);
         self.shared().set_phase(Phase::Committed);
@@ -340,7 +403,8 @@ impl Drive {
     /// break them.
     fn await_finish(&mut self) {
         let patience = Patience::now("channels to end", FINISH);
-        let mut missing = self.agreement.channels - self.statistics.lost_channels;
+        let ended = usize::from(self.statistics.lost_channels) + self.late.len();
+        let mut missing = usize::from(self.agreement.channels).saturating_sub(ended);
         while missing > 0 {
             match self.session.next_committed(patience) {
                 Ok(Item::Report(_)) => missing -= 1,
@@ -384,5 +448,6 @@ fn load<M: Machine>(
     machine
         .load(state)
         .map_err(|cause| Error::Machine { operation: MachineOperation::Load, cause })?;
-    Ok(Prepared { load_ns: nanoseconds(began.elapsed()), verify_ns, digest })
+    let (attempt, load_ns) = (prepare.attempt, nanoseconds(began.elapsed()));
+    Ok(Prepared { attempt, load_ns, verify_ns, digest })
 }

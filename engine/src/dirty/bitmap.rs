@@ -141,6 +141,13 @@ impl DirtyBitmap {
         pages_in(self.words())
     }
 
+    /// The number of dirty pages in each of so many parts of memory, as good as equal in size.
+    pub fn counts(&self, parts: usize) -> Vec<u64> {
+        let words = self.words();
+        let part_words = words.len().div_ceil(parts.max(1)).max(1);
+        words.chunks(part_words).map(pages_in).collect()
+    }
+
     /// Whether no page is marked.
     pub fn is_empty(&self) -> bool {
         self.words().iter().all(|word| *word == 0)

@@ -35,6 +35,9 @@ const GAVE_BACK: u16 = 10;
 const FAILED: u16 = 11;
 const CHANNEL_CLOSED: u16 = 12;
 const DATA_RANGES: u16 = 13;
+const PING: u16 = 20;
+const PONG: u16 = 21;
+const CALLED_OFF: u16 = 22;
 
 const FLAG_VERIFY: u8 = 1;
 
@@ -64,10 +67,26 @@ pub enum Message {
     },
     /// S→D: the next bytes of the device state.
     StateChunk(Vec<u8>),
+    /// S→D, at any time: answer at once. To learn what an answer takes.
+    Ping {
+        /// Comes back in the answer.
+        number: u32,
+    },
+    /// D→S: the answer to a ping.
+    Pong {
+        /// As in the ping.
+        number: u32,
+    },
     /// S→D: all pages have landed and all device state was sent; load it.
     Prepare(Prepare),
     /// D→S: loaded; on your commit the guest runs here.
     Prepared(Prepared),
+    /// S→D, before the commit: this switchover would take too long. The guest goes on at the source,
+    /// more pages come, and whatever was loaded will be loaded anew.
+    CalledOff {
+        /// Which switchover.
+        attempt: u32,
+    },
     /// S→D: the guest is yours. The source's point of no return.
     Commit,
     /// D→S: the guest runs here.
@@ -126,6 +145,8 @@ pub struct Welcome {
 /// The source has sent everything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prepare {
+    /// Number of the switchover, from 1.
+    pub attempt: u32,
     /// Length of the device state in bytes, over all chunks.
     pub state_bytes: u64,
     /// Digest of the source's memory, if verification is on.
@@ -135,6 +156,8 @@ pub struct Prepare {
 /// The destination has loaded everything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prepared {
+    /// Number of the switchover.
+    pub attempt: u32,
     /// Nanoseconds the load took.
     pub load_ns: u64,
     /// Nanoseconds verification took; 0 without.
@@ -213,6 +236,9 @@ impl Message {
             Self::Round { .. } => "round",
             Self::ChannelClosed { .. } => "channel closed",
             Self::StateChunk(_) => "state chunk",
+            Self::Ping { .. } => "ping",
+            Self::Pong { .. } => "pong",
+            Self::CalledOff { .. } => "called off",
             Self::Prepare(_) => "prepare",
             Self::Prepared(_) => "prepared",
             Self::Commit => "commit",
@@ -255,13 +281,27 @@ impl Message {
                 w.u16(STATE_CHUNK);
                 w.bytes(bytes, MAX_STATE_CHUNK_BYTES);
             }
+            Self::Ping { number } => {
+                w.u16(PING);
+                w.u32(*number);
+            }
+            Self::Pong { number } => {
+                w.u16(PONG);
+                w.u32(*number);
+            }
+            Self::CalledOff { attempt } => {
+                w.u16(CALLED_OFF);
+                w.u32(*attempt);
+            }
             Self::Prepare(prepare) => {
                 w.u16(PREPARE);
+                w.u32(prepare.attempt);
                 w.u64(prepare.state_bytes);
                 encode_digest(prepare.digest, &mut w);
             }
             Self::Prepared(prepared) => {
                 w.u16(PREPARED);
+                w.u32(prepared.attempt);
                 w.u64(prepared.load_ns);
                 w.u64(prepared.verify_ns);
                 encode_digest(prepared.digest, &mut w);
@@ -302,11 +342,16 @@ impl Message {
             STATE_CHUNK => {
                 Self::StateChunk(r.bytes(MAX_STATE_CHUNK_BYTES, "state chunk")?.to_vec())
             }
+            PING => Self::Ping { number: r.u32("number")? },
+            PONG => Self::Pong { number: r.u32("number")? },
+            CALLED_OFF => Self::CalledOff { attempt: r.u32("attempt")? },
             PREPARE => Self::Prepare(Prepare {
+                attempt: r.u32("attempt")?,
                 state_bytes: r.u64("state_bytes")?,
                 digest: decode_digest(&mut r)?,
             }),
             PREPARED => Self::Prepared(Prepared {
+                attempt: r.u32("attempt")?,
                 load_ns: r.u64("load_ns")?,
                 verify_ns: r.u64("verify_ns")?,
                 digest: decode_digest(&mut r)?,
@@ -513,12 +558,17 @@ mod tests {
                 .prop_map(|(round, dirty_pages)| Message::Round { round, dirty_pages }),
             any::<u16>().prop_map(|channel| Message::ChannelClosed { channel }),
             bytes(3000).prop_map(Message::StateChunk),
-            (any::<u64>(), a_digest()).prop_map(|(state_bytes, digest)| Message::Prepare(
-                Prepare { state_bytes, digest }
-            )),
-            (any::<u64>(), any::<u64>(), a_digest()).prop_map(|(load_ns, verify_ns, digest)| {
-                Message::Prepared(Prepared { load_ns, verify_ns, digest })
+            any::<u32>().prop_map(|number| Message::Ping { number }),
+            any::<u32>().prop_map(|number| Message::Pong { number }),
+            any::<u32>().prop_map(|attempt| Message::CalledOff { attempt }),
+            (any::<u32>(), any::<u64>(), a_digest()).prop_map(|(attempt, state_bytes, digest)| {
+                Message::Prepare(Prepare { attempt, state_bytes, digest })
             }),
+            (any::<u32>(), any::<u64>(), any::<u64>(), a_digest()).prop_map(
+                |(attempt, load_ns, verify_ns, digest)| {
+                    Message::Prepared(Prepared { attempt, load_ns, verify_ns, digest })
+                }
+            ),
             Just(Message::Commit),
             any::<u64>().prop_map(|resume_ns| Message::Resumed { resume_ns }),
             "[a-zäöü ]{0,50}".prop_map(|text| Message::GaveBack { text }),
@@ -535,7 +585,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_a_message_or_an_error(
-            kind in 0_u16..16,
+            kind in 0_u16..24,
             rest in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             let mut bytes = kind.to_le_bytes().to_vec();

@@ -23,6 +23,7 @@ pub(super) struct Channels {
     /// `None` for a channel that is lost.
     commands: Vec<Option<Sender<Command>>>,
     partition: Partition,
+    /// 0 for a channel that is lost, or not to be used.
     weights: Vec<u32>,
     /// Here between rounds, lent during one.
     ledger: Option<Ledger>,
@@ -59,6 +60,30 @@ impl Channels {
     /// Where threads leave what they had taken and not landed.
     pub(super) fn leftovers(&self) -> Sender<Vec<Run>> {
         self.leftovers.0.clone()
+    }
+
+    /// The weights with which the first so many live channels are used, and no other, if that is
+    /// not so already.
+    pub(super) fn restricted_to(&self, most: u16) -> Option<Vec<u32>> {
+        let mut left = most.max(1);
+        let wanted: Vec<u32> = self
+            .commands
+            .iter()
+            .zip(&self.weights)
+            .map(|(commands, weight)| {
+                if commands.is_none() || left == 0 {
+                    return 0;
+                }
+                left -= 1;
+                (*weight).max(1)
+            })
+            .collect();
+        (wanted != self.weights).then_some(wanted)
+    }
+
+    /// The channels' shares.
+    pub(super) fn weights(&self) -> &[u32] {
+        &self.weights
     }
 
     pub(super) fn live(&self) -> usize {
@@ -125,9 +150,11 @@ impl Channels {
         let lanes: Vec<_> = self
             .commands
             .iter()
+            .zip(&self.weights)
             .zip(&*self.gauges)
-            .map(|(commands, gauge)| {
-                commands.as_ref().map(|_| Lane {
+            .map(|((commands, weight), gauge)| {
+                let used = commands.is_some() && *weight > 0;
+                used.then(|| Lane {
                     done: gauge.stripes_done.load(Ordering::Relaxed),
                     given: gauge.stripes_given.load(Ordering::Relaxed),
                 })
@@ -152,13 +179,11 @@ impl Channels {
     }
 
     /// Deals the stripes out anew, to the channels that are left, between rounds. Everything sent
-    /// must have landed: stripes change hands.
-    pub(super) fn deal(&mut self, weights: Option<Vec<u32>>) -> Result<(), Error> {
+    /// must have landed: stripes change hands. No more than `most` channels are used.
+    pub(super) fn deal(&mut self, weights: Option<Vec<u32>>, most: u16) -> Result<(), Error> {
         self.weights = weights.unwrap_or_else(|| std::mem::take(&mut self.weights));
-        for (weight, commands) in self.weights.iter_mut().zip(&self.commands) {
-            if commands.is_none() {
-                *weight = 0;
-            }
+        if let Some(restricted) = self.restricted_to(most) {
+            self.weights = restricted;
         }
         let ledger = self.ledger.as_ref().ok_or_else(|| Error::Internal("the ledger is lent"))?;
         self.partition = Partition::weighted(&self.layout, &self.weights, &ledger.dirty);
@@ -168,6 +193,11 @@ impl Channels {
     /// A channel is gone, and another is there: its stripes go to the others.
     pub(super) fn lose(&mut self, channel: u16) {
         self.commands[usize::from(channel)] = None;
+    }
+
+    /// Page bytes that have landed on each channel.
+    pub(super) fn landed(&self) -> Vec<u64> {
+        self.gauges.iter().map(|gauge| gauge.landed_bytes.load(Ordering::Relaxed)).collect()
     }
 
     /// Tells all threads to end their channels in order.

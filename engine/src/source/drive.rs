@@ -1,14 +1,18 @@
 //! The source's driver: one straight line from the handshake to the handover, and one place
 //! where every failure ends.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 
 use super::channels::Channels;
+use super::steering::Steering;
+use super::switchover::Switchover;
 use super::{Departed, GuestAtSource, Source, SourceFailure};
+use crate::convergence::Convergence;
 use crate::dirty::DirtySources;
 use crate::error::Error;
 use crate::handover::{SourceHandover, SourceInput, SourceState};
@@ -18,7 +22,7 @@ use crate::progress::{Event, Phase};
 use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message};
 use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
-use crate::stats::Statistics;
+use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::SourceLink;
 
@@ -59,6 +63,10 @@ pub(super) fn migrate<M: Machine>(
         released: false,
         channels: Channels::new(memory.layout().clone(), source.channels),
         closed_there: vec![false; usize::from(source.channels)],
+        late: VecDeque::new(),
+        convergence: Convergence::new(source.shared.settings()),
+        steering: Steering::default(),
+        clock: Instant::now(),
         stop: Arc::new(AtomicBool::new(false)),
         statistics,
         source: &mut source,
@@ -94,6 +102,12 @@ pub(super) struct Drive<'a> {
     pub(super) released: bool,
     /// Channels that the destination has closed: nothing of them lands any more.
     pub(super) closed_there: Vec<bool>,
+    /// Reports that came while nobody waited for any.
+    pub(super) late: VecDeque<SenderReport>,
+    pub(super) convergence: Convergence,
+    pub(super) steering: Steering,
+    /// What `now` is counted from.
+    clock: Instant,
     stop: Arc<AtomicBool>,
     pub(super) statistics: Statistics,
 }
@@ -109,9 +123,24 @@ impl Drive<'_> {
         self.dirty.start()?;
         self.tracking = true;
         self.statistics.setup = started.elapsed();
-        let transfer = Instant::now();
-        self.pre_copy()?;
-        self.switch_over(machine, agreement, transfer)
+        self.clock = Instant::now();
+        loop {
+            self.pre_copy(machine)?;
+            match self.switch_over(machine, agreement)? {
+                Switchover::Done => return Ok(()),
+                Switchover::CalledOff => {}
+            }
+        }
+    }
+
+    /// Since the transfer began: the time of all that is learned and decided.
+    pub(super) fn now(&self) -> Duration {
+        self.clock.elapsed()
+    }
+
+    /// A moment on that clock as one of the system's.
+    pub(super) fn instant(&self, at: Duration) -> Instant {
+        self.clock + at
     }
 
     pub(super) fn emit(&mut self, event: &Event) {
@@ -189,15 +218,24 @@ impl Drive<'_> {
         machine: &mut M,
     ) -> Result<(), Box<(Error, GuestAtSource)>> {
         let Err(error) = result else {
+            self.statistics.convergence = match self.statistics.throttle_max_percent {
+                0 => Ending::Converged,
+                _ => Ending::Throttled,
+            };
             self.emit(&Event::GuestRunsThere);
             self.channels.finish();
             return Ok(());
         };
+        // Whoever lets it run again, now or by hand, has it at its own speed.
+        self.end_throttling(machine);
         let was_stopped = self.handover.state() != SourceState::Running;
         self.handover.handle(SourceInput::Failed);
         if self.handover.state() == SourceState::Uncertain {
             let error = self.session.explain(error);
             return Err(Box::new((Error::Uncertain(Box::new(error)), GuestAtSource::Uncertain)));
+        }
+        if matches!(error, Error::NotConverging { .. }) {
+            self.statistics.convergence = Ending::GaveUp;
         }
         // The guest first: it has stood still long enough.
         let guest = if was_stopped { self.take_back(machine) } else { GuestAtSource::Running };

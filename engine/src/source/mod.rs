@@ -3,18 +3,21 @@
 mod channels;
 mod drive;
 mod rounds;
+mod steering;
 mod switchover;
+mod waiting;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{Common, MAX_CHANNELS, Timeouts};
+use crate::convergence::{Bound, Policy};
 use crate::dirty::DirtySources;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::memory::GuestMemory;
-use crate::progress::{Event, EventSink, MigrationHandle, Shared};
+use crate::progress::{Event, EventSink, MigrationHandle, Shared, check_settings};
 use crate::protocol::MAX_DESCRIPTION_BYTES;
 use crate::sender::BATCH_BYTES;
 use crate::stats::Statistics;
@@ -40,8 +43,6 @@ pub struct Source {
     common: Common,
     channels: u16,
     batch_bytes: u64,
-    downtime_limit: Duration,
-    max_rounds: u32,
     verify: bool,
     description: Vec<u8>,
     events: EventSink,
@@ -52,8 +53,7 @@ impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Source")
             .field("channels", &self.channels)
-            .field("downtime_limit", &self.downtime_limit)
-            .field("max_rounds", &self.max_rounds)
+            .field("settings", &self.shared.settings())
             .field("verify", &self.verify)
             .finish_non_exhaustive()
     }
@@ -118,14 +118,13 @@ impl<M: fmt::Debug> std::error::Error for SourceFailure<M> {
 }
 
 impl Source {
-    /// With 2 data channels, a downtime limit of 300 ms, 30 rounds, no verification.
+    /// With 2 data channels, a strict downtime limit of 300 ms, a guest that is slowed down if it
+    /// does not converge, no verification.
     pub fn new() -> Self {
         Self {
             common: Common::default(),
             channels: 2,
             batch_bytes: BATCH_BYTES,
-            downtime_limit: Duration::from_millis(300),
-            max_rounds: 30,
             verify: false,
             description: Vec::new(),
             events: Box::new(|_| {}),
@@ -148,18 +147,41 @@ impl Source {
         self
     }
 
-    /// How long the guest may stand still. The switchover begins when what remains is expected
-    /// to fit.
+    /// How long the guest may stand still; 300 ms unless set. The switchover begins when what
+    /// remains is expected to fit.
     #[must_use]
-    pub fn downtime_limit(mut self, limit: Duration) -> Self {
-        self.downtime_limit = limit;
+    pub fn downtime_limit(self, limit: Duration) -> Self {
+        self.shared.change(|settings| settings.downtime_limit = limit);
         self
     }
 
-    /// Rounds to try before [`Error::NotConverging`].
+    /// Whether the limit is kept once the guest is paused; [`Bound::Strict`] unless set.
     #[must_use]
-    pub fn max_rounds(mut self, rounds: u32) -> Self {
-        self.max_rounds = rounds;
+    pub fn bound(self, bound: Bound) -> Self {
+        self.shared.change(|settings| settings.bound = bound);
+        self
+    }
+
+    /// What to do if the guest does not converge; it is slowed down unless set.
+    #[must_use]
+    pub fn policy(self, policy: Policy) -> Self {
+        self.shared.change(|settings| settings.policy = policy);
+        self
+    }
+
+    /// How long to go on once all memory was sent once, before [`Error::NotConverging`]. As long
+    /// again as that took, and five minutes at least, unless set.
+    #[must_use]
+    pub fn deadline(self, deadline: Duration) -> Self {
+        self.shared.change(|settings| settings.deadline = Some(deadline));
+        self
+    }
+
+    /// Rounds to try, whatever the policy, before [`Error::NotConverging`]. As many as there is
+    /// time for, unless set.
+    #[must_use]
+    pub fn max_rounds(self, rounds: u32) -> Self {
+        self.shared.change(|settings| settings.max_rounds = rounds);
         self
     }
 
@@ -200,7 +222,7 @@ impl Source {
         self
     }
 
-    /// To watch and to cancel from other threads.
+    /// To watch, to steer and to cancel from other threads.
     pub fn handle(&self) -> MigrationHandle {
         MigrationHandle { shared: Arc::clone(&self.shared) }
     }
@@ -229,10 +251,9 @@ impl Source {
     }
 
     fn check(&self) -> Result<(), Error> {
+        check_settings(&self.shared.settings())?;
         let complaint = if self.channels == 0 || self.channels > MAX_CHANNELS {
             format!("{} channels, 1 to {MAX_CHANNELS} are possible", self.channels)
-        } else if self.max_rounds == 0 {
-            "at least one round is needed".to_owned()
         } else if self.description.len() > MAX_DESCRIPTION_BYTES {
             format!(
                 "description of {} bytes, at most {MAX_DESCRIPTION_BYTES} are possible",

@@ -1,17 +1,50 @@
-//! The switchover: from the pause to the answer to the commit.
+//! A switchover: from the pause to the answer to the commit, or back.
+//!
+//! While the guest stands still a clock runs against the downtime limit. When what is left would
+//! overrun it the switchover is called off: the guest is resumed first, then the destination is told,
+//! and what was being sent goes on as a round like any other. Pages were re-armed before they were
+//! read, so the guest may write again at any time, and what was not sent is still to be sent.
 
 use std::time::{Duration, Instant};
 
 use super::drive::{Drive, refused};
+use super::rounds::RoundBegan;
+use super::waiting::Waiting;
+use crate::convergence::Attempt;
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::handover::{SourceAction, SourceInput};
+use crate::handover::{SourceAction, SourceInput, SourceState};
 use crate::machine::{Machine, MachineOperation};
-use crate::progress::{Event, Phase};
+use crate::progress::{Event, Phase, SwitchoverStage};
 use crate::protocol::{
     Agreement, MAX_DEVICE_STATE_BYTES, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared,
 };
 use crate::session::{Item, Patience, unexpected};
+use crate::stats::Downtime;
+
+/// What became of a switchover.
+pub(super) enum Switchover {
+    /// The guest runs at the destination.
+    Done,
+    /// The guest goes on here.
+    CalledOff,
+}
+
+/// Why it must be called off, and the round that is under way.
+struct Overdue {
+    stage: SwitchoverStage,
+    round: Option<(RoundBegan, Waiting)>,
+}
+
+impl Overdue {
+    fn at(stage: SwitchoverStage) -> Self {
+        Self { stage, round: None }
+    }
+
+    fn amid(began: RoundBegan, waiting: Waiting) -> Self {
+        Self { stage: SwitchoverStage::Pages, round: Some((began, waiting)) }
+    }
+}
 
 /// Measures parts that follow one another and leave nothing out.
 struct Stopwatch(Instant);
@@ -24,31 +57,65 @@ impl Stopwatch {
 }
 
 impl Drive<'_> {
-    /// From the pause to the answer to the commit.
+    /// From the pause to the answer to the commit, unless it takes too long.
     pub(super) fn switch_over<M: Machine>(
         &mut self,
         machine: &mut M,
         agreement: Agreement,
-        transfer: Instant,
-    ) -> Result<(), Error> {
-        let mut watch = Stopwatch(Instant::now());
+    ) -> Result<Switchover, Error> {
+        let settings = *self.convergence.settings();
+        let mut attempt = Attempt::begin(self.now(), settings.downtime_limit, settings.bound);
+        self.statistics.switchover_attempts += 1;
+        self.statistics.downtime = Downtime::default();
+        self.statistics.predicted_downtime =
+            self.convergence.prediction().map(|prediction| prediction.total().expected);
         self.source.shared.set_phase(Phase::Switchover);
+        let overdue = self.try_to(machine, agreement, &mut attempt)?;
+        match overdue {
+            None => Ok(Switchover::Done),
+            Some(overdue) => {
+                self.call_off(machine, attempt, overdue)?;
+                Ok(Switchover::CalledOff)
+            }
+        }
+    }
+
+    fn try_to<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        agreement: Agreement,
+        attempt: &mut Attempt,
+    ) -> Result<Option<Overdue>, Error> {
+        let mut watch = Stopwatch(Instant::now());
         // From here on the guest is stopped, or may be: a failure must resume it.
         self.handover.handle(SourceInput::Paused);
         machine.pause().map_err(|cause| refused(MachineOperation::Pause, cause))?;
-        self.statistics.downtime.pause = watch.lap();
+        self.source.shared.set_stands_still(true);
+        let lap = watch.lap();
+        self.convergence.learn_pause(lap);
+        self.statistics.downtime.pause = lap;
         self.emit(&Event::GuestPaused);
-        self.harvest()?;
+        let pages = self.harvest()?;
         self.statistics.downtime.final_harvest = watch.lap();
+        if self.convergence.overruns(attempt, self.now(), pages) {
+            return Ok(Some(Overdue::at(SwitchoverStage::Pages)));
+        }
 
+        let after_pages = self.convergence.after_pages();
         let began = self.begin_round(true)?;
         let mut state = Vec::new();
         let saving = Instant::now();
         machine.save(&mut state).map_err(|cause| refused(MachineOperation::Save, cause))?;
         let saved = Instant::now();
-        self.statistics.device_state.save = saved.saturating_duration_since(saving);
+        let took = saved.saturating_duration_since(saving);
+        self.statistics.device_state.save = took;
         self.statistics.device_state.bytes = state.len() as u64;
-        let landed = self.await_round(true)?;
+        self.convergence.learn_save(state.len() as u64, took);
+        let mut waiting = self.waiting_for_round();
+        let due = attempt.due(after_pages).map(|due| self.instant(due));
+        let Some(landed) = self.await_round(&mut waiting, true, due)? else {
+            return Ok(Some(Overdue::amid(began, waiting)));
+        };
         // Saved while the pages were under way; what took longer than they is its own part.
         let overtime = saved.saturating_duration_since(landed);
         self.statistics.downtime.device_state += overtime;
@@ -58,51 +125,152 @@ impl Drive<'_> {
         self.statistics.downtime.final_harvest += watch.lap();
         if late_pages > 0 {
             self.channels.lend(true)?;
-            self.await_round(true)?;
+            let mut waiting = self.waiting_for_round();
+            if self.await_round(&mut waiting, true, due)?.is_none() {
+                return Ok(Some(Overdue::amid(began, waiting)));
+            }
         }
         self.finish_round(&began);
-        self.statistics.transfer = transfer.elapsed();
+        self.statistics.transfer = self.now();
         self.statistics.downtime.final_pages += watch.lap();
 
         let digest = if agreement.verify { Some(Digest::of(&self.memory)?) } else { None };
-        self.statistics.downtime.verify = watch.lap();
-        let prepared = self.prepare(&state, digest)?;
-        self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
-        let verified = Duration::from_nanos(prepared.verify_ns);
         let lap = watch.lap();
-        self.statistics.downtime.verify += verified.min(lap);
+        self.statistics.downtime.verify = lap;
+        attempt.exclude(lap);
+        if attempt.overruns(self.now(), self.convergence.after_commit()) {
+            return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
+        }
+        let Some(prepared) = self.prepare(&state, digest, attempt)? else {
+            return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
+        };
+        let lap = watch.lap();
+        let verified = Duration::from_nanos(prepared.verify_ns).min(lap);
+        let loaded = Duration::from_nanos(prepared.load_ns);
+        self.statistics.device_state.load = loaded;
+        self.statistics.downtime.verify += verified;
         self.statistics.downtime.device_state += lap.saturating_sub(verified);
+        attempt.exclude(verified);
+        self.convergence.learn_load(loaded);
+        self.convergence.learn_state_exchange(lap.saturating_sub(verified).saturating_sub(loaded));
+        self.hand_over(machine, attempt, &mut watch)
+    }
 
+    /// The point of no return, if there is still time for it.
+    fn hand_over<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        attempt: &Attempt,
+        watch: &mut Stopwatch,
+    ) -> Result<Option<Overdue>, Error> {
+        let after = self.convergence.after_commit();
+        if attempt.overruns(self.now(), after) {
+            return Ok(Some(Overdue::at(SwitchoverStage::Commit)));
+        }
         machine
             .release_resources()
             .map_err(|cause| refused(MachineOperation::ReleaseResources, cause))?;
         self.released = true;
+        // Releasing may have taken its time.
+        if attempt.overruns(self.now(), after) {
+            return Ok(Some(Overdue::at(SwitchoverStage::Commit)));
+        }
         let resume = self.commit()?;
         let lap = watch.lap();
         self.statistics.downtime.resume = resume.min(lap);
         self.statistics.downtime.commit = lap.saturating_sub(resume);
+        Ok(None)
+    }
+
+    /// Lets the guest go on here, and tells the destination.
+    fn call_off<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        attempt: Attempt,
+        overdue: Overdue,
+    ) -> Result<(), Error> {
+        if std::mem::take(&mut self.released)
+            && let Err(cause) = machine.reacquire_resources()
+        {
+            // For whoever takes the guest back to try again.
+            self.released = true;
+            return Err(refused(MachineOperation::ReacquireResources, cause));
+        }
+        machine.resume().map_err(|cause| refused(MachineOperation::Resume, cause))?;
+        let stood = attempt.stood(self.now());
+        self.source.shared.set_stands_still(false);
+        self.source.shared.set_phase(Phase::PreCopy);
+        self.statistics.called_off += stood;
+        self.statistics.downtime = Downtime::default();
+        let now = self.now();
+        self.convergence.called_off(now);
+        let number = self.handover.attempt();
+        let action = self.handover.handle(SourceInput::CalledOff);
+        debug_assert_eq!(action, SourceAction::SendCalledOff(number));
+        self.session.send(&Message::CalledOff { attempt: number })?;
+        let Overdue { stage, round } = overdue;
+        self.emit(&Event::CalledOff { attempt: number, stage: Some(stage), stood });
+        if let Some((began, mut waiting)) = round {
+            self.await_round(&mut waiting, true, None)?;
+            self.finish_round(&began);
+        }
+        self.harvest()?;
         Ok(())
     }
 
-    /// Sends the device state and has the destination load it.
-    fn prepare(&mut self, state: &[u8], digest: Option<Digest>) -> Result<Prepared, Error> {
+    /// Whether a switchover of that number was called off.
+    pub(super) fn was_called_off(&self, number: u32) -> bool {
+        let current = self.handover.attempt();
+        number < current || (number == current && self.handover.state() == SourceState::Running)
+    }
+
+    /// Sends the device state and has the destination load it. `None` if that is not done in time.
+    fn prepare(
+        &mut self,
+        state: &[u8],
+        digest: Option<Digest>,
+        attempt: &Attempt,
+    ) -> Result<Option<Prepared>, Error> {
         let state_bytes = state.len() as u64;
         if state_bytes > MAX_DEVICE_STATE_BYTES {
             return Err(Error::Configuration(format!(
                 "device state of {state_bytes} bytes, at most {MAX_DEVICE_STATE_BYTES} are possible"
             )));
         }
+        let after = self.convergence.after_commit();
         for chunk in state.chunks(MAX_STATE_CHUNK_BYTES) {
+            if attempt.overruns(self.now(), after) {
+                return Ok(None);
+            }
             self.session.send(&Message::StateChunk(chunk.to_vec()))?;
         }
-        self.session.send(&Message::Prepare(Prepare { state_bytes, digest }))?;
-        let patience =
-            Patience::now("the destination to load the guest", self.source.common.timeouts.load);
+        let number = self.handover.attempt();
+        self.session.send(&Message::Prepare(Prepare { attempt: number, state_bytes, digest }))?;
+        let load = self.source.common.timeouts.load;
+        let patience = Patience::now("the destination to load the guest", load);
+        // How long comparing memory takes there is known only afterwards, and does not count.
+        let due = match digest {
+            None => attempt.due(after).map(|due| self.instant(due)),
+            Some(_) => None,
+        };
         let prepared = loop {
-            match self.session.next_message(patience)? {
-                Message::Prepared(prepared) => break prepared,
-                // All has landed, so one that was lost since matters no more.
-                other => self.note_closed(&other, "waiting for the destination to load")?,
+            let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+            let patience = left.filter(|left| *left < patience.left()).map_or(patience, |left| {
+                Patience::now("the destination to load the guest in time", left)
+            });
+            match self.session.next(patience) {
+                Ok(Item::Message(Message::Prepared(prepared))) if prepared.attempt == number => {
+                    break prepared;
+                }
+                Ok(Item::Message(other)) => {
+                    self.note_message(&other, "waiting for the destination to load")?;
+                }
+                // All has landed, so a channel that was lost matters only if this is called off.
+                Ok(Item::Report(report)) => self.late.push_back(report),
+                Err(Error::TimedOut { .. }) if due.is_some_and(|due| Instant::now() >= due) => {
+                    return Ok(None);
+                }
+                Err(error) => return Err(error),
             }
         };
         match (digest, prepared.digest) {
@@ -111,16 +279,17 @@ impl Drive<'_> {
             {
                 Err(Error::MemoryDiffers { source_digest, destination_digest })
             }
-            _ => Ok(prepared),
+            _ => Ok(Some(prepared)),
         }
     }
 
-    /// The point of no return. Returns how long the destination took to resume.
+    /// Commits. Returns how long the destination took to resume.
     fn commit(&mut self) -> Result<Duration, Error> {
         if self.source.shared.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        let action = self.handover.handle(SourceInput::Prepared);
+        let attempt = self.handover.attempt();
+        let action = self.handover.handle(SourceInput::Prepared { attempt });
         debug_assert_eq!(action, SourceAction::SendCommit);
         self.source.shared.set_phase(Phase::Committed);
         let patience =
@@ -137,6 +306,8 @@ impl Drive<'_> {
                     self.handover.handle(SourceInput::GaveBack);
                     return Err(Error::GivenBack { text });
                 }
+                // Asked for before.
+                Item::Message(Message::Pong { .. }) => {}
                 Item::Message(other) => {
                     return Err(unexpected(&other, "waiting for the answer to the commit"));
                 }

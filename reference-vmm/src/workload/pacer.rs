@@ -1,4 +1,7 @@
 //! How many steps a virtual CPU may take before its next beat.
+//!
+//! A virtual CPU that is throttled is held outside the guest after its steps, for as long as makes
+//! up its share; and it gets fewer steps at a time, so that it goes on beating.
 
 use std::time::{Duration, Instant};
 
@@ -14,13 +17,25 @@ const PACED_BEAT: Duration = Duration::from_millis(5);
 /// What a guest that fell behind may catch up, so that a pause is not followed by a burst.
 const CATCH_UP: Duration = Duration::from_millis(20);
 
+/// Waits shorter than this are put off until they add up: the kernel has no shorter ones.
+const SHORTEST_HOLD: Duration = Duration::from_micros(500);
+/// What steps may seem to take: a guest that was paused meanwhile was not busy.
+const LONGEST_STEPS: Duration = Duration::from_millis(5);
+/// Most that a virtual CPU is held for at a time.
+const LONGEST_HOLD: Duration = Duration::from_millis(20);
+
 /// Paces one virtual CPU. It is asked at every beat and waits there.
 #[derive(Debug)]
 pub(crate) struct Pacer {
+    vcpu: usize,
     rate: Rate,
     last: Option<Instant>,
     /// Steps due, in billionths.
     due: u64,
+    /// When steps were granted last.
+    granted: Option<Instant>,
+    /// How long it is to be held for the steps it has taken.
+    owed: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,27 +57,58 @@ impl Pacer {
                 Rate::StepsPerSecond(total / vcpus + u64::from(u64::from(vcpu) < total % vcpus))
             }
         };
-        Self { rate, last: None, due: 0 }
+        Self { vcpu: vcpu.into(), rate, last: None, due: 0, granted: None, owed: Duration::ZERO }
     }
 
-    /// Waits as the rate demands, not beyond a pause, and says how many steps may follow.
+    /// Waits as the rate and the throttle demand, not beyond a pause, and says how many steps may
+    /// follow.
     pub(crate) fn grant(&mut self, control: &RunControl) -> u32 {
-        match self.rate {
-            Rate::FullSpeed => FULL_SPEED_STEPS,
+        let percent = control.throttle(self.vcpu);
+        let steps = match self.rate {
+            Rate::FullSpeed => {
+                self.hold(control, percent);
+                throttled(FULL_SPEED_STEPS.into(), percent)
+            }
             Rate::Idle => {
                 control.wait_while_running(Instant::now() + IDLE_BEAT);
                 0
             }
-            Rate::StepsPerSecond(rate) => {
-                self.earn(rate, Instant::now());
-                let wait = Duration::from_nanos(self.until_worth_a_grant_ns(rate)).min(PACED_BEAT);
-                if !wait.is_zero() {
-                    control.wait_while_running(Instant::now() + wait);
-                    self.earn(rate, Instant::now());
-                }
-                self.spend()
-            }
+            // It has time to make up for being held, so the rate itself is cut.
+            Rate::StepsPerSecond(rate) => self.paced(control, throttled(rate, percent)),
+        };
+        self.granted = (percent > 0).then(Instant::now);
+        u32::try_from(steps).unwrap_or(FULL_SPEED_STEPS)
+    }
+
+    fn paced(&mut self, control: &RunControl, rate: u64) -> u64 {
+        self.earn(rate, Instant::now());
+        let wait = Duration::from_nanos(self.until_worth_a_grant_ns(rate)).min(PACED_BEAT);
+        if !wait.is_zero() {
+            control.wait_while_running(Instant::now() + wait);
+            self.earn(rate, Instant::now());
         }
+        self.spend().into()
+    }
+
+    /// Holds the virtual CPU for what it took for its last steps.
+    fn hold(&mut self, control: &RunControl, percent: u8) {
+        let now = Instant::now();
+        self.owe(self.granted.map_or(Duration::ZERO, |at| now.duration_since(at)), percent);
+        if self.owed >= SHORTEST_HOLD {
+            control.wait_while_running(now + self.owed);
+            // Waits are longer than asked for.
+            self.owed = self.owed.saturating_sub(now.elapsed());
+        }
+    }
+
+    fn owe(&mut self, busy: Duration, percent: u8) {
+        if percent == 0 {
+            self.owed = Duration::ZERO;
+            return;
+        }
+        let percent = u32::from(percent.min(99));
+        let owed = busy.min(LONGEST_STEPS) * percent / (100 - percent);
+        self.owed = (self.owed + owed).min(LONGEST_HOLD);
     }
 
     fn earn(&mut self, rate: u64, now: Instant) {
@@ -86,6 +132,12 @@ impl Pacer {
         self.due -= u64::from(steps) * BILLION;
         steps
     }
+}
+
+/// What is left of a number; never nothing of something.
+fn throttled(number: u64, percent: u8) -> u64 {
+    let left = u128::from(number) * u128::from(100 - percent.min(99)) / 100;
+    u64::try_from(left).unwrap_or(u64::MAX).max(number.min(1))
 }
 
 #[cfg(test)]
@@ -136,6 +188,35 @@ mod tests {
         pacer.earn(1000, start);
         pacer.earn(1000, start + Duration::from_secs(100));
         assert_eq!(pacer.spend(), 20);
+    }
+
+    #[test]
+    fn a_throttled_virtual_cpu_is_held_for_its_share() {
+        let mut pacer = paced(1, 0, 1);
+        pacer.rate = Rate::FullSpeed;
+        let ms = Duration::from_millis(1);
+        for (percent, owed_ms) in [(50, 1), (75, 3), (90, 9), (99, 20), (100, 20)] {
+            pacer.owed = Duration::ZERO;
+            pacer.owe(ms, percent);
+            assert_eq!(pacer.owed, ms * owed_ms, "{percent} %");
+        }
+        // A pause of the guest is no work of its.
+        pacer.owed = Duration::ZERO;
+        pacer.owe(Duration::from_secs(100), 50);
+        assert_eq!(pacer.owed, LONGEST_STEPS);
+        pacer.owe(ms, 0);
+        assert_eq!(pacer.owed, Duration::ZERO);
+    }
+
+    #[test]
+    fn a_throttled_virtual_cpu_beats_as_often() {
+        assert_eq!(
+            [0, 50, 90, 99, 255].map(|percent| throttled(256, percent)),
+            [256, 128, 25, 2, 2]
+        );
+        assert_eq!(throttled(1, 99), 1);
+        assert_eq!(throttled(0, 50), 0);
+        assert_eq!(throttled(u64::MAX, 0), u64::MAX);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use pageferry::memory::GuestMemory;
-use pageferry::protocol::{Message, Prepared, Welcome};
+use pageferry::protocol::{Message, Prepare, Prepared, Welcome};
 use pageferry::transport::{ControlChannel, DestinationLink, Interrupt, Link, Received};
 use pageferry::{Error, GuestAtSource, Machine, MachineError, Source};
 use pageferry_rust_vmm::guest_memory;
@@ -57,12 +57,13 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
     say(&mut control, &Message::Ready);
     loop {
         match hear(&mut control) {
-            Message::Prepare(_) => {
-                let prepared = Prepared { load_ns: 0, verify_ns: 0, digest: None };
+            Message::Prepare(Prepare { attempt, .. }) => {
+                let prepared = Prepared { attempt, load_ns: 0, verify_ns: 0, digest: None };
                 say(&mut control, &Message::Prepared(prepared));
             }
             Message::Commit => return (link, control),
-            Message::Round { .. } | Message::StateChunk(_) => {}
+            Message::Ping { number } => say(&mut control, &Message::Pong { number }),
+            Message::Round { .. } | Message::StateChunk(_) | Message::CalledOff { .. } => {}
             other => panic!("{other:?}"),
         }
     }

@@ -86,6 +86,8 @@ struct Inner {
 struct State {
     /// By vCPU, in the order they were added.
     rings: Vec<Ring>,
+    /// Entries taken out of each.
+    taken: Vec<u64>,
     tracker: Option<Tracker>,
 }
 
@@ -149,6 +151,7 @@ impl DirtyRings {
         let ring = Ring::map(vcpu, self.0.entries).map_err(KvmRingError::Map)?;
         let mut state = self.lock();
         state.rings.push(ring);
+        state.taken.push(0);
         Ok(VcpuRing { rings: self.clone(), index: state.rings.len() - 1 })
     }
 
@@ -172,6 +175,12 @@ impl DirtyRings {
     /// [`KvmDirtyRing`](super::KvmDirtyRing#rings-that-run-over).
     pub fn times_run_over(&self) -> u64 {
         self.0.times_run_over.load(Ordering::Relaxed)
+    }
+
+    /// Entries taken out of the ring of each vCPU so far: pages it dirtied, each counted once
+    /// between two times that it is re-armed. In the order in which vCPUs were added.
+    pub fn dirtied(&self) -> Vec<u64> {
+        self.lock().taken.clone()
     }
 
     pub(super) fn vm(&self) -> &Arc<VmFd> {
@@ -327,10 +336,10 @@ impl State {
 
     /// Takes all entries out of the rings.
     fn take(&mut self, into: Option<&mut DirtyBitmap>) {
-        let entries = self.rings.iter_mut().flat_map(|ring| {
+        let entries = self.rings.iter_mut().zip(&mut self.taken).flat_map(|(ring, taken)| {
             // No more than there are: KVM might be writing over what was harvested.
             let most = ring.entries();
-            std::iter::from_fn(|| ring.harvest()).take(most)
+            std::iter::from_fn(|| ring.harvest()).take(most).inspect(|_| *taken += 1)
         });
         match (&mut self.tracker, into) {
             (Some(tracker), Some(into)) => mark(&tracker.slots, entries, into),

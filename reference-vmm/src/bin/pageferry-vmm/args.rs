@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry::convergence::{Bound, Policy, Throttling};
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::guest::{GuestKind, kvm_available};
 use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
@@ -241,6 +242,48 @@ impl From<ZeroCopyChoice> for ZeroCopy {
     }
 }
 
+/// What a downtime limit means once the guest is paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BoundChoice {
+    /// A switchover that would overrun it is called off, and the migration goes on.
+    Strict,
+    /// A switchover that has begun is finished.
+    BestEffort,
+}
+
+impl From<BoundChoice> for Bound {
+    fn from(choice: BoundChoice) -> Self {
+        match choice {
+            BoundChoice::Strict => Self::Strict,
+            BoundChoice::BestEffort => Self::BestEffort,
+        }
+    }
+}
+
+/// What to do with a guest that does not converge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PolicyChoice {
+    /// Go on until the deadline.
+    KeepTrying,
+    /// Slow it down step by step, and go on until the deadline.
+    Throttle,
+    /// Switch to post-copy (not there yet, refused).
+    PostCopy,
+    /// Give up as soon as that is clear.
+    GiveUp,
+}
+
+impl From<PolicyChoice> for Policy {
+    fn from(choice: PolicyChoice) -> Self {
+        match choice {
+            PolicyChoice::KeepTrying => Self::KeepTrying,
+            PolicyChoice::Throttle => Self::Throttle(Throttling::default()),
+            PolicyChoice::PostCopy => Self::PostCopy,
+            PolicyChoice::GiveUp => Self::GiveUp,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct GuestArgs {
     /// Guest memory.
@@ -320,9 +363,20 @@ pub(crate) struct MigrationArgs {
     /// How long the guest may stand still.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
     pub(crate) downtime_limit: Duration,
-    /// Rounds over dirty pages to try before giving up on the downtime limit.
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) max_rounds: u32,
+    /// What the limit means once the guest is paused.
+    #[arg(long, value_name = "BOUND", default_value = "strict")]
+    pub(crate) downtime_bound: BoundChoice,
+    /// What to do with a guest that writes faster than the downtime limit allows to move.
+    #[arg(long, value_name = "POLICY", default_value = "throttle")]
+    pub(crate) not_converging: PolicyChoice,
+    /// How long to go on once all memory was sent once, before giving up on the downtime limit
+    /// [default: as long again as that took, and 5 minutes at least].
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) deadline: Option<Duration>,
+    /// Rounds over dirty pages to try before giving up on the downtime limit [default: as many as
+    /// there is time for].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_rounds: Option<u32>,
     /// Page bytes a second over all channels, while the guest runs [default: as fast as it goes].
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub(crate) bandwidth_limit: Option<NonZeroU64>,
@@ -494,6 +548,6 @@ pub(crate) fn rate(text: &str) -> Result<NonZeroU64, String> {
 }
 
 /// "300ms", "1s", "2s 500ms".
-fn time(text: &str) -> Result<Duration, String> {
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; a time is like 300ms or 2s"))
 }

@@ -104,7 +104,14 @@ fn source_args(
     option("channels", migration.channels.to_string());
     option("zero-copy", value_name(&migration.zero_copy));
     option("downtime-limit", format!("{}us", migration.downtime_limit.as_micros()));
-    option("max-rounds", migration.max_rounds.to_string());
+    option("downtime-bound", value_name(&migration.downtime_bound));
+    option("not-converging", value_name(&migration.not_converging));
+    if let Some(deadline) = migration.deadline {
+        option("deadline", format!("{}us", deadline.as_micros()));
+    }
+    if let Some(rounds) = migration.max_rounds {
+        option("max-rounds", rounds.to_string());
+    }
     if let Some(limit) = migration.bandwidth_limit {
         option("bandwidth-limit", limit.to_string());
     }

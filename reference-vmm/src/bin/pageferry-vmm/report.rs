@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indicatif::{HumanBytes, HumanCount};
-use pageferry::Statistics;
 use pageferry::memory::PAGE_BYTES;
+use pageferry::{Ending, Statistics};
 use pageferry_vmm::guest::GuestConfig;
 use pageferry_vmm::heartbeat::HeartbeatSnapshot;
 use pageferry_vmm::tracking::DirtyTracking;
@@ -63,6 +63,14 @@ pub(crate) struct Report {
     /// Standstill for comparing memory, on top of `downtime_ms`.
     pub(crate) verify_ms: f64,
     pub(crate) downtime_limit_ms: Option<f64>,
+    /// What was expected when the last switchover was decided on.
+    pub(crate) predicted_downtime_ms: Option<f64>,
+    pub(crate) switchover_attempts: u32,
+    /// Standstill for switchovers that were called off, all together.
+    pub(crate) called_off_ms: f64,
+    pub(crate) throttle_max_percent: u8,
+    /// "converged", "throttled", "gave-up", or "undecided"; the source knows.
+    pub(crate) convergence: Option<String>,
     pub(crate) rounds: usize,
     pub(crate) pages: PagesReport,
     pub(crate) bytes_on_wire: u64,
@@ -173,6 +181,11 @@ impl Report {
             },
             verify_ms: ms(downtime.verify),
             downtime_limit_ms: None,
+            predicted_downtime_ms: statistics.predicted_downtime.map(ms),
+            switchover_attempts: statistics.switchover_attempts,
+            called_off_ms: ms(statistics.called_off),
+            throttle_max_percent: statistics.throttle_max_percent,
+            convergence: None,
             rounds: statistics.rounds.len(),
             pages: PagesReport {
                 data: statistics.pages.data,
@@ -223,6 +236,13 @@ impl Report {
             Self::new(outcome, guest_at, transport, args.channels, memory_bytes, statistics);
         report.guest(config);
         report.downtime_limit_ms = Some(ms(args.downtime_limit));
+        let convergence = match statistics.convergence {
+            Ending::Converged => "converged",
+            Ending::Throttled => "throttled",
+            Ending::GaveUp => "gave-up",
+            _ => "undecided",
+        };
+        report.convergence = Some(convergence.to_owned());
         report.cpu_ms = Some(0.0);
         report
     }
@@ -322,7 +342,11 @@ impl Report {
             Some(limit) => format!(" (limit {limit:.0} ms)"),
             None => String::new(),
         };
-        row("downtime", format!("{:.2} ms{limit}", self.downtime_ms));
+        let predicted = match self.predicted_downtime_ms {
+            Some(predicted) => format!(", predicted {predicted:.2} ms"),
+            None => String::new(),
+        };
+        row("downtime", format!("{:.2} ms{limit}{predicted}", self.downtime_ms));
         let parts = &self.downtime;
         for (name, value) in [
             ("  pause", parts.pause),
@@ -336,6 +360,17 @@ impl Report {
         }
         if self.verify_ms > 0.0 {
             row("verification", format!("{:.1} ms more of standstill, to compare", self.verify_ms));
+        }
+        if let Some(convergence) = &self.convergence {
+            let mut text = convergence.clone();
+            if self.throttle_max_percent > 0 {
+                text += &format!(", slowed down by up to {} %", self.throttle_max_percent);
+            }
+            if self.called_off_ms > 0.0 {
+                let (attempts, stood) = (self.switchover_attempts, self.called_off_ms);
+                text += &format!(", {attempts} switchovers, {stood:.1} ms for those called off");
+            }
+            row("convergence", text);
         }
         let data = HumanBytes(self.pages.data * PAGE_BYTES);
         row("pages sent", format!("{} ({data})", HumanCount(self.pages.data)));

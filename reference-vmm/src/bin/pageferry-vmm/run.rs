@@ -100,7 +100,12 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
                 return Ok(report.outcome);
             }
             Wish::Interrupt | Wish::Quit => return Ok(last),
-            Wish::Cancel | Wish::Limit(_) => say!("no migration is under way"),
+            Wish::Cancel
+            | Wish::Limit(_)
+            | Wish::DowntimeLimit(_)
+            | Wish::DowntimeBound(_)
+            | Wish::NotConverging(_)
+            | Wish::Channels(_) => say!("no migration is under way"),
             Wish::Status => status(&machine.guest),
             Wish::Migrate(address) => {
                 (planned, timer) = (false, never());
@@ -162,6 +167,14 @@ fn steer(handle: &MigrationHandle, wish: &Wish) {
             handle.cancel();
         }
         Wish::Limit(limit) => handle.limit_bandwidth(*limit),
+        Wish::DowntimeLimit(limit) => handle.set_downtime_limit(*limit),
+        Wish::DowntimeBound(bound) => handle.set_bound((*bound).into()),
+        Wish::NotConverging(policy) => {
+            if let Err(error) = handle.set_policy((*policy).into()) {
+                say!("{}", error.chain());
+            }
+        }
+        Wish::Channels(channels) => handle.use_channels(*channels),
         Wish::Quit => say!("a migration is under way: cancel it first"),
         Wish::Migrate(_) | Wish::Status => say!("a migration is under way"),
     }
@@ -181,12 +194,18 @@ fn migrate(
     let source = Source::new()
         .channels(migration.channels)
         .downtime_limit(migration.downtime_limit)
-        .max_rounds(migration.max_rounds)
+        .bound(migration.downtime_bound.into())
+        .policy(migration.not_converging.into())
         .verify(args.verify)
         .threads(Arc::new(PinnedThreads::new(migration.pin.clone())))
         .description(serde_json::to_vec(&config)?);
+    let source = match migration.max_rounds {
+        Some(rounds) => source.max_rounds(rounds),
+        None => source,
+    };
     let handle = source.handle();
     handle.limit_bandwidth(migration.bandwidth_limit);
+    handle.set_deadline(migration.deadline);
     let watch = Watch::start(handle.clone())?;
     let recorder = args.timeline.then(|| Recorder::start(handle.clone())).transpose()?;
     let mut record = recorder.as_ref().map(Recorder::sink);

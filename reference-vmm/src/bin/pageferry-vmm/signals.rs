@@ -1,14 +1,15 @@
 //! Signals and lines on stdin as commands.
 
 use std::io::{BufRead, stdin};
-use std::num::NonZeroU64;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::thread;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use crossbeam_channel::{Receiver, Sender, after, never, select};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-use crate::args;
+use crate::args::{self, BoundChoice, PolicyChoice};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
@@ -27,6 +28,14 @@ pub(crate) enum Wish {
     Status,
     /// Limit the bandwidth of the migration under way, or lift the limit.
     Limit(Option<NonZeroU64>),
+    /// Limit its downtime.
+    DowntimeLimit(Duration),
+    /// Say what that means once the guest is paused.
+    DowntimeBound(BoundChoice),
+    /// Say what to do if it does not converge.
+    NotConverging(PolicyChoice),
+    /// Use so many of its data channels.
+    Channels(NonZeroU16),
 }
 
 /// Turns signals into wishes, on a thread of its own that lives as long as the process.
@@ -90,10 +99,22 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         (Some("status"), None) => Wish::Status,
         (Some("limit"), Some("off")) => Wish::Limit(None),
         (Some("limit"), Some(rate)) => Wish::Limit(Some(args::rate(rate)?)),
+        (Some("downtime-limit"), Some(limit)) => Wish::DowntimeLimit(args::time(limit)?),
+        (Some("downtime-bound"), Some(bound)) => {
+            Wish::DowntimeBound(BoundChoice::from_str(bound, false)?)
+        }
+        (Some("not-converging"), Some(policy)) => {
+            Wish::NotConverging(PolicyChoice::from_str(policy, false)?)
+        }
+        (Some("channels"), Some(channels)) => Wish::Channels(
+            channels.parse().map_err(|error| format!("\"{channels}\" channels: {error}"))?,
+        ),
         (Some("quit"), None) => Wish::Quit,
         _ => {
             return Err(format!(
-                "\"{line}\" is not known here; try migrate [ADDR], cancel, limit SIZE|off, status, quit"
+                "\"{line}\" is not known here; try migrate [ADDR], cancel, limit SIZE|off, \
+                 downtime-limit TIME, downtime-bound strict|best-effort, not-converging POLICY, \
+                 channels N, status, quit"
             ));
         }
     };
@@ -116,6 +137,17 @@ mod tests {
         assert_eq!(parse("limit off"), Ok(Some(Wish::Limit(None))));
         assert_eq!(parse("limit 1M"), Ok(Some(Wish::Limit(NonZeroU64::new(1 << 20)))));
         assert!(parse("limit fast").is_err() && parse("limit 0").is_err());
+        let limit = Wish::DowntimeLimit(Duration::from_millis(20));
+        assert_eq!(parse("downtime-limit 20ms"), Ok(Some(limit)));
+        assert!(parse("downtime-limit 20").is_err() && parse("downtime-limit").is_err());
+        let bound = Wish::DowntimeBound(BoundChoice::BestEffort);
+        assert_eq!(parse("downtime-bound best-effort"), Ok(Some(bound)));
+        let policy = Wish::NotConverging(PolicyChoice::KeepTrying);
+        assert_eq!(parse("not-converging keep-trying"), Ok(Some(policy)));
+        assert!(parse("not-converging pray").is_err());
+        let one = NonZeroU16::MIN;
+        assert_eq!(parse("channels 1"), Ok(Some(Wish::Channels(one))));
+        assert!(parse("channels 0").is_err() && parse("channels 70000").is_err());
         assert!(parse("quit now").is_err());
         assert!(parse("migrate a b").is_err());
         assert!(parse("dance").is_err());

@@ -7,7 +7,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
-use pageferry::convergence::Verdict;
+use pageferry::convergence::{Forecast, Verdict};
+use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Phase};
 
 const TICK: Duration = Duration::from_millis(50);
@@ -99,7 +100,10 @@ fn line(event: &Event) -> Option<String> {
                 Verdict::GiveUp { expected } => {
                     format!("would still take {} ms, giving up", expected.as_millis())
                 }
-                Verdict::Iterate { expected: None } => "again".to_owned(),
+                Verdict::PostCopy { expected } => {
+                    format!("would still take {} ms, post-copy is due", expected.as_millis())
+                }
+                _ => "again".to_owned(),
             };
             format!(
                 "round {round}: {} pages looked at, {} landed in {} ms; {next}",
@@ -107,6 +111,32 @@ fn line(event: &Event) -> Option<String> {
                 HumanBytes(statistics.landed_bytes),
                 statistics.took.as_millis(),
             )
+        }
+        Event::Forecast(Forecast {
+            meets_limit,
+            least,
+            limit,
+            bytes_per_second,
+            dirty_pages_per_second,
+            ..
+        }) => {
+            let verdict = if *meets_limit { "will converge" } else { "will not converge" };
+            format!(
+                "{verdict}: {dirty_pages_per_second:.0} pages are dirtied a second, {:.0} can be \
+                 moved; downtime will not come below {:.1} ms, the limit is {:.1} ms",
+                bytes_per_second / PAGE_BYTES as f64,
+                least.as_secs_f64() * 1e3,
+                limit.as_secs_f64() * 1e3,
+            )
+        }
+        Event::Throttled { percent } => format!("guest slowed down by {percent} %"),
+        Event::CalledOff { attempt, stage: Some(stage), stood } => format!(
+            "switchover {attempt} called off while {stage}: it would have taken too long; the guest \
+             goes on here after {:.1} ms",
+            stood.as_secs_f64() * 1e3,
+        ),
+        Event::CalledOff { attempt, .. } => {
+            format!("switchover {attempt} called off by the source; more pages come")
         }
         Event::GuestPaused => "guest paused at the source".to_owned(),
         Event::Loaded => "guest loaded at the destination".to_owned(),

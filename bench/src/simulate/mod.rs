@@ -1,0 +1,109 @@
+//! `simulate`: the engine's own state machines in a model of guest, network and hosts, by the
+//! thousand.
+
+mod contenders;
+mod dice;
+mod guest;
+mod migration;
+mod network;
+mod plot;
+mod report;
+mod scenario;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use contenders::{ALL, Contender};
+use migration::{Outcome, migrate};
+use report::Report;
+use scenario::Scenario;
+
+use crate::args::SimulateArgs;
+use crate::outcome::{Failure, Outcome as Ended};
+
+/// Runs all scenarios with all contenders, and compares.
+pub(crate) fn run(args: &SimulateArgs) -> Result<Ended, Failure> {
+    let began = Instant::now();
+    let outcomes: Vec<_> =
+        ALL.iter().map(|contender| run_all(contender, args.seed, args.scenarios)).collect();
+    let elapsed_ms = began.elapsed().as_secs_f64() * 1e3;
+    let report = Report::new(args.seed, args.scenarios, elapsed_ms, &outcomes);
+    if let Some(path) = &args.html {
+        let page = plot::page(&report, &outcomes, args);
+        std::fs::write(path, page)
+            .map_err(|error| format!("failed to write {}: {error}", path.display()))?;
+        say!("plots are in {}", path.display());
+    }
+    report.print(args.json)?;
+    Ok(Ended::Completed)
+}
+
+/// All scenarios with one contender, in order, on all CPUs.
+fn run_all(contender: &Contender, seed: u64, scenarios: u32) -> Vec<Outcome> {
+    const AT_A_TIME: usize = 16;
+    let next = AtomicUsize::new(0);
+    let total = scenarios as usize;
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let first = next.fetch_add(AT_A_TIME, Ordering::Relaxed);
+            if first >= total {
+                return done;
+            }
+            for number in first..(first + AT_A_TIME).min(total) {
+                done.push((number, run_one(contender, seed.wrapping_add(number as u64))));
+            }
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let mut all = thread::scope(|scope| {
+        let workers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut all = work();
+        for worker in workers {
+            match worker.join() {
+                Ok(done) => all.extend(done),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        all
+    });
+    all.sort_by_key(|(number, _)| *number);
+    all.into_iter().map(|(_, outcome)| outcome).collect()
+}
+
+fn run_one(contender: &Contender, seed: u64) -> Outcome {
+    let scenario = Scenario::of(seed);
+    let settings = contender.settings(scenario.limit, scenario.least_seconds());
+    migrate(scenario, settings, contender.method)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::report::Row;
+    use super::*;
+
+    /// What the simulator is there to show, on fewer scenarios and other seeds than the table of
+    /// `docs/convergence.md`.
+    #[test]
+    fn the_default_keeps_its_limits_and_predicts() {
+        const SEED: u64 = 1 << 40;
+        eprintln!("seed {SEED}");
+        let [default, last] = ["ewma", "last-bandwidth-all-terms"].map(|name| {
+            let contender = ALL.iter().find(|contender| contender.name == name).expect("a name");
+            Row::of(contender, &run_all(contender, SEED, 500))
+        });
+        assert_eq!(default.overruns, 0, "{default:?}");
+        assert!(default.prediction_error_p95 <= 0.25, "{default:?}");
+        assert!(default.called_off < last.called_off, "{default:?} {last:?}");
+        assert!(default.converged + default.throttled > 450, "{default:?}");
+    }
+
+    #[test]
+    fn a_seed_repeats_itself_on_any_number_of_threads() {
+        let once = format!("{:?}", run_all(&ALL[0], 7, 40));
+        assert_eq!(once, format!("{:?}", run_all(&ALL[0], 7, 40)));
+        let alone: Vec<_> = (7..47).map(|seed| run_one(&ALL[0], seed)).collect();
+        assert_eq!(once, format!("{alone:?}"));
+    }
+}

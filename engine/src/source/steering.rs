@@ -1,0 +1,115 @@
+//! What is done about a guest that does not converge, and what is learned outside of rounds.
+
+use std::time::{Duration, Instant};
+
+use super::drive::{Drive, refused};
+use crate::error::Error;
+use crate::handover::SourceInput;
+use crate::machine::{Machine, MachineOperation};
+use crate::progress::Event;
+use crate::protocol::Message;
+use crate::session::Item;
+
+/// How old what is known of device state may become.
+const REHEARSED_EVERY: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+pub(super) struct Steering {
+    /// By how much the guest is slowed down.
+    throttle_percent: u8,
+    /// What the host was told about convergence.
+    told_it_meets: Option<bool>,
+    rehearsed: Option<Instant>,
+    /// Pings sent, and when the last one was that has no answer yet.
+    pings: u32,
+    unanswered: Option<Instant>,
+}
+
+impl Drive<'_> {
+    /// Takes over what the host wants now.
+    pub(super) fn take_wishes(&mut self) {
+        self.convergence.set(self.source.shared.settings());
+    }
+
+    /// Learns what device state takes, unless that is known.
+    pub(super) fn rehearse<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
+        if self.steering.rehearsed.is_some_and(|at| at.elapsed() < REHEARSED_EVERY) {
+            return Ok(());
+        }
+        // It may stop the guest for a moment: if it fails in the middle the guest must be resumed.
+        self.handover.handle(SourceInput::Paused);
+        let rehearsal =
+            machine.rehearse().map_err(|cause| refused(MachineOperation::Rehearse, cause))?;
+        self.handover.handle(SourceInput::Continued);
+        if let Some(rehearsal) = rehearsal {
+            self.convergence.learn_rehearsal(&rehearsal);
+        }
+        self.steering.rehearsed = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Slows the guest down as was decided, or lets it have its speed back.
+    pub(super) fn throttle<M: Machine>(&mut self, machine: &mut M) {
+        let percent = self.convergence.throttle_percent();
+        if percent == 0 && self.steering.throttle_percent == 0 {
+            return;
+        }
+        // Also when nothing has changed: which vCPU dirties how much has.
+        machine.throttle(percent);
+        if percent != self.steering.throttle_percent {
+            self.steering.throttle_percent = percent;
+            self.statistics.throttle_max_percent =
+                self.statistics.throttle_max_percent.max(percent);
+            self.emit(&Event::Throttled { percent });
+        }
+    }
+
+    /// The guest stays, at its own speed.
+    pub(super) fn end_throttling<M: Machine>(&mut self, machine: &mut M) {
+        if std::mem::take(&mut self.steering.throttle_percent) > 0 {
+            machine.throttle(0);
+        }
+    }
+
+    /// Tells the host whether it will converge, when that is known and when it has changed.
+    pub(super) fn tell_outlook(&mut self) {
+        if let Some(outlook) = self.convergence.outlook().copied()
+            && self.steering.told_it_meets != Some(outlook.meets_limit)
+        {
+            self.steering.told_it_meets = Some(outlook.meets_limit);
+            self.emit(&Event::Forecast(outlook));
+        }
+    }
+
+    /// Asks for an answer, to learn what that takes, unless one is due already.
+    pub(super) fn ping(&mut self) -> Result<(), Error> {
+        if self.steering.unanswered.is_some() {
+            return Ok(());
+        }
+        self.steering.pings = self.steering.pings.wrapping_add(1);
+        self.steering.unanswered = Some(Instant::now());
+        self.session.send(&Message::Ping { number: self.steering.pings })
+    }
+
+    /// Takes an answer. One to another ping than the last is none that was asked for.
+    pub(super) fn take_pong(&mut self, number: u32) {
+        if number == self.steering.pings
+            && let Some(sent) = self.steering.unanswered.take()
+        {
+            self.convergence.learn_round_trip(sent.elapsed());
+        }
+    }
+
+    /// Lets some time pass, and what comes meanwhile come.
+    pub(super) fn rest(&mut self, time: Duration) -> Result<(), Error> {
+        let patience = crate::session::Patience::now("a rest to end", time);
+        loop {
+            match self.session.next(patience) {
+                Ok(Item::Report(report)) => self.late.push_back(report),
+                Ok(Item::Message(message)) => self.note_message(&message, "resting")?,
+                Err(Error::TimedOut { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
