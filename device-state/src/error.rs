@@ -138,6 +138,20 @@ pub enum Problem {
         /// The name, what is no UTF-8 replaced.
         found: String,
     },
+    /// A stream that is to hold one section holds more or none.
+    #[error("{found} sections, one is expected")]
+    SectionCount {
+        /// How many.
+        found: u64,
+    },
+    /// A section is another device's.
+    #[error("section {found}, expected {expected}")]
+    OtherSection {
+        /// Its name.
+        found: String,
+        /// The name of what was to be read.
+        expected: &'static str,
+    },
     /// Two sections have the same name and instance.
     #[error("the section is there twice")]
     DuplicateSection,
@@ -318,6 +332,12 @@ impl Error for EncodeError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EncodeProblem {
+    /// A section cannot be called that.
+    #[error("{name:?} is no name of a section")]
+    Name {
+        /// The name.
+        name: String,
+    },
     /// Longer than it was declared: whoever reads it would refuse it.
     #[error("length {found}, at most {max} is declared")]
     TooLong {

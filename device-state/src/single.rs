@@ -15,8 +15,8 @@ pub fn to_bytes<S: Section>(state: &mut S) -> Result<Vec<u8>, EncodeError> {
 pub fn from_bytes<S: Section>(stream: &[u8]) -> Result<S, DecodeError> {
     let sections = sections(stream)?;
     let [section] = sections.as_slice() else {
-        let (found, expected) = (sections.len() as u64, 1);
-        return Err(DecodeError::new(0, Problem::Length { found, expected }));
+        let found = sections.len() as u64;
+        return Err(DecodeError::new(0, Problem::SectionCount { found }));
     };
     section.state()
 }

@@ -45,13 +45,6 @@ pub use crate::kvm::{KvmHandles, MemorySlot};
 /// A virtual CPU that does not stop for this long sits in the kernel, waiting for memory.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// So many virtual CPUs are worth a thread when they are saved.
-const VCPUS_A_THREAD: u8 = 16;
-
-fn host_cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
 /// What runs the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -218,11 +211,11 @@ impl Guest {
 
     /// Everything of a paused guest that is not in its memory, as bytes for [`Self::load`].
     pub fn save(&mut self) -> Result<Vec<u8>, GuestError> {
-        let threads = usize::from(self.config.vcpus / VCPUS_A_THREAD).min(host_cpus());
-        self.save_by_threads(threads)
+        // More threads than one would wait for the CPUs that send the last pages.
+        self.save_by_threads(1)
     }
 
-    /// The same, by so many threads.
+    /// The same, by so many threads: faster where CPUs are idle.
     pub fn save_by_threads(&mut self, threads: usize) -> Result<Vec<u8>, GuestError> {
         const OPERATION: &str = "save the guest's state";
         self.ensure_paused(OPERATION)?;

@@ -52,13 +52,16 @@ impl Registry<'_> {
     ///
     /// A panic of a device is passed on.
     pub fn save_by_threads(&mut self, threads: usize) -> Result<Vec<u8>, SaveError> {
+        if threads <= 1 {
+            return self.save();
+        }
         let order = order(&self.entries)?;
         let mut places = vec![0; order.len()];
         for (place, at) in order.into_iter().enumerate() {
             places[at] = place;
         }
         // A share is every so manieth device, since neighbours tend to be alike.
-        let mut shares: Vec<Vec<_>> = (0..threads.max(1)).map(|_| Vec::new()).collect();
+        let mut shares: Vec<Vec<_>> = (0..threads).map(|_| Vec::new()).collect();
         for (at, entry) in self.entries.iter_mut().enumerate() {
             let share = at % shares.len();
             shares[share].push((places[at], entry));

@@ -7,7 +7,7 @@ use super::writer::Writer;
 use super::{FORMAT, MAGIC, MAX_NAME_BYTES};
 use crate::composite::{decode_body, encode_body};
 use crate::declare::Section;
-use crate::error::{DecodeError, EncodeError, Problem};
+use crate::error::{DecodeError, EncodeError, EncodeProblem, Problem};
 
 /// First bytes of a section.
 const SECTION_MAGIC: [u8; 4] = *b"SECT";
@@ -51,7 +51,7 @@ impl StreamWriter {
     }
 
     /// Appends a section whose payload is what `payload` writes. That no other section has the
-    /// same name and instance is up to the caller.
+    /// same name and instance is up to the caller. After an error the stream is as it was.
     pub fn section(
         &mut self,
         name: &str,
@@ -84,7 +84,7 @@ impl StreamWriter {
     }
 }
 
-/// Appends a section with its header.
+/// Appends a section with its header; after an error nothing was appended.
 pub(crate) fn append_section(
     out: &mut Writer,
     name: &str,
@@ -92,16 +92,22 @@ pub(crate) fn append_section(
     version: u16,
     payload: impl FnOnce(&mut Writer) -> Result<(), EncodeError>,
 ) -> Result<(), EncodeError> {
+    if !is_name(name) {
+        return Err(EncodeError::new(EncodeProblem::Name { name: name.to_owned() }));
+    }
     let begin = out.bytes_mut().len();
     out.put(&SECTION_MAGIC);
     out.u32(instance);
     out.u16(version);
-    // Names are checked where devices are registered.
+    // Such names are short.
     out.u16(u16::try_from(name.len()).unwrap_or(u16::MAX));
     out.put(&[0; 12]);
     out.put(name.as_bytes());
     let payload_at = out.bytes_mut().len();
-    payload(out).map_err(|error| error.in_section(name, instance))?;
+    if let Err(error) = payload(out) {
+        out.bytes_mut().truncate(begin);
+        return Err(error.in_section(name, instance));
+    }
     let section = &mut out.bytes_mut()[begin..];
     let len = (section.len() - (payload_at - begin)) as u64;
     section[LEN_AT..CHECKSUM_AT].copy_from_slice(&len.to_le_bytes());
@@ -138,8 +144,11 @@ impl RawSection<'_> {
     /// The state in it. Fails as well if it is of another name.
     pub fn state<S: Section>(&self) -> Result<S, DecodeError> {
         if self.name != S::NAME {
-            let found = self.name.to_owned();
-            return Err(DecodeError::new(self.offset_bytes, Problem::Name { found }));
+            let (found, expected) = (self.name.to_owned(), S::NAME);
+            return Err(DecodeError::new(
+                self.offset_bytes,
+                Problem::OtherSection { found, expected },
+            ));
         }
         let mut state = S::blank();
         decode_body(&mut state, self.version, self.offset_bytes, &mut self.payload.clone())

@@ -153,6 +153,19 @@ fn saving_appends_or_leaves_what_was_there() {
 }
 
 #[test]
+fn a_section_that_fails_is_not_in_the_stream() {
+    let mut writer = StreamWriter::new();
+    writer.state(0, &mut Clock { ticks: 1 }).unwrap();
+    let mut disk = Disk { queue: vec![0; 101] };
+    assert!(writer.state(0, &mut disk).is_err());
+    writer.state(1, &mut Clock { ticks: 2 }).unwrap();
+    let stream = writer.finish();
+    let clocks: Vec<Clock> =
+        sections(&stream).unwrap().iter().map(|section| section.state().unwrap()).collect();
+    assert_eq!(clocks, [Clock { ticks: 1 }, Clock { ticks: 2 }]);
+}
+
+#[test]
 fn duplicates_are_refused() {
     let (mut one, mut other) = (Clock::default(), Clock::default());
     let mut registry = Registry::new();

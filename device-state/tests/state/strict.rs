@@ -236,6 +236,21 @@ fn streams_are_as_strict_around_their_sections() {
     let mut twice = twice;
     twice[12] = 2;
     assert!(matches!(sections(&twice).unwrap_err().problem(), Problem::DuplicateSection));
+    let other = from_bytes::<Small>(&good).unwrap_err().to_string();
+    assert_eq!(other, "offset 16: section mill, expected small");
+    let none = from_bytes::<Small>(&StreamWriter::new().finish()).unwrap_err().to_string();
+    assert_eq!(none, "offset 0: 0 sections, one is expected");
+}
+
+#[test]
+fn sections_have_names() {
+    let too_long = "x".repeat(65);
+    for name in ["", "Small", "a b", "\u{1b}", too_long.as_str()] {
+        let mut writer = StreamWriter::new();
+        let error = writer.section(name, 0, 1, |_| Ok(())).unwrap_err();
+        assert!(error.to_string().ends_with("is no name of a section"), "{error}");
+        assert_eq!(sections(&writer.finish()).unwrap().len(), 0);
+    }
 }
 
 proptest! {
