@@ -18,6 +18,7 @@ const NUMBERS: &[&str] = &[
     "verify_ms",
     "dirty_pages_per_second",
     "cpu_ms",
+    "called_off_ms",
 ];
 const COUNTS: &[&str] = &[
     "channels",
@@ -31,9 +32,19 @@ const COUNTS: &[&str] = &[
     "rebalances",
     "heartbeats",
     "vcpus",
+    "switchover_attempts",
+    "throttle_max_percent",
 ];
-const TEXTS: &[&str] =
-    &["outcome", "guest_at", "guest", "transport", "workload", "backing", "dirty_source"];
+const TEXTS: &[&str] = &[
+    "outcome",
+    "guest_at",
+    "guest",
+    "transport",
+    "workload",
+    "backing",
+    "dirty_source",
+    "convergence",
+];
 const DOWNTIME_PARTS: &[&str] =
     &["pause", "final_harvest", "final_pages", "device_state", "commit", "resume"];
 
@@ -108,6 +119,11 @@ impl Report {
         assert!(self.count("rounds") >= 1 && self.count("bytes_on_wire") > 0, "{self:?}");
         assert!(self.number("total_ms") >= self.number("downtime_ms"), "{self:?}");
         assert!(self.number("downtime_ms") > 0.0, "{self:?}");
+        assert!(self.number("predicted_downtime_ms") > 0.0, "{self:?}");
+        assert!(self.count("switchover_attempts") >= 1, "{self:?}");
+        let throttled = self.count("throttle_max_percent") > 0;
+        let convergence = if throttled { "throttled" } else { "converged" };
+        assert_eq!(self.text("convergence"), convergence);
         assert_eq!(self.count("user_copied_bytes"), 0);
     }
 
