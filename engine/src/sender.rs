@@ -51,7 +51,7 @@ pub(crate) enum Command {
         share: Share,
         /// Whether these stripes were never looked at. Only the first look finds large holes.
         first_look: bool,
-        /// Report only when everything has landed: the last round.
+        /// Report only when everything has landed.
         settle: bool,
     },
     /// Report when everything has landed: stripes are to change hands.

@@ -81,6 +81,8 @@ fn full_rings_are_collected_until_the_next_harvest() {
     guest.touch(all);
     assert!(rings(&guest).times_full() >= 8, "{}", rings(&guest).times_full());
     assert_eq!(harvested(&guest, &source).count(), 2048);
+    // Each counted for its vCPU.
+    assert_eq!(rings(&guest).dirtied(), [2048]);
     guest.touch(all);
     drop(source);
     // Two sources at once would share what each needs whole.

@@ -6,9 +6,14 @@ use super::drive::Drive;
 use crate::convergence::{HEAT_PARTS, Round, Verdict};
 use crate::error::Error;
 use crate::machine::Machine;
+use crate::memory::PAGE_BYTES;
 use crate::progress::{Event, Phase};
 use crate::protocol::Message;
 use crate::stats::RoundStatistics;
+
+/// A round with no more page bytes ends when all have landed. Buffers on the way could swallow all of
+/// it, and it would seem to have taken no time.
+const SETTLED_BYTES: u64 = 64 << 20;
 
 /// A round that is under way.
 pub(super) struct RoundBegan {
@@ -25,10 +30,11 @@ impl Drive<'_> {
         loop {
             self.take_wishes();
             self.rehearse(machine)?;
-            let began = self.begin_round(false)?;
+            let settle = self.channels.dirty()?.count() * PAGE_BYTES <= SETTLED_BYTES;
+            let began = self.begin_round(settle)?;
             self.ping()?;
             let mut waiting = self.waiting_for_round();
-            self.await_round(&mut waiting, false, None)?;
+            self.await_round(&mut waiting, settle, None)?;
             self.channels.all_looked_at();
             let statistics = self.finish_round(&began);
             self.take_wishes();

@@ -5,6 +5,7 @@ mod broken;
 mod by_hand;
 mod cancelled;
 mod command_line;
+mod convergence;
 mod demo;
 mod iouring;
 mod refused;

@@ -4,4 +4,5 @@ mod alone;
 mod common;
 mod moving;
 mod oracle;
+mod throttled;
 mod tracked;

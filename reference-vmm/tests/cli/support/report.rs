@@ -21,6 +21,7 @@ const NUMBERS: &[&str] = &[
     "cpu_ms",
     "device_state_save_ms",
     "device_state_load_ms",
+    "called_off_ms",
 ];
 const COUNTS: &[&str] = &[
     "channels",
@@ -35,9 +36,19 @@ const COUNTS: &[&str] = &[
     "device_state_bytes",
     "heartbeats",
     "vcpus",
+    "switchover_attempts",
+    "throttle_max_percent",
 ];
-const TEXTS: &[&str] =
-    &["outcome", "guest_at", "guest", "transport", "workload", "backing", "dirty_source"];
+const TEXTS: &[&str] = &[
+    "outcome",
+    "guest_at",
+    "guest",
+    "transport",
+    "workload",
+    "backing",
+    "dirty_source",
+    "convergence",
+];
 const DOWNTIME_PARTS: &[&str] =
     &["pause", "final_harvest", "final_pages", "device_state", "commit", "resume"];
 
@@ -115,6 +126,11 @@ impl Report {
         assert!(self.count("device_state_bytes") > 100, "{self:?}");
         let took = ["device_state_save_ms", "device_state_load_ms"].map(|name| self.number(name));
         assert!(took.iter().all(|took| *took > 0.0), "{self:?}");
+        assert!(self.number("predicted_downtime_ms") > 0.0, "{self:?}");
+        assert!(self.count("switchover_attempts") >= 1, "{self:?}");
+        let throttled = self.count("throttle_max_percent") > 0;
+        let convergence = if throttled { "throttled" } else { "converged" };
+        assert_eq!(self.text("convergence"), convergence);
         assert_eq!(self.count("user_copied_bytes"), 0);
     }
 
