@@ -40,7 +40,7 @@ impl Default for Throttling {
 
 impl Throttling {
     /// The step after `percent`.
-    pub(super) fn after(&self, percent: u8) -> u8 {
+    pub(super) fn after(self, percent: u8) -> u8 {
         let next = if percent == 0 {
             self.first_percent
         } else {
@@ -95,10 +95,9 @@ impl Settings {
             Policy::Throttle(Throttling { max_percent, .. }) if max_percent > MAX_PERCENT => {
                 Some(format!("throttling by {max_percent} %, at most {MAX_PERCENT} % are possible"))
             }
-            Policy::Throttle(Throttling { first_percent: 0, .. })
-            | Policy::Throttle(Throttling { step_percent: 0, .. }) => {
-                Some("throttling in steps of 0 %".to_owned())
-            }
+            Policy::Throttle(
+                Throttling { first_percent: 0, .. } | Throttling { step_percent: 0, .. },
+            ) => Some("throttling in steps of 0 %".to_owned()),
             _ => None,
         }
     }

@@ -40,6 +40,10 @@ impl Overdue {
     fn at(stage: SwitchoverStage) -> Self {
         Self { stage, round: None }
     }
+
+    fn in_round(began: RoundBegan, waiting: Waiting) -> Self {
+        Self { stage: SwitchoverStage::Pages, round: Some((began, waiting)) }
+    }
 }
 
 /// Measures parts that follow one another and leave nothing out.
@@ -107,8 +111,7 @@ impl Drive<'_> {
         let mut waiting = self.waiting_for_round();
         let due = attempt.due(after_pages).map(|due| self.instant(due));
         let Some(landed) = self.await_round(&mut waiting, true, due)? else {
-            let (stage, round) = (SwitchoverStage::Pages, Some((began, waiting)));
-            return Ok(Some(Overdue { stage, round }));
+            return Ok(Some(Overdue::in_round(began, waiting)));
         };
         // Saved while the pages were under way; what took longer than they is its own part.
         let overtime = saved.saturating_duration_since(landed);
@@ -121,8 +124,7 @@ impl Drive<'_> {
             self.channels.lend(true)?;
             let mut waiting = self.waiting_for_round();
             if self.await_round(&mut waiting, true, due)?.is_none() {
-                let (stage, round) = (SwitchoverStage::Pages, Some((began, waiting)));
-                return Ok(Some(Overdue { stage, round }));
+                return Ok(Some(Overdue::in_round(began, waiting)));
             }
         }
         self.finish_round(&began);
