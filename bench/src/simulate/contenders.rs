@@ -74,7 +74,6 @@ impl Contender {
             bound: self.bound,
             policy: self.policy,
             deadline,
-            ..Settings::default()
         }
     }
 }

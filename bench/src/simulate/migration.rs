@@ -260,9 +260,9 @@ impl World {
             left -= sent;
             self.scenario.guest.send(sent / PAGE_BYTES);
             if running {
-                self.pass(took)
+                self.pass(took);
             } else {
-                self.now += took
+                self.now += took;
             }
             for (landed, share) in self.landed.iter_mut().zip(&self.scenario.network.channels) {
                 *landed += sent * share / shares;

@@ -36,7 +36,7 @@ pub(super) fn page(report: &Report, outcomes: &[Vec<Outcome>], args: &SimulateAr
     page.push_str("<h2>Predicted and measured downtime, default estimator</h2>");
     page.push_str(&scatter(&outcomes[0]));
     page.push_str("<h2>Prediction error</h2><p>Share of switchovers with less.</p>");
-    page.push_str(&curves(outcomes, 0.5, "error", |outcome| outcome.error()));
+    page.push_str(&curves(outcomes, 0.5, "error", Outcome::error));
     page.push_str("<h2>Downtime by its limit</h2><p>Share of guests that left with less.</p>");
     page.push_str(&curves(outcomes, 2.0, "downtime / limit", |outcome| {
         Some(outcome.downtime? / outcome.limit)
