@@ -88,17 +88,15 @@ fn guest(kind: Kind, pages: f64, link_pages_per_second: f64, dice: &mut Dice) ->
     let offset = dice.between(0.0, period);
     let hot = working_set * dice.between(0.02, 0.2);
     let hot_writes = writes * dice.between(0.7, 0.95);
-    let (classes, activity) = if kind == Kind::Uniform {
-        (vec![Class::new(working_set, writes)], Activity::Steady)
+    let classes = if kind == Kind::Uniform {
+        vec![Class::new(working_set, writes)]
     } else {
-        let classes =
-            vec![Class::new(hot, hot_writes), Class::new(working_set - hot, writes - hot_writes)];
-        let activity = match kind {
-            Kind::Bursts => Activity::Bursts { period, share: dice.between(0.1, 0.8), offset },
-            Kind::Phases => Activity::Phases { period, offset },
-            _ => Activity::Steady,
-        };
-        (classes, activity)
+        vec![Class::new(hot, hot_writes), Class::new(working_set - hot, writes - hot_writes)]
+    };
+    let activity = match kind {
+        Kind::Bursts => Activity::Bursts { period, share: dice.between(0.1, 0.8), offset },
+        Kind::Phases => Activity::Phases { period, offset },
+        Kind::Uniform | Kind::HotCold => Activity::Steady,
     };
     let rest = Class::new(pages - working_set, 0.0);
     Guest::new([classes, vec![rest]].concat(), activity, dice)

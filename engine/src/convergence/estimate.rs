@@ -31,11 +31,11 @@ pub(crate) fn from_seconds(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds.clamp(0.0, NEVER.as_secs_f64()))
 }
 
-/// What is looked back on for the least that was seen.
+/// What is looked back on.
 const RECENT: usize = 16;
 
-/// A duration that is seen again and again: its mean and deviation, as TCP learns its round trip
-/// (RFC 6298). Before it was seen for the first time it is what was assumed.
+/// A duration that is seen again and again: what it was lately, and its mean and deviation, as TCP
+/// learns its round trip (RFC 6298). Before it was seen for the first time it is what was assumed.
 #[derive(Debug, Clone)]
 pub struct Learned {
     mean: f64,
@@ -73,6 +73,7 @@ impl Learned {
     pub(super) fn hope(&mut self, share: f64) {
         self.mean *= share;
         self.deviation *= share;
+        self.recent.iter_mut().for_each(|seen| *seen *= share);
     }
 
     /// Whether it was ever seen.
@@ -80,9 +81,22 @@ impl Learned {
         !self.recent.is_empty()
     }
 
-    /// What to expect next time.
+    /// Whether it was seen often enough that one that was out of the ordinary does not count.
+    pub(super) fn is_settled(&self) -> bool {
+        self.recent.len() >= 3
+    }
+
+    /// What to expect next time: the middle one of those seen lately, since a host that is busy for a
+    /// moment says nothing about the next.
     pub fn estimate(&self) -> Estimate {
-        Estimate { expected: from_seconds(self.mean), uncertainty: from_seconds(self.deviation) }
+        let mut sorted: Vec<f64> = self.recent.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        // The smaller one of two.
+        let middle = sorted.get(sorted.len().saturating_sub(1) / 2).copied();
+        Estimate {
+            expected: from_seconds(middle.unwrap_or(self.mean)),
+            uncertainty: from_seconds(self.deviation),
+        }
     }
 
     /// The same, where nothing else is going on: the least that was seen lately.
@@ -120,7 +134,7 @@ mod tests {
         let mut learned = Learned::assumed(MS, MS);
         (0..50).for_each(|_| learned.learn(MS));
         learned.learn(30 * MS);
-        assert!(learned.estimate().expected < 5 * MS);
+        assert_eq!(learned.estimate().expected, MS);
         assert_eq!(learned.undisturbed().expected, MS);
         assert!(learned.guard(4.0) >= 30 * MS);
         (0..60).for_each(|_| learned.learn(MS));

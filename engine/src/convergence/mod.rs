@@ -42,9 +42,12 @@ const MOST_CAUTION: f64 = 4.0;
 /// Deviations that are reserved for what follows the commit, as TCP's timeout has it; less as
 /// caution sinks.
 const RESERVE: f64 = 4.0;
+const LEAST_RESERVE: f64 = 1.0;
 /// What is left of caution after each round whose prediction would fit without. What is waited for may
 /// never come, and the bound holds anyway.
 const COURAGE: f64 = 0.8;
+/// But rounds may be short, and a host busy for longer.
+const BOLDER_EVERY: Duration = Duration::from_millis(100);
 
 /// What a switchover that was called off is worth waiting for: so many limits, twice as many after
 /// each, and no longer than the most. So the guest stands still for a small share of the time.
@@ -53,6 +56,10 @@ const MOST_BACK_OFF: Duration = Duration::from_secs(10);
 /// What is left, round by round, of what the last switchover took too long for, once that time is
 /// over: it may have been bad luck, and only another one can tell.
 const HOPE: f64 = 0.7;
+
+/// How old what is known of device state may become.
+const REHEARSE_AGAIN: Duration = Duration::from_secs(30);
+const REHEARSE_SOON: Duration = Duration::from_millis(200);
 
 /// Rounds before it can be said whether it will converge: two lengths tell how fast pages are
 /// dirtied and how many there are.
@@ -169,6 +176,8 @@ pub struct Convergence {
     times_called_off: u32,
     /// When another switchover may be tried.
     not_before: Duration,
+    /// When caution may be given up again.
+    bolder_from: Duration,
     prediction: Option<Prediction>,
 }
 
@@ -196,6 +205,7 @@ impl Convergence {
             throttle_percent: 0,
             times_called_off: 0,
             not_before: Duration::ZERO,
+            bolder_from: Duration::ZERO,
             prediction: None,
         }
     }
@@ -240,6 +250,13 @@ impl Convergence {
     /// Device state was saved for the sake of what it takes.
     pub fn learn_rehearsal(&mut self, rehearsal: &Rehearsal) {
         self.terms.learn(rehearsal);
+    }
+
+    /// Whether what is known of device state should be learned anew, after so long: soon as long as
+    /// little is known, and where what is not pages alone takes too long.
+    pub fn wants_rehearsal(&self, now: Duration, age: Duration) -> bool {
+        let soon = !self.terms.save.is_settled() || !self.pages_take_long(now);
+        age >= if soon { REHEARSE_SOON } else { REHEARSE_AGAIN }
     }
 
     /// Stopping the guest took so long.
@@ -345,7 +362,7 @@ impl Convergence {
     /// after it.
     pub fn after_commit(&self) -> Duration {
         let deviations = if self.method.cautious {
-            RESERVE * (self.caution / CAUTION).min(1.0)
+            (RESERVE * (self.caution / CAUTION).min(1.0)).max(LEAST_RESERVE)
         } else {
             RESERVE
         };
@@ -410,7 +427,10 @@ impl Convergence {
         }
         if now >= self.not_before {
             if expected <= self.settings.downtime_limit {
-                self.caution *= COURAGE;
+                if now >= self.bolder_from {
+                    self.caution *= COURAGE;
+                    self.bolder_from = now.saturating_add(BOLDER_EVERY);
+                }
             } else if self.times_called_off > 0 && !self.pages_take_long(now) {
                 self.terms.hope(HOPE);
             }

@@ -196,6 +196,7 @@ fn what_was_called_off_makes_careful_and_waiting_makes_bold() {
     let mut declined = 0;
     while !matches!(scene.convergence.decide(scene.now, pages), Verdict::SwitchOver { .. }) {
         declined += 1;
+        scene.now += 100 * MS;
         assert!(declined < 30, "{scene:?}", scene = scene.convergence);
     }
     assert!(declined > 0);

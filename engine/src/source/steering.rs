@@ -10,9 +10,6 @@ use crate::progress::Event;
 use crate::protocol::Message;
 use crate::session::Item;
 
-/// How old what is known of device state may become.
-const REHEARSED_EVERY: Duration = Duration::from_secs(30);
-
 #[derive(Debug, Default)]
 pub(super) struct Steering {
     /// By how much the guest is slowed down.
@@ -33,7 +30,9 @@ impl Drive<'_> {
 
     /// Learns what device state takes, unless that is known.
     pub(super) fn rehearse<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
-        if self.steering.rehearsed.is_some_and(|at| at.elapsed() < REHEARSED_EVERY) {
+        let now = self.now();
+        let age = self.steering.rehearsed.map(|at| at.elapsed());
+        if age.is_some_and(|age| !self.convergence.wants_rehearsal(now, age)) {
             return Ok(());
         }
         // It may stop the guest for a moment: if it fails in the middle the guest must be resumed.

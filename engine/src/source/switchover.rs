@@ -41,7 +41,7 @@ impl Overdue {
         Self { stage, round: None }
     }
 
-    fn amid(began: RoundBegan, waiting: Waiting) -> Self {
+    fn in_round(began: RoundBegan, waiting: Waiting) -> Self {
         Self { stage: SwitchoverStage::Pages, round: Some((began, waiting)) }
     }
 }
@@ -114,7 +114,7 @@ impl Drive<'_> {
         let mut waiting = self.waiting_for_round();
         let due = attempt.due(after_pages).map(|due| self.instant(due));
         let Some(landed) = self.await_round(&mut waiting, true, due)? else {
-            return Ok(Some(Overdue::amid(began, waiting)));
+            return Ok(Some(Overdue::in_round(began, waiting)));
         };
         // Saved while the pages were under way; what took longer than they is its own part.
         let overtime = saved.saturating_duration_since(landed);
@@ -127,7 +127,7 @@ impl Drive<'_> {
             self.channels.lend(true)?;
             let mut waiting = self.waiting_for_round();
             if self.await_round(&mut waiting, true, due)?.is_none() {
-                return Ok(Some(Overdue::amid(began, waiting)));
+                return Ok(Some(Overdue::in_round(began, waiting)));
             }
         }
         self.finish_round(&began);

@@ -362,15 +362,17 @@ impl Report {
             row("verification", format!("{:.1} ms more of standstill, to compare", self.verify_ms));
         }
         if let Some(convergence) = &self.convergence {
-            let mut parts = vec![convergence.clone()];
-            if self.throttle_max_percent > 0 {
-                parts.push(format!("slowed down by up to {} %", self.throttle_max_percent));
-            }
-            if self.called_off_ms > 0.0 {
-                let (attempts, stood) = (self.switchover_attempts, self.called_off_ms);
-                parts.push(format!("{attempts} switchovers, {stood:.1} ms for those called off"));
-            }
-            row("convergence", parts.join(", "));
+            let throttled = match self.throttle_max_percent {
+                0 => String::new(),
+                percent => format!(", slowed down by up to {percent} %"),
+            };
+            let (attempts, stood) = (self.switchover_attempts, self.called_off_ms);
+            let called_off = if stood > 0.0 {
+                format!(", {attempts} switchovers, {stood:.1} ms for those called off")
+            } else {
+                String::new()
+            };
+            row("convergence", format!("{convergence}{throttled}{called_off}"));
         }
         let data = HumanBytes(self.pages.data * PAGE_BYTES);
         row("pages sent", format!("{} ({data})", HumanCount(self.pages.data)));
