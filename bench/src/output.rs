@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use comfy_table::{Table, presets};
+pub(crate) use pageferry_report::document::median;
 use serde::Serialize;
 
 use crate::outcome::Failure;
@@ -27,32 +28,4 @@ pub(crate) fn table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
     table
-}
-
-/// The middle one of some figures, the mean of the two in the middle of an even number; `None`
-/// of none.
-pub(crate) fn median(figures: impl IntoIterator<Item = f64>) -> Option<f64> {
-    let mut sorted: Vec<f64> = figures.into_iter().collect();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => None,
-        length if length.is_multiple_of(2) => {
-            Some(f64::midpoint(sorted[middle - 1], sorted[middle]))
-        }
-        _ => Some(sorted[middle]),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median([]), None);
-        assert_eq!(median([3.0]), Some(3.0));
-        assert_eq!(median([9.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median([4.0, 1.0, 2.0, 9.0]), Some(3.0));
-    }
 }

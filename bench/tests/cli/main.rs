@@ -7,5 +7,6 @@ mod hot;
 mod latency;
 mod migrate;
 mod runs;
+mod shapes;
 mod support;
 mod throughput;
