@@ -16,7 +16,7 @@ use serde_json::Value;
 
 /// What the page says about its plots: for each that is shown its name, its place, the colours of
 /// what is drawn in it, and how much of that there is.
-const PLOTS: &str = r#"
+const PLOTS: &str = r"
 [...document.querySelectorAll('figure.plot')].filter(figure => figure.checkVisibility()).map(figure => {
   const svg = [...figure.querySelectorAll('svg')].find(svg => svg.getBoundingClientRect().width > 0);
   if (!svg) return null;
@@ -37,7 +37,7 @@ const PLOTS: &str = r#"
     smallest: Math.min(...[...svg.querySelectorAll('text')].map(text => text.getBoundingClientRect().height)),
   };
 }).filter(plot => plot && plot.width > 0)
-"#;
+";
 
 const WIDE: u32 = 1280;
 const NARROW: u32 = 390;
@@ -85,7 +85,9 @@ fn plots_are_drawn_light_and_dark_wide_and_narrow() {
             }
         }
         assert!(!plots.is_empty(), "{name}: no plots");
-        plots.iter().for_each(|plot| assert_drawn(&name, plot, &picture));
+        for plot in plots {
+            assert_drawn(&name, plot, &picture);
+        }
     }
 }
 
