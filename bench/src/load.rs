@@ -112,6 +112,11 @@ impl Load {
         Ok(load)
     }
 
+    /// They are to end soon; nobody waits for it yet.
+    pub(crate) fn ask_to_stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
     /// Ends them.
     pub(crate) fn stop(mut self) -> Used {
         self.join()

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use comfy_table::{Table, presets};
+pub(crate) use pageferry_report::document::median;
 use serde::Serialize;
 
 pub(crate) use pageferry_report::document::median;

@@ -21,7 +21,9 @@ use crate::partition::Stripe;
 use crate::progress::Shared;
 use crate::session::Input;
 use crate::stats::ChannelGauge;
-use crate::transport::{Capabilities, PageSender, Run, RunKind, Ticket, TransportError};
+use crate::transport::{
+    Capabilities, MAX_BATCH_RUNS, PageSender, Run, RunKind, Ticket, TransportError,
+};
 
 /// Page bytes in a batch, unless the host says otherwise: enough that its fixed cost vanishes,
 /// little enough that several are under way. Against 1 MiB it halves the system calls
@@ -115,13 +117,14 @@ struct SenderThread {
 
 /// The body of a sender thread.
 pub(crate) fn run(setup: SenderSetup) {
+    // A batch holds at least one page, whatever a transport or the host says.
+    let max_batch_runs = setup.capabilities.max_batch_runs.clamp(1, MAX_BATCH_RUNS);
     let mut thread = SenderThread {
         known_data: (0, 0..0),
-        batch: Vec::with_capacity(setup.capabilities.max_batch_runs),
+        batch: Vec::with_capacity(max_batch_runs),
         batch_bytes: 0,
-        // A batch holds at least one page, whatever a transport or the host says.
         max_batch_bytes: setup.capabilities.max_batch_bytes.min(setup.batch_bytes).max(PAGE_BYTES),
-        max_batch_runs: setup.capabilities.max_batch_runs.max(1),
+        max_batch_runs,
         in_flight: VecDeque::new(),
         in_flight_bytes: 0,
         spare: Vec::new(),

@@ -48,6 +48,10 @@ impl LoadedGuest {
 
 impl Machine for LoadedGuest {
     fn pause(&mut self) -> Result<(), MachineError> {
+        // Before the virtual CPUs, as they stop together.
+        if let Some(load) = &self.running {
+            load.ask_to_stop();
+        }
         self.machine.pause()?;
         if let Some(load) = self.running.take() {
             self.used = load.stop();

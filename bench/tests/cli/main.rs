@@ -8,6 +8,7 @@ mod hot;
 mod latency;
 mod migrate;
 mod runs;
+mod shapes;
 mod simulate;
 mod support;
 mod throughput;

@@ -38,6 +38,7 @@ impl Timeline {
         statistics: &Statistics,
     ) -> Self {
         let since = u64::try_from(recorder.began().elapsed().as_nanos()).unwrap_or(0);
+        let began = realtime_ns().saturating_sub(since);
         let setting = Setting {
             transport: transport.to_owned(),
             channels,
@@ -54,7 +55,6 @@ impl Timeline {
         };
         let mut migration = Migration::of(setting, statistics);
         (migration.rounds, migration.samples) = recorder.finish();
-        let began = realtime_ns().saturating_sub(since);
         Self { migration: Some((began, Box::new(migration))), gaps: Vec::new() }
     }
 
