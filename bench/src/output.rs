@@ -6,8 +6,6 @@ use comfy_table::{Table, presets};
 pub(crate) use pageferry_report::document::median;
 use serde::Serialize;
 
-pub(crate) use pageferry_report::document::median;
-
 use crate::outcome::Failure;
 
 /// Version of the JSON objects. Fields are added, never repurposed.
