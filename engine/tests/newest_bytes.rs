@@ -415,10 +415,10 @@ fn play(
             .migrate(Scripted(Arc::clone(&guest)), guest.memory.memory(), dirty, Box::new(link))
             .unwrap();
         receiving.join().unwrap();
-        // Every stall was noticed.
+        // Stalls are noticed; one switchover may have those of several channels.
         let stalls = wanted - guest.state.lock().unwrap().stalls.len();
-        let attempts = departed.statistics.switchover_attempts as usize;
-        assert!(attempts > stalls, "{attempts} switchovers with {stalls} stalls");
+        let attempts = departed.statistics.switchover_attempts;
+        assert!(stalls == 0 || attempts > 1, "{attempts} switchovers with {stalls} stalls");
         assert_eq!(departed.statistics.called_off > Duration::ZERO, attempts > 1);
     });
     let newest = guest.state.lock().unwrap().newest;
