@@ -80,7 +80,7 @@ fn kib_bytes(value: &str) -> u64 {
     kib.unwrap_or(0).saturating_mul(1024)
 }
 
-/// The word in brackets of "always [madvise] never".
+/// The word in brackets of `always [madvise] never`.
 fn chosen(text: &str) -> String {
     let inside = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
     inside.map_or_else(String::new, |(word, _)| word.to_owned())
