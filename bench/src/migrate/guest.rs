@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use pageferry::convergence::Rehearsal;
 use pageferry::{Machine, MachineError};
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::Guest;
@@ -47,6 +48,22 @@ impl LoadedGuest {
 }
 
 impl Machine for LoadedGuest {
+    fn state_schema(&self) -> Result<Vec<u8>, MachineError> {
+        self.machine.state_schema()
+    }
+
+    fn check_state_schema(&self, source: &[u8]) -> Result<(), MachineError> {
+        self.machine.check_state_schema(source)
+    }
+
+    fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
+        self.machine.rehearse()
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.machine.throttle(percent);
+    }
+
     fn pause(&mut self) -> Result<(), MachineError> {
         // Before the virtual CPUs, as they stop together.
         if let Some(load) = &self.running {

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::outcome::{Failure, Outcome};
 use crate::output::line;
+use crate::perftest::WRITE;
 
 pub(crate) const EXAMPLES: &str = "\
 Example:
@@ -73,10 +74,12 @@ fn read(path: &Path) -> Result<Document, Failure> {
 
 /// What `throughput` printed, as a comparison.
 fn throughput(text: &str) -> Option<Comparison> {
+    #[expect(clippy::struct_field_names, reason = "as the object has them")]
     #[derive(Deserialize)]
     struct Pair {
         engine_gbps: f64,
-        bare_gbps: f64,
+        bare_gbps: Option<f64>,
+        perftest_gbps: Option<f64>,
     }
     #[derive(Deserialize)]
     struct Throughput {
@@ -89,14 +92,20 @@ fn throughput(text: &str) -> Option<Comparison> {
     let Throughput { transport, channels, backing, memory_bytes, pairs } =
         serde_json::from_str(text).ok()?;
     let mib = memory_bytes >> 20;
-    let figures = |figure: fn(&Pair) -> f64| pairs.iter().map(figure).collect();
-    let contestant = |name: String, gbps| Contestant { name, gbps };
+    let figures = |figure: fn(&Pair) -> Option<f64>| pairs.iter().filter_map(figure).collect();
+    let contestants: [(String, Vec<f64>); 3] = [
+        (format!("pageferry, {transport}"), figures(|pair| Some(pair.engine_gbps))),
+        ("bare loop".to_owned(), figures(|pair| pair.bare_gbps)),
+        (WRITE.to_owned(), figures(|pair| pair.perftest_gbps)),
+    ];
+    let contestant = |(name, gbps)| Contestant { name, gbps };
     Some(Comparison {
         title: format!("{mib} MiB of {backing} memory, {channels} channels"),
-        contestants: vec![
-            contestant(format!("pageferry, {transport}"), figures(|pair| pair.engine_gbps)),
-            contestant("bare loop".to_owned(), figures(|pair| pair.bare_gbps)),
-        ],
+        contestants: contestants
+            .into_iter()
+            .filter(|it| !it.1.is_empty())
+            .map(contestant)
+            .collect(),
         missing: Vec::new(),
     })
 }

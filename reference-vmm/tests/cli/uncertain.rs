@@ -58,7 +58,7 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
     loop {
         match hear(&mut control) {
             Message::Prepare(Prepare { attempt, .. }) => {
-                let prepared = Prepared { attempt, load_ns: 0, verify_ns: 0, digest: None };
+                let prepared = Prepared { attempt, load_ns: 10_000, verify_ns: 0, digest: None };
                 say(&mut control, &Message::Prepared(prepared));
             }
             Message::Commit => return (link, control),
@@ -135,6 +135,10 @@ impl Machine for Breaking {
 
     fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
         self.machine.save(state)
+    }
+
+    fn state_schema(&self) -> Result<Vec<u8>, MachineError> {
+        self.machine.state_schema()
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
