@@ -344,21 +344,9 @@ pub(crate) struct ThroughputArgs {
 
 impl ThroughputArgs {
     fn check(&self) -> Result<(), String> {
-        let Self { memory, backing, channels, .. } = *self;
-        let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
         self.rdma.check(&[self.transport])?;
-        if memory / PAGE_BYTES > MAX_REGION_PAGES {
-            let most = MAX_REGION_PAGES * PAGE_BYTES;
-            Err(format!("--memory {memory} is too much, at most {most} is possible"))
-        } else if !memory.is_multiple_of(unit) {
-            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
-        } else if memory / PAGE_BYTES < u64::from(channels) {
-            Err(format!(
-                "--memory {memory} has less than one page for each of --channels {channels}"
-            ))
-        } else {
-            Ok(())
-        }
+        whole_pages(self.memory, self.backing)?;
+        a_page_each(self.memory, self.channels)
     }
 }
 
@@ -466,6 +454,29 @@ fn blob_size(text: &str) -> Result<u64, String> {
         bytes if bytes < 4 << 30 => Ok(bytes),
         bytes => Err(format!("{bytes} is too much for a device: less than 4G")),
     }
+}
+
+/// Memory of whole pages of its backing, no more than a region can have.
+pub(crate) fn whole_pages(memory: u64, backing: Backing) -> Result<(), String> {
+    let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+    if memory / PAGE_BYTES > MAX_REGION_PAGES {
+        let most = MAX_REGION_PAGES * PAGE_BYTES;
+        Err(format!("--memory {memory} is too much, at most {most} is possible"))
+    } else if !memory.is_multiple_of(unit) {
+        Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
+    } else {
+        Ok(())
+    }
+}
+
+/// Memory that has a page for each channel.
+pub(crate) fn a_page_each(memory: u64, channels: u16) -> Result<(), String> {
+    if memory / PAGE_BYTES < u64::from(channels) {
+        return Err(format!(
+            "--memory {memory} has less than one page for each of --channels {channels}"
+        ));
+    }
+    Ok(())
 }
 
 /// "512M", "1G", "64MiB": binary units.

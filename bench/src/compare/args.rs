@@ -2,10 +2,9 @@
 
 use clap::Args;
 use pageferry::MAX_CHANNELS;
-use pageferry::memory::PAGE_BYTES;
 use pageferry_vmm::ram::Backing;
 
-use crate::args::{HUGE_PAGE_BYTES, RdmaArgs, Transport, size};
+use crate::args::{RdmaArgs, Transport, a_page_each, size, whole_pages};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
@@ -61,16 +60,7 @@ impl CompareArgs {
     /// Whether what was given fits together.
     pub(crate) fn check(&self) -> Result<(), String> {
         self.rdma.check(&self.transport)?;
-        let Self { memory, backing, channels, .. } = *self;
-        let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
-        if !memory.is_multiple_of(unit) {
-            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
-        } else if memory / PAGE_BYTES < u64::from(channels) {
-            Err(format!(
-                "--memory {memory} has less than one page for each of --channels {channels}"
-            ))
-        } else {
-            Ok(())
-        }
+        whole_pages(self.memory, self.backing)?;
+        a_page_each(self.memory, self.channels)
     }
 }

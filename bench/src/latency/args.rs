@@ -4,10 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use pageferry::MAX_CHANNELS;
-use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
 use pageferry_vmm::ram::Backing;
 
-use crate::args::{HUGE_PAGE_BYTES, RdmaArgs, Transport, size};
+use crate::args::{RdmaArgs, Transport, size, whole_pages};
 use crate::links::Way;
 
 pub(crate) const EXAMPLES: &str = "\
@@ -88,16 +87,7 @@ impl LatencyArgs {
 
     /// Whether what was given fits together.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let Self { memory, backing, .. } = *self;
         self.rdma.check(&[self.transport])?;
-        let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
-        if memory / PAGE_BYTES > MAX_REGION_PAGES {
-            let most = MAX_REGION_PAGES * PAGE_BYTES;
-            Err(format!("--memory {memory} is too much, at most {most} is possible"))
-        } else if !memory.is_multiple_of(unit) {
-            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
-        } else {
-            Ok(())
-        }
+        whole_pages(self.memory, self.backing)
     }
 }
