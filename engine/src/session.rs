@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select_biased, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select_biased, unbounded};
 
 use crate::error::Error;
 use crate::progress::Shared;
@@ -53,8 +53,17 @@ impl Patience {
     }
 }
 
+/// What sends control messages, and where it is.
+enum Outlet {
+    Here(Box<dyn ControlSender>),
+    /// With a thread that has more to send, and then gives it back.
+    Lent(Receiver<(Box<dyn ControlSender>, Result<(), Error>)>),
+    /// With a thread that panicked.
+    Gone,
+}
+
 pub(crate) struct Session<R> {
-    control: Box<dyn ControlSender>,
+    outlet: Outlet,
     inputs: Receiver<Input<R>>,
     feed: Sender<Input<R>>,
     crew: Crew,
@@ -74,7 +83,7 @@ impl<R: Send + 'static> Session<R> {
         let (feed, inputs) = unbounded();
         let control_bytes = Arc::new(AtomicU64::new(0));
         let mut session = Self {
-            control: control.sender,
+            outlet: Outlet::Here(control.sender),
             inputs,
             feed: feed.clone(),
             crew: Crew::new(spawn),
@@ -113,11 +122,48 @@ impl<R: Send + 'static> Session<R> {
         self.control_bytes.load(Relaxed)
     }
 
+    /// Sends a message, behind all that was sent before.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
-        let frame = message.encode();
-        self.control.send(&frame)?;
-        self.control_bytes.fetch_add(frame.len() as u64, Relaxed);
-        Ok(())
+        let control_bytes = Arc::clone(&self.control_bytes);
+        put(&mut **self.take_outlet()?, &control_bytes, message)
+    }
+
+    /// Sends messages by a thread of their own: the driver goes on, however long the link takes. Why
+    /// they could not be sent is known when the next message is.
+    pub(crate) fn send_aside(
+        &mut self,
+        messages: impl Iterator<Item = Message> + Send + 'static,
+    ) -> Result<(), Error> {
+        self.take_outlet()?;
+        let (give_back, lent) = bounded(1);
+        let Outlet::Here(mut control) = std::mem::replace(&mut self.outlet, Outlet::Lent(lent))
+        else {
+            return Err(Error::Transport(TransportError::Closed));
+        };
+        let control_bytes = Arc::clone(&self.control_bytes);
+        self.spawn(ThreadRole::DeviceState, move || {
+            let mut messages = messages;
+            let sent =
+                messages.try_for_each(|message| put(&mut *control, &control_bytes, &message));
+            // The session may be over.
+            let _ = give_back.send((control, sent));
+        })
+    }
+
+    /// Waits until the outlet is here.
+    fn take_outlet(&mut self) -> Result<&mut Box<dyn ControlSender>, Error> {
+        if let Outlet::Lent(lent) = &self.outlet {
+            let returned = lent.recv();
+            self.outlet = Outlet::Gone;
+            if let Ok((control, sent)) = returned {
+                self.outlet = Outlet::Here(control);
+                sent?;
+            }
+        }
+        match &mut self.outlet {
+            Outlet::Here(control) => Ok(control),
+            _ => Err(Error::Transport(TransportError::Closed)),
+        }
     }
 
     /// Waits for what happens next. Peer failures, a broken control channel, cancelling and the
@@ -193,6 +239,17 @@ impl<R> Drop for Session<R> {
         self.interrupt.interrupt();
         self.crew.join();
     }
+}
+
+fn put(
+    control: &mut dyn ControlSender,
+    control_bytes: &AtomicU64,
+    message: &Message,
+) -> Result<(), Error> {
+    let frame = message.encode();
+    control.send(&frame)?;
+    control_bytes.fetch_add(frame.len() as u64, Relaxed);
+    Ok(())
 }
 
 fn refuse_failures<R>(input: Input<R>) -> Result<Item<R>, Error> {

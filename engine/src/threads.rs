@@ -21,6 +21,8 @@ pub enum ThreadRole {
     Receiver(u16),
     /// Populates guest memory at the destination.
     Populate(u16),
+    /// Sends the device state, if that is long, during a switchover.
+    DeviceState,
 }
 
 impl fmt::Display for ThreadRole {
@@ -32,6 +34,7 @@ impl fmt::Display for ThreadRole {
             Self::Sender(channel) => write!(f, "ferry-send-{channel}"),
             Self::Receiver(channel) => write!(f, "ferry-recv-{channel}"),
             Self::Populate(thread) => write!(f, "ferry-popu-{thread}"),
+            Self::DeviceState => f.write_str("ferry-state"),
         }
     }
 }

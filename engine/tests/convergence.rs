@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use pageferry::convergence::{Bound, Forecast, Policy, Rehearsal, Throttling};
 use pageferry::dirty::DirtySources;
+use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Ending, Error, Event, GuestAtSource,
@@ -36,6 +37,8 @@ struct SlowMachine {
     inner: TestMachine,
     slow: Slow,
     times: u32,
+    /// Bytes of device state beyond what it is about.
+    padding: usize,
     throttled: Arc<Mutex<Vec<u8>>>,
     rehearsals: u32,
 }
@@ -64,10 +67,14 @@ impl Machine for SlowMachine {
     }
     fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
         self.take_time(Slow::Save);
-        self.inner.save(state)
+        self.inner.save(state)?;
+        state.resize(state.len() + self.padding, 7);
+        Ok(())
     }
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         self.take_time(Slow::Load);
+        let (state, padding) = state.split_at(state.len() - self.padding);
+        assert!(padding.iter().all(|byte| *byte == 7));
         self.inner.load(state)
     }
     fn release_resources(&mut self) -> Result<(), MachineError> {
@@ -97,6 +104,8 @@ struct Scene {
     here: TestMemory,
     log: Arc<SoftwareLog>,
     slow: (Slow, u32),
+    padding: usize,
+    faults: Faults,
     source: Source,
     events: Events,
     there_events: Events,
@@ -120,6 +129,8 @@ impl Scene {
             log: SoftwareLog::new(&here),
             here,
             slow: (slow, times),
+            padding: 0,
+            faults: Faults::default(),
             source: Source::new().channels(2).downtime_limit(LIMIT),
             events: Events::default(),
             there_events: Events::default(),
@@ -144,6 +155,7 @@ impl Scene {
             inner: TestMachine::new(memory, log, WORKING_SET, seed),
             slow: self.slow.0,
             times: self.slow.1,
+            padding: self.padding,
             throttled: Arc::clone(&self.throttled),
             rehearsals: 0,
         };
@@ -161,8 +173,8 @@ impl Scene {
                 offer.receive(theirs, there.memory())
             });
             let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&self.log)))]);
-            let source =
-                self.source.migrate(mine, self.here.memory(), dirty, Box::new(source_link));
+            let link = FaultySource::new(Box::new(source_link), self.faults, 1);
+            let source = self.source.migrate(mine, self.here.memory(), dirty, Box::new(link));
             (source, receiving.join().expect("the destination does not panic"))
         });
         Outcome {
@@ -233,6 +245,24 @@ fn a_switchover_that_takes_too_long_is_called_off_and_another_follows() {
         assert_eq!(departed.statistics.convergence, Ending::Converged);
         assert!(departed.statistics.predicted_downtime.is_some());
     }
+}
+
+/// A link that stands still in the middle of the device state does not keep the guest standing.
+#[test]
+fn a_link_that_stands_still_does_not_hold_up_the_guest() {
+    let mut scene = Scene::new(Slow::Save, 0).on_event(|_| {});
+    let stall = 5 * LIMIT;
+    scene.padding = 3 << 20;
+    scene.faults = Faults { stall_frame: Some((64 << 10, stall)), ..Faults::default() };
+    scene.source = scene.source.policy(Policy::KeepTrying);
+    let outcome = scene.play();
+    let stood = outcome.events.iter().find_map(|event| match event {
+        Event::CalledOff { stood, .. } => Some(*stood),
+        _ => None,
+    });
+    assert!(stood.expect("it was called off") < stall, "{stood:?}");
+    let (_, _, stages) = outcome.expect_moved();
+    assert_eq!(stages.first(), Some(&SwitchoverStage::DeviceState));
 }
 
 #[test]

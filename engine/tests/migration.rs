@@ -500,6 +500,22 @@ fn a_declined_offer_leaves_the_guest_at_the_source() {
     assert!(failure.error.to_string().contains("no room"), "{}", failure.error);
 }
 
+/// What a dirty source misses is lost at the destination, and only comparing memory tells.
+#[test]
+fn memory_that_differs_is_found_before_the_commit() {
+    let mut scene = Scene::new();
+    let here = scene.here.clone();
+    scene.source = scene.source.on_event(move |event| {
+        if matches!(event, Event::GuestPaused) {
+            // Behind the log's back.
+            here.fill_page(0, WORKING_SET, 99);
+        }
+    });
+    let (error, there) = scene.play(|link| link).expect_kept();
+    assert!(matches!(error, Error::MemoryDiffers { .. }), "{error:?}");
+    assert!(matches!(there, Some(Error::PeerFailed { .. })), "{there:?}");
+}
+
 /// A machine that breaks its contract by panicking must not hang the host or leak its memory.
 #[test]
 fn a_machine_that_panics_takes_nothing_along() {

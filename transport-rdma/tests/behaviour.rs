@@ -4,9 +4,9 @@
 mod support;
 
 use std::error::Error;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -92,6 +92,12 @@ fn chain(error: &(dyn Error + 'static)) -> String {
 
 /// How many of each kind of object the device holds, as the kernel counts them.
 fn resources() -> String {
+    // librdmacm opens the device when it is first used, and keeps its context until the process ends.
+    static OPENED: Once = Once::new();
+    OPENED.call_once(|| {
+        let address = address().expect("a device");
+        drop(RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("listens"));
+    });
     let shown = Command::new("rdma").args(["resource", "show"]).output().expect("rdma of iproute2");
     assert!(shown.status.success(), "{shown:?}");
     String::from_utf8(shown.stdout).expect("text")
@@ -282,6 +288,7 @@ fn other_side(role: &str) -> (Child, String) {
     let mut child = Command::new(std::env::current_exe().expect("this program"))
         .args(["--exact", "the_other_side", "--ignored", "--nocapture"])
         .env(OTHER_SIDE, role)
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .expect("this program starts");
@@ -316,7 +323,8 @@ fn the_other_side() {
         keep.push(Box::new(link));
         println("here");
     }
-    thread::sleep(3 * SOON);
+    // Until it is killed, or the test has ended.
+    let _ = std::io::stdin().read(&mut [0]);
 }
 
 #[expect(clippy::print_stdout, reason = "what the other side says")]

@@ -186,7 +186,7 @@ impl Drive {
             let (prepare, state) = self.take_in_pages(memory, &mut populating)?;
             self.shared().set_phase(Phase::Switchover);
             let attempt = prepare.attempt;
-            let prepared = load(machine, memory, prepare, &state)?;
+            let prepared = load(machine, prepare, &state)?;
             self.statistics.device_state.bytes = prepare.state_bytes;
             self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
             if self.handover.handle(DestinationInput::Loaded { attempt })
@@ -262,6 +262,11 @@ impl Drive {
                         return Err(unexpected(&Message::StateChunk(chunk), "it had sent enough"));
                     }
                     state.extend_from_slice(&chunk);
+                }
+                // The source compares, and says so if they differ.
+                Item::Message(Message::Verify { attempt }) if self.agreement.verify => {
+                    let digest = Digest::of(memory)?;
+                    self.session.send(&Message::Verified { attempt, digest })?;
                 }
                 Item::Message(Message::Prepare(prepare)) => {
                     if prepare.state_bytes != state.len() as u64 {
@@ -431,23 +436,10 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 /// Loads what has arrived.
-fn load<M: Machine>(
-    machine: &mut M,
-    memory: &GuestMemory,
-    prepare: Prepare,
-    state: &[u8],
-) -> Result<Prepared, Error> {
-    let began = Instant::now();
-    // The source compares, and says so if they differ.
-    let digest = match prepare.digest {
-        Some(_) => Some(Digest::of(memory)?),
-        None => None,
-    };
-    let verify_ns = if digest.is_some() { nanoseconds(began.elapsed()) } else { 0 };
+fn load<M: Machine>(machine: &mut M, prepare: Prepare, state: &[u8]) -> Result<Prepared, Error> {
     let began = Instant::now();
     machine
         .load(state)
         .map_err(|cause| Error::Machine { operation: MachineOperation::Load, cause })?;
-    let (attempt, load_ns) = (prepare.attempt, nanoseconds(began.elapsed()));
-    Ok(Prepared { attempt, load_ns, verify_ns, digest })
+    Ok(Prepared { attempt: prepare.attempt, load_ns: nanoseconds(began.elapsed()) })
 }

@@ -38,6 +38,8 @@ const DATA_RANGES: u16 = 13;
 const PING: u16 = 20;
 const PONG: u16 = 21;
 const CALLED_OFF: u16 = 22;
+const VERIFY: u16 = 23;
+const VERIFIED: u16 = 24;
 
 const FLAG_VERIFY: u8 = 1;
 
@@ -76,6 +78,19 @@ pub enum Message {
     Pong {
         /// As in the ping.
         number: u32,
+    },
+    /// S→D: all pages have landed; what is the digest of your memory? The source takes its own
+    /// meanwhile.
+    Verify {
+        /// Number of the switchover, from 1.
+        attempt: u32,
+    },
+    /// D→S: the answer. The source compares.
+    Verified {
+        /// Number of the switchover.
+        attempt: u32,
+        /// Of all guest memory.
+        digest: Digest,
     },
     /// S→D: all pages have landed and all device state was sent; load it.
     Prepare(Prepare),
@@ -149,8 +164,6 @@ pub struct Prepare {
     pub attempt: u32,
     /// Length of the device state in bytes, over all chunks.
     pub state_bytes: u64,
-    /// Digest of the source's memory, if verification is on.
-    pub digest: Option<Digest>,
 }
 
 /// The destination has loaded everything.
@@ -160,10 +173,6 @@ pub struct Prepared {
     pub attempt: u32,
     /// Nanoseconds the load took.
     pub load_ns: u64,
-    /// Nanoseconds verification took; 0 without.
-    pub verify_ns: u64,
-    /// Digest of the destination's memory, if verification is on.
-    pub digest: Option<Digest>,
 }
 
 /// Classification of a failure as the other side tells it.
@@ -239,6 +248,8 @@ impl Message {
             Self::Ping { .. } => "ping",
             Self::Pong { .. } => "pong",
             Self::CalledOff { .. } => "called off",
+            Self::Verify { .. } => "verify",
+            Self::Verified { .. } => "verified",
             Self::Prepare(_) => "prepare",
             Self::Prepared(_) => "prepared",
             Self::Commit => "commit",
@@ -293,18 +304,24 @@ impl Message {
                 w.u16(CALLED_OFF);
                 w.u32(*attempt);
             }
+            Self::Verify { attempt } => {
+                w.u16(VERIFY);
+                w.u32(*attempt);
+            }
+            Self::Verified { attempt, digest } => {
+                w.u16(VERIFIED);
+                w.u32(*attempt);
+                w.array(&digest.0);
+            }
             Self::Prepare(prepare) => {
                 w.u16(PREPARE);
                 w.u32(prepare.attempt);
                 w.u64(prepare.state_bytes);
-                encode_digest(prepare.digest, &mut w);
             }
             Self::Prepared(prepared) => {
                 w.u16(PREPARED);
                 w.u32(prepared.attempt);
                 w.u64(prepared.load_ns);
-                w.u64(prepared.verify_ns);
-                encode_digest(prepared.digest, &mut w);
             }
             Self::Commit => w.u16(COMMIT),
             Self::Resumed { resume_ns } => {
@@ -345,17 +362,17 @@ impl Message {
             PING => Self::Ping { number: r.u32("number")? },
             PONG => Self::Pong { number: r.u32("number")? },
             CALLED_OFF => Self::CalledOff { attempt: r.u32("attempt")? },
+            VERIFY => Self::Verify { attempt: r.u32("attempt")? },
+            VERIFIED => {
+                Self::Verified { attempt: r.u32("attempt")?, digest: Digest(r.array("digest")?) }
+            }
             PREPARE => Self::Prepare(Prepare {
                 attempt: r.u32("attempt")?,
                 state_bytes: r.u64("state_bytes")?,
-                digest: decode_digest(&mut r)?,
             }),
-            PREPARED => Self::Prepared(Prepared {
-                attempt: r.u32("attempt")?,
-                load_ns: r.u64("load_ns")?,
-                verify_ns: r.u64("verify_ns")?,
-                digest: decode_digest(&mut r)?,
-            }),
+            PREPARED => {
+                Self::Prepared(Prepared { attempt: r.u32("attempt")?, load_ns: r.u64("load_ns")? })
+            }
             COMMIT => Self::Commit,
             RESUMED => Self::Resumed { resume_ns: r.u64("resume_ns")? },
             GAVE_BACK => Self::GaveBack { text: decode_text(&mut r)? },
@@ -462,17 +479,6 @@ fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
     })
 }
 
-fn encode_digest(digest: Option<Digest>, w: &mut Writer) {
-    w.u8(u8::from(digest.is_some()));
-    if let Some(Digest(bytes)) = digest {
-        w.array(&bytes);
-    }
-}
-
-fn decode_digest(r: &mut Reader<'_>) -> Result<Option<Digest>, DecodeError> {
-    if decode_bool(r, "digest present")? { Ok(Some(Digest(r.array("digest")?))) } else { Ok(None) }
-}
-
 fn decode_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, DecodeError> {
     match r.u8(field)? {
         0 => Ok(false),
@@ -518,10 +524,6 @@ mod tests {
         })
     }
 
-    fn a_digest() -> impl Strategy<Value = Option<Digest>> {
-        prop::option::of(any::<[u8; 16]>().prop_map(Digest))
-    }
-
     fn a_message() -> impl Strategy<Value = Message> {
         let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
         prop_oneof![
@@ -561,14 +563,16 @@ mod tests {
             any::<u32>().prop_map(|number| Message::Ping { number }),
             any::<u32>().prop_map(|number| Message::Pong { number }),
             any::<u32>().prop_map(|attempt| Message::CalledOff { attempt }),
-            (any::<u32>(), any::<u64>(), a_digest()).prop_map(|(attempt, state_bytes, digest)| {
-                Message::Prepare(Prepare { attempt, state_bytes, digest })
+            any::<u32>().prop_map(|attempt| Message::Verify { attempt }),
+            any::<(u32, [u8; 16])>().prop_map(|(attempt, digest)| {
+                Message::Verified { attempt, digest: Digest(digest) }
             }),
-            (any::<u32>(), any::<u64>(), any::<u64>(), a_digest()).prop_map(
-                |(attempt, load_ns, verify_ns, digest)| {
-                    Message::Prepared(Prepared { attempt, load_ns, verify_ns, digest })
-                }
-            ),
+            any::<(u32, u64)>().prop_map(|(attempt, state_bytes)| {
+                Message::Prepare(Prepare { attempt, state_bytes })
+            }),
+            any::<(u32, u64)>().prop_map(|(attempt, load_ns)| {
+                Message::Prepared(Prepared { attempt, load_ns })
+            }),
             Just(Message::Commit),
             any::<u64>().prop_map(|resume_ns| Message::Resumed { resume_ns }),
             "[a-zäöü ]{0,50}".prop_map(|text| Message::GaveBack { text }),
@@ -585,7 +589,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_a_message_or_an_error(
-            kind in 0_u16..24,
+            kind in 0_u16..26,
             rest in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             let mut bytes = kind.to_le_bytes().to_vec();

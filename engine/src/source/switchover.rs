@@ -22,6 +22,10 @@ use crate::protocol::{
 use crate::session::{Item, Patience, unexpected};
 use crate::stats::Downtime;
 
+/// Device state up to here fits into any buffer on its way; more goes out by a thread of its own, whose
+/// start costs some ten microseconds.
+const STATE_AT_ONCE_BYTES: usize = 16 << 10;
+
 /// What became of a switchover.
 pub(super) enum Switchover {
     /// The guest runs at the destination.
@@ -134,25 +138,24 @@ impl Drive<'_> {
         self.statistics.transfer = self.now();
         self.statistics.downtime.final_pages += watch.lap();
 
-        let digest = if agreement.verify { Some(Digest::of(&self.memory)?) } else { None };
-        let lap = watch.lap();
-        self.statistics.downtime.verify = lap;
-        attempt.exclude(lap);
+        if agreement.verify {
+            self.verify()?;
+            let lap = watch.lap();
+            self.statistics.downtime.verify = lap;
+            attempt.exclude(lap);
+        }
         if attempt.overruns(self.now(), self.convergence.after_commit()) {
             return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
         }
-        let Some(prepared) = self.prepare(&state, digest, attempt)? else {
+        let Some(prepared) = self.prepare(state, attempt)? else {
             return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
         };
         let lap = watch.lap();
-        let verified = Duration::from_nanos(prepared.verify_ns).min(lap);
         let loaded = Duration::from_nanos(prepared.load_ns);
         self.statistics.device_state.load = loaded;
-        self.statistics.downtime.verify += verified;
-        self.statistics.downtime.device_state += lap.saturating_sub(verified);
-        attempt.exclude(verified);
+        self.statistics.downtime.device_state += lap;
         self.convergence.learn_load(loaded);
-        self.convergence.learn_state_exchange(lap.saturating_sub(verified).saturating_sub(loaded));
+        self.convergence.learn_state_exchange(lap.saturating_sub(loaded));
         self.hand_over(machine, attempt, &mut watch)
     }
 
@@ -224,43 +227,53 @@ impl Drive<'_> {
         number < current || (number == current && self.handover.state() == SourceState::Running)
     }
 
+    /// Compares memory: both sides take a digest at the same time.
+    fn verify(&mut self) -> Result<(), Error> {
+        let number = self.handover.attempt();
+        self.session.send(&Message::Verify { attempt: number })?;
+        let here = Digest::of(&self.memory)?;
+        let load = self.source.common.timeouts.load;
+        let patience = Patience::now("the destination to compare memory", load);
+        loop {
+            match self.session.next(patience)? {
+                Item::Message(Message::Verified { attempt, digest: there })
+                    if attempt == number =>
+                {
+                    return if here == there {
+                        Ok(())
+                    } else {
+                        Err(Error::MemoryDiffers { source_digest: here, destination_digest: there })
+                    };
+                }
+                Item::Message(other) => {
+                    self.note_message(&other, "waiting for the destination to compare memory")?;
+                }
+                Item::Report(report) => self.late.push_back(report),
+            }
+        }
+    }
+
     /// Sends the device state and has the destination load it. `None` if that is not done in time.
-    fn prepare(
-        &mut self,
-        state: &[u8],
-        digest: Option<Digest>,
-        attempt: &Attempt,
-    ) -> Result<Option<Prepared>, Error> {
+    fn prepare(&mut self, state: Vec<u8>, attempt: &Attempt) -> Result<Option<Prepared>, Error> {
         let state_bytes = state.len() as u64;
         if state_bytes > MAX_DEVICE_STATE_BYTES {
             return Err(Error::Configuration(format!(
                 "device state of {state_bytes} bytes, at most {MAX_DEVICE_STATE_BYTES} are possible"
             )));
         }
-        let after = self.convergence.after_commit();
-        for chunk in state.chunks(MAX_STATE_CHUNK_BYTES) {
-            if attempt.overruns(self.now(), after) {
-                return Ok(None);
-            }
-            self.session.send(&Message::StateChunk(chunk.to_vec()))?;
-        }
         let number = self.handover.attempt();
-        self.session.send(&Message::Prepare(Prepare { attempt: number, state_bytes, digest }))?;
+        self.send_state(state, Prepare { attempt: number, state_bytes })?;
         let load = self.source.common.timeouts.load;
         let patience = Patience::now("the destination to load the guest", load);
-        // How long comparing memory takes there is known only afterwards, and does not count.
-        let due = match digest {
-            None => attempt.due(after).map(|due| self.instant(due)),
-            Some(_) => None,
-        };
-        let prepared = loop {
+        let due = attempt.due(self.convergence.after_commit()).map(|due| self.instant(due));
+        loop {
             let left = due.map(|due| due.saturating_duration_since(Instant::now()));
             let patience = left.filter(|left| *left < patience.left()).map_or(patience, |left| {
                 Patience::now("the destination to load the guest in time", left)
             });
             match self.session.next(patience) {
                 Ok(Item::Message(Message::Prepared(prepared))) if prepared.attempt == number => {
-                    break prepared;
+                    return Ok(Some(prepared));
                 }
                 Ok(Item::Message(other)) => {
                     self.note_message(&other, "waiting for the destination to load")?;
@@ -272,15 +285,23 @@ impl Drive<'_> {
                 }
                 Err(error) => return Err(error),
             }
-        };
-        match (digest, prepared.digest) {
-            (Some(source_digest), Some(destination_digest))
-                if source_digest != destination_digest =>
-            {
-                Err(Error::MemoryDiffers { source_digest, destination_digest })
-            }
-            _ => Ok(Some(prepared)),
         }
+    }
+
+    /// Sends device state, and what comes after it. A link that stands still does not hold up the
+    /// driver, which may have to call the switchover off.
+    fn send_state(&mut self, state: Vec<u8>, prepare: Prepare) -> Result<(), Error> {
+        if state.len() <= STATE_AT_ONCE_BYTES {
+            self.session.send(&Message::StateChunk(state))?;
+            return self.session.send(&Message::Prepare(prepare));
+        }
+        let mut offset = 0;
+        let chunks = std::iter::from_fn(move || {
+            let end = state.len().min(offset + MAX_STATE_CHUNK_BYTES);
+            let chunk = &state[std::mem::replace(&mut offset, end)..end];
+            (!chunk.is_empty()).then(|| Message::StateChunk(chunk.to_vec()))
+        });
+        self.session.send_aside(chunks.chain([Message::Prepare(prepare)]))
     }
 
     /// Commits. Returns how long the destination took to resume.

@@ -30,6 +30,8 @@ pub struct Faults {
     pub lose_channel: Option<(u16, u64)>,
     /// Let each batch of this data channel take so much longer.
     pub slow_channel: Option<(u16, Duration)>,
+    /// Hold up the first control frame of more than so many bytes, once, for so long.
+    pub stall_frame: Option<(usize, Duration)>,
     /// Break the link once so many page bytes have gone out, over all channels.
     pub cut_after_page_bytes: Option<u64>,
     /// Break the link once so many control frames have gone out.
@@ -101,6 +103,7 @@ impl Link for FaultySource {
         let sender = FaultyControl {
             inner: sender,
             delay_at_most: self.faults.delay_at_most,
+            stall: self.faults.stall_frame,
             random: Random::new(self.random.next_u64()),
             trouble: Arc::clone(&self.trouble),
         };
@@ -165,6 +168,7 @@ fn delay(random: &mut Random, at_most: Duration) {
 struct FaultyControl {
     inner: Box<dyn ControlSender>,
     delay_at_most: Duration,
+    stall: Option<(usize, Duration)>,
     random: Random,
     trouble: Arc<Trouble>,
 }
@@ -173,6 +177,9 @@ impl ControlSender for FaultyControl {
     fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
         self.trouble.spend(&self.trouble.frames_left, 1)?;
         delay(&mut self.random, self.delay_at_most);
+        if let Some((_, stall)) = self.stall.take_if(|(bytes, _)| frame.len() > *bytes) {
+            std::thread::sleep(stall);
+        }
         self.inner.send(frame)
     }
 }
