@@ -86,8 +86,7 @@ impl Machine for GuestMachine {
     }
 
     fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
-        state.extend(self.guest.save()?);
-        Ok(())
+        Ok(self.guest.save_to(state)?)
     }
 
     fn state_schema(&self) -> Result<Vec<u8>, MachineError> {

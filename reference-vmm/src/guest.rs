@@ -106,6 +106,8 @@ pub struct Guest {
     tracking: DirtyTracking,
     contents: Contents,
     throttle: Throttle,
+    /// Bytes that were saved last: about as many come next.
+    state_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -157,7 +159,18 @@ impl Guest {
         };
         let contents = Contents::Nothing;
         let throttle = Throttle::new(config.vcpus);
-        Ok(Self { machine, devices, ram, memory, layout, config, tracking, contents, throttle })
+        Ok(Self {
+            machine,
+            devices,
+            ram,
+            memory,
+            layout,
+            config,
+            tracking,
+            contents,
+            throttle,
+            state_bytes: 0,
+        })
     }
 
     /// Fills memory and sets the registers. For a source, once; the guest stays paused.
@@ -211,16 +224,33 @@ impl Guest {
 
     /// Everything of a paused guest that is not in its memory, as bytes for [`Self::load`].
     pub fn save(&mut self) -> Result<Vec<u8>, GuestError> {
-        // More threads than one would wait for the CPUs that send the last pages.
-        self.save_by_threads(1)
+        let mut state = Vec::new();
+        self.save_to(&mut state)?;
+        Ok(state)
+    }
+
+    /// The same, behind what is there.
+    pub fn save_to(&mut self, state: &mut Vec<u8>) -> Result<(), GuestError> {
+        self.ensure_saveable()?;
+        let begin = state.len();
+        // Growing it bit by bit would copy it again and again.
+        state.reserve(self.state_bytes);
+        // By one thread: others would wait for the CPUs that send the last pages.
+        self.registry()?.save_to(state).map_err(StateError::from)?;
+        self.state_bytes = state.len() - begin;
+        Ok(())
     }
 
     /// The same, by so many threads: faster where CPUs are idle.
     pub fn save_by_threads(&mut self, threads: usize) -> Result<Vec<u8>, GuestError> {
+        self.ensure_saveable()?;
+        Ok(self.registry()?.save_by_threads(threads).map_err(StateError::from)?)
+    }
+
+    fn ensure_saveable(&self) -> Result<(), GuestError> {
         const OPERATION: &str = "save the guest's state";
         self.ensure_paused(OPERATION)?;
-        self.ensure_alive(OPERATION)?;
-        Ok(self.registry()?.save_by_threads(threads).map_err(StateError::from)?)
+        self.ensure_alive(OPERATION)
     }
 
     /// Takes over what [`Self::save`] gave. If it fails half-way the guest can only be dropped,
