@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 
-use crate::transport::{ChannelCounters, PageCounts, Registration, ZeroCopyCounts};
+use crate::transport::{
+    ChannelCounters, PageCounts, Registration, WorkRequestCounts, ZeroCopyCounts,
+};
 
 /// Time the guest stood still, in parts that follow one another and leave nothing out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -100,6 +102,8 @@ pub struct Statistics {
     pub system_calls: u64,
     /// What became of zero-copy sends.
     pub zero_copy: ZeroCopyCounts,
+    /// What was asked of a NIC; 0 where there are only sockets.
+    pub work_requests: WorkRequestCounts,
     /// What registering guest memory cost before the first page.
     pub registration: Registration,
     /// What of it the data channels did while pages flowed; the time is the sum of theirs.
@@ -159,6 +163,7 @@ impl Statistics {
         self.user_copied_bytes = counters.user_copied_bytes;
         self.system_calls = counters.system_calls;
         self.zero_copy = counters.zero_copy;
+        self.work_requests = counters.work_requests;
         self.registered_on_the_way = counters.registered;
     }
 
@@ -182,6 +187,7 @@ pub(crate) struct ChannelGauge {
     pub(crate) stripes_done: AtomicU64,
     pub(crate) stripes_given: AtomicU64,
     zero_copy: ZeroCopyGauge,
+    work_requests: WorkRequestGauge,
     registered_bytes: AtomicU64,
     registering_nanoseconds: AtomicU64,
 }
@@ -192,6 +198,13 @@ struct ZeroCopyGauge {
     copied_by_kernel: AtomicU64,
     sent_bytes: AtomicU64,
     copied_bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct WorkRequestGauge {
+    posted: AtomicU64,
+    signalled: AtomicU64,
+    doorbells: AtomicU64,
 }
 
 impl ChannelGauge {
@@ -210,6 +223,10 @@ impl ChannelGauge {
         self.zero_copy.copied_by_kernel.store(copied_by_kernel, Relaxed);
         self.zero_copy.sent_bytes.store(sent_bytes, Relaxed);
         self.zero_copy.copied_bytes.store(copied_bytes, Relaxed);
+        let WorkRequestCounts { posted, signalled, doorbells } = counters.work_requests;
+        self.work_requests.posted.store(posted, Relaxed);
+        self.work_requests.signalled.store(signalled, Relaxed);
+        self.work_requests.doorbells.store(doorbells, Relaxed);
         let Registration { registered_bytes, took } = counters.registered;
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.registered_bytes.store(registered_bytes, Relaxed);
@@ -226,6 +243,11 @@ impl ChannelGauge {
                 copied_by_kernel: self.zero_copy.copied_by_kernel.load(Relaxed),
                 sent_bytes: self.zero_copy.sent_bytes.load(Relaxed),
                 copied_bytes: self.zero_copy.copied_bytes.load(Relaxed),
+            },
+            work_requests: WorkRequestCounts {
+                posted: self.work_requests.posted.load(Relaxed),
+                signalled: self.work_requests.signalled.load(Relaxed),
+                doorbells: self.work_requests.doorbells.load(Relaxed),
             },
             registered: Registration {
                 registered_bytes: self.registered_bytes.load(Relaxed),

@@ -86,20 +86,16 @@ impl Connection {
     /// Sleeps until anything happens; true if it was a completion.
     fn sleep(&mut self, time: Duration) -> io::Result<bool> {
         let time = Timespec::try_from(time).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
-        let mut fds = vec![
-            PollFd::from_borrowed_fd(self.qp.completions.fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.id.fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.state.bell(), PollFlags::IN),
-        ];
-        if let Some(device) = self.state.device() {
-            fds.push(PollFd::from_borrowed_fd(device, PollFlags::IN));
-        }
+        let (bell, device) = (self.state.bell(), self.state.device());
+        let watched = [self.qp.completions.fd(), self.id.fd(), bell, device.unwrap_or(bell)];
+        let mut fds = watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let count = if device.is_some() { 4 } else { 3 };
         self.system_calls += 1;
-        match poll(&mut fds, Some(&time)) {
+        match poll(&mut fds[..count], Some(&time)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let ready = fds.map(|fd| !fd.revents().is_empty());
         if ready[0] {
             self.qp.completions.take_event();
         }
@@ -108,7 +104,7 @@ impl Connection {
                 self.gone |= matches!(event, Event::Disconnected | Event::DeviceRemoved);
             }
         }
-        if ready.get(3) == Some(&true) {
+        if ready[3] {
             self.state.look();
         }
         Ok(ready[0])

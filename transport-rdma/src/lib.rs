@@ -44,6 +44,8 @@ mod connection;
 mod control;
 mod destination;
 mod dial;
+#[doc(hidden)]
+pub mod hot;
 mod listener;
 mod memory;
 mod options;

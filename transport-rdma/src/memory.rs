@@ -139,24 +139,24 @@ impl Registered {
     }
 
     /// The pages from this one on, as far as they lie in one chunk; registers it if need be.
-    fn piece(
+    pub(crate) fn piece(
         &self,
         region: u16,
         page: u64,
         cost: &mut Registration,
-    ) -> Result<Option<Piece>, TransportError> {
+    ) -> Result<Piece, TransportError> {
         let chunk = find(&self.chunks, by_page, region, page).and_then(|at| self.chunks.get(at));
         match chunk {
             Some(chunk) if chunk.region == region && page - chunk.first_page < chunk.pages => {
                 let mr = self.ready(chunk, cost)?;
                 let offset = page - chunk.first_page;
-                Ok(Some(Piece {
+                Ok(Piece {
                     address: mr.address() + offset * PAGE_BYTES,
                     key: mr.local_key(),
                     pages: chunk.pages - offset,
-                }))
+                })
             }
-            _ => Ok(None),
+            _ => Err(TransportError::OutOfOrder("guest memory that was never registered")),
         }
     }
 
@@ -202,22 +202,18 @@ fn refused(cause: io::Error, bytes: u64) -> TransportError {
 }
 
 /// Adds what moves pages between their places on both sides, in pieces that lie in one chunk here and
-/// there; returns their bytes. Registers what is needed of this side; of the other side all must be
-/// known.
+/// there; returns their bytes. Either side says where pages are from one on.
 pub(crate) fn transfers(
     range: PageRange,
-    here: &Registered,
+    mut here: impl FnMut(u16, u64) -> Result<Piece, TransportError>,
     there: impl Fn(u16, u64) -> Result<Piece, TransportError>,
     most_bytes: u64,
-    cost: &mut Registration,
     into: &mut Vec<Transfer>,
 ) -> Result<u64, TransportError> {
     let mut page = range.first_page;
     let end = range.first_page + u64::from(range.pages);
     while page < end {
-        let outside = || TransportError::OutOfOrder("guest memory that was never registered");
-        let local = here.piece(range.region, page, cost)?.ok_or_else(outside)?;
-        let remote = there(range.region, page)?;
+        let (local, remote) = (here(range.region, page)?, there(range.region, page)?);
         let pages = local.pages.min(remote.pages).min(end - page).min(most_bytes / PAGE_BYTES);
         // At most a write's, which is far less.
         let len_bytes = u32::try_from(pages * PAGE_BYTES).unwrap_or(u32::MAX);

@@ -59,6 +59,25 @@ fn lost(operation: &'static str, completion: &Completion) -> TransportError {
     TransportError::Lost { operation, cause: io::Error::new(kind, completion.reason()) }
 }
 
+/// The work requests of writes, after so many others.
+pub(crate) fn write_requests(
+    writes: &[Transfer],
+    posted: u64,
+    signal_every: u64,
+) -> impl Iterator<Item = Request> + '_ {
+    let count = writes.len() as u64;
+    (1..).zip(writes).map(move |(index, write)| {
+        let work = posted + index;
+        Request {
+            work,
+            verb: Verb::Write { address: write.address, key: write.key },
+            span: Some(write.span),
+            // The last in a full queue, so that its end is heard of.
+            signalled: index.is_multiple_of(signal_every) || index == count,
+        }
+    })
+}
+
 fn slot_bytes(slot: usize, len_bytes: usize) -> usize {
     slot * len_bytes
 }
@@ -200,19 +219,11 @@ impl Outlet {
             self.pump_until(|outlet| outlet.posted - outlet.done < outlet.depth)?;
             let room = usize::try_from(self.depth - (self.posted - self.done)).unwrap_or(1);
             let (now, later) = rest.split_at(room.min(rest.len()));
-            let (posted, count) = (self.posted, now.len() as u64);
-            let requests = (1..).zip(now).map(|(index, write)| {
-                let work = posted + index;
-                Request {
-                    work,
-                    verb: Verb::Write { address: write.address, key: write.key },
-                    span: Some(write.span),
-                    // The last in a full queue, so that its end is heard of.
-                    signalled: work.is_multiple_of(self.signal_every) || index == count,
-                }
-            });
-            self.connection.qp.post(requests).map_err(failed)?;
-            self.posted += count;
+            self.connection
+                .qp
+                .post(write_requests(now, self.posted, self.signal_every))
+                .map_err(failed)?;
+            self.posted += now.len() as u64;
             rest = later;
         }
         Ok(())

@@ -57,8 +57,9 @@ impl PageReader for RdmaPageReader {
         let mut bytes = 0;
         for range in ranges {
             let there = |region, page| self.there.known(region, page);
-            let (here, cost) = (&self.here, &mut self.registered);
-            bytes += transfers(*range, here, there, self.slice_bytes, cost, &mut reads)?;
+            let (memory, cost) = (&self.here, &mut self.registered);
+            let here = |region, page| memory.piece(region, page, cost);
+            bytes += transfers(*range, here, there, self.slice_bytes, &mut reads)?;
         }
         self.inlet.read(&reads)?;
         self.wire_bytes += bytes;
@@ -69,6 +70,7 @@ impl PageReader for RdmaPageReader {
         ChannelCounters {
             wire_bytes: self.wire_bytes,
             system_calls: self.inlet.system_calls(),
+            work_requests: self.inlet.connection.qp.work_requests(),
             registered: self.registered,
             ..ChannelCounters::default()
         }

@@ -132,8 +132,9 @@ impl RdmaPageSender {
                     }
                     last_page = Some((range.region, last));
                     let there = |region, page| self.there.known(region, page);
-                    let (here, cost) = (&self.here, &mut self.registered);
-                    bytes += transfers(*range, here, there, self.slice_bytes, cost, &mut writes)?;
+                    let (memory, cost) = (&self.here, &mut self.registered);
+                    let here = |region, page| memory.piece(region, page, cost);
+                    bytes += transfers(*range, here, there, self.slice_bytes, &mut writes)?;
                 }
             }
         }
@@ -238,6 +239,7 @@ impl PageSender for RdmaPageSender {
         ChannelCounters {
             wire_bytes: self.wire_bytes,
             system_calls: self.outlet.system_calls(),
+            work_requests: self.outlet.connection.qp.work_requests(),
             registered: self.registered,
             ..ChannelCounters::default()
         }

@@ -30,11 +30,13 @@ struct Hot {
     is_transport: bool,
 }
 
-const LOOPS: [Hot; 8] = [
+const LOOPS: [Hot; 9] = [
     Hot { name: "scan", work: 1, is_transport: false },
     Hot { name: "coalesce", work: 4, is_transport: false },
     Hot { name: "zero", work: 1, is_transport: false },
     Hot { name: "framing", work: 1, is_transport: false },
+    // Where RDMA is built in.
+    Hot { name: "work-requests", work: 1, is_transport: false },
     Hot { name: "tcp", work: 2, is_transport: true },
     Hot { name: "iouring", work: 2, is_transport: true },
     Hot { name: "tcp-zero-copy", work: 2, is_transport: true },

@@ -11,7 +11,8 @@ use clap::{Args, ValueEnum};
 use pageferry_report::document::ZeroCopy;
 use serde::{Deserialize, Serialize};
 
-use crate::args::{Transport, ZeroCopyChoice};
+use crate::args::{RdmaArgs, Transport, ZeroCopyChoice};
+use crate::links::Way;
 use crate::outcome::{Failure, Outcome};
 use crate::output::line;
 
@@ -25,10 +26,15 @@ itself costs, without what comes before and after it.
   coalesce  a sender's round over scattered dirty pages, up to a transport that does nothing
   zero      the same over pages that are all zero
   framing   the heads of batches, encoded and decoded
+  work-requests
+            the work requests of batches, built as RDMA does and not posted
   tcp, iouring
             batches of 32 pages in four runs, sent and received over loopback, one after the other
   tcp-zero-copy, iouring-zero-copy
-            the same, and the kernel is asked not to copy";
+            the same, and the kernel is asked not to copy
+  rdma      the same over an RDMA device
+
+work-requests and rdma are only there if RDMA was built in.";
 
 /// An inner loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -43,6 +49,10 @@ pub(crate) enum Loop {
     TcpZeroCopy,
     #[value(name = "iouring-zero-copy")]
     IoUringZeroCopy,
+    #[cfg(feature = "rdma")]
+    WorkRequests,
+    #[cfg(feature = "rdma")]
+    Rdma,
 }
 
 #[derive(Debug, Args)]
@@ -55,6 +65,8 @@ pub(crate) struct HotArgs {
     /// How often it is done, for who measures time.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) repeat: u32,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
 }
 
 /// What can be counted from inside.
@@ -67,27 +79,38 @@ pub(crate) struct Counts {
     pub(crate) user_copied_bytes: u64,
     pub(crate) wire_bytes: u64,
     pub(crate) zero_copy: ZeroCopy,
+    /// Work requests of a NIC: posted, with a completion, and the calls that posted them.
+    #[serde(default)]
+    pub(crate) posted: u64,
+    #[serde(default)]
+    pub(crate) signalled: u64,
+    #[serde(default)]
+    pub(crate) doorbells: u64,
     /// The shortest time of all repetitions.
     pub(crate) nanoseconds: u64,
 }
 
+type Work = Box<dyn FnMut() -> Result<Counts, Failure>>;
+
 /// Does it, and prints the counts.
 pub(crate) fn run(args: &HotArgs) -> Result<Outcome, Failure> {
-    let mut work: Box<dyn FnMut() -> Result<Counts, Failure>> = match args.which {
+    let by = |transport, zero_copy| -> Result<Work, Failure> {
+        let way = Way { transport, rdma: args.rdma };
+        Ok(Box::new(transports::pages(way, zero_copy, args.work)?))
+    };
+    let mut work: Work = match args.which {
         Loop::Scan => Box::new(paths::scan(args.work)?),
         Loop::Coalesce => Box::new(paths::coalesce(args.work)?),
         Loop::Zero => Box::new(paths::zero(args.work)?),
         Loop::Framing => Box::new(paths::framing(args.work)?),
-        Loop::Tcp => Box::new(transports::pages(Transport::Tcp, ZeroCopyChoice::Off, args.work)?),
-        Loop::IoUring => {
-            Box::new(transports::pages(Transport::IoUring, ZeroCopyChoice::Off, args.work)?)
-        }
-        Loop::TcpZeroCopy => {
-            Box::new(transports::pages(Transport::Tcp, ZeroCopyChoice::On, args.work)?)
-        }
-        Loop::IoUringZeroCopy => {
-            Box::new(transports::pages(Transport::IoUring, ZeroCopyChoice::On, args.work)?)
-        }
+        Loop::Tcp => by(Transport::Tcp, ZeroCopyChoice::Off)?,
+        Loop::IoUring => by(Transport::IoUring, ZeroCopyChoice::Off)?,
+        Loop::TcpZeroCopy => by(Transport::Tcp, ZeroCopyChoice::On)?,
+        Loop::IoUringZeroCopy => by(Transport::IoUring, ZeroCopyChoice::On)?,
+        #[cfg(feature = "rdma")]
+        Loop::Rdma => by(Transport::Rdma, ZeroCopyChoice::Off)?,
+        #[cfg(feature = "rdma")]
+        Loop::WorkRequests => Box::new(paths::work_requests(args.work)?),
     };
     let mut shortest = u64::MAX;
     let mut counts = Counts::default();

@@ -164,3 +164,39 @@ pub(super) fn framing(work: u32) -> Result<impl FnMut() -> Result<Counts, Failur
         Ok(Counts::default())
     })
 }
+
+/// The work requests of a batch of 64 runs, each of one to eight pages; a unit of work is a thousand.
+#[cfg(feature = "rdma")]
+pub(super) fn work_requests(work: u32) -> Result<impl FnMut() -> Result<Counts, Failure>, Failure> {
+    use pageferry_rdma::{RdmaOptions, hot::Building};
+
+    let layout = Layout::new(vec![RegionLayout {
+        guest_addr: 0,
+        len_bytes: 64 << 30,
+        backing_page_bytes: PAGE_BYTES,
+    }])?;
+    let mut random = Random::new(3);
+    let mut runs = |_| -> Vec<Run> {
+        let mut first_page = random.below(layout.pages() / 2);
+        let run = |_| {
+            let pages = 1 + u32::try_from(random.below(8)).unwrap_or(0);
+            let range = PageRange { region: 0, first_page, pages };
+            first_page += 16 + random.below(1 << 16);
+            Run { range, kind: RunKind::Data }
+        };
+        (0..64).map(run).collect()
+    };
+    let batches: Vec<Vec<Run>> = (0..16).map(&mut runs).collect();
+    let mut building = Building::new(&layout, &RdmaOptions::default())?;
+    batches.iter().try_for_each(|batch| building.build(batch).map(drop))?;
+    Ok(move || {
+        let mut counts = Counts::default();
+        for batch in batches.iter().cycle().take(work as usize * 1000) {
+            let built = building.build(black_box(batch))?;
+            counts.posted += built.posted;
+            counts.signalled += built.signalled;
+            counts.doorbells += built.doorbells;
+        }
+        Ok(counts)
+    })
+}

@@ -1,5 +1,6 @@
 //! Pages over a transport, both ends on one thread: what one sends the other takes in before the
-//! next, so that the same calls are made in every run.
+//! next, so that the same calls are made in every run. A destination whose memory the source writes has
+//! nothing to take in, and waits on a thread of its own.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -15,8 +16,8 @@ use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Counts;
-use crate::args::{Transport, ZeroCopyChoice};
-use crate::links::{Listener, connect};
+use crate::args::ZeroCopyChoice;
+use crate::links::{Listener, Way, connect};
 use crate::outcome::Failure;
 use crate::random::Random;
 
@@ -33,24 +34,44 @@ const STRIDE_PAGES: u64 = 16;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) fn pages(
-    transport: Transport,
+    way: Way,
     zero_copy: ZeroCopyChoice,
     work: u32,
 ) -> Result<impl FnMut() -> Result<Counts, Failure>, Failure> {
     let (from_ram, from) = memory(1)?;
     let (to_ram, to) = memory(2)?;
-    let (source, mut sender, destination, mut receiver) = ends(transport, zero_copy, &from, &to)?;
+    let (source, mut sender, destination, receiver) = ends(way, zero_copy, &from, &to)?;
+    let mut receiver = if source.capabilities().one_sided_write {
+        waits(receiver);
+        None
+    } else {
+        Some(receiver)
+    };
     let batches: Vec<Vec<Run>> = (0..MEMORY_PAGES / (RUNS * STRIDE_PAGES)).map(batch).collect();
     // What grows at first has grown before anybody counts.
-    exchange(&mut *sender, &mut *receiver, &batches, 2 * BATCHES)?;
+    exchange(&mut *sender, &mut receiver, &batches, 2 * BATCHES)?;
     Ok(move || {
         // All of it stays open, and mapped.
         black_box((&from_ram, &to_ram));
         black_box((&source, &destination));
-        let before = [sender.counters(), receiver.counters()];
-        exchange(&mut *sender, &mut *receiver, &batches, work * BATCHES)?;
-        Ok(counts(before, [sender.counters(), receiver.counters()]))
+        let before = counters(&*sender, receiver.as_deref());
+        exchange(&mut *sender, &mut receiver, &batches, work * BATCHES)?;
+        Ok(counts(before, counters(&*sender, receiver.as_deref())))
     })
+}
+
+/// Lets the destination wait until the program ends.
+fn waits(mut receiver: Box<dyn PageReceiver>) {
+    thread::spawn(move || while let Ok(Received::Batch(_)) = receiver.receive() {});
+}
+
+/// Of both ends, as far as they are here.
+fn counters(sender: &dyn PageSender, receiver: Option<&dyn PageReceiver>) -> ChannelCounters {
+    let mut sum = sender.counters();
+    if let Some(receiver) = receiver {
+        sum.add(&receiver.counters());
+    }
+    sum
 }
 
 fn memory(seed: u64) -> Result<(Ram, Arc<GuestMemory>), Failure> {
@@ -78,12 +99,12 @@ type Ends =
 
 /// Both ends of one data channel. They find each other by two threads, of which one is left.
 fn ends(
-    transport: Transport,
+    way: Way,
     zero_copy: ZeroCopyChoice,
     from: &Arc<GuestMemory>,
     to: &Arc<GuestMemory>,
 ) -> Result<Ends, Failure> {
-    let listener = Listener::bind(transport.into())?;
+    let listener = Listener::bind(way)?;
     let address = listener.address();
     thread::scope(|scope| {
         let there = scope.spawn(|| -> Result<_, Failure> {
@@ -92,7 +113,7 @@ fn ends(
             let receiver = link.open_receivers(1, PATIENCE)?.pop();
             Ok((link, receiver.ok_or("there is no data channel")?))
         });
-        let mut source = connect(transport.into(), zero_copy, address)?;
+        let mut source = connect(way, zero_copy, address)?;
         source.register(from)?;
         let sender = source.open_senders(1)?.pop().ok_or("there is no data channel")?;
         let (destination, receiver) =
@@ -103,17 +124,19 @@ fn ends(
 
 fn exchange(
     sender: &mut dyn PageSender,
-    receiver: &mut dyn PageReceiver,
+    receiver: &mut Option<Box<dyn PageReceiver>>,
     batches: &[Vec<Run>],
     count: u32,
 ) -> Result<(), Failure> {
     for batch in batches.iter().cycle().take(count as usize) {
         let ticket = sender.send(batch)?;
-        // Has it under way, and asks for its acknowledgement, which cannot be there yet.
-        sender.watermarks(Some(Duration::ZERO))?;
-        match receiver.receive()? {
-            Received::Batch(_) => {}
-            Received::End => return Err("the channel ended".into()),
+        if let Some(receiver) = receiver {
+            // Has it under way, and asks for its acknowledgement, which cannot be there yet.
+            sender.watermarks(Some(Duration::ZERO))?;
+            match receiver.receive()? {
+                Received::Batch(_) => {}
+                Received::End => return Err("the channel ended".into()),
+            }
         }
         // Now it is: what is still missing then is a matter of the kernel's time.
         while sender.watermarks(Some(PATIENCE))?.landed < ticket {}
@@ -121,18 +144,15 @@ fn exchange(
     Ok(())
 }
 
-fn counts(before: [ChannelCounters; 2], after: [ChannelCounters; 2]) -> Counts {
-    let sum = |counters: [ChannelCounters; 2]| {
-        let mut sum = counters[0];
-        sum.add(&counters[1]);
-        sum
-    };
-    let (before, after) = (sum(before), sum(after));
+fn counts(before: ChannelCounters, after: ChannelCounters) -> Counts {
     Counts {
         system_calls: after.system_calls - before.system_calls,
         user_copied_bytes: after.user_copied_bytes - before.user_copied_bytes,
         wire_bytes: after.wire_bytes - before.wire_bytes,
         zero_copy: after.zero_copy.into(),
+        posted: after.work_requests.posted - before.work_requests.posted,
+        signalled: after.work_requests.signalled - before.work_requests.signalled,
+        doorbells: after.work_requests.doorbells - before.work_requests.doorbells,
         ..Counts::default()
     }
 }

@@ -344,6 +344,8 @@ pub struct ChannelCounters {
     pub system_calls: u64,
     /// What became of zero-copy sends.
     pub zero_copy: ZeroCopyCounts,
+    /// What was asked of a NIC; 0 where there are only sockets.
+    pub work_requests: WorkRequestCounts,
     /// Guest memory that was registered while pages flowed, and so is not in what
     /// [`Link::register`] returned; the time is this channel's thread's.
     pub registered: Registration,
@@ -360,6 +362,26 @@ pub struct ZeroCopyCounts {
     pub sent_bytes: u64,
     /// Bytes of the sends in `copied_by_kernel`.
     pub copied_bytes: u64,
+}
+
+/// What was asked of a NIC that takes work requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WorkRequestCounts {
+    /// Work requests posted to a send queue.
+    pub posted: u64,
+    /// Those of them that end in a completion if all goes well.
+    pub signalled: u64,
+    /// Calls that posted them: rings of the doorbell.
+    pub doorbells: u64,
+}
+
+impl WorkRequestCounts {
+    /// Adds another channel's.
+    pub fn add(&mut self, other: &Self) {
+        self.posted += other.posted;
+        self.signalled += other.signalled;
+        self.doorbells += other.doorbells;
+    }
 }
 
 impl ZeroCopyCounts {
@@ -379,6 +401,7 @@ impl ChannelCounters {
         self.user_copied_bytes += other.user_copied_bytes;
         self.system_calls += other.system_calls;
         self.zero_copy.add(&other.zero_copy);
+        self.work_requests.add(&other.work_requests);
         self.registered.add(&other.registered);
     }
 }

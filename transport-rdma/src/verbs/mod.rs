@@ -17,7 +17,7 @@ use std::sync::Arc;
 use rdma_sys as sys;
 
 pub(crate) use memory_region::{Access, MemoryRegion};
-pub(crate) use queues::{Completion, QueuePair, Request, Span, Verb};
+pub(crate) use queues::{Chain, Completion, QueuePair, Request, Span, Verb};
 pub(crate) use watch::Watch;
 
 /// The library that is missing, if one is. The bindings load them when the program starts.

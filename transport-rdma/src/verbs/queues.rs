@@ -8,6 +8,7 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
+use pageferry::transport::WorkRequestCounts;
 use rdma_sys as sys;
 
 use super::{ProtectionDomain, check, some};
@@ -183,15 +184,44 @@ pub(crate) struct QueuePair {
     /// After the queue pair: freed later.
     pub(crate) completions: CompletionQueue,
     chain: Chain,
+    work_requests: WorkRequestCounts,
     _pd: Arc<ProtectionDomain>,
 }
 
-/// What `QueuePair::post` makes of requests, kept so that it need not be allocated anew. Its pointers
-/// mean nothing outside of that.
+/// What the verbs library is given: requests of which each points to the next and to its scatter list.
+/// Kept so that it need not be allocated anew; its pointers mean nothing after the next change.
 #[derive(Default)]
-struct Chain {
+pub(crate) struct Chain {
     spans: Vec<sys::ibv_sge>,
     links: Vec<sys::ibv_send_wr>,
+}
+
+impl Chain {
+    /// Makes it of these requests.
+    pub(crate) fn load(&mut self, requests: impl IntoIterator<Item = Request>) {
+        let Self { spans, links } = self;
+        spans.clear();
+        links.clear();
+        for request in requests {
+            let span = request.span.unwrap_or(Span { address: 0, len_bytes: 0, key: 0 });
+            spans.push(sys::ibv_sge { addr: span.address, length: span.len_bytes, lkey: span.key });
+            links.push(work_request(&request));
+        }
+        // Neither list moves any more.
+        for (link, span) in links.iter_mut().zip(spans) {
+            link.sg_list = &raw mut *span;
+        }
+        for index in (1..links.len()).rev() {
+            let next = &raw mut links[index];
+            links[index - 1].next = next;
+        }
+    }
+
+    /// How many requests there are, and how many of them are signalled.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        let signalled = |link: &&sys::ibv_send_wr| link.send_flags != 0;
+        (self.links.len() as u64, self.links.iter().filter(signalled).count() as u64)
+    }
 }
 
 // SAFETY: as for `Context`; the chain's pointers are only followed inside `post`.
@@ -222,7 +252,13 @@ impl QueuePair {
         };
         // SAFETY: domain and queue are there; the attributes are complete.
         let qp = some(unsafe { sys::ibv_create_qp(pd.pd.as_ptr(), &raw mut init) })?;
-        Ok(Self { qp, completions, chain: Chain::default(), _pd: Arc::clone(pd) })
+        Ok(Self {
+            qp,
+            completions,
+            chain: Chain::default(),
+            work_requests: WorkRequestCounts::default(),
+            _pd: Arc::clone(pd),
+        })
     }
 
     /// Its number, for the other side.
@@ -242,27 +278,20 @@ impl QueuePair {
     /// The caller has made sure that there is room, and keeps the memory of all spans registered
     /// until they are complete or the queue pair is gone.
     pub(crate) fn post(&mut self, requests: impl IntoIterator<Item = Request>) -> io::Result<()> {
-        let Chain { spans, links } = &mut self.chain;
-        spans.clear();
-        links.clear();
-        for request in requests {
-            let span = request.span.unwrap_or(Span { address: 0, len_bytes: 0, key: 0 });
-            spans.push(sys::ibv_sge { addr: span.address, length: span.len_bytes, lkey: span.key });
-            links.push(work_request(&request));
-        }
-        // Neither list moves any more.
-        for (link, span) in links.iter_mut().zip(spans) {
-            link.sg_list = &raw mut *span;
-        }
-        for index in (1..links.len()).rev() {
-            let next = &raw mut links[index];
-            links[index - 1].next = next;
-        }
-        let Some(first) = links.first_mut() else { return Ok(()) };
+        self.chain.load(requests);
+        let Some(first) = self.chain.links.first_mut() else { return Ok(()) };
         let mut bad = ptr::null_mut();
         // SAFETY: the chain and its scatter lists live until the call returns, which is all that
         // is asked for; what they point to is the caller's to keep.
-        check(unsafe { sys::ibv_post_send(self.qp.as_ptr(), first, &raw mut bad) })
+        check(unsafe { sys::ibv_post_send(self.qp.as_ptr(), first, &raw mut bad) })?;
+        let (posted, signalled) = self.chain.counts();
+        self.work_requests.add(&WorkRequestCounts { posted, signalled, doorbells: 1 });
+        Ok(())
+    }
+
+    /// What was posted so far.
+    pub(crate) fn work_requests(&self) -> WorkRequestCounts {
+        self.work_requests
     }
 
     /// Posts room for one message.
