@@ -361,8 +361,12 @@ impl Convergence {
     /// What must be left before the commit, in a switchover under way: nothing can be called off
     /// after it.
     pub fn after_commit(&self) -> Duration {
-        let courage = if self.method.cautious { (self.caution / CAUTION).min(1.0) } else { 1.0 };
-        self.terms.after_commit((RESERVE * courage).max(LEAST_RESERVE), courage)
+        let deviations = if self.method.cautious {
+            (RESERVE * (self.caution / CAUTION).min(1.0)).max(LEAST_RESERVE)
+        } else {
+            RESERVE
+        };
+        self.terms.after_commit(deviations)
     }
 
     /// Whether a switchover under way will overrun its limit, with so many pages to send from now
@@ -407,7 +411,7 @@ impl Convergence {
                 if !self.method.cautious {
                     return total.expected <= limit;
                 }
-                let before_commit = prediction.before_commit().upper(self.caution / 2.0);
+                let before_commit = prediction.before_commit().expected;
                 !self.bandwidth.slumps(now)
                     && total.upper(self.caution) <= limit
                     && before_commit.saturating_add(self.after_commit()) <= limit

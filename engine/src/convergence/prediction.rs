@@ -15,10 +15,6 @@ const ASSUMED_STATE: Duration = Duration::from_millis(1);
 /// Between 0.7 (flat structures) and 3 times (KVM: registers are checked as they are set).
 const LOAD_BY_SAVE: f64 = 1.5;
 
-/// What a frame that is lost waits for, beside two round trips: TCP's probe for the loss of the last
-/// (RFC 8985, section 7.2), and about what other transports take to send again.
-const SENT_AGAIN: Duration = Duration::from_millis(5);
-
 /// The downtime to expect.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prediction {
@@ -171,13 +167,9 @@ impl Terms {
         }
     }
 
-    /// What the commit, its answer and the resume will hardly exceed, with so many deviations; and that
-    /// share of what it takes if one of the two is lost on the way.
-    pub(super) fn after_commit(&self, deviations: f64, loss: f64) -> Duration {
-        let round_trip = self.round_trip.estimate().expected;
-        let lost = SENT_AGAIN.saturating_add(2 * round_trip).mul_f64(loss);
-        let exchange = self.round_trip.guard(deviations).max(round_trip.saturating_add(lost));
-        exchange.saturating_add(self.resume.guard(deviations))
+    /// What the commit, its answer and the resume will hardly exceed, with so many deviations.
+    pub(super) fn after_commit(&self, deviations: f64) -> Duration {
+        self.round_trip.guard(deviations).saturating_add(self.resume.guard(deviations))
     }
 }
 
@@ -211,7 +203,7 @@ mod tests {
         assert_eq!(total.expected, 137 * MS);
         assert!(total.uncertainty > 20 * MS && total.uncertainty < 40 * MS, "{total:?}");
         assert_eq!(prediction.after_pages().expected, 113 * MS);
-        assert!(terms.after_commit(0.0, 0.0) >= 13 * MS);
+        assert!(terms.after_commit(0.0) >= 13 * MS);
     }
 
     #[test]
