@@ -16,7 +16,8 @@ pub fn transports() -> Vec<TransportFacts> {
         #[cfg(feature = "rdma")]
         ("rdma", rdma()),
     ];
-    all.map(|(name, (available, can))| TransportFacts { name: name.to_owned(), can, available }).into()
+    all.map(|(name, (available, can))| TransportFacts { name: name.to_owned(), can, available })
+        .into()
 }
 
 #[cfg(feature = "rdma")]

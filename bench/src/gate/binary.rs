@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::outcome::Failure;
 
-/// What clap ends with when it does not know a command.
+/// What clap ends with when it does not know a command, or one of its values.
 const UNKNOWN: i32 = 2;
 
 /// The program.
@@ -72,7 +72,7 @@ impl Binary {
             [stdout, stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
         if status.success() {
             Ok(Some((stdout, stderr)))
-        } else if status.code() == Some(UNKNOWN) && stderr.contains("Usage:") {
+        } else if status.code() == Some(UNKNOWN) && stderr.contains("try '--help'") {
             Ok(None)
         } else {
             Err(format!("the {self} failed to do {args:?} ({status}): {}", stderr.trim()).into())
