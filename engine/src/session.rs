@@ -150,16 +150,23 @@ impl<R: Send + 'static> Session<R> {
         })
     }
 
+    /// Waits until all is sent that a thread was to send.
+    pub(crate) fn sent_aside(&mut self, patience: Patience) -> Result<(), Error> {
+        let Outlet::Lent(lent) = &self.outlet else { return Ok(()) };
+        let returned = lent.recv_timeout(patience.left());
+        if matches!(returned, Err(RecvTimeoutError::Timeout)) {
+            return Err(patience.error());
+        }
+        let (outlet, sent) = returned
+            .map_or((Outlet::Gone, Ok(())), |(control, sent)| (Outlet::Here(control), sent));
+        self.outlet = outlet;
+        sent
+    }
+
     /// Waits until the outlet is here.
     fn take_outlet(&mut self) -> Result<&mut Box<dyn ControlSender>, Error> {
-        if let Outlet::Lent(lent) = &self.outlet {
-            let returned = lent.recv();
-            self.outlet = Outlet::Gone;
-            if let Ok((control, sent)) = returned {
-                self.outlet = Outlet::Here(control);
-                sent?;
-            }
-        }
+        // The transport knows when to give up.
+        self.sent_aside(Patience::now("the transport to send", Duration::MAX))?;
         match &mut self.outlet {
             Outlet::Here(control) => Ok(control),
             _ => Err(Error::Transport(TransportError::Closed)),

@@ -266,6 +266,7 @@ impl Drive<'_> {
         let load = self.source.common.timeouts.load;
         let patience = Patience::now("the destination to load the guest", load);
         let due = attempt.due(self.convergence.after_commit()).map(|due| self.instant(due));
+        let is_over = |due: Option<Instant>| due.is_some_and(|due| Instant::now() >= due);
         loop {
             let left = due.map(|due| due.saturating_duration_since(Instant::now()));
             let patience = left.filter(|left| *left < patience.left()).map_or(patience, |left| {
@@ -273,16 +274,18 @@ impl Drive<'_> {
             });
             match self.session.next(patience) {
                 Ok(Item::Message(Message::Prepared(prepared))) if prepared.attempt == number => {
-                    return Ok(Some(prepared));
+                    // Who answers what has not gone out yet must not have the commit wait for it.
+                    return match self.session.sent_aside(patience) {
+                        Err(Error::TimedOut { .. }) if is_over(due) => Ok(None),
+                        sent => sent.map(|()| Some(prepared)),
+                    };
                 }
                 Ok(Item::Message(other)) => {
                     self.note_message(&other, "waiting for the destination to load")?;
                 }
                 // All has landed, so a channel that was lost matters only if this is called off.
                 Ok(Item::Report(report)) => self.late.push_back(report),
-                Err(Error::TimedOut { .. }) if due.is_some_and(|due| Instant::now() >= due) => {
-                    return Ok(None);
-                }
+                Err(Error::TimedOut { .. }) if is_over(due) => return Ok(None),
                 Err(error) => return Err(error),
             }
         }
