@@ -229,7 +229,7 @@ impl Guest {
         Ok(state)
     }
 
-    /// The same, behind what is there.
+    /// The same, behind the bytes that are there. After an error nothing was appended.
     pub fn save_to(&mut self, state: &mut Vec<u8>) -> Result<(), GuestError> {
         self.ensure_saveable()?;
         let begin = state.len();

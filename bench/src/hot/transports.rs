@@ -42,7 +42,7 @@ pub(super) fn pages(
     let (to_ram, to) = memory(2)?;
     let (source, mut sender, destination, receiver) = ends(way, zero_copy, &from, &to)?;
     let mut receiver = if source.capabilities().one_sided_write {
-        waits(receiver);
+        drain_apart(receiver);
         None
     } else {
         Some(receiver)
@@ -60,8 +60,8 @@ pub(super) fn pages(
     })
 }
 
-/// Lets the destination wait until the program ends.
-fn waits(mut receiver: Box<dyn PageReceiver>) {
+/// Has a thread wait at the destination until the program ends.
+fn drain_apart(mut receiver: Box<dyn PageReceiver>) {
     thread::spawn(move || while let Ok(Received::Batch(_)) = receiver.receive() {});
 }
 
