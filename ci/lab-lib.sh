@@ -1,10 +1,10 @@
-# What the checks of programs in ci/lab share: sourced by ci/lab-migrations and ci/lab-rdma, in the
-# clone. $out is where the programs leave what they print: NAME.out, NAME.err, NAME.status.
+# What the checks of programs in ci/lab share: sourced by ci/lab-migrations, ci/lab-rdma and
+# ci/lab-convergence, in the clone. $out is where the programs leave what they print: NAME.out, NAME.err, NAME.status.
 
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}
 mkdir -p "$CARGO_TARGET_DIR"
 CARGO_TARGET_DIR=$(cd "$CARGO_TARGET_DIR" && pwd -P)
-failures=0
+. ci/lib.sh
 
 # need_lab WHAT: ends the script, with a word, where there can be no lab.
 need_lab() {
@@ -24,23 +24,16 @@ in_lab() {
     ci/lab run --out "$out" "$@"
 }
 
-# test_binary SOURCE: of what cargo built according to $out/build.log. cargo names it relative to the
-# clone or absolute.
-test_binary() {
-    realpath "$(sed -nE "s|^ *Executable .*$1 \((.*)\)$|\1|p" "$out/build.log")"
+# build_tests OPTIONS...: what cargo's options choose, as part of the workspace, as it was built already to
+# run on this machine.
+build_tests() {
+    cargo test --locked --workspace "$@" --no-run --message-format json-render-diagnostics \
+        >"$out/tests.json" 2>>"$out/build.log"
 }
 
-# check WHAT COMMAND...: the command says whether it is so.
-check() {
-    local what=$1
-    shift
-    if "$@"; then
-        echo "ok      $what"
-    else
-        echo "FAILED  $what"
-        failures=$((failures + 1))
-        return 1
-    fi
+# test_binary FOLDER NAME: of those that were built, that of a crate.
+test_binary() {
+    sed -nE "/\/$1#/ { /\"name\":\"$2\"/ s/.*\"executable\":\"([^\"]+)\".*/\1/p }" "$out/tests.json"
 }
 
 # field NAME FIELD: of a report, or of what is in its "zero_copy".
@@ -71,6 +64,6 @@ passed() {
 
 is() {
     [ "$(field "$1" "$2")" = "$3" ] && return
-    echo "        $2 is $(field "$1" "$2"), not $3"
+    echo "        $2 is $(field "$1" "$2"), not $3; $(field "$1" error)"
     return 1
 }

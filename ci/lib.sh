@@ -1,4 +1,4 @@
-# What the steps of ci/test share.
+# What ci/test and the scripts it runs share: sourced by them, in the clone.
 
 out=target/ci
 mkdir -p "$out"
@@ -22,6 +22,20 @@ count_passed() {
     passed=$((passed + ${1:-0}))
 }
 
+# check WHAT COMMAND...: the command says whether it is so. $failures counts those that are not.
+failures=0
+check() {
+    local what=$1
+    shift
+    if "$@"; then
+        echo "ok      $what"
+    else
+        echo "FAILED  $what"
+        failures=$((failures + 1))
+        return 1
+    fi
+}
+
 # Every line "…skipped, because …" of a log, once.
 collect_skips() {
     while IFS= read -r line; do
@@ -30,8 +44,27 @@ collect_skips() {
     done < <(grep -ohiE '[^ ].*skipped, because .*' "$1" | sort -u)
 }
 
+# What rustc compiles for, as a target by name.
+host() {
+    rustc -vV | sed -n 's/^host: //p'
+}
+
 msrv() {
     sed -nE 's/^rust-version = "(.*)"/\1/p' Cargo.toml
+}
+
+can_build_rdma() {
+    compgen -G "/usr/lib/llvm-*/lib/libclang*.so*" >/dev/null && command -v cmake >/dev/null
+}
+
+# build_programs [PACKAGE...]: the programs that the checks run, the same way for all of them, since cargo
+# would build them anew for other features: with RDMA where it can be built. They are in $programs.
+programs=${CARGO_TARGET_DIR:-target}/release
+build_programs() {
+    local features=()
+    [ $# -gt 0 ] || set -- pageferry-vmm pageferry-bench
+    ! can_build_rdma || features=(--features pageferry-vmm/rdma,pageferry-bench/rdma)
+    cargo build --locked --release "${@/#/-p}" "${features[@]}"
 }
 
 # need_command COMMAND PACKAGE
@@ -45,16 +78,51 @@ need_package() {
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y "$1"
 }
 
+# What AddressSanitizer needs comes with some distributions of Rust.
+has_asan() {
+    compgen -G "$(rustc --print target-libdir)/librustc-*_rt.asan.a" >/dev/null
+}
+
+# run_steps STEP...: one after the other. A+B is several at once, for what leaves a CPU idle.
 run_steps() {
-    local step began
+    local step each began
     # Words, as they come from the command line or the default.
     # shellcheck disable=SC2068
     for step in $@; do
-        declare -F "step_$step" >/dev/null || fail "there is no step $step"
+        for each in ${step//+/ }; do
+            declare -F "step_$each" >/dev/null || fail "there is no step $each"
+        done
         began=$SECONDS
         echo "ci: $step"
-        "step_$step"
+        case $step in
+        *+*) at_once ${step//+/ } ;;
+        *) "step_$step" ;;
+        esac
         echo "ci: $step done in $((SECONDS - began)) s"
     done
     echo "total: $passed passed, 0 failed, ${#skips[@]} skipped"
+}
+
+# at_once STEP...: what they print comes one after the other.
+at_once() {
+    local step failed=() counted processes=()
+    for step; do
+        (
+            began=$SECONDS passed=0 skips=()
+            "step_$step"
+            echo "ci: $step took $((SECONDS - began)) s"
+            printf '%s\n' "$passed" "${skips[@]}" >"$out/$step.counted"
+        ) >"$out/$step.output" 2>&1 &
+        processes+=($!)
+    done
+    for step; do
+        wait "${processes[0]}" || failed+=("$step")
+        processes=("${processes[@]:1}")
+        cat "$out/$step.output"
+        [ ${#failed[@]} = 0 ] || continue
+        mapfile -t counted <"$out/$step.counted"
+        count_passed "${counted[0]}"
+        skips+=("${counted[@]:1}")
+    done
+    [ ${#failed[@]} = 0 ] || fail "failed: ${failed[*]}"
 }

@@ -1,5 +1,5 @@
 //! What is shared between threads without a lock, by loom's types when loom explores it:
-//! `RUSTFLAGS="--cfg loom" cargo test -p pageferry --release --lib explored`.
+//! `RUSTFLAGS="--cfg loom" cargo test -p pageferry --release --lib explored`, as `ci/test loom` does.
 #![cfg_attr(not(loom), expect(unsafe_code, reason = "a boxed slice is taken for one of cells"))]
 
 #[cfg(loom)]

@@ -140,7 +140,7 @@ unsafe fn avx2(addr: *const u8, len_bytes: usize) -> bool {
     zero != 0
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::memory::PageRange;

@@ -17,6 +17,7 @@ pub mod heartbeat;
 mod kvm;
 pub mod layout;
 mod linear;
+pub mod log;
 mod process;
 pub mod ram;
 mod run_control;

@@ -187,7 +187,7 @@ pub fn pages_in(words: &[u64]) -> u64 {
     some.flatten().map(ones).sum()
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use proptest::prelude::*;
 

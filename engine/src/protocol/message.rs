@@ -503,7 +503,7 @@ fn decode_text(r: &mut Reader<'_>) -> Result<String, DecodeError> {
     Ok(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use proptest::prelude::*;
 

@@ -369,7 +369,7 @@ fn take<const N: usize>(bytes: &[u8]) -> ([u8; N], &[u8]) {
     (array, rest)
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use proptest::prelude::*;
 

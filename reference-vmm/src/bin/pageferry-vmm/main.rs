@@ -33,16 +33,7 @@ use args::{Cli, Command};
 use outcome::Outcome;
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .log_internal_errors(false)
-        .with_target(false)
-        .without_time()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
-        )
-        .init();
+    pageferry_vmm::log::to_stderr();
     let command = Cli::parse().command;
     if let Err(complaint) = command.check() {
         Cli::command().error(ErrorKind::ValueValidation, complaint).exit();
