@@ -1,5 +1,6 @@
 # What the checks of programs in ci/lab share: sourced by ci/lab-migrations, ci/lab-rdma and
-# ci/lab-convergence, in the clone. $out is where the programs leave what they print: NAME.out, NAME.err, NAME.status.
+# ci/lab-convergence, in the clone. $out is where the programs leave what they print: NAME.out,
+# NAME.err, NAME.status.
 
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}
 mkdir -p "$CARGO_TARGET_DIR"
