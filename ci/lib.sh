@@ -106,15 +106,19 @@ run_steps() {
 # at_once STEP...: what they print comes one after the other.
 at_once() {
     local step failed=() counted processes=()
+    # Each is a process group, so that a signal ends all of it.
+    set -m
+    trap 'kill -- "${processes[@]/#/-}" 2>/dev/null || true; exit 130' INT TERM
     for step; do
         (
             began=$SECONDS passed=0 skips=()
             "step_$step"
             echo "ci: $step took $((SECONDS - began)) s"
             printf '%s\n' "$passed" "${skips[@]}" >"$out/$step.counted"
-        ) >"$out/$step.output" 2>&1 &
+        ) </dev/null >"$out/$step.output" 2>&1 &
         processes+=($!)
     done
+    set +m
     for step; do
         wait "${processes[0]}" || failed+=("$step")
         processes=("${processes[@]:1}")
@@ -124,5 +128,6 @@ at_once() {
         count_passed "${counted[0]}"
         skips+=("${counted[@]:1}")
     done
+    trap - INT TERM
     [ ${#failed[@]} = 0 ] || fail "failed: ${failed[*]}"
 }
