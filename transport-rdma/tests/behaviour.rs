@@ -300,7 +300,7 @@ fn other_side(role: &str) -> (Child, String) {
 
 /// Holds its end of a link until it is killed.
 #[test]
-#[ignore = "the other side of a test, which starts it"]
+#[ignore = "the other side of two tests, which start it: ci/test rdma"]
 fn the_other_side() {
     let (Some(address), Ok(role)) = (address(), std::env::var(OTHER_SIDE)) else { return };
     let memory = memory();
