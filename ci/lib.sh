@@ -103,7 +103,7 @@ run_steps() {
     echo "total: $passed passed, 0 failed, ${#skips[@]} skipped"
 }
 
-# at_once STEP...: what they print comes one after the other.
+# at_once STEP...: what they print comes one after the other. The first has the CPUs that it wants.
 at_once() {
     local step failed=() counted processes=()
     # Each is a process group, so that a signal ends all of it.
@@ -111,6 +111,7 @@ at_once() {
     trap 'kill -- "${processes[@]/#/-}" 2>/dev/null || true; exit 130' INT TERM
     for step; do
         (
+            [ "$step" = "$1" ] || renice -n 19 -p "$BASHPID" >/dev/null
             began=$SECONDS passed=0 skips=()
             "step_$step"
             echo "ci: $step took $((SECONDS - began)) s"
