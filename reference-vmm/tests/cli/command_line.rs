@@ -1,5 +1,7 @@
 //! Command lines that make no sense, and the help.
 
+use std::process::Command;
+
 use crate::support::process::Process;
 
 #[test]
@@ -71,5 +73,21 @@ fn help_says_what_can_track_a_guest() {
         {
             assert!(help.contains(part), "{command}: no {part:?} in\n{help}");
         }
+    }
+}
+
+#[test]
+fn a_log_level_that_is_none_is_said() {
+    for (level, complaint) in
+        [("pageferry=loud", true), ("pageferry=debug", false), ("error", false)]
+    {
+        let ended = Command::new(env!("CARGO_BIN_EXE_pageferry-vmm"))
+            .args(["schema", "dump"])
+            .env("RUST_LOG", level)
+            .output()
+            .unwrap();
+        assert!(ended.status.success(), "{level}: {ended:?}");
+        let messages = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(messages.contains("RUST_LOG is neither"), complaint, "{level}: {messages}");
     }
 }
