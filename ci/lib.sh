@@ -54,7 +54,42 @@ msrv() {
 }
 
 can_build_rdma() {
-    compgen -G "/usr/lib/llvm-*/lib/libclang*.so*" >/dev/null && command -v cmake >/dev/null
+    command -v cmake >/dev/null && has_libclang
+}
+
+# Whether there is a libclang that reads C, with the headers that are its own: asked by having each that
+# may be one read some. A file of a fitting name is not enough: libclang-cpp is another library.
+has_libclang() {
+    local probe=$out/has-libclang
+    [ -x "$probe" ] || cc -x c -o "$probe" - -ldl 2>/dev/null <<'END' || return
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+
+/* The beginning of CXUnsavedFile, by clang-c/Index.h. */
+struct file { const char *name, *text; unsigned long length; };
+
+static int reads_c(const char *path) {
+    static const char text[] = "#include <stddef.h>\nsize_t n;\n";
+    struct file file = {"probe.c", text, sizeof text - 1};
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) return 0;
+    void *(*index)(int, int) = dlsym(library, "clang_createIndex");
+    void *(*parse)(void *, const char *, const char *const *, int, struct file *, unsigned, unsigned) =
+        dlsym(library, "clang_parseTranslationUnit");
+    unsigned (*diagnostics)(void *) = dlsym(library, "clang_getNumDiagnostics");
+    if (!index || !parse || !diagnostics) return 0;
+    void *unit = parse(index(0, 0), "probe.c", NULL, 0, &file, 1, 0);
+    return unit && diagnostics(unit) == 0;
+}
+
+int main(int count, char **paths) {
+    for (int i = 1; i < count; i++)
+        if (reads_c(paths[i])) return 0;
+    return 1;
+}
+END
+    compgen -G "/usr/lib/llvm-*/lib/libclang[.-]*so*" | xargs -r "$probe" 2>/dev/null
 }
 
 # build_programs [PACKAGE...]: the programs that the checks run, the same way for all of them, since cargo
