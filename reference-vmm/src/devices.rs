@@ -14,6 +14,8 @@ pub(crate) const SERIAL_PORTS: u16 = 8;
 pub(crate) const SERIAL_IRQ: u32 = 4;
 /// Reading four bytes here is a beat, and says how many steps to take before the next.
 pub(crate) const HEARTBEAT_PORT: u16 = 0x500;
+/// Where the guest writes when it had an exception; its registers say which.
+pub(crate) const EXCEPTION_PORT: u16 = 0x508;
 
 /// Shared by a guest and its virtual CPUs.
 #[derive(Debug)]

@@ -5,6 +5,8 @@
 //! 0x00_2000  GDT
 //! 0x00_3000  parameter block, boot message
 //! 0x00_4000  one page (slot) per virtual CPU
+//! 0x08_0000  IDT
+//! 0x08_1000  what is done on an exception
 //! 0x10_0000  page tables
 //! 0x20_0000  working set, one contiguous slice per virtual CPU
 //! ```
@@ -32,6 +34,12 @@ pub(crate) const BANNER: u64 = 0x3800;
 pub(crate) const BANNER_MAX_BYTES: u64 = 0x800;
 const SLOTS: u64 = 0x4000;
 const SLOT_BYTES: u64 = PAGE_BYTES;
+/// Interrupt descriptor table: a page.
+pub(crate) const IDT: u64 = 0x8_0000;
+/// What the guest does on an exception.
+pub(crate) const EXCEPTION_CODE: u64 = 0x8_1000;
+/// Room for it.
+pub(crate) const EXCEPTION_CODE_MAX_BYTES: u64 = 0x2000;
 /// Page tables.
 pub(crate) const PAGE_TABLES: u64 = 0x10_0000;
 /// Where the working set starts.
@@ -44,7 +52,8 @@ pub const MAX_VCPUS: u8 = 64;
 /// Most memory: one page directory per GiB, after PML4 and PDPT, below the working set.
 pub const MAX_MEMORY_BYTES: u64 = (((WORKING_SET - PAGE_TABLES) / PAGE_BYTES) - 2) << 30;
 
-const _: () = assert!(SLOTS + MAX_VCPUS as u64 * SLOT_BYTES <= PAGE_TABLES);
+const _: () = assert!(SLOTS + MAX_VCPUS as u64 * SLOT_BYTES <= IDT);
+const _: () = assert!(EXCEPTION_CODE + EXCEPTION_CODE_MAX_BYTES <= PAGE_TABLES);
 
 /// Offsets in a virtual CPU's slot.
 pub(crate) mod slot {
@@ -58,6 +67,8 @@ pub(crate) mod slot {
     pub(crate) const CANARY: u64 = 24;
     /// XMM0 to XMM15.
     pub(crate) const XMM: u64 = 256;
+    /// Its task state, which says where the stack for exceptions ends: with the slot.
+    pub(crate) const TASK_STATE: u64 = 0xc00;
 }
 
 /// Where in its slot a virtual CPU of the `fpu` workload stores its registers, and offsets there.

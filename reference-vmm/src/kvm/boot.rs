@@ -3,9 +3,9 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::GuestMemoryError;
 
-use super::code;
+use super::{code, exceptions};
 use crate::layout::{
-    CODE, GDT, Layout, MAPPING_BYTES, PAGE_BYTES, PAGE_TABLES, PARAMETERS, checkpoint,
+    CODE, GDT, IDT, Layout, MAPPING_BYTES, PAGE_BYTES, PAGE_TABLES, PARAMETERS, checkpoint,
 };
 use crate::linear::LinearMemory;
 use crate::workload::contents::{canary, generator_start};
@@ -54,6 +54,7 @@ pub(crate) fn write_tables(memory: &LinearMemory, layout: &Layout) -> Result<(),
     for (address, entry) in (GDT..).step_by(8).zip(GDT_ENTRIES) {
         memory.store_u64(address, entry)?;
     }
+    exceptions::write(memory, layout, CODE_SELECTOR)?;
     let directory_pointers = PAGE_TABLES + PAGE_BYTES;
     let directories = directory_pointers + PAGE_BYTES;
     memory.store_u64(PAGE_TABLES, directory_pointers | TABLE)?;
@@ -111,25 +112,26 @@ pub(crate) fn registers(layout: &Layout, workload: &WorkloadConfig, vcpu: u8) ->
 
 /// Turns the special registers of a virtual CPU after reset into those of 64-bit mode. Only guests
 /// that compute get AVX: a KVM that lacks it runs the others.
-pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs, kind: WorkloadKind) {
+pub(crate) fn enter_long_mode(sregs: &mut kvm_sregs, vcpu: u8, kind: WorkloadKind) {
     let flat = kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, ..kvm_segment::default() };
     let data = kvm_segment { selector: DATA_SELECTOR, type_: 3, db: 1, ..flat };
     sregs.cs = kvm_segment { selector: CODE_SELECTOR, type_: 11, l: 1, ..flat };
     for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
         *segment = data;
     }
-    sregs.tr = kvm_segment {
+    let task = kvm_segment {
         selector: TASK_SELECTOR,
         type_: 11,
         limit: 0x67,
         present: 1,
         ..kvm_segment::default()
     };
+    sregs.tr = exceptions::task_state(vcpu, task);
     sregs.ldt = kvm_segment { unusable: 1, ..kvm_segment::default() };
     sregs.gdt.base = GDT;
     sregs.gdt.limit = GDT_LIMIT;
-    sregs.idt.base = 0;
-    sregs.idt.limit = 0;
+    sregs.idt.base = IDT;
+    sregs.idt.limit = exceptions::IDT_LIMIT;
     sregs.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_PG;
     sregs.cr3 = PAGE_TABLES;
     sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;

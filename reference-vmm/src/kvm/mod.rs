@@ -4,6 +4,7 @@
 pub(crate) mod boot;
 mod code;
 mod cpuid;
+mod exceptions;
 pub(crate) mod fpu;
 pub(crate) mod state;
 #[cfg(test)]
@@ -310,7 +311,7 @@ impl KvmMachine {
         for (id, vcpu) in (0..).zip(&self.vcpus) {
             let vcpu = lock(vcpu);
             let mut sregs = vcpu.get_sregs().map_err(failed("read the special registers"))?;
-            boot::enter_long_mode(&mut sregs, workload.kind);
+            boot::enter_long_mode(&mut sregs, id, workload.kind);
             vcpu.set_sregs(&sregs).map_err(failed("enter 64-bit mode"))?;
             vcpu.set_regs(&boot::registers(layout, workload, id))
                 .map_err(failed("set the registers"))?;

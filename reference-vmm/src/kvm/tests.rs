@@ -75,6 +75,26 @@ fn registers_are_equal_after_a_move() {
     }
 }
 
+/// The same state, with the second virtual CPU changed.
+fn changed(state: &[u8], change: &dyn Fn(&mut VcpuState)) -> Vec<u8> {
+    let mut changed = StreamWriter::new();
+    for RawSection { name, instance, version, payload, .. } in sections(state).unwrap() {
+        let same = payload.clone().take(payload.left()).unwrap();
+        if (name, instance) == ("vcpu", 1) {
+            let mut vcpu = vcpus(state).remove(1);
+            change(&mut vcpu);
+            changed.state(instance, &mut vcpu).unwrap();
+        } else {
+            let copied = |out: &mut Writer| {
+                out.put(same);
+                Ok(())
+            };
+            changed.section(name, instance, version, copied).unwrap();
+        }
+    }
+    changed.finish()
+}
+
 /// Words of the XSAVE area that hold ST0 to ST7, each XMM register, and each upper half of a YMM
 /// register; in four of a register some bits of each of two lanes.
 fn register_words() -> impl Iterator<Item = (String, usize)> {
@@ -100,22 +120,7 @@ fn a_lost_register_shows() {
     copy_memory(&source, &destination);
     let state = source.save().unwrap();
     let load_changed = |guest: &mut Guest, change: &dyn Fn(&mut [u32])| {
-        let mut changed = StreamWriter::new();
-        for RawSection { name, instance, version, payload, .. } in sections(&state).unwrap() {
-            let same = payload.clone().take(payload.left()).unwrap();
-            if (name, instance) == ("vcpu", 1) {
-                let mut vcpu: VcpuState = vcpus(&state).remove(1);
-                change(&mut vcpu.xsave);
-                changed.state(instance, &mut vcpu).unwrap();
-            } else {
-                let copied = |out: &mut Writer| {
-                    out.put(same);
-                    Ok(())
-                };
-                changed.section(name, instance, version, copied).unwrap();
-            }
-        }
-        guest.load(&changed.finish()).unwrap();
+        guest.load(&changed(&state, &|vcpu| change(&mut vcpu.xsave))).unwrap();
     };
     let mut noticed = 0;
     for (name, word) in register_words() {
@@ -157,6 +162,39 @@ fn a_lost_register_shows() {
         }
     }
     panic!("not noticed in memory: {report:?}");
+}
+
+/// Wherever the guest is led astray, the VMM is told by which exception: it does not just end.
+#[test]
+fn an_exception_in_the_guest_is_a_sentence() {
+    const UNMAPPED: u64 = 0x7f_0000_0000;
+    const UNDEFINED: u64 = WORKING_SET - PAGE_BYTES;
+    for (rip, expected) in [
+        (UNMAPPED, "exception 14 (page fault), error code 0x0, at rip 0x7f00000000, rsp 0x"),
+        (UNDEFINED, "exception 6 (invalid opcode), error code 0x0, at rip 0x1ff000, rsp 0x"),
+    ] {
+        let Some(mut guest) = guest() else { return };
+        guest.boot().unwrap();
+        run(&mut guest);
+        guest.ram().memory().write_obj(0x0b0f_u16, GuestAddress(UNDEFINED)).unwrap();
+        let state = guest.save().unwrap();
+        let canary = vcpus(&state)[1].regs.rsp;
+        guest.load(&changed(&state, &|vcpu| vcpu.regs.rip = rip)).unwrap();
+        guest.resume().unwrap();
+        let start = Instant::now();
+        let failure = loop {
+            if let Some(failure) = guest.failure() {
+                break failure;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "the exception is not told");
+            std::thread::yield_now();
+        };
+        let expected = format!("{expected}{canary:x},");
+        assert!(failure.contains(&expected), "{failure}");
+        if rip == UNMAPPED {
+            assert!(failure.contains("cr2 0x7f00000000"), "{failure}");
+        }
+    }
 }
 
 fn copy_memory(from: &Guest, to: &Guest) {

@@ -10,7 +10,8 @@ use pageferry_rust_vmm::kvm::KVM_EXIT_DIRTY_RING_FULL;
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::devices::{Devices, HEARTBEAT_PORT, SERIAL_PORT, SERIAL_PORTS};
+use super::exceptions;
+use crate::devices::{Devices, EXCEPTION_PORT, HEARTBEAT_PORT, SERIAL_PORT, SERIAL_PORTS};
 use crate::error::GuestError;
 use crate::run_control::RunControl;
 use crate::workload::pacer::Pacer;
@@ -71,6 +72,9 @@ fn enter(
                 *byte = serial_offset(port).map_or(0xff, |offset| devices.serial.read(offset));
             }
             return Ok(Entered::Io);
+        }
+        Ok(VcpuExit::IoOut(EXCEPTION_PORT, _)) => {
+            return Err(format!("ended unexpectedly: {}", exceptions::report(vcpu)));
         }
         Ok(VcpuExit::IoOut(port, data)) => {
             if let Some(offset) = serial_offset(port) {

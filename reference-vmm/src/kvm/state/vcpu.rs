@@ -32,7 +32,7 @@ pub(crate) struct VcpuState {
     #[device_state(tag = 1, with = Kvm)]
     mp_state: kvm_mp_state,
     #[device_state(tag = 2, with = Kvm)]
-    regs: kvm_regs,
+    pub(crate) regs: kvm_regs,
     #[device_state(tag = 3, with = Kvm)]
     sregs: kvm_sregs,
     #[device_state(tag = 4, max_len = MAX_XSAVE_WORDS)]
