@@ -1,10 +1,13 @@
 //! A guest that goes on from a file, and what people see of its state.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use rustix::process::Signal;
 use serde_json::Value;
+use xxhash_rust::xxh3::xxh3_128;
 
+use crate::support::host::skipped;
 use crate::support::process::Process;
 
 /// A file that is removed in the end.
@@ -101,25 +104,106 @@ fn a_file_that_is_no_guest_is_refused() {
         bytes[at] = byte;
         bytes
     };
-    refused(&changed(8, 9), "another format");
+    refused(&changed(8, 9), "it has format 9, this program reads format 2");
     refused(&changed(15, 0xff), "its description has");
     refused(&changed(27, 0xff), "its device state has");
-    // Behind description and schema, in the device state.
-    let lengths: Vec<usize> = [12, 16]
-        .map(|at| {
-            usize::try_from(u32::from_le_bytes(good[at..at + 4].try_into().unwrap())).unwrap()
-        })
-        .to_vec();
-    let state = 28 + lengths.iter().sum::<usize>();
-    refused(&changed(state + 60, good[state + 60] ^ 1), "checksum");
-    // Nothing is left of a file that could not be written.
-    let (status, _, messages) =
-        run(&["save", "/proc/pageferry", "--memory=16M", "--working-set=4M"]);
-    assert_eq!(status, Some(1));
-    assert!(messages.contains("failed to create /proc/pageferry"), "{messages}");
+    refused(&changed(40, good[40] ^ 1), "its description or device state is damaged");
+    let last_page = good.len() - 16 - 16 - 1;
+    refused(&changed(last_page, good[last_page] ^ 1), "its memory is damaged");
+    // What is printed of a file is what was written to it.
+    let damaged = Scratch::with("damaged-state", &changed(40, good[40] ^ 1));
+    let (status, out, messages) = run(&["inspect", damaged.path()]);
+    assert_eq!((status, out.as_str()), (Some(1), ""), "{messages}");
+    assert!(messages.contains("is damaged"), "{messages}");
     let (status, _, messages) = run(&["restore", "/nowhere"]);
     assert_eq!(status, Some(1));
     assert!(messages.contains("failed to open /nowhere"), "{messages}");
+}
+
+/// Makes both digests of a file right: the one after the device state, and the last.
+fn sum_up(file: &mut [u8]) {
+    let number = |at: usize, bytes: usize| {
+        let mut number = [0; 8];
+        number[..bytes].copy_from_slice(&file[at..at + bytes]);
+        usize::try_from(u64::from_le_bytes(number)).expect("64 bits")
+    };
+    let head = 28 + number(12, 4) + number(16, 4) + number(20, 8);
+    for at in [head, file.len() - 16] {
+        let digest = xxh3_128(&file[..at]).to_le_bytes();
+        file[at..at + 16].copy_from_slice(&digest);
+    }
+}
+
+/// What is in a directory of its own, which goes with it.
+fn names_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).expect("read a directory").flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// A file that is to have a name is written under another until it is whole.
+#[test]
+fn where_no_file_can_be_made_no_guest_runs() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for path in [Path::new("/proc/pageferry"), directory.path(), Path::new("/dev/null")] {
+        let path = path.to_str().expect("a path of letters");
+        let (status, out, messages) = run(&["save", path, "--memory=16M", "--working-set=4M"]);
+        assert_eq!((status, out.as_str()), (Some(1), ""), "{messages}");
+        let why = format!("failed to save the guest to {path}: failed to create the file: ");
+        assert!(messages.contains(&why), "{messages}");
+    }
+    assert!(names_in(directory.path()).is_empty());
+    assert!(!fs::metadata("/dev/null").expect("a device").is_file());
+}
+
+/// Saves under a command that leaves too little room, sees the guest run on, and ends it.
+fn assert_no_room(wrapper: &[&str], directory: &Path, why: &str) {
+    // What had the name before has it afterwards.
+    let file = directory.join("guest.pf");
+    fs::write(&file, b"before").expect("write");
+    let program = env!("CARGO_BIN_EXE_pageferry-vmm");
+    let file_name = file.to_str().expect("a path of letters");
+    let save = ["save", file_name, "--memory=64M", "--working-set=32M", "--run-for=1s", "--json"];
+    let args = [wrapper, &[program], &save].concat();
+    let mut process = Process::start_program("save", args[0], &args[1..]);
+    let line = process.await_line();
+    let report: Value = serde_json::from_str(&line).expect("one JSON object");
+    assert_eq!((&report["outcome"], &report["oracle_ok"]), (&"failed".into(), &true.into()));
+    let error = report["error"].as_str().expect("why");
+    assert!(error.contains("failed to write the file: ") && error.contains(why), "{report}");
+    assert!(report["heartbeats"].as_u64() >= Some(20), "{report}");
+    process.await_message("the guest runs on here");
+    assert!(process.lives());
+    process.signal(Signal::INT);
+    assert_eq!(process.finish_for_people().0, Some(1));
+    assert_eq!(fs::read(&file).expect("read"), b"before");
+    assert_eq!(names_in(directory), ["guest.pf"]);
+}
+
+#[test]
+fn a_limit_on_the_length_of_files_leaves_the_guest_running() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let limited = ["sh", "-c", "ulimit -f 64; exec \"$@\"", "sh"];
+    assert_no_room(&limited, directory.path(), "File too large");
+}
+
+#[test]
+fn a_full_disk_leaves_the_guest_running() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mount = |args: &[&str]| {
+        let status =
+            std::process::Command::new(args[0]).args(&args[1..]).arg(directory.path()).status();
+        status.is_ok_and(|status| status.success())
+    };
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=1M", "none"]) {
+        return skipped("no file system can be mounted");
+    }
+    let shown = std::panic::catch_unwind(|| {
+        assert_no_room(&["env"], directory.path(), "No space left on device");
+    });
+    assert!(mount(&["umount"]));
+    if let Err(panic) = shown {
+        std::panic::resume_unwind(panic);
+    }
 }
 
 #[test]
@@ -129,7 +213,10 @@ fn a_file_of_another_program_is_refused_by_its_schema() {
     // The name of a field of the same length, so that nothing moves; and a type.
     let replaced = |from: &str, to: &str| {
         let at = good.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
-        [&good[..at], to.as_bytes(), &good[at + from.len()..]].concat()
+        let mut file = good.clone();
+        file[at..at + from.len()].copy_from_slice(to.as_bytes());
+        sum_up(&mut file);
+        file
     };
     let from = r#""name":"granted","type":"u32""#;
     let renamed = Scratch::with("renamed", &replaced(from, r#""name":"permits","type":"u32""#));

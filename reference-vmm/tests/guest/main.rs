@@ -4,5 +4,6 @@ mod alone;
 mod common;
 mod moving;
 mod oracle;
+mod snapshots;
 mod throttled;
 mod tracked;

@@ -71,7 +71,8 @@ pub(crate) enum Command {
     /// Wait for a guest to arrive, and run it.
     #[command(after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
     Receive(ReceiveArgs),
-    /// Run a guest for a while, save it to a file, and end.
+    /// Run a guest for a while, save it to a file, and end. If the file cannot be written the guest
+    /// runs on until Ctrl-C.
     #[command(after_long_help = format!("{STATE_EXAMPLES}\n\n{EXIT_CODES}"))]
     Save(SaveArgs),
     /// Run the guest that a file holds.

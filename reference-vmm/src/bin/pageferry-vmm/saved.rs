@@ -1,21 +1,22 @@
 //! `save` and `restore`: a guest that goes on from a file.
 
 use std::error::Error;
-use std::fs::{self, File};
-use std::io::{BufReader, BufWriter, Write};
-use std::path::Path;
+use std::fs::File;
+use std::io::{BufReader, Write};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::unbounded;
+use crossbeam_channel::{Receiver, unbounded};
 use pageferry_vmm::guest::Guest;
-use pageferry_vmm::snapshot::{self, Written};
+use pageferry_vmm::snapshot::{self, NewFile, SnapshotError, Written};
 use serde::Serialize;
+use signal_hook::consts::SIGXFSZ;
 
 use crate::args::{RestoreArgs, SaveArgs};
 use crate::outcome::Outcome;
 use crate::resident::await_beats;
 use crate::run::{config, tracking};
-use crate::signals::{listen_to_signals, wait_or_quit};
+use crate::signals::{Wish, listen_to_signals, wait_or_quit};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -27,6 +28,8 @@ const SCHEMA: u32 = 1;
 struct Report {
     schema: u32,
     outcome: Outcome,
+    /// Why it is not "completed".
+    error: Option<String>,
     guest: String,
     workload: String,
     vcpus: u8,
@@ -41,71 +44,75 @@ struct Report {
     oracle: String,
 }
 
-/// Runs a guest for a while and saves it.
+/// Runs a guest for a while and saves it. If that fails it runs on.
 pub(crate) fn save(args: &SaveArgs) -> Result<Outcome> {
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
+    // A limit on the length of files is an error of the write then, and not the end of the guest.
+    signal_hook::flag::register(SIGXFSZ, Arc::default())?;
+    let failed = |error: &SnapshotError| {
+        let why = pageferry::Chain::of(error);
+        format!("failed to save the guest to {}: {why}", args.file.display())
+    };
+    // Before there is a guest that could miss it.
+    let mut file = NewFile::create(&args.file).map_err(|error| failed(&error))?;
     let config = config(&args.guest);
     let tracking = tracking(&args.guest, config.kind)?;
     let mut guest = Guest::create_tracked(config, tracking)?;
     guest.boot()?;
-    run(&mut guest, args.run_for)?;
+    run(&mut guest, args.run_for, &wishes)?;
     let began = Instant::now();
-    let written = write(&mut guest, &args.file)?;
-    report(&guest, written, began.elapsed(), args.json)
-}
-
-/// Under another name until it is whole, so that nobody takes half a guest for one.
-fn write(guest: &mut Guest, path: &Path) -> Result<Written> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".partial");
-    let partial = Path::new(&name);
-    let failed = |what: &str, error: &std::io::Error| {
-        format!("failed to {what} {}: {error}", path.display())
-    };
-    let file = File::create(partial).map_err(|error| failed("create", &error))?;
-    let mut out = BufWriter::new(file);
-    let written = snapshot::save(guest, &mut out)
-        .map_err(Box::<dyn Error + Send + Sync>::from)
-        .and_then(|written| {
-            out.get_ref()
-                .sync_all()
-                .and_then(|()| fs::rename(partial, path))
-                .map_err(|error| failed("write", &error))?;
-            Ok(written)
-        });
-    if written.is_err() {
-        // What is not there need not be removed.
-        let _ = fs::remove_file(partial);
+    let written = snapshot::save(&mut guest, &mut file)
+        .and_then(|written| file.keep().map(|()| written))
+        .map_err(|error| failed(&error));
+    let took = began.elapsed();
+    let mut report = Report::of(&guest, took);
+    match written {
+        Ok(written) => {
+            report.file(written);
+            report.print(args.json)?;
+            Ok(report.outcome)
+        }
+        Err(why) => {
+            report.outcome = Outcome::Failed;
+            report.error = Some(why.clone());
+            resume(&mut guest)?;
+            report.heartbeats = guest.heartbeat().beats;
+            report.print(args.json)?;
+            say!("error: {why}");
+            say!("the guest runs on here; Ctrl-C ends it");
+            wait_or_quit(&wishes, None);
+            Ok(report.outcome)
+        }
     }
-    written
 }
 
 /// Runs the guest that a file holds for a while.
 pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome> {
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
     let path = args.file.display();
-    let file = File::open(&args.file).map_err(|error| format!("failed to open {path}: {error}"))?;
     let began = Instant::now();
-    let (mut guest, read) = snapshot::restore(&mut BufReader::new(file), args.backing)?;
+    let file = File::open(&args.file).map_err(|error| format!("failed to open {path}: {error}"))?;
+    let (mut guest, read) = snapshot::restore(&mut BufReader::new(file), args.backing)
+        .map_err(|error| format!("{path}: {}", pageferry::Chain::of(&error)))?;
     let took = began.elapsed();
     // It is right before it has done anything here.
     let before = guest.check_oracle();
     if !before.ok {
         return Err(format!("the guest in {path} is wrong: {}", before.detail).into());
     }
-    run(&mut guest, args.run_for)?;
-    report(&guest, read, took, args.json)
+    run(&mut guest, args.run_for, &wishes)?;
+    let mut report = Report::of(&guest, took);
+    report.file(read);
+    report.print(args.json)?;
+    Ok(report.outcome)
 }
 
 /// Lets the guest run for so long, or until a Ctrl-C, and pauses it.
-fn run(guest: &mut Guest, time: Duration) -> Result<()> {
-    let (wishes_in, wishes) = unbounded();
-    listen_to_signals(wishes_in)?;
-    let beats = guest.heartbeat().beats;
-    guest.resume()?;
-    if !await_beats(guest, beats + 10) {
-        let reason = guest.failure().unwrap_or_else(|| "it does not beat".to_owned());
-        return Err(format!("the guest does not run: {reason}").into());
-    }
-    wait_or_quit(&wishes, Some(time));
+fn run(guest: &mut Guest, time: Duration, wishes: &Receiver<Wish>) -> Result<()> {
+    resume(guest)?;
+    wait_or_quit(wishes, Some(time));
     guest.pause()?;
     match guest.failure() {
         Some(failure) => Err(format!("the guest ended: {failure}").into()),
@@ -113,28 +120,50 @@ fn run(guest: &mut Guest, time: Duration) -> Result<()> {
     }
 }
 
-fn report(guest: &Guest, file: Written, took: Duration, json: bool) -> Result<Outcome> {
-    let oracle = guest.check_oracle();
-    let outcome = if oracle.ok { Outcome::Completed } else { Outcome::Failed };
-    let config = guest.config();
-    let report = Report {
-        schema: SCHEMA,
-        outcome,
-        guest: config.kind.to_string(),
-        workload: config.workload.kind.to_string(),
-        vcpus: config.vcpus,
-        state_bytes: file.state_bytes,
-        memory_bytes: file.memory_bytes,
-        file_ms: (took.as_secs_f64() * 1e6).round() / 1e3,
-        heartbeats: guest.heartbeat().beats,
-        oracle_ok: oracle.ok,
-        oracle: oracle.detail,
-    };
-    let text = if json { serde_json::to_string(&report)? } else { report.to_string() };
-    if let Err(error) = std::io::stdout().write_all(format!("{text}\n").as_bytes()) {
-        say!("failed to print the report: {error}");
+/// Lets the guest run, and sees it do so.
+fn resume(guest: &mut Guest) -> Result<()> {
+    let beats = guest.heartbeat().beats;
+    guest.resume()?;
+    if await_beats(guest, beats + 10) {
+        return Ok(());
     }
-    Ok(outcome)
+    let reason = guest.failure().unwrap_or_else(|| "it does not beat".to_owned());
+    Err(format!("the guest does not run: {reason}").into())
+}
+
+impl Report {
+    /// Of a guest that is paused.
+    fn of(guest: &Guest, file: Duration) -> Self {
+        let oracle = guest.check_oracle();
+        let config = guest.config();
+        let error = (!oracle.ok).then(|| format!("the guest's memory is wrong: {}", oracle.detail));
+        Self {
+            schema: SCHEMA,
+            outcome: if oracle.ok { Outcome::Completed } else { Outcome::Failed },
+            error,
+            guest: config.kind.to_string(),
+            workload: config.workload.kind.to_string(),
+            vcpus: config.vcpus,
+            state_bytes: 0,
+            memory_bytes: 0,
+            file_ms: (file.as_secs_f64() * 1e6).round() / 1e3,
+            heartbeats: guest.heartbeat().beats,
+            oracle_ok: oracle.ok,
+            oracle: oracle.detail,
+        }
+    }
+
+    fn file(&mut self, Written { state_bytes, memory_bytes }: Written) {
+        (self.state_bytes, self.memory_bytes) = (state_bytes, memory_bytes);
+    }
+
+    fn print(&self, json: bool) -> Result<()> {
+        let text = if json { serde_json::to_string(self)? } else { self.to_string() };
+        if let Err(error) = std::io::stdout().write_all(format!("{text}\n").as_bytes()) {
+            say!("failed to print the report: {error}");
+        }
+        Ok(())
+    }
 }
 
 impl std::fmt::Display for Report {

@@ -38,8 +38,13 @@ pub(crate) struct Ended {
 impl Process {
     /// Starts the program. `name` is for messages.
     pub(crate) fn start(name: &'static str, args: &[&str]) -> Self {
+        Self::start_program(name, env!("CARGO_BIN_EXE_pageferry-vmm"), args)
+    }
+
+    /// Starts another program, which may become this one.
+    pub(crate) fn start_program(name: &'static str, program: &str, args: &[&str]) -> Self {
         let ((stdout, stdout_end), (stderr, stderr_end)) = (output(), output());
-        let mut child = Command::new(env!("CARGO_BIN_EXE_pageferry-vmm"))
+        let mut child = Command::new(program)
             .args(args)
             .env_remove("RUST_LOG")
             .stdin(Stdio::piped())
@@ -74,8 +79,13 @@ impl Process {
 
     /// Waits for a report of a process that goes on.
     pub(crate) fn await_report(&mut self) -> Report {
+        Report::parse(&self.await_line())
+    }
+
+    /// Waits for a line on stdout.
+    pub(crate) fn await_line(&mut self) -> String {
         let line = self.stdout.wait_for("", Instant::now() + PATIENCE);
-        Report::parse(&line.unwrap_or_else(|| panic!("the {} did not report", self.name)))
+        line.unwrap_or_else(|| panic!("the {} did not report", self.name))
     }
 
     /// A line on stdin.

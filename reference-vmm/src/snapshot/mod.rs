@@ -2,16 +2,24 @@
 //!
 //! ```text
 //!  0          8          10    12       16       20       28
-//! ┌──────────┬──────────┬─────┬────────┬────────┬────────┬─────────┬────────┬────────┬─────────┐
-//! │ magic    │ format=1 │ 0   │ config │ schema │ state  │ config  │ schema │ state  │ records │
-//! │ 8 bytes  │ u16      │ u16 │ u32 len│ u32 len│ u64 len│ JSON    │ JSON   │ stream │         │
-//! └──────────┴──────────┴─────┴────────┴────────┴────────┴─────────┴────────┴────────┴─────────┘
+//! ┌──────────┬──────────┬─────┬────────┬────────┬────────┬────────┬────────┬────────┬─────────┐
+//! │ magic    │ format=2 │ 0   │ config │ schema │ state  │ config │ schema │ state  │ digest  │
+//! │ 8 bytes  │ u16      │ u16 │ u32 len│ u32 len│ u64 len│ JSON   │ JSON   │ stream │ 16 bytes│
+//! ├──────────┴──────────┴─────┴────────┴──┬─────┴────────┴────────┴──┬─────┴────────┴─────────┘
+//! │ records                               │ digest, 16 bytes         │
+//! └───────────────────────────────────────┴──────────────────────────┘
 //! magic "PFVMSNAP"; records: guest address u64, length u64, so many bytes of memory; memory in no
-//! record is zero. A record of length 0 ends the file.
+//! record is zero. A record of length 0 ends them. Digests: 128 bits of XXH3 over all bytes of the
+//! file before them.
 //! ```
 //!
 //! Integers are little-endian. The schema is that of the program that saved, so that the state can
-//! be printed with names by any other.
+//! be printed with names by any other. Nothing before the first digest is believed until that has
+//! been compared, and no guest is given out until the last has. Digests find damage; against
+//! someone who forges a file they are no help.
+
+mod new_file;
+mod summed;
 
 use std::io::{self, Read, Write};
 
@@ -23,10 +31,15 @@ use crate::error::GuestError;
 use crate::guest::{Guest, GuestConfig};
 use crate::ram::Backing;
 
+pub use new_file::NewFile;
+
+use summed::Summed;
+
 /// First bytes of a file.
 pub const MAGIC: [u8; 8] = *b"PFVMSNAP";
 
-const FORMAT: u16 = 1;
+const FORMAT: u16 = 2;
+const DIGEST_BYTES: usize = 16;
 const MAX_CONFIG_BYTES: u32 = 64 << 10;
 const MAX_STATE_BYTES: u64 = 256 << 20;
 /// Memory is read and written in pieces of this length.
@@ -36,10 +49,10 @@ const PIECE_BYTES: u64 = 64 << 10;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
-    /// The file could not be read or written.
+    /// The file could not be read or written. "No space left on device" is one of these.
     #[error("failed to {operation} the file")]
     Io {
-        /// "read" or "write".
+        /// "read", "create" or "write".
         operation: &'static str,
         /// Why.
         source: io::Error,
@@ -47,6 +60,18 @@ pub enum SnapshotError {
     /// The file is something else, or damaged.
     #[error("failed to read the file: {0}")]
     Malformed(&'static str),
+    /// The file was written by a program of another age.
+    #[error("failed to read the file: it has format {found}, this program reads format {FORMAT}")]
+    Format {
+        /// What the file says.
+        found: u16,
+    },
+    /// A digest is not that of the bytes before it.
+    #[error("failed to read the file: its {part} is damaged, the checksum does not fit")]
+    Damaged {
+        /// Which.
+        part: &'static str,
+    },
     /// A part of the file is longer than any that was written.
     #[error("failed to read the file: its {part} has {found} bytes, at most {max} are read")]
     TooLong {
@@ -103,12 +128,13 @@ fn writing(source: io::Error) -> SnapshotError {
     SnapshotError::Io { operation: "write", source }
 }
 
-/// Writes a paused guest, which stays as it is.
+/// Writes a paused guest, which stays as it is: whatever happens here, it can be resumed.
 pub fn save(guest: &mut Guest, out: &mut impl Write) -> Result<Written, SnapshotError> {
     let config = serde_json::to_vec(guest.config())?;
     let schema = guest.schema()?.to_json();
     let state = guest.save()?;
     let mut written = Written { state_bytes: state.len() as u64, memory_bytes: 0 };
+    let mut out = Summed::new(out);
     let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing);
     put(&MAGIC)?;
     put(&FORMAT.to_le_bytes())?;
@@ -120,6 +146,9 @@ pub fn save(guest: &mut Guest, out: &mut impl Write) -> Result<Written, Snapshot
     for part in [&config, schema.as_bytes(), &state] {
         put(part)?;
     }
+    let digest = out.digest();
+    out.write_all(&digest).map_err(writing)?;
+    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing);
     let memory = guest.ram().memory();
     let mut piece = vec![0; usize::try_from(PIECE_BYTES).unwrap_or(usize::MAX)];
     for region in memory.iter() {
@@ -137,17 +166,26 @@ pub fn save(guest: &mut Guest, out: &mut impl Write) -> Result<Written, Snapshot
         }
     }
     put(&[0; 16])?;
-    out.flush().map_err(writing)?;
+    let digest = out.digest();
+    out.write_all(&digest).and_then(|()| out.flush()).map_err(writing)?;
     Ok(written)
 }
 
 /// Reads everything before the memory. The bytes may be anything.
 pub fn read_header(input: &mut impl Read) -> Result<Header, SnapshotError> {
+    header(&mut Summed::new(input))
+}
+
+fn header(input: &mut Summed<impl Read>) -> Result<Header, SnapshotError> {
     if array(input)? != MAGIC {
         return Err(SnapshotError::Malformed("it holds no guest"));
     }
-    if u16::from_le_bytes(array(input)?) != FORMAT || array::<2>(input)? != [0; 2] {
-        return Err(SnapshotError::Malformed("it has another format"));
+    let found = u16::from_le_bytes(array(input)?);
+    if found != FORMAT {
+        return Err(SnapshotError::Format { found });
+    }
+    if array::<2>(input)? != [0; 2] {
+        return Err(SnapshotError::Damaged { part: "beginning" });
     }
     let config = u32::from_le_bytes(array(input)?);
     let schema = u32::from_le_bytes(array(input)?);
@@ -155,25 +193,28 @@ pub fn read_header(input: &mut impl Read) -> Result<Header, SnapshotError> {
     let config = part(input, "description", config.into(), MAX_CONFIG_BYTES.into())?;
     let schema = part(input, "schema", schema.into(), MAX_SCHEMA_BYTES as u64)?;
     let state = part(input, "device state", state, MAX_STATE_BYTES)?;
+    compare(input, "description or device state")?;
     let (config, schema) = (serde_json::from_slice(&config)?, Schema::from_json(&schema)?);
     Ok(Header { config, schema, state })
 }
 
-/// Makes the guest that a file holds. It is paused. Its memory is backed as told.
+/// Makes the guest that a file holds. It is paused, and every byte of the file has been checked.
+/// Its memory is backed as told.
 pub fn restore(input: &mut impl Read, backing: Backing) -> Result<(Guest, Written), SnapshotError> {
-    let Header { mut config, schema, state } = read_header(input)?;
+    let mut input = Summed::new(input);
+    let Header { mut config, schema, state } = header(&mut input)?;
     config.backing = backing;
     let mut guest = Guest::create(config)?;
     let compatibility = guest.schema()?.reads(&schema);
     if compatibility.verdict() == Verdict::Fails {
         return Err(SnapshotError::Incompatible(compatibility));
     }
-    let memory_bytes = read_memory(&guest, input)?;
+    let memory_bytes = read_memory(&guest, &mut input)?;
     guest.load(&state)?;
     Ok((guest, Written { state_bytes: state.len() as u64, memory_bytes }))
 }
 
-fn read_memory(guest: &Guest, input: &mut impl Read) -> Result<u64, SnapshotError> {
+fn read_memory(guest: &Guest, input: &mut Summed<impl Read>) -> Result<u64, SnapshotError> {
     let memory = guest.ram().memory();
     let mut total_bytes = 0;
     let mut piece = Vec::new();
@@ -194,9 +235,20 @@ fn read_memory(guest: &Guest, input: &mut impl Read) -> Result<u64, SnapshotErro
             .map_err(|_| SnapshotError::Malformed("it has memory that its guest does not have"))?;
         total_bytes += len_bytes;
     }
+    compare(input, "memory")?;
     match input.read(&mut [0]).map_err(reading)? {
         0 => Ok(total_bytes),
         _ => Err(SnapshotError::Malformed("it goes on after its end")),
+    }
+}
+
+/// Reads a digest, which must be that of all before it.
+fn compare(input: &mut Summed<impl Read>, part: &'static str) -> Result<(), SnapshotError> {
+    let digest = input.digest();
+    if array::<DIGEST_BYTES>(input)? == digest {
+        Ok(())
+    } else {
+        Err(SnapshotError::Damaged { part })
     }
 }
 
