@@ -236,6 +236,8 @@ pub(crate) struct Shared {
     /// Data channels to use, at most.
     channels: AtomicU16,
     cancelled: AtomicBool,
+    /// Whether the peer has failed or left.
+    peer_ended: AtomicBool,
     wake: (Sender<()>, Receiver<()>),
     /// Set while the driver is inside a call that only an interrupt can end.
     blocked: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -254,6 +256,7 @@ impl Shared {
             settings: Mutex::new(Settings::default()),
             channels: AtomicU16::new(u16::MAX),
             cancelled: AtomicBool::new(false),
+            peer_ended: AtomicBool::new(false),
             wake: bounded(1),
             blocked: Mutex::new(None),
         })
@@ -263,6 +266,20 @@ impl Shared {
         self.cancelled.store(true, Ordering::SeqCst);
         // Full means that a wake-up is pending already.
         let _ = self.wake.0.try_send(());
+        self.unblock();
+    }
+
+    /// The peer has failed or left: no call goes on waiting for it.
+    pub(crate) fn end_peer(&self) {
+        self.peer_ended.store(true, Ordering::SeqCst);
+        self.unblock();
+    }
+
+    pub(crate) fn has_peer_ended(&self) -> bool {
+        self.peer_ended.load(Ordering::SeqCst)
+    }
+
+    fn unblock(&self) {
         if let Some(interrupt) = &*self.blocked.lock().unwrap_or_else(PoisonError::into_inner) {
             interrupt.interrupt();
         }
@@ -310,7 +327,8 @@ impl Shared {
         &self.wake.1
     }
 
-    /// Runs a call that only an interrupt can end, so that cancelling ends it.
+    /// Runs a call that only an interrupt can end, so that cancelling ends it, and the peer's end
+    /// does: that is [`TransportError::Interrupted`].
     pub(crate) fn while_blocked<T>(
         &self,
         interrupt: &Arc<dyn Interrupt>,
@@ -319,7 +337,8 @@ impl Shared {
         let set = |value| *self.blocked.lock().unwrap_or_else(PoisonError::into_inner) = value;
         set(Some(Arc::clone(interrupt)));
         // Cancelled before: leave the link alone, the peer should be told why it ends.
-        let result = if self.is_cancelled() { Err(TransportError::Interrupted) } else { call() };
+        let over = self.is_cancelled() || self.has_peer_ended();
+        let result = if over { Err(TransportError::Interrupted) } else { call() };
         set(None);
         match result {
             Err(TransportError::Interrupted) if self.is_cancelled() => Err(Error::Cancelled),

@@ -91,8 +91,10 @@ impl<R: Send + 'static> Session<R> {
             shared,
             control_bytes: Arc::clone(&control_bytes),
         };
-        let receiver = control.receiver;
-        session.spawn(ThreadRole::Control, move || listen(receiver, &feed, &control_bytes))?;
+        let (receiver, shared) = (control.receiver, Arc::clone(&session.shared));
+        session.spawn(ThreadRole::Control, move || {
+            listen(receiver, &feed, &shared, &control_bytes);
+        })?;
         Ok(session)
     }
 
@@ -107,10 +109,6 @@ impl<R: Send + 'static> Session<R> {
     /// Where data channel threads report to.
     pub(crate) fn feed(&self) -> Sender<Input<R>> {
         self.feed.clone()
-    }
-
-    pub(crate) fn interrupt(&self) -> &Arc<dyn Interrupt> {
-        &self.interrupt
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -208,6 +206,24 @@ impl<R: Send + 'static> Session<R> {
         }
     }
 
+    /// Runs a call that waits for the peer in the transport's own way. It ends when somebody
+    /// cancels, and when the peer fails or leaves: that is the error then, and the link is of no
+    /// more use.
+    pub(crate) fn wait_in<T>(
+        &mut self,
+        call: impl FnOnce() -> Result<T, TransportError>,
+    ) -> Result<T, Error> {
+        let result = self.shared.while_blocked(&self.interrupt, call);
+        let interrupted = matches!(result, Err(Error::Transport(TransportError::Interrupted)));
+        if !(interrupted && self.shared.has_peer_ended()) {
+            return result;
+        }
+        let patience = Patience::now("last words", LAST_WORDS);
+        loop {
+            self.next_committed(patience)?;
+        }
+    }
+
     /// The peer's own account of a broken link, if it gives one soon; else the error itself.
     pub(crate) fn explain(&mut self, error: Error) -> Error {
         let lost = matches!(
@@ -224,6 +240,10 @@ impl<R: Send + 'static> Session<R> {
         }
         let patience = Patience::now("last words", LAST_WORDS);
         loop {
+            if self.shared.has_peer_ended() && self.inputs.is_empty() {
+                // It has said all that it will.
+                return error;
+            }
             match self.next_committed(patience) {
                 Err(explained @ Error::PeerFailed { .. }) => return explained,
                 Err(Error::TimedOut { .. }) => return error,
@@ -269,7 +289,12 @@ fn refuse_failures<R>(input: Input<R>) -> Result<Item<R>, Error> {
 }
 
 /// The control thread: decodes what comes until the channel ends.
-fn listen<R>(mut receiver: Box<dyn ControlReceiver>, feed: &Sender<Input<R>>, bytes: &AtomicU64) {
+fn listen<R>(
+    mut receiver: Box<dyn ControlReceiver>,
+    feed: &Sender<Input<R>>,
+    shared: &Shared,
+    bytes: &AtomicU64,
+) {
     loop {
         let input = match receiver.receive(None) {
             Ok(frame) => {
@@ -288,7 +313,13 @@ fn listen<R>(mut receiver: Box<dyn ControlReceiver>, feed: &Sender<Input<R>>, by
             Err(error) => Input::ControlEnded(Error::Transport(error)),
         };
         let ended = matches!(input, Input::ControlEnded(_));
-        if feed.send(input).is_err() || ended {
+        let failed = matches!(input, Input::Message(Message::Failed { .. }));
+        let heard = feed.send(input).is_ok();
+        if ended || failed {
+            // Who is in a call finds the reason in the queue.
+            shared.end_peer();
+        }
+        if ended || !heard {
             return;
         }
     }

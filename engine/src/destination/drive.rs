@@ -207,12 +207,10 @@ impl Drive {
     }
 
     fn open_channels(&mut self, memory: &Arc<GuestMemory>) -> Result<(), Error> {
-        let interrupt = Arc::clone(self.session.interrupt());
-        let shared = Arc::clone(self.session.shared());
-        let registration = shared.while_blocked(&interrupt, || self.link.register(memory))?;
+        let registration = self.session.wait_in(|| self.link.register(memory))?;
         self.statistics.registration = registration;
         self.emit(&Event::Registered(registration));
-        let channels = shared.while_blocked(&interrupt, || {
+        let channels = self.session.wait_in(|| {
             self.link.open_receivers(self.agreement.channels, self.timeouts.handshake)
         })?;
         for (channel, pages) in (0..).zip(channels) {

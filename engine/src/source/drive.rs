@@ -176,13 +176,10 @@ impl Drive<'_> {
     }
 
     fn open_channels(&mut self, agreement: Agreement) -> Result<(), Error> {
-        let interrupt = Arc::clone(self.session.interrupt());
-        let shared = Arc::clone(self.session.shared());
-        let registration = shared.while_blocked(&interrupt, || self.link.register(&self.memory))?;
+        let registration = self.session.wait_in(|| self.link.register(&self.memory))?;
         self.statistics.registration = registration;
         self.emit(&Event::Registered(registration));
-        let channels =
-            shared.while_blocked(&interrupt, || self.link.open_senders(agreement.channels))?;
+        let channels = self.session.wait_in(|| self.link.open_senders(agreement.channels))?;
         let patience =
             Patience::now("the destination to be ready", self.source.common.timeouts.handshake);
         match self.session.next_message(patience)? {
@@ -200,7 +197,7 @@ impl Drive<'_> {
                 batch_bytes: self.source.batch_bytes,
                 gauges: Arc::clone(&self.channels.gauges),
                 stop: Arc::clone(&self.stop),
-                shared: Arc::clone(&shared),
+                shared: Arc::clone(self.session.shared()),
                 commands: theirs,
                 feed: self.session.feed(),
                 leftovers: self.channels.leftovers(),

@@ -1,0 +1,87 @@
+//! A peer that goes while this side is in a call of the transport that waits for it: the wait ends,
+//! and the reason is the peer's.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry::protocol::{FailureReason, Hello, Message};
+use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::transport::{ControlChannel, Link, TransportError};
+use pageferry::{
+    Destination, DestinationFailure, Error, GuestAtDestination, Machine, MachineError, Timeouts,
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A guest's home that never gets one.
+#[derive(Debug)]
+struct Vacant;
+
+impl Machine for Vacant {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Err("there is no guest".into())
+    }
+
+    fn save(&mut self, _: &mut Vec<u8>) -> Result<(), MachineError> {
+        Err("there is no guest".into())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), MachineError> {
+        Err("no guest was expected".into())
+    }
+}
+
+/// A destination that is patient, of a source that opens no data channel and does
+/// `last` once it is welcome. Its failure.
+fn destination_of(last: impl FnOnce(ControlChannel)) -> Box<DestinationFailure<Vacant>> {
+    let (mut source, destination) = memory_transport::pair();
+    let there = TestMemory::new(&[64]);
+    let patient = Timeouts { handshake: 2 * PATIENCE, ..Timeouts::default() };
+    thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let offer = Destination::new().timeouts(patient).negotiate(Box::new(destination));
+            offer.expect("an offer").receive(Vacant, there.memory())
+        });
+        let mut control = source.control().expect("the control channel");
+        let hello = Hello::new(there.memory().layout().clone(), 2, false, Vec::new());
+        control.sender.send(&Message::Hello(hello).encode()).expect("greet");
+        let answer = control.receiver.receive(Some(PATIENCE)).expect("an answer");
+        assert!(matches!(Message::decode(&answer), Ok(Message::Welcome(_))), "{answer:?}");
+        last(control);
+        receiving.join().expect("no panic").expect_err("no guest came")
+    })
+}
+
+#[test]
+fn a_source_that_leaves_after_the_welcome_is_not_waited_for() {
+    let began = Instant::now();
+    let failure = destination_of(drop);
+    assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
+    assert_eq!(failure.guest, GuestAtDestination::AtSource);
+    assert!(
+        matches!(failure.error, Error::Transport(TransportError::Closed)),
+        "{}",
+        failure.error.chain()
+    );
+}
+
+#[test]
+fn a_source_that_fails_after_the_welcome_says_why() {
+    let began = Instant::now();
+    let mut kept = None;
+    let failure = destination_of(|mut control| {
+        let text = "no more cheese".to_owned();
+        let failed = Message::Failed { reason: FailureReason::Host, text };
+        control.sender.send(&failed.encode()).expect("say so");
+        kept = Some(control);
+    });
+    assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
+    let Error::PeerFailed { reason: FailureReason::Host, text } = &failure.error else {
+        panic!("{}", failure.error.chain())
+    };
+    assert_eq!(text, "no more cheese");
+}
