@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pageferry::transport::{Interrupt, MigrationId, TransportError};
+use pageferry::transport::{Interrupt, TransportError};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::board::{Bell, Board, Incoming};
@@ -21,6 +21,8 @@ const BACKLOG: i32 = 128;
 const THREAD_NAME: &str = "ferry-accept";
 
 /// Waits for migrations on a port. Serves one at a time; a second source is told to come later.
+/// Who was let in and says nothing is no source yet: the link of one that another one is quicker than
+/// is interrupted, and the other's is next.
 ///
 /// Strangers on the port (scanners, health checks, garbage) are turned away with a warning in
 /// the log that names their address, and disturb nobody.
@@ -85,24 +87,20 @@ impl TcpAcceptor {
     /// Waits for a source, at most `timeout` (`None`: until there is one). While the link of the
     /// migration before lives, no source is let in.
     pub fn accept(&self, timeout: Option<Duration>) -> Result<TcpDestinationLink, TransportError> {
-        let (id, Incoming { socket, peer }) = self.desk.board.next_migration(timeout)?;
-        self.link(id, socket, peer).inspect_err(|_| self.desk.board.end_migration())
-    }
-
-    fn link(
-        &self,
-        id: MigrationId,
-        socket: Socket,
-        peer: SocketAddr,
-    ) -> Result<TcpDestinationLink, TransportError> {
         let board = Arc::downgrade(&self.desk.board);
         let state = LinkState::new(move || {
             if let Some(board) = board.upgrade() {
                 board.wake_all();
             }
         });
-        let control = state.adopt(socket, peer)?;
-        Ok(TcpDestinationLink::new(id, Arc::clone(&self.desk), state, control))
+        let (id, Incoming { socket, peer }) = self.desk.board.next_migration(timeout, &state)?;
+        match state.adopt(socket, peer) {
+            Ok(control) => Ok(TcpDestinationLink::new(id, Arc::clone(&self.desk), state, control)),
+            Err(error) => {
+                self.desk.board.end_migration();
+                Err(error)
+            }
+        }
     }
 
     /// A handle that ends [`TcpAcceptor::accept`], now and later, with

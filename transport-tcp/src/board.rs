@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{MigrationId, TransportError};
+use pageferry::transport::{Interrupt, MigrationId, TransportError};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
@@ -37,17 +37,35 @@ impl Incoming {
         Ok(())
     }
 
-    /// Whether the other side is still there, as far as is known.
-    fn is_alive(&self) -> bool {
+    /// What the other side has said since its preamble, as far as is known; an error if it is gone.
+    pub(crate) fn speech(&self) -> Result<Speech, Errno> {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let mut byte = [0];
         let peeked =
             rustix::io::retry_on_intr(|| rustix::net::recv(&self.socket, &mut byte, flags));
         match peeked {
-            Ok((_, received)) => received > 0,
-            Err(errno) => errno == Errno::AGAIN,
+            Ok((_, 0)) => Err(Errno::CONNRESET),
+            Ok(_) => Ok(Speech::Something),
+            Err(Errno::AGAIN) => Ok(Speech::Nothing),
+            Err(errno) => Err(errno),
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Speech {
+    Nothing,
+    Something,
+}
+
+/// What became of a connection whose preamble is good.
+#[derive(Debug)]
+pub(crate) enum Admitted {
+    /// It is on the board, or closed.
+    Done,
+    /// It is a control connection of a source that has yet to say something: another one is being
+    /// served that has said nothing either, and whichever speaks first is the source.
+    Speechless(MigrationId, Incoming),
 }
 
 /// A connection that was not taken, for somebody to turn away.
@@ -67,6 +85,8 @@ pub(crate) struct Board {
 #[derive(Debug, Default)]
 struct State {
     current: Option<Migration>,
+    /// It has spoken while the current one had not, which therefore has to go.
+    next: Option<Migration>,
     accept_interrupted: bool,
     stopped: Option<Stopped>,
 }
@@ -82,6 +102,8 @@ struct Migration {
     id: MigrationId,
     /// Until somebody accepts it.
     control: Option<Incoming>,
+    /// From then on.
+    link: Weak<LinkState>,
     /// How many data channels there will be; [`MAX_CHANNELS`] until it is known.
     channels: u16,
     data: BTreeMap<u16, DataChannel>,
@@ -95,12 +117,21 @@ enum DataChannel {
 
 impl Migration {
     fn new(id: MigrationId, control: Incoming) -> Self {
-        Self { id, control: Some(control), channels: MAX_CHANNELS, data: BTreeMap::new() }
+        let (control, link) = (Some(control), Weak::new());
+        Self { id, control, link, channels: MAX_CHANNELS, data: BTreeMap::new() }
     }
 
     /// Whether nobody accepted it yet, and nobody will: its source is gone.
     fn was_given_up(&self) -> bool {
-        self.control.as_ref().is_some_and(|control| !control.is_alive())
+        self.control.as_ref().is_some_and(|control| control.speech().is_err())
+    }
+
+    /// Whether its source has greeted. Strangers who speak a preamble do not.
+    fn has_spoken(&self) -> bool {
+        match &self.control {
+            Some(control) => control.speech() == Ok(Speech::Something),
+            None => self.link.upgrade().is_none_or(|link| link.was_heard()),
+        }
     }
 
     fn has_all_channels(&self) -> bool {
@@ -120,10 +151,16 @@ impl Migration {
 impl Board {
     /// Takes a connection whose preamble is complete, or gives it back. Answers it only if it is
     /// taken.
-    pub(crate) fn admit(&self, incoming: Incoming, preamble: &Preamble) -> Result<(), Unwanted> {
+    pub(crate) fn admit(
+        &self,
+        incoming: Incoming,
+        preamble: &Preamble,
+    ) -> Result<Admitted, Unwanted> {
         let mut state = lock(&self.state);
         let refusal = match (preamble.kind, &state.current) {
-            (Kind::Control, Some(current)) if !current.was_given_up() => {
+            (Kind::Control, Some(current))
+                if !current.was_given_up() && (current.has_spoken() || state.next.is_some()) =>
+            {
                 Some((Status::Busy, "another migration is being served".to_owned()))
             }
             (Kind::Control, _) => None,
@@ -152,23 +189,56 @@ impl Board {
             incoming.socket.set_nonblocking(false).and_then(|()| incoming.answer(Status::Ok, ""));
         if let Err(error) = welcomed {
             tracing::warn!(%peer, "closed a connection: failed to answer it: {error}");
-            return Ok(());
+            return Ok(Admitted::Done);
         }
         tracing::debug!(%peer, migration = %preamble.id, kind = ?preamble.kind, "connected");
         match (preamble.kind, &mut state.current) {
             (Kind::Data { channel }, Some(current)) => {
                 current.data.insert(channel, DataChannel::Waiting(incoming));
             }
+            (_, Some(current)) if !current.was_given_up() => {
+                return Ok(Admitted::Speechless(preamble.id, incoming));
+            }
             (_, current) => *current = Some(Migration::new(preamble.id, incoming)),
         }
         self.changed.notify_all();
-        Ok(())
+        Ok(Admitted::Done)
     }
 
-    /// Waits for a control connection.
+    /// A source that was speechless has spoken: it takes the place of one that has not.
+    pub(crate) fn speaks(&self, id: MigrationId, incoming: Incoming) {
+        let peer = incoming.peer;
+        let mut state = lock(&self.state);
+        let displaced = match &state.current {
+            Some(current) if !current.was_given_up() => {
+                if current.has_spoken() || state.next.is_some() {
+                    // It was let in, so there are no words for this.
+                    tracing::warn!(%peer, "closed a connection: another migration is being served");
+                    return;
+                }
+                tracing::warn!(migration = %current.id, "given up: another source spoke first");
+                current.control.is_none().then(|| current.link.upgrade())
+            }
+            _ => None,
+        };
+        let newcomer = Some(Migration::new(id, incoming));
+        if let Some(link) = displaced {
+            state.next = newcomer;
+            drop(state);
+            if let Some(link) = link {
+                link.interrupt();
+            }
+        } else {
+            state.current = newcomer;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for a control connection, which `link` is going to have.
     pub(crate) fn next_migration(
         &self,
         timeout: Option<Duration>,
+        link: &Arc<LinkState>,
     ) -> Result<(MigrationId, Incoming), TransportError> {
         let deadline = deadline_after(timeout);
         let mut state = lock(&self.state);
@@ -183,6 +253,7 @@ impl Board {
             if let Some(current) = &mut state.current
                 && let Some(control) = current.control.take()
             {
+                current.link = Arc::downgrade(link);
                 return Ok((current.id, control));
             }
             state = self.wait(state, deadline).ok_or(TransportError::TimedOut {
@@ -240,7 +311,9 @@ impl Board {
 
     /// The link of the current migration is gone: the next one may come.
     pub(crate) fn end_migration(&self) {
-        lock(&self.state).current = None;
+        let mut state = lock(&self.state);
+        state.current = state.next.take();
+        self.changed.notify_all();
     }
 
     /// Ends the wait of [`Board::next_migration`], now and later.

@@ -37,6 +37,8 @@ pub(crate) fn until(deadline: Instant) -> Timespec {
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
     interrupted: AtomicBool,
+    /// Whether a control frame has come.
+    heard: AtomicBool,
     connections: Mutex<Vec<Weak<Connection>>>,
     /// Wakes whoever waits for something else than a connection.
     wake: Box<dyn Fn() + Send + Sync>,
@@ -52,6 +54,7 @@ impl LinkState {
     pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
             interrupted: AtomicBool::new(false),
+            heard: AtomicBool::new(false),
             connections: Mutex::default(),
             wake: Box::new(wake),
         })
@@ -63,6 +66,11 @@ impl LinkState {
             return Err(TransportError::Interrupted);
         }
         Ok(())
+    }
+
+    /// Whether the other side has said something, and so is no stranger.
+    pub(crate) fn was_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
     }
 
     /// Makes a connection part of the link, so that an interrupt reaches it.
@@ -134,6 +142,11 @@ impl Connection {
     /// Fails once the link was interrupted.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         self.link.check()
+    }
+
+    /// A control frame has come.
+    pub(crate) fn note_heard(&self) {
+        self.link.heard.store(true, Ordering::Relaxed);
     }
 
     /// What a failed system call means.

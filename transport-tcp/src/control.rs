@@ -152,6 +152,7 @@ impl ControlReceiver for TcpControlReceiver {
                     }
                     if self.filled == LENGTH_BYTES + self.frame.len() {
                         self.filled = 0;
+                        connection.note_heard();
                         return Ok(std::mem::take(&mut self.frame));
                     }
                 }

@@ -3,10 +3,11 @@
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
+use pageferry::transport::MigrationId;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use crate::board::{Board, Incoming, Unwanted};
+use crate::board::{Admitted, Board, Incoming, Speech, Unwanted};
 use crate::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Status, check_start};
 
 /// How long a refused connection may take to read why.
@@ -25,6 +26,8 @@ enum Phase {
         bytes: [u8; PREAMBLE_BYTES],
         filled: usize,
     },
+    /// Let in, and said nothing yet.
+    Speechless(MigrationId),
     /// Answered and shut. Closing a socket with unread bytes in it sends a reset, which can
     /// destroy the answer before it is read: so read on until the other side has hung up.
     Refused,
@@ -41,8 +44,13 @@ impl HalfOpen {
 
     /// Goes on with what has come. `None` when the connection went to the board or is closed.
     pub(crate) fn advance(mut self, board: &Board) -> Option<Self> {
-        let Phase::Preamble { bytes, filled } = &mut self.phase else {
-            return self.discard();
+        let (bytes, filled) = match &mut self.phase {
+            Phase::Preamble { bytes, filled } => (bytes, filled),
+            Phase::Speechless(id) => {
+                let id = *id;
+                return self.listen(board, id);
+            }
+            Phase::Refused => return self.discard(),
         };
         let room = &mut bytes[*filled..];
         let received = rustix::io::retry_on_intr(|| {
@@ -68,7 +76,14 @@ impl HalfOpen {
         };
         let unwanted = match judged {
             Ok(preamble) => match board.admit(self.incoming, &preamble) {
-                Ok(()) => return None,
+                Ok(Admitted::Done) => return None,
+                Ok(Admitted::Speechless(id, incoming)) => {
+                    return Some(Self {
+                        incoming,
+                        deadline: self.deadline,
+                        phase: Phase::Speechless(id),
+                    });
+                }
                 Err(unwanted) => unwanted,
             },
             Err(error) => {
@@ -80,6 +95,18 @@ impl HalfOpen {
             }
         };
         Some(Self::refuse(unwanted))
+    }
+
+    /// Looks whether it speaks.
+    fn listen(self, board: &Board, id: MigrationId) -> Option<Self> {
+        match self.incoming.speech() {
+            Ok(Speech::Something) => board.speaks(id, self.incoming),
+            Ok(Speech::Nothing) => return Some(self),
+            Err(errno) => {
+                tracing::warn!(peer = %self.incoming.peer, "closed a connection: {errno}");
+            }
+        }
+        None
     }
 
     /// Says why it is over, and gives the other side time to read it.
@@ -107,8 +134,11 @@ impl HalfOpen {
 
     /// Closes it for a reason of this side.
     pub(crate) fn expire(self, why: &str) {
+        let peer = self.incoming.peer;
+        if let Phase::Speechless(_) = self.phase {
+            tracing::warn!(%peer, "closed a connection: {why}, and it had said nothing");
+        }
         if let Phase::Preamble { filled, .. } = self.phase {
-            let peer = self.incoming.peer;
             tracing::warn!(
                 %peer,
                 "closed a connection: {why} after {filled} of {PREAMBLE_BYTES} bytes of its preamble"

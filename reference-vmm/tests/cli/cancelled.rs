@@ -3,9 +3,11 @@
 use rustix::process::Signal;
 
 use crate::support::host::guest_kind;
-use crate::support::peer::{listen, take};
+use crate::support::peer::{let_in, listen, take};
 use crate::support::process::Process;
-use crate::support::sides::{BUSY, SMALL, TIGHT, source, source_that_stays, under_way};
+use crate::support::sides::{
+    BUSY, SMALL, TIGHT, destination, source, source_that_stays, under_way,
+};
 
 #[test]
 fn at_the_source() {
@@ -23,6 +25,24 @@ fn at_the_destination() {
     destination.signal(Signal::INT);
     destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
     source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+}
+
+#[test]
+fn at_a_destination_that_nobody_came_to() {
+    let (mut destination, _) = destination(&[]);
+    destination.signal(Signal::INT);
+    let why = ["interrupted before a guest came"];
+    destination.finish().report(3).assert_did_not_come("cancelled", &why);
+}
+
+#[test]
+fn at_a_destination_whose_source_says_nothing() {
+    let (mut destination, address) = destination(&[]);
+    let _silent = let_in(&address);
+    destination.await_message("a source connected");
+    destination.signal(Signal::INT);
+    let why = ["cancelled before a guest came"];
+    destination.finish().report(3).assert_did_not_come("cancelled", &why);
 }
 
 #[test]

@@ -55,6 +55,33 @@ fn nonsense_is_refused_with_help() {
 }
 
 #[test]
+fn with_json_there_is_an_object_however_a_command_ends() {
+    // More memory than any host has, and files that are not there.
+    let huge = ["--memory=200G", "--backing=hugetlb"];
+    let cases: [&[&str]; 5] = [
+        &[&["run", "--json"], &huge[..]].concat(),
+        &["receive", "--json", "--listen=nonsense"],
+        &[&["save", "/tmp/pageferry-not-saved", "--json"], &huge[..]].concat(),
+        &["restore", "--json", "/nowhere"],
+        &["demo", "--json", "--listen=nonsense"],
+    ];
+    for args in cases {
+        let report = Process::start("program", args).finish().report(1);
+        assert_eq!((report.count("schema"), report.text("outcome")), (1, "failed"), "{args:?}");
+        assert!(!report.text("error").is_empty(), "{args:?}: {report:?}");
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_written_is_in_the_report() {
+    let args =
+        ["demo", "--json", "--memory=64M", "--working-set=8M", "--report=/nowhere/page.html"];
+    let report = Process::start("demo", &args).finish().report(1);
+    assert_eq!((report.text("outcome"), report.text("guest_at")), ("failed", "destination"));
+    assert!(report.text("error").contains("/nowhere/page.html"), "{report:?}");
+}
+
+#[test]
 fn help_has_examples_and_exit_codes() {
     for args in [&["--help"][..], &["demo", "--help"], &["run", "--help"], &["receive", "--help"]] {
         let (status, help) = Process::start("program", args).finish_for_people();

@@ -163,7 +163,7 @@ fn a_kvm_guest_that_computes() {
         return;
     };
     let mut demo = Process::start("demo", &[&["demo", "--json"], &args[..]].concat());
-    assert_eq!(demo.finish_for_people(), (Some(1), String::new()));
+    assert_eq!(demo.finish().report(1).text("guest_at"), "nowhere");
     let (messages, lacking) = (demo.messages(), lacking.to_string());
     assert!(messages.contains(&lacking) && !messages.contains("listening on"), "{messages}");
     skipped(&lacking);
@@ -186,7 +186,7 @@ fn tracked(guest: &str, source: &str) {
         return;
     };
     let mut demo = Process::start("demo", &[&["demo", "--json"], &args[..]].concat());
-    assert_eq!(demo.finish_for_people(), (Some(1), String::new()));
+    assert_eq!(demo.finish().report(1).text("guest_at"), "nowhere");
     let (messages, lacking) = (demo.messages(), lacking.to_string());
     assert!(messages.contains(&lacking) && !messages.contains("listening on"), "{messages}");
     skipped(&lacking);

@@ -3,11 +3,16 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
+use pageferry::protocol::{FailureReason, Hello, Message};
 use pageferry_tcp::preamble::{Kind, Preamble, Status};
 use rustix::process::Signal;
 
-use crate::support::peer::{Noise, control_preamble, dial, read_answer};
+use crate::support::peer::{
+    Noise, control_preamble, dial, hello, let_in, read_answer, receive, send, welcomed,
+};
+use crate::support::process::Process;
 use crate::support::sides::{destination, source, under_way};
 
 /// Throws bytes at the port, more than a preamble and less; gives back connections that say
@@ -41,7 +46,7 @@ fn noise_before_and_during_a_migration() {
     let mut silent = disturb(&address, &mut noise);
     let mut source = source(&["--verify"]);
     source.say(format!("migrate {address}"));
-    destination.await_message("a source connected");
+    destination.await_message("it offers a guest");
     // The migration stands still while they come.
     source.stop();
     silent.extend(disturb(&address, &mut noise));
@@ -61,7 +66,7 @@ fn a_second_source_while_one_is_served() {
     let (mut first, mut second) = (source(&[]), source(&[]));
     let beats = second.beats();
     first.say(format!("migrate {address}"));
-    destination.await_message("a source connected");
+    destination.await_message("it offers a guest");
     first.stop();
     second.say(format!("migrate {address}"));
     let why = ["refused by", &address, "another migration is being served"];
@@ -69,6 +74,57 @@ fn a_second_source_while_one_is_served() {
     first.signal(Signal::CONT);
     first.finish().report(0).assert_departed();
     destination.finish().report(0).assert_arrived();
+}
+
+/// A real source comes after all of them; the time that it may take.
+fn assert_serves(mut destination: Process, address: &str) {
+    let mut source = source(&[]);
+    let began = Instant::now();
+    source.say(format!("migrate {address}"));
+    source.finish().report(0).assert_departed();
+    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+    destination.finish().report(0).assert_arrived();
+}
+
+#[test]
+fn strangers_that_leave_at_every_step_before_a_guest_is_on_its_way() {
+    let (mut destination, address) = destination(&[]);
+    let connected = "a source connected from ";
+    let silent = let_in(&address);
+    destination.await_message(connected);
+    drop(silent);
+    destination.await_message("no guest came from 127.0.0.1:");
+    let mut nonsense = let_in(&address);
+    send(&mut nonsense, &[0xff; 40]);
+    assert!(matches!(receive(&mut nonsense), Message::Failed { .. }));
+    destination.await_message("no guest came from 127.0.0.1:");
+    let mut declined = let_in(&address);
+    let Message::Hello(hello) = hello(1) else { panic!("no greeting") };
+    let other = Hello { description: b"a cat".to_vec(), ..hello };
+    send(&mut declined, &Message::Hello(other).encode());
+    assert!(matches!(receive(&mut declined), Message::Failed { .. }));
+    destination.await_message("no guest came from 127.0.0.1:");
+    // It has been promised that its guest is waited for.
+    drop(welcomed(&address, 2));
+    destination.await_message("no guest came from 127.0.0.1:");
+    assert_serves(destination, &address);
+}
+
+#[test]
+fn a_source_that_fails_before_its_guest_is_on_its_way() {
+    let (mut destination, address) = destination(&[]);
+    let mut failed = welcomed(&address, 2);
+    let text = "no more cheese".to_owned();
+    send(&mut failed, &Message::Failed { reason: FailureReason::Host, text }.encode());
+    destination.await_message("no more cheese");
+    assert_serves(destination, &address);
+}
+
+#[test]
+fn strangers_that_are_let_in_and_say_nothing() {
+    let (destination, address) = destination(&[]);
+    let _silent: Vec<_> = (0..30).map(|_| let_in(&address)).collect();
+    assert_serves(destination, &address);
 }
 
 #[test]

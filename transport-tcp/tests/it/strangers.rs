@@ -110,7 +110,9 @@ fn another_version_is_told_so_however_long_its_preamble() {
 #[test]
 fn a_second_source_is_told_to_come_later() {
     let acceptor = acceptor(&TcpOptions::default());
-    let source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+    let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+    let mut control = source.control().unwrap();
+    control.sender.send(b"hello").unwrap();
     let assert_busy = || {
         let error = connect(acceptor.local_addr(), TcpOptions::default()).unwrap_err();
         let TransportError::Refused { address, reason } = error else { panic!("{error}") };
@@ -119,16 +121,42 @@ fn a_second_source_is_told_to_come_later() {
     };
     // Before it is accepted, while it is served, and while its source is gone already.
     assert_busy();
-    let destination = acceptor.accept(Some(PATIENCE)).unwrap();
+    let mut destination = acceptor.accept(Some(PATIENCE)).unwrap();
+    destination.control().unwrap().receiver.receive(Some(PATIENCE)).unwrap();
     assert_busy();
     assert!(matches!(
         acceptor.accept(Some(Duration::from_millis(20))),
         Err(TransportError::TimedOut { .. })
     ));
-    drop(source);
+    drop((control, source));
     assert_busy();
     drop(destination);
     assert_serves(&acceptor);
+}
+
+/// Who speaks a preamble and nothing more keeps nobody out, also one who was accepted.
+#[test]
+fn whoever_speaks_first_is_the_source() {
+    let options = TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() };
+    let acceptor = acceptor(&options);
+    let silent: Vec<_> =
+        (0..20).map(|_| connect(acceptor.local_addr(), TcpOptions::default()).unwrap()).collect();
+    let mut stranger = acceptor.accept(Some(PATIENCE)).unwrap();
+    assert!(silent.iter().any(|silent| silent.migration_id() == stranger.migration_id()));
+    let mut control = stranger.control().unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(move || control.receiver.receive(Some(PATIENCE)));
+        let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+        let mut to_destination = source.control().unwrap();
+        to_destination.sender.send(b"hello").unwrap();
+        let error = waiting.join().unwrap().unwrap_err();
+        assert!(matches!(error, TransportError::Interrupted), "{error}");
+        drop(stranger);
+        let mut destination = acceptor.accept(Some(PATIENCE)).unwrap();
+        assert_eq!(destination.migration_id(), source.migration_id());
+        let mut control = destination.control().unwrap();
+        assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"hello");
+    });
 }
 
 #[test]

@@ -56,11 +56,13 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
         .and_then(|arrived| arrived.ok_or_else(|| "the destination was interrupted".into()));
     let there = arrived.as_mut().ok().and_then(|arrived| arrived.timeline.take());
     let timelines = [departed.timeline.take(), there];
-    let report = merge(departed, arrived);
-    report.print(args.json)?;
-    if let Some(path) = &args.report {
-        timeline::write(path, &report, timelines)?;
+    let mut report = merge(departed, arrived);
+    if let Some(path) = &args.report
+        && let Err(error) = timeline::write(path, &report, timelines)
+    {
+        report.fail(error.to_string());
     }
+    report.print(args.json)?;
     Ok(report.outcome)
 }
 

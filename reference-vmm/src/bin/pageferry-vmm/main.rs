@@ -29,8 +29,9 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
-use args::{Cli, Command};
+use args::{Cli, Command, RestoreArgs, SaveArgs};
 use outcome::Outcome;
+use report::Report;
 
 fn main() -> ExitCode {
     pageferry_vmm::log::to_stderr();
@@ -38,20 +39,41 @@ fn main() -> ExitCode {
     if let Err(complaint) = command.check() {
         Cli::command().error(ErrorKind::ValueValidation, complaint).exit();
     }
-    let result = match command {
-        Command::Demo(args) => demo::demo(&args),
-        Command::Run(args) => run::run(&args),
-        Command::Receive(args) => receive::receive(&args),
-        Command::Save(args) => saved::save(&args),
-        Command::Restore(args) => saved::restore(&args),
-        Command::Schema(command) => schema::schema(&command),
-        Command::Inspect(args) => inspect::inspect(&args),
-    };
-    match result {
+    match run(&command) {
         Ok(outcome) => outcome.exit_code(),
         Err(error) => {
-            say!("error: {}", pageferry::Chain::of(&*error));
+            let why = pageferry::Chain::of(&*error).to_string();
+            say!("error: {why}");
+            if let Err(error) = report_failure(&command, why) {
+                say!("failed to print the report: {error}");
+            }
             Outcome::Failed.exit_code()
         }
     }
+}
+
+fn run(command: &Command) -> Result<Outcome, Box<dyn std::error::Error + Send + Sync>> {
+    match command {
+        Command::Demo(args) => demo::demo(args),
+        Command::Run(args) => run::run(args),
+        Command::Receive(args) => receive::receive(args),
+        Command::Save(args) => saved::save(args),
+        Command::Restore(args) => saved::restore(args),
+        Command::Schema(command) => schema::schema(command),
+        Command::Inspect(args) => inspect::inspect(args),
+    }
+}
+
+/// With `--json` there is an object on stdout however a command ends: here of one that failed before
+/// it had one to print.
+fn report_failure(command: &Command, why: String) -> Result<(), serde_json::Error> {
+    let (json, transport) = match command {
+        Command::Demo(args) => (args.json, args.migration.transport),
+        Command::Run(args) => (args.json, args.migration.transport),
+        Command::Receive(args) => (args.json, args.transport),
+        Command::Save(SaveArgs { json: true, .. })
+        | Command::Restore(RestoreArgs { json: true, .. }) => return saved::print_failure(&why),
+        _ => return Ok(()),
+    };
+    if json { Report::of_failure(transport.name(), why).print(true) } else { Ok(()) }
 }

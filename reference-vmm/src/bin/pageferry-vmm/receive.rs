@@ -1,24 +1,31 @@
 //! `receive`: waits for a guest, and runs it.
 
-use std::error::Error;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::{Receiver, select, unbounded};
+use indicatif::HumanBytes;
+use pageferry::memory::GuestMemory;
 use pageferry::threads::PinnedThreads;
-use pageferry::transport::TransportError;
-use pageferry::{Destination, GuestAtDestination, MigrationHandle, Offer, Statistics};
+use pageferry::transport::{DestinationLink, TransportError};
+use pageferry::{
+    Arrived, Destination, DestinationFailure, Error, Event, GuestAtDestination, MigrationHandle,
+    Offer, Statistics,
+};
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
 
 use crate::args::ReceiveArgs;
+use crate::links::{Acceptor, Chosen};
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
 use crate::signals::{Wish, end_with_parent, listen_to_signals, wait_or_quit};
 use crate::watch::Watch;
 
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     if args.with_parent {
@@ -30,96 +37,38 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     let acceptor = chosen.listen(&args.listen)?;
     // Scripts read the port from this line.
     say!("listening on {}", acceptor.local_addr());
-
-    let accepting = {
-        let interrupt = acceptor.interrupter();
-        let (done, accepted) = crossbeam_channel::bounded(1);
-        std::thread::scope(|scope| {
-            scope.spawn(|| done.send(chosen.accept(&acceptor)));
-            loop {
-                select! {
-                    recv(accepted) -> link => break link.map_err(|_| TransportError::Closed)?,
-                    recv(wishes) -> wish => {
-                        if matches!(wish, Ok(Wish::Interrupt)) {
-                            interrupt.interrupt();
-                        }
-                    }
-                }
-            }
-        })
-    };
-    let (peer, link) = match accepting {
-        Err(TransportError::Interrupted) => {
-            say!("interrupted before a guest came");
-            return Ok(Outcome::Cancelled);
+    let come = loop {
+        let Some((peer, link)) = await_source(&chosen, &acceptor, &wishes)? else {
+            break Err("interrupted before a guest came".to_owned());
+        };
+        say!("a source connected from {peer}");
+        match take_in(args, link, &wishes)? {
+            Come::Stranger(why) => say!("no guest came from {peer}: {why}; the next is waited for"),
+            Come::Interrupted => break Err("cancelled before a guest came".to_owned()),
+            Come::Guest(guest) => break Ok(*guest),
         }
-        link => link?,
     };
-    // The port stays with the link, which has others told to come later. Without it they are
-    // refused at once, and do not wait for a guest's home that is taken.
+    // Others are refused at once from now on, and do not wait for a guest's home that is taken.
     drop(acceptor);
-    say!("a source connected from {peer}");
-
-    let destination = Destination::new()
-        .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
-        .populate_ahead(args.populate);
-    let handle = destination.handle();
-    let watch = Watch::start(handle.clone())?;
-    let destination = destination.on_event(watch.sink());
-    let migrating = cancel_on_interrupt(&wishes, &handle);
-    let offer = match destination.negotiate(link) {
-        Ok(offer) => offer,
-        Err(error) => {
-            drop(watch);
-            let mut report = Report::new(
-                Outcome::of(&error),
-                GuestAt::Source,
-                chosen.name(),
-                0,
-                args.memory.unwrap_or_default(),
-                &Statistics::default(),
-            );
-            report.error = Some(error.chain().to_string());
+    let report = |outcome, at, channels, memory_bytes, statistics: &Statistics| {
+        Report::new(outcome, at, chosen.name(), channels, memory_bytes, statistics)
+    };
+    let Coming { channels, config, result } = match come {
+        Ok(coming) => coming,
+        Err(why) => {
+            say!("{why}");
+            let (at, memory_bytes) = (GuestAt::Source, args.memory.unwrap_or_default());
+            let mut report =
+                report(Outcome::Cancelled, at, 0, memory_bytes, &Statistics::default());
+            report.error = Some(why);
             return finish(&report, args.json);
         }
     };
-    let (channels, memory_bytes) = (offer.channels(), offer.layout().len_bytes());
-    let machine = match machine_for(args, &offer) {
-        Ok(machine) => machine,
-        Err(error) => {
-            let reason = pageferry::Chain::of(&*error).to_string();
-            offer.decline(&reason);
-            drop(watch);
-            let statistics = Statistics::default();
-            let outcome = Outcome::Failed;
-            let mut report = Report::new(
-                outcome,
-                GuestAt::Source,
-                chosen.name(),
-                channels,
-                memory_bytes,
-                &statistics,
-            );
-            report.error = Some(reason);
-            return finish(&report, args.json);
-        }
-    };
-    let config = machine.guest.config().clone();
-    let memory = machine.memory()?;
-    let result = offer.receive(machine, &memory);
-    drop(migrating);
-    drop(watch);
+    let memory_bytes = config.regions.iter().map(|(_, len_bytes)| len_bytes).sum();
     match result {
         Ok(arrived) => {
-            let statistics = &arrived.statistics;
-            let mut report = Report::new(
-                Outcome::Completed,
-                GuestAt::Destination,
-                chosen.name(),
-                channels,
-                memory_bytes,
-                statistics,
-            );
+            let (at, statistics) = (GuestAt::Destination, &arrived.statistics);
+            let mut report = report(Outcome::Completed, at, channels, memory_bytes, statistics);
             report.guest(&config);
             report.memory_match = arrived.verified.then_some(true);
             run_on(args, arrived.machine.guest, report, &wishes)
@@ -130,14 +79,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
                 _ => GuestAt::Source,
             };
             let outcome = Outcome::of(&failure.error);
-            let mut report = Report::new(
-                outcome,
-                at,
-                chosen.name(),
-                channels,
-                memory_bytes,
-                &failure.statistics,
-            );
+            let mut report = report(outcome, at, channels, memory_bytes, &failure.statistics);
             report.guest(&config);
             report.error = Some(failure.error.chain().to_string());
             let outcome = finish(&report, args.json)?;
@@ -149,8 +91,99 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     }
 }
 
+/// Waits for somebody who connects; `None` if a Ctrl-C came first.
+fn await_source(
+    chosen: &Chosen,
+    acceptor: &Acceptor,
+    wishes: &Receiver<Wish>,
+) -> Result<Option<(SocketAddr, Box<dyn DestinationLink>)>> {
+    let interrupt = acceptor.interrupter();
+    let (done, accepted) = crossbeam_channel::bounded(1);
+    let accepting = std::thread::scope(|scope| {
+        scope.spawn(|| done.send(chosen.accept(acceptor)));
+        loop {
+            select! {
+                recv(accepted) -> link => break link,
+                recv(wishes) -> wish => {
+                    if matches!(wish, Ok(Wish::Interrupt)) {
+                        interrupt.interrupt();
+                    }
+                }
+            }
+        }
+    });
+    match accepting.map_err(|_| TransportError::Closed)? {
+        Err(TransportError::Interrupted) => Ok(None),
+        link => Ok(Some(link?)),
+    }
+}
+
+/// What came of somebody who connected.
+enum Come {
+    /// Its guest was on its way, at least.
+    Guest(Box<Coming>),
+    /// Nothing: it was no source, or not one for this host, or left too early. Why.
+    Stranger(String),
+    /// A Ctrl-C came before a guest was on its way.
+    Interrupted,
+}
+
+/// A guest that was on its way.
+struct Coming {
+    channels: u16,
+    config: GuestConfig,
+    result: std::result::Result<Arrived<GuestMachine>, Box<DestinationFailure<GuestMachine>>>,
+}
+
+/// Takes in the guest of somebody who connected, if there is one.
+fn take_in(
+    args: &ReceiveArgs,
+    link: Box<dyn DestinationLink>,
+    wishes: &Receiver<Wish>,
+) -> Result<Come> {
+    let destination = Destination::new()
+        .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
+        .populate_ahead(args.populate);
+    let handle = destination.handle();
+    let watch = Watch::start(handle.clone())?;
+    let mut show = watch.sink();
+    let begun = Arc::new(AtomicBool::new(false));
+    let begins = Arc::clone(&begun);
+    let destination = destination.on_event(move |event| {
+        if matches!(event, Event::RoundStarted { .. }) {
+            begins.store(true, Ordering::Relaxed);
+        }
+        show(event);
+    });
+    let _migrating = cancel_on_interrupt(wishes, &handle);
+    let nothing = |error: &Error| match error {
+        Error::Cancelled => Come::Interrupted,
+        error => Come::Stranger(error.chain().to_string()),
+    };
+    let offer = match destination.negotiate(link) {
+        Ok(offer) => offer,
+        Err(error) => return Ok(nothing(&error)),
+    };
+    say!("it offers a guest of {}", HumanBytes(offer.layout().len_bytes()));
+    let channels = offer.channels();
+    let (machine, memory) = match machine_for(args, &offer) {
+        Ok(home) => home,
+        Err(error) => {
+            let reason = pageferry::Chain::of(&*error).to_string();
+            offer.decline(&reason);
+            return Ok(Come::Stranger(reason));
+        }
+    };
+    let config = machine.guest.config().clone();
+    let result = offer.receive(machine, &memory);
+    match result {
+        Err(failure) if !begun.load(Ordering::Relaxed) => Ok(nothing(&failure.error)),
+        result => Ok(Come::Guest(Box::new(Coming { channels, config, result }))),
+    }
+}
+
 /// Builds the machine that the source describes.
-fn machine_for(args: &ReceiveArgs, offer: &Offer) -> Result<GuestMachine> {
+fn machine_for(args: &ReceiveArgs, offer: &Offer) -> Result<(GuestMachine, Arc<GuestMemory>)> {
     let memory_bytes = offer.layout().len_bytes();
     if let Some(wanted) = args.memory
         && wanted != memory_bytes
@@ -170,7 +203,9 @@ fn machine_for(args: &ReceiveArgs, offer: &Offer) -> Result<GuestMachine> {
         return Err("the source's description of the guest does not fit its memory map".into());
     }
     config.backing = args.backing;
-    Ok(GuestMachine { guest: Guest::create(config)? })
+    let machine = GuestMachine { guest: Guest::create(config)? };
+    let memory = machine.memory()?;
+    Ok((machine, memory))
 }
 
 /// Runs the guest that arrived: for as long as asked, or until told to end.

@@ -32,6 +32,8 @@ pub(crate) enum GuestAt {
     Paused,
     /// Both sides have a paused copy, or one has and the other runs.
     Unknown,
+    /// The program failed before there was one, or lost it.
+    Nowhere,
 }
 
 /// The JSON object. What a side cannot know is null.
@@ -221,6 +223,14 @@ impl Report {
             memory_match: None,
             timeline: None,
         }
+    }
+
+    /// Of a program that failed before there was a migration to report, or after it lost its guest.
+    pub(crate) fn of_failure(transport: &str, why: String) -> Self {
+        let (outcome, at) = (Outcome::Failed, GuestAt::Nowhere);
+        let mut report = Self::new(outcome, at, transport, 0, 0, &Statistics::default());
+        report.error = Some(why);
+        report
     }
 
     /// Of the side that has the whole picture.

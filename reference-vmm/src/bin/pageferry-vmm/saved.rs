@@ -44,6 +44,27 @@ struct Report {
     oracle: String,
 }
 
+/// The object of a command that has none to report on. Its fields are those of [`Report`].
+#[derive(Debug, Serialize)]
+struct Failure<'a> {
+    schema: u32,
+    outcome: Outcome,
+    error: &'a str,
+}
+
+/// Prints it.
+pub(crate) fn print_failure(why: &str) -> std::result::Result<(), serde_json::Error> {
+    let failure = Failure { schema: SCHEMA, outcome: Outcome::Failed, error: why };
+    print(&serde_json::to_string(&failure)?);
+    Ok(())
+}
+
+fn print(text: &str) {
+    if let Err(error) = std::io::stdout().write_all(format!("{text}\n").as_bytes()) {
+        say!("failed to print the report: {error}");
+    }
+}
+
 /// Runs a guest for a while and saves it. If that fails it runs on.
 pub(crate) fn save(args: &SaveArgs) -> Result<Outcome> {
     let (wishes_in, wishes) = unbounded();
@@ -159,9 +180,7 @@ impl Report {
 
     fn print(&self, json: bool) -> Result<()> {
         let text = if json { serde_json::to_string(self)? } else { self.to_string() };
-        if let Err(error) = std::io::stdout().write_all(format!("{text}\n").as_bytes()) {
-            say!("failed to print the report: {error}");
-        }
+        print(&text);
         Ok(())
     }
 }

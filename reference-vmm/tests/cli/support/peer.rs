@@ -4,9 +4,13 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 
-use pageferry::protocol::Message;
+use pageferry::memory::{Layout, RegionLayout};
+use pageferry::protocol::{Hello, Message};
 use pageferry::transport::MigrationId;
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, PREAMBLE_BYTES, Preamble, Status};
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
+use pageferry_vmm::ram::{Backing, Ram};
+use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket};
 
 use super::PATIENCE;
@@ -48,6 +52,55 @@ pub(crate) fn take(listener: &TcpListener) -> TcpStream {
     stream.read_exact(&mut bytes).expect("read the preamble");
     let preamble = Preamble::decode(&bytes).expect("a preamble");
     assert_eq!(preamble.kind, Kind::Control);
+    stream
+}
+
+/// The control connection of a source that is let in, and has said nothing more yet.
+pub(crate) fn let_in(address: &str) -> TcpStream {
+    let mut stream = dial(address);
+    stream.write_all(&control_preamble()).expect("write the preamble");
+    let answer = read_answer(&mut stream);
+    assert_eq!(answer.status, Status::Ok, "{answer:?}");
+    stream
+}
+
+/// A guest as the reference VMM would describe it: small, and of threads.
+pub(crate) fn small_guest() -> GuestConfig {
+    GuestConfig {
+        kind: GuestKind::Process,
+        regions: Ram::pc_regions(16 << 20),
+        backing: Backing::Anonymous,
+        vcpus: 1,
+        workload: WorkloadConfig {
+            kind: WorkloadKind::Idle,
+            working_set_bytes: 4 << 20,
+            dirty_rate_pages_per_second: None,
+            seed: 1,
+        },
+    }
+}
+
+/// The greeting of a source of [`small_guest`] that a destination would take.
+pub(crate) fn hello(channels: u16) -> Message {
+    let guest = Guest::create(small_guest()).expect("a guest");
+    let regions = guest.config().regions.iter().map(|(guest_addr, len_bytes)| RegionLayout {
+        guest_addr: *guest_addr,
+        len_bytes: *len_bytes,
+        backing_page_bytes: 4096,
+    });
+    let layout = Layout::new(regions.collect()).expect("a layout");
+    let description = serde_json::to_vec(guest.config()).expect("a description");
+    let mut hello = Hello::new(layout, channels, false, description);
+    hello.state_schema = guest.schema().expect("a schema").to_json().into();
+    Message::Hello(hello)
+}
+
+/// A source that was let in and welcomed: its control connection.
+pub(crate) fn welcomed(address: &str, channels: u16) -> TcpStream {
+    let mut stream = let_in(address);
+    send(&mut stream, &hello(channels).encode());
+    let answer = receive(&mut stream);
+    assert!(matches!(answer, Message::Welcome(_)), "{answer:?}");
     stream
 }
 
