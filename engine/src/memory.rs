@@ -416,6 +416,26 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Fills pages with zero bytes, 2 MiB at a time, and asks before each piece whether to go on: who
+    /// does it for a peer has to notice an interrupt meanwhile. The first error ends it.
+    pub fn fill_zero_while<E: From<OutOfRange>>(
+        &self,
+        range: PageRange,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        const PIECE_PAGES: u32 = 512;
+        self.span(range)?;
+        let mut rest = range;
+        while rest.pages > 0 {
+            go_on()?;
+            let pages = rest.pages.min(PIECE_PAGES);
+            self.fill_zero(PageRange { pages, ..rest })?;
+            rest.first_page += u64::from(pages);
+            rest.pages -= pages;
+        }
+        Ok(())
+    }
+
     /// Copies pages out of guest memory. A user-space copy of page bytes: nothing on the raw
     /// path may call it.
     pub fn copy_out(&self, range: PageRange, into: &mut Vec<u8>) -> Result<(), OutOfRange> {

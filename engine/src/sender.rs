@@ -22,7 +22,8 @@ use crate::progress::Shared;
 use crate::session::Input;
 use crate::stats::ChannelGauge;
 use crate::transport::{
-    Capabilities, MAX_BATCH_RUNS, PageSender, Run, RunKind, Ticket, TransportError,
+    Capabilities, MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, PageSender, Run, RunKind,
+    Ticket, TransportError,
 };
 
 /// Page bytes in a batch, unless the host says otherwise: enough that its fixed cost vanishes,
@@ -33,6 +34,9 @@ pub(crate) const BATCH_BYTES: u64 = 4 << 20;
 /// Bounds on what was sent and has not landed, a channel: what must be remembered, and what the
 /// last round may have to wait for.
 const IN_FLIGHT_BYTES: u64 = 32 << 20;
+/// Zero pages are little to remember and to send, but the destination writes them all: half a second
+/// of work where its memory was never touched, and more than enough for a long way.
+const IN_FLIGHT_ZERO_PAGES: u64 = 8 * MAX_BATCH_ZERO_PAGES;
 const IN_FLIGHT_BATCHES: usize = 256;
 
 /// Page bytes after which a busy sender asks what has landed. More often costs a system call
@@ -95,7 +99,7 @@ pub(crate) struct SenderSetup {
 
 struct InFlight {
     ticket: Ticket,
-    bytes: u64,
+    pages: PageCounts,
     runs: Vec<Run>,
 }
 
@@ -104,11 +108,11 @@ struct SenderThread {
     /// The run of pages that hold something that was found last, with its region.
     known_data: (u16, Range<u64>),
     batch: Vec<Run>,
-    batch_bytes: u64,
+    batch_pages: PageCounts,
     max_batch_bytes: u64,
     max_batch_runs: usize,
     in_flight: VecDeque<InFlight>,
-    in_flight_bytes: u64,
+    in_flight_pages: PageCounts,
     /// Emptied lists of runs, to be filled again, so that a round allocates nothing.
     spare: Vec<Vec<Run>>,
     /// Page bytes sent since the last look at what has landed.
@@ -122,11 +126,11 @@ pub(crate) fn run(setup: SenderSetup) {
     let mut thread = SenderThread {
         known_data: (0, 0..0),
         batch: Vec::with_capacity(max_batch_runs),
-        batch_bytes: 0,
+        batch_pages: PageCounts::default(),
         max_batch_bytes: setup.capabilities.max_batch_bytes.min(setup.batch_bytes).max(PAGE_BYTES),
         max_batch_runs,
         in_flight: VecDeque::new(),
-        in_flight_bytes: 0,
+        in_flight_pages: PageCounts::default(),
         spare: Vec::new(),
         unreaped_bytes: 0,
         setup,
@@ -299,8 +303,7 @@ impl SenderThread {
         while pages > 0 {
             let room = match kind {
                 RunKind::Data => self.room_bytes() / PAGE_BYTES,
-                // Most that a run can say.
-                RunKind::Zero => u64::from(u32::MAX >> 1),
+                RunKind::Zero => MAX_BATCH_ZERO_PAGES.saturating_sub(self.batch_pages.zero),
             };
             if room == 0 {
                 self.send_batch()?;
@@ -323,8 +326,9 @@ impl SenderThread {
                 let range = PageRange { region, first_page, pages: piece };
                 self.batch.push(Run { range, kind });
             }
-            if kind == RunKind::Data {
-                self.batch_bytes += u64::from(piece) * PAGE_BYTES;
+            match kind {
+                RunKind::Data => self.batch_pages.data += u64::from(piece),
+                RunKind::Zero => self.batch_pages.zero += u64::from(piece),
             }
             first_page += u64::from(piece);
             pages -= u64::from(piece);
@@ -338,8 +342,8 @@ impl SenderThread {
         if self.setup.shared.limits_bandwidth() {
             most_bytes = most_bytes.min(self.setup.shared.bandwidth_at_a_time());
         }
-        let least_bytes = if self.batch_bytes == 0 { PAGE_BYTES } else { 0 };
-        most_bytes.saturating_sub(self.batch_bytes).max(least_bytes)
+        let least_bytes = if self.batch_pages.data == 0 { PAGE_BYTES } else { 0 };
+        most_bytes.saturating_sub(self.batch_pages.data_bytes()).max(least_bytes)
     }
 
     fn send_batch(&mut self) -> Result<(), Error> {
@@ -347,7 +351,10 @@ impl SenderThread {
         if self.batch.is_empty() {
             return Ok(());
         }
-        while self.in_flight_bytes > IN_FLIGHT_BYTES || self.in_flight.len() >= IN_FLIGHT_BATCHES {
+        while self.in_flight_pages.data_bytes() > IN_FLIGHT_BYTES
+            || self.in_flight_pages.zero > IN_FLIGHT_ZERO_PAGES
+            || self.in_flight.len() >= IN_FLIGHT_BATCHES
+        {
             self.reap(Some(GLANCE))?;
         }
         if self.setup.shared.limits_bandwidth() {
@@ -358,10 +365,10 @@ impl SenderThread {
         let most_runs = self.max_batch_runs;
         let empty = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(most_runs));
         let runs = std::mem::replace(&mut self.batch, empty);
-        let bytes = std::mem::take(&mut self.batch_bytes);
-        self.in_flight.push_back(InFlight { ticket, bytes, runs });
-        self.in_flight_bytes += bytes;
-        self.unreaped_bytes += bytes;
+        let pages = std::mem::take(&mut self.batch_pages);
+        self.in_flight.push_back(InFlight { ticket, pages, runs });
+        self.in_flight_pages.add(&pages);
+        self.unreaped_bytes += pages.data_bytes();
         if self.unreaped_bytes < REAP_EVERY_BYTES && self.in_flight.len() < IN_FLIGHT_BATCHES / 2 {
             return Ok(());
         }
@@ -370,7 +377,7 @@ impl SenderThread {
 
     /// Waits for the batch's turn under the bandwidth limit.
     fn wait_for_bandwidth(&mut self) -> Result<(), Error> {
-        let wait = self.setup.shared.take_bandwidth(self.batch_bytes);
+        let wait = self.setup.shared.take_bandwidth(self.batch_pages.data_bytes());
         let turn = Instant::now() + wait.min(LONGEST_TURN);
         while let Some(wait) = turn.checked_duration_since(Instant::now()) {
             if wait.is_zero() {
@@ -397,8 +404,11 @@ impl SenderThread {
         let landed = self.setup.pages.watermarks(wait)?.landed;
         while self.in_flight.front().is_some_and(|batch| batch.ticket <= landed) {
             let Some(mut batch) = self.in_flight.pop_front() else { break };
-            self.in_flight_bytes -= batch.bytes;
-            self.gauge().landed_bytes.fetch_add(batch.bytes, Ordering::Relaxed);
+            self.in_flight_pages.data -= batch.pages.data;
+            self.in_flight_pages.zero -= batch.pages.zero;
+            let gauge = self.gauge();
+            gauge.landed_bytes.fetch_add(batch.pages.data_bytes(), Ordering::Relaxed);
+            gauge.landed_zero_pages.fetch_add(batch.pages.zero, Ordering::Relaxed);
             batch.runs.clear();
             self.spare.push(batch.runs);
         }
@@ -438,3 +448,6 @@ fn bits_of(range: Range<u64>) -> StripeBits {
         if from < to { (u64::MAX >> (WORD_PAGES - (to - from))) << from } else { 0 }
     })
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

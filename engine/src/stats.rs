@@ -180,6 +180,8 @@ pub(crate) struct ChannelGauge {
     pub(crate) data_pages: AtomicU64,
     pub(crate) zero_pages: AtomicU64,
     pub(crate) landed_bytes: AtomicU64,
+    /// Pages that were mentioned as zero, and are so at the destination.
+    pub(crate) landed_zero_pages: AtomicU64,
     pub(crate) wire_bytes: AtomicU64,
     pub(crate) user_copied_bytes: AtomicU64,
     pub(crate) system_calls: AtomicU64,

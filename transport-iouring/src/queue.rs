@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 
 use pageferry::memory::PageRange;
-use pageferry::transport::{MAX_BATCH_RUNS, Run, Ticket};
+use pageferry::transport::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, Ticket};
 
 /// Most batches of the engine that wait.
 const MAX_BATCHES: usize = 64;
@@ -18,6 +18,7 @@ const MAX_BATCHES: usize = 64;
 pub(crate) struct WireBatch {
     pub(crate) runs: Vec<Run>,
     payload_bytes: u64,
+    zero_pages: u64,
     /// The last of the engine's batches in it.
     pub(crate) last: Ticket,
     /// Its pages come in order, so none can be in it twice.
@@ -58,6 +59,7 @@ impl Queue {
 
     pub(crate) fn push(&mut self, ticket: Ticket, runs: &[Run]) {
         let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
+        let zero_pages = PageCounts::of(runs).zero;
         self.batches += 1;
         self.payload_bytes += payload_bytes;
         let ascends = runs.is_sorted_by(ascend);
@@ -67,6 +69,7 @@ impl Queue {
             && ascends
             && ascend(end, first)
             && wire.payload_bytes + payload_bytes <= self.most_bytes
+            && wire.zero_pages + zero_pages <= MAX_BATCH_ZERO_PAGES
         {
             let one = joined(end, first);
             let rest = &runs[usize::from(one.is_some())..];
@@ -76,6 +79,7 @@ impl Queue {
                 wire.runs.push(end);
                 wire.runs.extend_from_slice(rest);
                 wire.payload_bytes += payload_bytes;
+                wire.zero_pages += zero_pages;
                 wire.last = ticket;
                 return;
             }
@@ -83,6 +87,7 @@ impl Queue {
         self.wire.push_back(WireBatch {
             runs: runs.to_vec(),
             payload_bytes,
+            zero_pages,
             last: ticket,
             ascends,
         });
@@ -144,5 +149,8 @@ mod tests {
         assert_eq!(wire.len(), 2, "300 runs and 300 runs are too many");
         let wire = queued(&[&[data(0, 0, 200)], &[data(0, 200, 56)], &[data(0, 256, 1)]]);
         assert_eq!(wire.len(), 2, "a MiB and a page are too much");
+        let most = u32::try_from(MAX_BATCH_ZERO_PAGES).unwrap();
+        let wire = queued(&[&[zero(0, most)], &[zero(most.into(), 1)], &[zero(most.into(), 2)]]);
+        assert_eq!(wire.len(), 3, "no more zero pages than in any batch");
     }
 }

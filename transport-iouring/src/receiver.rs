@@ -244,7 +244,7 @@ impl IoUringPageReceiver {
         let counts = self.receive_table(header)?;
         // Zeroes first: meanwhile the kernel receives the payload. A batch names no page twice.
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
-            self.incoming.memory().fill_zero(run.range)?;
+            self.incoming.memory().fill_zero_while(run.range, || self.socket.check())?;
         }
         self.receive_pages(header.ack.then_some(header.ticket))?;
         self.landed = header.ticket;

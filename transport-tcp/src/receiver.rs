@@ -170,7 +170,7 @@ impl TcpPageReceiver {
         let counts = self.receive_table(header)?;
         // Zeroes first: meanwhile the kernel receives the payload. A batch names no page twice.
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
-            self.vectors.memory().fill_zero(run.range)?;
+            self.vectors.memory().fill_zero_while(run.range, || self.connection.check())?;
         }
         self.receive_payload()?;
         self.landed = header.ticket;

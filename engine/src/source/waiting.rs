@@ -251,9 +251,11 @@ impl Drive<'_> {
 
     /// Changes whenever any sender gets anywhere.
     fn progress_mark(&self) -> u64 {
-        let looked_at: u64 = self.channels.gauges.iter().map(|gauge| gauge.pages().total()).sum();
-        let landed =
-            |gauge: &crate::stats::ChannelGauge| gauge.landed_bytes.load(Ordering::Relaxed);
-        looked_at.wrapping_add(self.channels.gauges.iter().map(|gauge| landed(gauge)).sum())
+        let marks = self.channels.gauges.iter().map(|gauge| {
+            let landed_bytes = gauge.landed_bytes.load(Ordering::Relaxed);
+            let landed_zero_pages = gauge.landed_zero_pages.load(Ordering::Relaxed);
+            gauge.pages().total().wrapping_add(landed_bytes).wrapping_add(landed_zero_pages)
+        });
+        marks.fold(0, u64::wrapping_add)
     }
 }

@@ -18,6 +18,7 @@
 //! or with one call: [`run_all`].
 
 mod reads;
+mod zeroes;
 
 use std::sync::Arc;
 use std::thread;
@@ -26,11 +27,12 @@ use std::time::{Duration, Instant};
 use super::{Random, TestMemory};
 use crate::memory::{PAGE_BYTES, PageRange};
 use crate::transport::{
-    ControlChannel, DestinationLink, MAX_FRAME_BYTES, PageCounts, PageReceiver, PageSender,
-    Received, Run, RunKind, SourceLink, TransportError,
+    ControlChannel, DestinationLink, MAX_BATCH_ZERO_PAGES, MAX_FRAME_BYTES, PageCounts,
+    PageReceiver, PageSender, Received, Run, RunKind, SourceLink, TransportError,
 };
 
 pub use reads::pages_are_read_where_that_is_possible;
+pub use zeroes::an_interrupt_ends_a_batch_of_zeroes;
 
 /// Both ends of a link.
 pub type Pair = (Box<dyn SourceLink>, Box<dyn DestinationLink>);
@@ -59,6 +61,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("a_lost_source_is_noticed", a_lost_source_is_noticed),
     ("a_lost_destination_is_noticed", a_lost_destination_is_noticed),
     ("an_interrupt_wakes_everyone", an_interrupt_wakes_everyone),
+    ("an_interrupt_ends_a_batch_of_zeroes", an_interrupt_ends_a_batch_of_zeroes),
     ("pages_are_read_where_that_is_possible", pages_are_read_where_that_is_possible),
     ("memory_is_let_go", memory_is_let_go),
 ];
@@ -84,6 +87,7 @@ macro_rules! conformance_suite {
             a_lost_source_is_noticed
             a_lost_destination_is_noticed
             an_interrupt_wakes_everyone
+            an_interrupt_ends_a_batch_of_zeroes
             pages_are_read_where_that_is_possible
             memory_is_let_go
         );
@@ -141,9 +145,13 @@ struct Opened {
 const REGION_PAGES: [u64; 3] = [700, 1, 1300];
 
 fn open(make_pair: &MakePair<'_>, channels: u16) -> Opened {
+    open_with(make_pair, channels, &REGION_PAGES)
+}
+
+fn open_with(make_pair: &MakePair<'_>, channels: u16, region_pages: &[u64]) -> Opened {
     let (mut source, mut destination) = make_pair();
-    let here = TestMemory::new(&REGION_PAGES);
-    let there = TestMemory::new(&REGION_PAGES);
+    let here = TestMemory::new(region_pages);
+    let there = TestMemory::new(region_pages);
     let control = (
         source.control().expect("the source's control channel"),
         destination.control().expect("the destination's control channel"),
@@ -392,14 +400,18 @@ pub fn landed_means_landed(make_pair: &MakePair<'_>) {
 
 /// A batch over the transport's own limits is refused before anything is sent.
 pub fn batches_beyond_the_limits_are_refused(make_pair: &MakePair<'_>) {
-    let mut opened = open(make_pair, 1);
+    let region_pages = MAX_BATCH_ZERO_PAGES + 1;
+    let mut opened = open_with(make_pair, 1, &[region_pages]);
     let capabilities = opened.source.capabilities();
     let too_many = vec![data(0, 0, 1); capabilities.max_batch_runs + 1];
     let result = opened.senders[0].send(&too_many);
     assert!(matches!(result, Err(TransportError::TooLarge { .. })), "{result:?}");
+    let pages = u32::try_from(region_pages).expect("small");
+    let result = opened.senders[0].send(&[run(0, 0, pages, RunKind::Zero)]);
+    assert!(matches!(result, Err(TransportError::TooLarge { .. })), "{result:?}");
     let pages = u32::try_from(capabilities.max_batch_bytes / PAGE_BYTES + 1).expect("small");
-    if u64::from(pages) <= REGION_PAGES[2] {
-        let result = opened.senders[0].send(&[data(2, 0, pages)]);
+    if u64::from(pages) <= region_pages {
+        let result = opened.senders[0].send(&[data(0, 0, pages)]);
         assert!(matches!(result, Err(TransportError::TooLarge { .. })), "{result:?}");
     }
 }

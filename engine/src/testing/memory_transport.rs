@@ -369,7 +369,7 @@ impl PageReceiver for LaneReceiver {
         let mut rest = payload.as_slice();
         for run in &runs {
             match run.kind {
-                RunKind::Zero => self.memory.fill_zero(run.range)?,
+                RunKind::Zero => self.memory.fill_zero_while(run.range, || self.stop.check())?,
                 RunKind::Data => {
                     // Cut by the same runs that it was put together by.
                     let (bytes, more) = rest.split_at(rest.len().min(payload_len(run)));

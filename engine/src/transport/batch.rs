@@ -1,10 +1,16 @@
 //! What a sender hands to a transport: runs of pages.
 
-use crate::memory::PageRange;
+use crate::memory::{PAGE_BYTES, PageRange};
 
 /// Most runs any batch may have. With one more vector for the header, a batch fits in one
 /// `sendmsg` (`IOV_MAX` is 1024, see `sendmsg(2)`).
 pub const MAX_BATCH_RUNS: usize = 512;
+
+/// Most pages that the zero runs of any batch may cover: 64 MiB, about what a batch may carry as
+/// data on a stream. They cost nothing on the wire, but a receiver writes all of them: without a
+/// bound a few bytes could keep it busy for as long as a peer likes, and an honest guest that frees
+/// memory by the hundred GiB would seem to stand still.
+pub const MAX_BATCH_ZERO_PAGES: u64 = (64 << 20) / PAGE_BYTES;
 
 /// How the pages of a run travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +71,11 @@ impl PageCounts {
         self.data += other.data;
         self.zero += other.zero;
         self.encoded += other.encoded;
+    }
+
+    /// Bytes of the pages sent as they are.
+    pub fn data_bytes(&self) -> u64 {
+        self.data.saturating_mul(PAGE_BYTES)
     }
 
     /// All pages.

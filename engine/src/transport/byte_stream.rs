@@ -385,7 +385,8 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
         let counts = stream::decode_table(&header, table, self.memory.layout(), &mut runs)?;
         for run in runs {
             if run.kind == RunKind::Zero {
-                self.memory.fill_zero(run.range)?;
+                let half = &self.half;
+                self.memory.fill_zero_while(run.range, || half.check("", Ok(())))?;
                 continue;
             }
             self.half.fill(self.memory.span(run.range)?.len_bytes, None)?;

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use batch::{MAX_BATCH_RUNS, PageCounts, Run, RunKind};
+pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
 
 use crate::memory::{GuestMemory, OutOfRange, PageRange};
 
@@ -81,12 +81,14 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Refuses a batch that is over the limits.
+    /// Refuses a batch that is over the limits, [`MAX_BATCH_ZERO_PAGES`] among them.
     pub fn check(&self, runs: &[Run]) -> Result<(), TransportError> {
         let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
+        let zero_pages = PageCounts::of(runs).zero;
         for (what, size, limit) in [
             ("batch of runs", runs.len() as u64, self.max_batch_runs as u64),
             ("batch of page bytes", payload_bytes, self.max_batch_bytes),
+            ("batch of zero pages", zero_pages, MAX_BATCH_ZERO_PAGES),
         ] {
             if size > limit {
                 return Err(TransportError::TooLarge { what, size, limit });
@@ -415,7 +417,8 @@ pub trait PageSender: Send {
     /// a later batch repairs, since the page was re-armed before.
     ///
     /// `runs` is not empty, at most [`Capabilities::max_batch_runs`] long and holds at most
-    /// [`Capabilities::max_batch_bytes`] of page bytes. No run is empty, no page is in two.
+    /// [`Capabilities::max_batch_bytes`] of page bytes and [`MAX_BATCH_ZERO_PAGES`] zero pages. No
+    /// run is empty, no page is in two.
     fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError>;
 
     /// Asks for the watermarks. With `wait`, waits until `landed` has grown since the last call
@@ -445,7 +448,9 @@ pub trait PageReceiver: Send {
     /// Waits for the next batch, places it and acknowledges it when due. A one-sided transport
     /// only returns what needs a CPU here (zero runs) and the end.
     ///
-    /// Every run is checked against the registered memory before a byte is written.
+    /// Every run is checked against the registered memory before a byte is written. Zero runs are
+    /// written a piece at a time ([`GuestMemory::fill_zero_while`]), so that an interrupt is heeded
+    /// in the middle of a batch too.
     fn receive(&mut self) -> Result<Received, TransportError>;
 
     /// What this channel has done.

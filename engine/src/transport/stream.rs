@@ -16,7 +16,7 @@
 
 use thiserror::Error;
 
-use super::batch::{MAX_BATCH_RUNS, Run, RunKind};
+use super::batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, Run, RunKind};
 use super::{PageCounts, Ticket};
 use crate::memory::{Layout, PAGE_BYTES, PageRange};
 
@@ -79,6 +79,13 @@ pub enum StreamError {
     /// A run of no pages or outside the agreed layout.
     #[error("run of pages {first_page}..+{pages} of region {region} is not inside guest memory", first_page = .0.first_page, pages = .0.pages, region = .0.region)]
     OutOfRange(PageRange),
+    /// A page is in two runs of a batch. With zero runs, a table of a few kilobytes could otherwise
+    /// have the same memory written hundreds of times.
+    #[error("page {first_page} of region {region} is in two runs of a batch", first_page = .0.first_page, region = .0.region)]
+    Twice(PageRange),
+    /// More zero pages than a batch may have.
+    #[error("batch of {0} zero pages, at most {MAX_BATCH_ZERO_PAGES} are allowed")]
+    ZeroPages(u64),
     /// The header's payload length is not the sum of the data runs, or is too large.
     #[error("payload of {announced} bytes announced, runs add up to {actual}")]
     Payload {
@@ -244,7 +251,9 @@ pub fn decode_header(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Header
 }
 
 /// Reads the table of a batch into `runs`, replacing what is there. Every run is checked against
-/// the layout. `table` must be [`BatchHeader::table_bytes`] long.
+/// the layout, and all of them together: no page is in two, and what the receiver has to write for
+/// them is bounded ([`MAX_PAYLOAD_BYTES`], [`MAX_BATCH_ZERO_PAGES`]). `table` must be
+/// [`BatchHeader::table_bytes`] long.
 pub fn decode_table(
     header: &BatchHeader,
     table: &[u8],
@@ -294,7 +303,28 @@ pub fn decode_table(
     if runs.len() != usize::from(header.runs) || actual != header.payload_bytes {
         return Err(StreamError::Payload { announced: header.payload_bytes, actual });
     }
-    Ok(PageCounts::of(runs))
+    let counts = PageCounts::of(runs);
+    if counts.zero > MAX_BATCH_ZERO_PAGES {
+        return Err(StreamError::ZeroPages(counts.zero));
+    }
+    check_disjoint(runs)?;
+    Ok(counts)
+}
+
+/// Refuses a batch with a page in two runs. Engines send their runs in ascending order, which is
+/// seen in one pass; any other order is allowed, and costs a sort.
+fn check_disjoint(runs: &[Run]) -> Result<(), StreamError> {
+    let begin = |run: &Run| (run.range.region, run.range.first_page);
+    let end = |run: &Run| (run.range.region, run.range.first_page + u64::from(run.range.pages));
+    if runs.is_sorted_by(|before, after| end(before) <= begin(after)) {
+        return Ok(());
+    }
+    let mut sorted: Vec<&Run> = runs.iter().collect();
+    sorted.sort_unstable_by_key(|run| begin(run));
+    match sorted.windows(2).find(|pair| end(pair[0]) > begin(pair[1])) {
+        Some(pair) => Err(StreamError::Twice(pair[1].range)),
+        None => Ok(()),
+    }
 }
 
 /// Checks an acknowledgement: it may not go back nor name what was never sent.
@@ -370,158 +400,4 @@ fn take<const N: usize>(bytes: &[u8]) -> ([u8; N], &[u8]) {
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::memory::RegionLayout;
-
-    fn layout() -> Layout {
-        let region = |guest_addr, pages| RegionLayout {
-            guest_addr,
-            len_bytes: pages * PAGE_BYTES,
-            backing_page_bytes: PAGE_BYTES,
-        };
-        Layout::new(vec![region(0, 100), region(1 << 32, 1000)]).unwrap()
-    }
-
-    fn a_run() -> impl Strategy<Value = Run> {
-        (any::<bool>(), any::<bool>(), 0..90_u64, 1..10_u32).prop_map(
-            |(second, zero, first_page, pages)| Run {
-                range: PageRange { region: u16::from(second), first_page, pages },
-                kind: if zero { RunKind::Zero } else { RunKind::Data },
-            },
-        )
-    }
-
-    fn decode(bytes: &[u8], expected: Ticket) -> Result<(BatchHeader, Vec<Run>), StreamError> {
-        let (lead, _) = take::<LEAD_BYTES>(bytes);
-        let Header::Batch(header) = decode_header(&lead, expected)? else {
-            return Err(StreamError::UnknownType(TYPE_END));
-        };
-        let mut runs = Vec::new();
-        let table = &bytes[HEADER_BYTES..];
-        let table = &table[..table.len().min(header.table_bytes())];
-        decode_table(&header, table, &layout(), &mut runs)?;
-        Ok((header, runs))
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_encoded_is_decoded(
-            runs in prop::collection::vec(a_run(), 1..=MAX_BATCH_RUNS),
-            ticket: u64,
-            ack: bool,
-        ) {
-            let mut bytes = Vec::new();
-            encode_batch(ticket, &runs, ack, &mut bytes);
-            let (header, decoded) = decode(&bytes, ticket).unwrap();
-            prop_assert_eq!(header.ack, ack);
-            prop_assert_eq!(bytes.len(), HEADER_BYTES + header.table_bytes());
-            prop_assert_eq!(decoded, runs);
-        }
-
-        #[test]
-        fn any_bytes_are_decoded_or_refused(
-            mut bytes in prop::collection::vec(any::<u8>(), LEAD_BYTES..400),
-            like_a_batch: bool,
-        ) {
-            if like_a_batch {
-                bytes[..5].copy_from_slice(b"PFB1\x01");
-                bytes[5] &= FLAG_ACK;
-                bytes[7] = 0;
-            }
-            let (head, _) = take::<HEADER_BYTES>(&bytes);
-            let ticket = u64::from_le_bytes(take::<8>(&head[16..]).0);
-            // An answer, not a panic; what is accepted lies inside the layout.
-            if let Ok((_, runs)) = decode(&bytes, ticket) {
-                for Run { range, .. } in runs {
-                    let region = layout().regions()[usize::from(range.region)];
-                    prop_assert!(range.first_page + u64::from(range.pages) <= region.pages());
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn records_without_runs_are_a_lead_of_zeroes_after_the_type() {
-        type Encode = fn(&mut Vec<u8>);
-        let cases: [(Encode, Header); 2] =
-            [(encode_end, Header::End), (encode_ack_request, Header::AckRequest)];
-        for (encode, expected) in cases {
-            let mut bytes = vec![0xff; 3];
-            encode(&mut bytes);
-            let lead: [u8; LEAD_BYTES] = bytes.try_into().unwrap();
-            assert_eq!(decode_header(&lead, 7), Ok(expected));
-            for byte in 5..LEAD_BYTES {
-                let mut wrong = lead;
-                wrong[byte] = 1;
-                let error = decode_header(&wrong, 7).unwrap_err();
-                assert!(matches!(error, StreamError::Reserved(_)), "byte {byte}: {error}");
-            }
-        }
-        let mut lead = [0; LEAD_BYTES];
-        lead[..5].copy_from_slice(b"PFB1\x04");
-        assert_eq!(decode_header(&lead, 1), Err(StreamError::UnknownType(4)));
-    }
-
-    fn pages(pages: u32) -> [Run; 1] {
-        [Run { range: PageRange { region: 0, first_page: 0, pages }, kind: RunKind::Data }]
-    }
-
-    #[test]
-    fn acknowledgements_are_asked_for_by_bytes_and_by_batches() {
-        let flags = |count: u32, batches: u64| -> Vec<Ticket> {
-            let mut schedule = AckSchedule::default();
-            (1..=batches).filter(|ticket| schedule.flag_next(*ticket, &pages(count))).collect()
-        };
-        assert_eq!(flags(1024, 6), [2, 4, 6]);
-        assert_eq!(flags(4096, 2), [1, 2]);
-        assert_eq!(flags(1, 130), [64, 128]);
-    }
-
-    /// An answer to a flag may wait for the lead of the next record.
-    #[test]
-    fn the_last_batch_is_never_promised_without_a_request() {
-        let mut schedule = AckSchedule::default();
-        assert!(!schedule.expects_more(0));
-        assert!(schedule.flag_next(1, &pages(4096)));
-        assert!(!schedule.expects_more(0));
-        assert!(!schedule.flag_next(2, &pages(1)));
-        assert!(schedule.expects_more(0) && !schedule.expects_more(1));
-        schedule.requested(2);
-        assert!(schedule.expects_more(1) && !schedule.expects_more(2));
-        // A flag from before the request does not take back what the request promised.
-        assert!(!schedule.flag_next(3, &pages(1)));
-        assert!(schedule.expects_more(1) && !schedule.expects_more(2));
-    }
-
-    #[test]
-    fn runs_outside_the_layout_are_refused() {
-        for (region, first_page, pages) in [(0, 99, 2), (2, 0, 1), (0, u64::MAX, 1), (0, 0, 0)] {
-            let range = PageRange { region, first_page, pages };
-            let mut bytes = Vec::new();
-            encode_batch(1, &[Run { range, kind: RunKind::Data }], false, &mut bytes);
-            assert_eq!(decode(&bytes, 1), Err(StreamError::OutOfRange(range)));
-        }
-    }
-
-    #[test]
-    fn what_a_table_does_not_use_is_zero() {
-        let mut bytes = Vec::new();
-        encode_batch(1, &pages(1), false, &mut bytes);
-        assert_eq!(bytes.len(), LEAD_BYTES);
-        for byte in HEADER_BYTES + RUN_BYTES..LEAD_BYTES {
-            let mut wrong = bytes.clone();
-            wrong[byte] = 1;
-            assert_eq!(decode(&wrong, 1), Err(StreamError::Unused), "byte {byte}");
-        }
-    }
-
-    #[test]
-    fn acknowledgements_only_grow_and_never_pass_what_was_sent() {
-        assert_eq!(decode_ack(5_u64.to_le_bytes(), 5, 5), Ok(5));
-        assert!(decode_ack(6_u64.to_le_bytes(), 5, 0).is_err());
-        assert!(decode_ack(1_u64.to_le_bytes(), 5, 2).is_err());
-    }
-}
+mod tests;

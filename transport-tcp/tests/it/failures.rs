@@ -24,12 +24,15 @@ struct Receiving {
     _link: TcpDestinationLink,
 }
 
+/// A region of more pages than a batch may have as zero.
+const LARGE_PAGES: u32 = (1 << 14) + 1;
+
 /// A receiver whose other side is a plain socket.
 fn receiving() -> Receiving {
     let acceptor = acceptor(&TcpOptions::default());
     let control = raw::dial(acceptor.local_addr(), Kind::Control);
     let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
-    let memory = guest_memory(&[8, 8]);
+    let memory = guest_memory(&[8, 8, LARGE_PAGES.into()]);
     link.register(&memory).unwrap();
     let stream = raw::dial(acceptor.local_addr(), Kind::Data { channel: 0 });
     let receiver = link.open_receivers(1, PATIENCE).unwrap().remove(0);
@@ -51,11 +54,15 @@ fn a_bad_batch_is_malformed_and_touches_no_memory() {
         bytes[8] ^= 1;
         bytes
     };
-    let cases: [(Vec<u8>, Check); 7] = [
+    let cases: [(Vec<u8>, Check); 10] = [
         (head(1, &[good, data(0, 8, 1)]), |e| matches!(e, StreamError::OutOfRange(_))),
         (head(1, &[good, data(1, 7, 2)]), |e| matches!(e, StreamError::OutOfRange(_))),
         (head(1, &[good, zero(9, 0, 1)]), |e| matches!(e, StreamError::OutOfRange(_))),
         (head(1, &[zero(0, 0, 0)]), |e| matches!(e, StreamError::OutOfRange(_))),
+        (head(1, &[good, good]), |e| matches!(e, StreamError::Twice(_))),
+        // 32 GiB to write, for a table of 8 KiB.
+        (head(1, &[zero(2, 0, LARGE_PAGES); 512]), |e| matches!(e, StreamError::ZeroPages(_))),
+        (head(1, &[zero(2, 0, LARGE_PAGES)]), |e| matches!(e, StreamError::ZeroPages(_))),
         (head(2, &[good]), |e| matches!(e, StreamError::Sequence { .. })),
         (wrong_payload, |e| matches!(e, StreamError::Payload { .. })),
         (vec![b'?'; 64], |e| matches!(e, StreamError::BadMagic(_))),
