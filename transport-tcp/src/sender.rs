@@ -22,9 +22,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::stream::{self, ACK_BYTES, AckSchedule};
-use pageferry::transport::{
-    ChannelCounters, MAX_BATCH_RUNS, PageSender, Run, Ticket, TransportError, Watermarks,
-};
+use pageferry::transport::{ChannelCounters, PageSender, Run, Ticket, TransportError, Watermarks};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -307,15 +305,7 @@ impl PageSender for TcpPageSender {
             let cause = io::Error::new(io::ErrorKind::InvalidInput, "the batch has no runs");
             return Err(TransportError::Io { operation: SENDING, cause });
         }
-        let too_large = |what, size, limit| TransportError::TooLarge { what, size, limit };
-        if runs.len() > MAX_BATCH_RUNS {
-            let (size, limit) = (runs.len() as u64, MAX_BATCH_RUNS as u64);
-            return Err(too_large("number of runs in a batch", size, limit));
-        }
-        let payload_bytes: u64 = runs.iter().map(Run::payload_bytes).sum();
-        if payload_bytes > MAX_BATCH_BYTES {
-            return Err(too_large("batch in bytes", payload_bytes, MAX_BATCH_BYTES));
-        }
+        crate::CAPABILITIES.check(runs)?;
         self.vectors.load(runs)?;
 
         let ticket = self.sent + 1;
