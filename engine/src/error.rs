@@ -59,6 +59,24 @@ pub enum Error {
         #[source]
         cause: MachineError,
     },
+    /// Code that the host gave panicked (the machine, an event sink, a dirty source, the hook that
+    /// starts threads, the transport), or the engine itself. What it was doing counts as failed.
+    #[error("{place} panicked: {message}")]
+    Panicked {
+        /// Who it was.
+        place: String,
+        /// What the panic said.
+        message: String,
+    },
+    /// The guest was given back, and the destination may still hold what only one host may.
+    #[error("{why}; and what only one host may hold may still be held here")]
+    StillHeld {
+        /// Why it was given back: an error and its causes.
+        why: String,
+        /// Why it could not be released.
+        #[source]
+        cause: Box<Error>,
+    },
     /// A thread could not be started.
     #[error("failed to start a thread")]
     Thread(#[source] io::Error),
@@ -183,8 +201,10 @@ impl Error {
             Self::Dirty(_) | Self::Layout(_) | Self::OutOfRange(_) | Self::MemoryDiffers { .. } => {
                 Blame::GuestMemory
             }
-            Self::Machine { .. } => Blame::Machine,
-            Self::Thread(_) | Self::Host { .. } | Self::Internal(_) => Blame::Host,
+            Self::Machine { .. } | Self::StillHeld { .. } => Blame::Machine,
+            Self::Thread(_) | Self::Host { .. } | Self::Internal(_) | Self::Panicked { .. } => {
+                Blame::Host
+            }
             Self::Configuration(_) | Self::Unsupported(_) => Blame::Configuration,
             Self::Cancelled => Blame::Cancelled,
             Self::TimedOut { .. } => Blame::TimedOut,

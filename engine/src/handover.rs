@@ -44,10 +44,8 @@ pub enum SourceState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SourceInput {
-    /// The guest was paused for a switchover, or for a moment.
+    /// The guest is about to be paused for a switchover.
     Paused,
-    /// The guest was let run again after a moment in which the destination was told nothing.
-    Continued,
     /// The switchover is called off, and the guest was let run again.
     CalledOff,
     /// The destination has loaded everything for that switchover.
@@ -122,7 +120,6 @@ impl SourceHandover {
                 self.attempt = self.attempt.wrapping_add(1);
                 (S::Stopped, A::Nothing)
             }
-            (S::Stopped, I::Continued) => (S::Running, A::Nothing),
             (S::Stopped, I::CalledOff) => (S::Running, A::SendCalledOff(self.attempt)),
             (S::Stopped, I::Prepared { attempt }) if attempt == self.attempt => {
                 (S::Committed, A::SendCommit)
@@ -390,10 +387,6 @@ mod tests {
                         step(&|w| {
                             w.send_to_destination(Wire::Prepare(w.source.attempt()));
                             w.prepare_sent = true;
-                        });
-                        step(&|w| {
-                            w.source(SourceInput::Continued);
-                            w.source_runs = true;
                         });
                     }
                     // At any moment until the commit, and the guest runs before anyone hears of it.

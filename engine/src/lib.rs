@@ -36,6 +36,7 @@ pub mod transport;
 
 mod balance;
 mod config;
+mod host;
 mod limit;
 mod receiver;
 mod sender;

@@ -11,17 +11,21 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 /// orders:
 ///
 /// - at the source: `pause`, `save`, `release_resources`, and then either nothing more, or, when
-///   the switchover was called off or the migration failed, `reacquire_resources` (if released) and
-///   `resume`, also after a `pause` that failed itself. A switchover that was called off is followed
-///   by another one. While the guest runs: `rehearse` and `throttle`;
+///   the switchover was called off or the migration failed, `reacquire_resources` (if it was asked to
+///   release them, also where that failed) and `resume`, also after a `pause` that failed itself. A
+///   switchover that was called off is followed by another one. While the guest runs: `rehearse` and
+///   `throttle`;
 /// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing. After
-///   a switchover that was called off, `load` again, with newer state.
+///   a switchover that was called off, `load` again, with newer state. When `reacquire_resources` or
+///   `resume` fails, `release_resources`: the source gets the guest back.
 ///
 /// Before the first page moves, `state_schema` is asked of the running machine at the source, and
 /// what it says is shown to `check_state_schema` at the destination.
 ///
 /// The machine is given to a migration by value and comes back with its result, whatever that
-/// is.
+/// is, also when one of these calls panics ([`Error::Panicked`](crate::Error::Panicked)). A call that
+/// panicked counts as one that failed, and its duties are the same: what cannot be said of a machine
+/// after a panic is said in `docs/embedding.md`.
 pub trait Machine {
     /// Stops all vCPUs and all device emulation that writes guest memory, and returns when they
     /// stand. The guest's standstill is counted from before this call.
@@ -60,13 +64,19 @@ pub trait Machine {
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError>;
 
     /// Gives up what only one host may hold (disk locks, network identity) so that the other
-    /// side can take it. Called right before the point of no return.
+    /// side can take it. Called right before the point of no return, and at a destination that gives
+    /// the guest back: it releases whatever is held, which after a `reacquire_resources` that failed
+    /// may be some of it or nothing.
+    ///
+    /// Must not write guest memory: at the source all of it has been sent. What device emulation has
+    /// under way is written back by `pause` or `save`.
     fn release_resources(&mut self) -> Result<(), MachineError> {
         Ok(())
     }
 
     /// Takes what `release_resources` gave up: at the destination once the guest is its own, at
-    /// the source when the migration failed after a release.
+    /// the source when the migration failed after a release, or in the middle of one: then some of it
+    /// may be held still.
     fn reacquire_resources(&mut self) -> Result<(), MachineError> {
         Ok(())
     }
@@ -74,7 +84,8 @@ pub trait Machine {
     /// Says how large the device state is and how long saving it takes, without a switchover: what
     /// the downtime to expect is made of. Called with the guest running, at the beginning and now
     /// and then. Where the guest must be stopped for it, that should be for a moment only; the guest
-    /// runs when it returns. `None`: it will be known after the first switchover.
+    /// runs when it returns, with an error too, and is not resumed by the engine then. `None`: it will
+    /// be known after the first switchover.
     fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
         Ok(None)
     }
@@ -108,6 +119,10 @@ pub enum MachineOperation {
     ReleaseResources,
     /// [`Machine::reacquire_resources`].
     ReacquireResources,
+    /// [`Machine::check_state_schema`].
+    CheckStateSchema,
+    /// [`Machine::throttle`].
+    Throttle,
 }
 
 impl std::fmt::Display for MachineOperation {
@@ -121,6 +136,8 @@ impl std::fmt::Display for MachineOperation {
             Self::Load => "load device state",
             Self::ReleaseResources => "release host resources",
             Self::ReacquireResources => "acquire host resources",
+            Self::CheckStateSchema => "look at the device state to come",
+            Self::Throttle => "slow the guest down",
         })
     }
 }

@@ -11,6 +11,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::convergence::{Bound, Forecast, Policy, Settings, Verdict};
 use crate::error::Error;
+use crate::host::caught;
 use crate::limit::Limiter;
 use crate::protocol::Agreement;
 use crate::stats::{ChannelGauge, RoundStatistics};
@@ -338,9 +339,15 @@ impl Shared {
         set(Some(Arc::clone(interrupt)));
         // Cancelled before: leave the link alone, the peer should be told why it ends.
         let over = self.is_cancelled() || self.has_peer_ended();
-        let result = if over { Err(TransportError::Interrupted) } else { call() };
+        let result =
+            caught(
+                "the transport",
+                || {
+                    if over { Err(TransportError::Interrupted) } else { call() }
+                },
+            );
         set(None);
-        match result {
+        match result? {
             Err(TransportError::Interrupted) if self.is_cancelled() => Err(Error::Cancelled),
             result => Ok(result?),
         }

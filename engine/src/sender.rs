@@ -15,12 +15,14 @@ use crossbeam_utils::CachePadded;
 
 use crate::dirty::{DirtySources, STRIPE_WORDS, WORD_PAGES, runs};
 use crate::error::Error;
+use crate::host::caught;
 use crate::ledger::{Share, StripeBits};
 use crate::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use crate::partition::Stripe;
 use crate::progress::Shared;
 use crate::session::Input;
 use crate::stats::ChannelGauge;
+use crate::threads::ThreadRole;
 use crate::transport::{
     Capabilities, MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, PageSender, Run, RunKind,
     Ticket, TransportError,
@@ -135,7 +137,9 @@ pub(crate) fn run(setup: SenderSetup) {
         unreaped_bytes: 0,
         setup,
     };
-    let result = thread.serve();
+    // Whatever happens, what has not landed is put back.
+    let place = format!("the thread {}", ThreadRole::Sender(thread.setup.channel));
+    let result = caught(place, || thread.serve()).flatten();
     thread.publish();
     let leftover = thread.leftover();
     if !leftover.is_empty() {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select_biased, unbounded};
 
 use crate::error::Error;
+use crate::host::caught;
 use crate::progress::Shared;
 use crate::protocol::{DecodeError, Incompatibility, Message};
 use crate::threads::{Crew, Spawn, ThreadRole};
@@ -23,6 +24,8 @@ pub(crate) enum Input<R> {
     Report(R),
     /// From the control thread, its last.
     ControlEnded(Error),
+    /// From a thread that panicked, or was never run by the host's hook.
+    Panicked(Error),
 }
 
 /// What the driver must look at: the inputs that are no failure.
@@ -103,7 +106,11 @@ impl<R: Send + 'static> Session<R> {
         role: ThreadRole,
         body: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
-        self.crew.spawn(role, body).map_err(Error::Thread)
+        let shared = Arc::clone(&self.shared);
+        let witness = Witness { role, shared, feed: Some(self.feed.clone()) };
+        let body = move || witness.watch(body);
+        caught("the hook that starts threads", || self.crew.spawn(role, body))?
+            .map_err(Error::Thread)
     }
 
     /// Where data channel threads report to.
@@ -274,7 +281,7 @@ fn put(
     message: &Message,
 ) -> Result<(), Error> {
     let frame = message.encode();
-    control.send(&frame)?;
+    caught("the transport", || control.send(&frame))??;
     control_bytes.fetch_add(frame.len() as u64, Relaxed);
     Ok(())
 }
@@ -282,9 +289,46 @@ fn put(
 fn refuse_failures<R>(input: Input<R>) -> Result<Item<R>, Error> {
     match input {
         Input::Message(Message::Failed { reason, text }) => Err(Error::PeerFailed { reason, text }),
-        Input::ControlEnded(error) => Err(error),
+        Input::ControlEnded(error) | Input::Panicked(error) => Err(error),
         Input::Message(message) => Ok(Item::Message(message)),
         Input::Report(report) => Ok(Item::Report(report)),
+    }
+}
+
+/// Sees to it that a thread does not end without a word: neither by a panic, nor because the hook that
+/// was to run it did not.
+struct Witness<R> {
+    role: ThreadRole,
+    shared: Arc<Shared>,
+    /// `None` once there is nothing to report any more.
+    feed: Option<Sender<Input<R>>>,
+}
+
+impl<R> Witness<R> {
+    fn watch(mut self, body: impl FnOnce()) {
+        let feed = self.feed.take();
+        if let Err(panic) = caught(format!("the thread {}", self.role), body)
+            && let Some(feed) = feed
+        {
+            self.report(&feed, panic);
+        }
+    }
+
+    fn report(&self, feed: &Sender<Input<R>>, panic: Error) {
+        // Without a driver nobody wants to know.
+        let _ = feed.send(Input::Panicked(panic));
+        // Nobody waits in a call for what that thread was to do.
+        self.shared.end_peer();
+    }
+}
+
+impl<R> Drop for Witness<R> {
+    fn drop(&mut self) {
+        if let Some(feed) = self.feed.take() {
+            let (place, message) =
+                (format!("the thread {}", self.role), "it was never run".to_owned());
+            self.report(&feed, Error::Panicked { place, message });
+        }
     }
 }
 

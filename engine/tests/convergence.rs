@@ -163,7 +163,7 @@ impl Scene {
         mine.resume().unwrap();
         mine.inner.await_writes();
         let mut theirs = machine(&there, &SoftwareLog::new(&there), 43);
-        theirs.inner.resources = false;
+        theirs.inner.contend_with(&mine.inner);
         let hear_there = Arc::clone(&self.there_events);
         let destination = Destination::new()
             .on_event(move |event| hear_there.lock().unwrap().push(event.clone()));
@@ -202,7 +202,7 @@ impl Outcome {
         let departed = self.source.expect("the source hands over");
         let arrived = self.destination.expect("the guest arrives");
         assert!(arrived.machine.inner.is_running() && !departed.machine.inner.is_running());
-        assert!(arrived.machine.inner.resources && !departed.machine.inner.resources);
+        assert!(arrived.machine.inner.holds_lock() && !departed.machine.inner.holds_lock());
         // What was loaded last is what the guest was when it left.
         assert_eq!(arrived.machine.inner.loaded, Some(departed.machine.inner.writes()));
         arrived.machine.inner.await_writes();
@@ -220,7 +220,7 @@ impl Outcome {
     fn expect_kept(self) -> Error {
         let failure = self.source.expect_err("the source keeps its guest");
         assert!(matches!(failure.guest, GuestAtSource::Running), "{failure}");
-        assert!(failure.machine.inner.is_running() && failure.machine.inner.resources);
+        assert!(failure.machine.inner.is_running() && failure.machine.inner.holds_lock());
         failure.machine.inner.await_writes();
         assert!(self.destination.is_err());
         assert!(!self.log.tracking.load(std::sync::atomic::Ordering::SeqCst));

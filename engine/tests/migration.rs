@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::dirty::{DirtyBitmap, DirtySources};
-use pageferry::protocol::{FailureReason, Incompatibility};
+use pageferry::protocol::{FailureReason, Incompatibility, MAX_DEVICE_STATE_BYTES};
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::{DestinationLink, SourceLink};
@@ -30,6 +30,7 @@ struct Scene {
     there: TestMemory,
     log: Arc<SoftwareLog>,
     source_refuses: Refuse,
+    source_state_bytes: u64,
     destination_refuses: Refuse,
     source: Source,
     destination: Destination,
@@ -59,6 +60,7 @@ impl Scene {
             log,
             here,
             source_refuses: Refuse::Nothing,
+            source_state_bytes: 8,
             destination_refuses: Refuse::Nothing,
             source: Source::new()
                 .verify(true)
@@ -79,16 +81,25 @@ impl Scene {
         source_link: Box<dyn SourceLink>,
         destination_link: Box<dyn DestinationLink>,
     ) -> Outcome {
-        let Self { here, there, log, source_refuses, destination_refuses, source, destination } =
-            self;
+        let Self {
+            here,
+            there,
+            log,
+            source_refuses,
+            source_state_bytes,
+            destination_refuses,
+            source,
+            destination,
+        } = self;
         let their_log = SoftwareLog::new(&there);
         let mut machine = TestMachine::new(&here, &log, WORKING_SET, 42);
         pageferry::Machine::resume(&mut machine).unwrap();
         machine.await_writes();
         machine.refuse = source_refuses;
+        machine.state_bytes = source_state_bytes;
         let mut theirs = TestMachine::new(&there, &their_log, WORKING_SET, 43);
         theirs.refuse = destination_refuses;
-        theirs.resources = false;
+        theirs.contend_with(&machine);
         let (source, destination) = thread::scope(|scope| {
             let receiving = scope.spawn(|| {
                 let offer = destination.negotiate(destination_link)?;
@@ -124,7 +135,7 @@ impl Outcome {
         assert!(arrived.machine.is_running() && !departed.machine.is_running());
         arrived.machine.await_writes();
         assert_eq!(arrived.machine.loaded, Some(departed.machine.writes()));
-        assert!(arrived.machine.resources && !departed.machine.resources);
+        assert!(arrived.machine.holds_lock() && !departed.machine.holds_lock());
         (departed, arrived)
     }
 
@@ -132,7 +143,7 @@ impl Outcome {
     fn expect_kept(self) -> (Error, Option<Error>) {
         let failure = self.source.expect_err("the source keeps its guest");
         assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
-        assert!(failure.machine.is_running() && failure.machine.resources);
+        assert!(failure.machine.is_running() && failure.machine.holds_lock());
         failure.machine.await_writes();
         assert!(!self.log.tracking.load(std::sync::atomic::Ordering::SeqCst));
         // All threads are gone, so nobody holds memory but this test and the guest.
@@ -147,12 +158,6 @@ impl Outcome {
             Err(error) => Some(error),
         };
         (failure.error, destination)
-    }
-}
-
-impl std::fmt::Debug for TestMachine {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TestMachine").field("running", &self.is_running()).finish()
     }
 }
 
@@ -349,7 +354,14 @@ fn device_state_that_does_not_fit_is_known_before_a_page_moves() {
 
 #[test]
 fn a_machine_that_refuses_at_the_source_keeps_its_guest() {
-    for refuse in [Refuse::Schema, Refuse::Pause, Refuse::Save, Refuse::Release] {
+    for refuse in [
+        Refuse::Schema,
+        Refuse::Rehearse,
+        Refuse::Pause,
+        Refuse::Save,
+        Refuse::Release,
+        Refuse::ReleaseHalfWay,
+    ] {
         let mut scene = Scene::new();
         scene.source_refuses = refuse;
         let (error, theirs) = scene.play(|link| link).expect_kept();
@@ -360,7 +372,7 @@ fn a_machine_that_refuses_at_the_source_keeps_its_guest() {
 
 #[test]
 fn a_machine_that_refuses_at_the_destination_leaves_the_guest_at_the_source() {
-    for refuse in [Refuse::Load, Refuse::Reacquire, Refuse::Resume] {
+    for refuse in [Refuse::Load, Refuse::Reacquire, Refuse::ReacquireHalfWay, Refuse::Resume] {
         let mut scene = Scene::new();
         scene.destination_refuses = refuse;
         let (error, theirs) = scene.play(|link| link).expect_kept();
@@ -368,6 +380,48 @@ fn a_machine_that_refuses_at_the_destination_leaves_the_guest_at_the_source() {
         assert!(error.to_string().contains("refused by the test"), "{error}");
         assert!(matches!(theirs, Some(Error::Machine { .. })), "{theirs:?}");
     }
+}
+
+#[test]
+fn a_rehearsal_that_fails_leaves_the_guest_as_it_is() {
+    let mut scene = Scene::new();
+    scene.source_refuses = Refuse::Rehearse;
+    let outcome = scene.play(|link| link);
+    let Err(failure) = &outcome.source else { panic!("it moved") };
+    assert_eq!(failure.machine.resumes, 1, "a guest that runs was let run");
+    outcome.expect_kept();
+}
+
+/// Device state that is too long is known from the rehearsal, before the guest has stood still.
+#[test]
+fn device_state_that_is_too_long_is_refused_before_a_page_moves() {
+    let mut scene = Scene::new();
+    scene.source_state_bytes = MAX_DEVICE_STATE_BYTES + 1;
+    let outcome = scene.play(|link| link);
+    let Err(failure) = &outcome.source else { panic!("it moved") };
+    assert_eq!(failure.statistics.switchover_attempts, 0);
+    assert_eq!(failure.statistics.rounds.len(), 0, "{:?}", failure.statistics);
+    let (error, _) = outcome.expect_kept();
+    assert_eq!(error.blame(), Blame::Configuration);
+    assert!(error.to_string().contains("device state of 268435457 bytes"), "{error}");
+}
+
+/// What the destination cannot let go of is named at both sides, and the guest is where it says.
+#[test]
+fn resources_that_stay_at_a_destination_that_gives_back_are_named() {
+    let mut scene = Scene::new();
+    scene.destination_refuses = Refuse::ResumeAndRelease;
+    let outcome = scene.play(|link| link);
+    let failure = outcome.source.expect_err("it was given back");
+    let GuestAtSource::Paused(why) = &failure.guest else { panic!("{failure:?}") };
+    assert!(why.chain().to_string().contains("the other host holds the lock"), "{why:?}");
+    let heard = failure.error.to_string();
+    assert!(heard.contains("may still be held"), "{heard}");
+    let theirs = outcome.destination.unwrap().expect_err("it gave the guest back");
+    assert_eq!(theirs.guest, GuestAtDestination::GivenBack);
+    assert!(matches!(theirs.error, Error::StillHeld { .. }), "{theirs:?}");
+    let said = theirs.error.chain().to_string();
+    assert!(said.contains("ResumeAndRelease refused by the test"), "{said}");
 }
 
 #[test]
@@ -514,41 +568,6 @@ fn memory_that_differs_is_found_before_the_commit() {
     let (error, there) = scene.play(|link| link).expect_kept();
     assert!(matches!(error, Error::MemoryDiffers { .. }), "{error:?}");
     assert!(matches!(there, Some(Error::PeerFailed { .. })), "{there:?}");
-}
-
-/// A machine that breaks its contract by panicking must not hang the host or leak its memory.
-#[test]
-fn a_machine_that_panics_takes_nothing_along() {
-    struct Panicking;
-    impl pageferry::Machine for Panicking {
-        fn pause(&mut self) -> Result<(), pageferry::MachineError> {
-            panic!("as the test wants");
-        }
-        fn resume(&mut self) -> Result<(), pageferry::MachineError> {
-            Ok(())
-        }
-        fn save(&mut self, _: &mut Vec<u8>) -> Result<(), pageferry::MachineError> {
-            Ok(())
-        }
-        fn load(&mut self, _: &[u8]) -> Result<(), pageferry::MachineError> {
-            Ok(())
-        }
-    }
-    let Scene { here, there, source, destination, .. } = Scene::new();
-    let (source_link, destination_link) = memory_transport::pair();
-    thread::scope(|scope| {
-        let receiving = scope.spawn(|| {
-            let offer = destination.negotiate(Box::new(destination_link)).unwrap();
-            offer.receive(Panicking, there.memory()).map(drop)
-        });
-        let migrating = scope.spawn(|| {
-            let (sources, link) = (DirtySources::new(vec![]), Box::new(source_link));
-            source.migrate(Panicking, here.memory(), sources, link).map(drop)
-        });
-        assert!(migrating.join().is_err());
-        assert!(receiving.join().unwrap().is_err());
-    });
-    assert_eq!(Arc::strong_count(here.memory()), 1);
 }
 
 #[test]

@@ -109,11 +109,16 @@ impl Machine for GuestMachine {
     /// Stops the guest for as long as saving takes, well below a millisecond.
     fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
         let began = Instant::now();
-        self.guest.pause()?;
+        if let Err(error) = self.guest.pause() {
+            self.guest.resume()?;
+            return Err(error.into());
+        }
         let paused = Instant::now();
-        let state = self.guest.save()?;
+        let state = self.guest.save();
         let saved = Instant::now();
+        // Whatever came of it, the guest goes on.
         self.guest.resume()?;
+        let state = state?;
         let resume = saved.elapsed();
         // From here on it counts which virtual CPU dirties how much.
         self.guest.throttle(self.guest.throttle_percent());

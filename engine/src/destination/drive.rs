@@ -13,7 +13,8 @@ use crate::config::Timeouts;
 use crate::digest::Digest;
 use crate::error::{Chain, Error};
 use crate::handover::{DestinationAction, DestinationHandover, DestinationInput, DestinationState};
-use crate::machine::{Machine, MachineOperation};
+use crate::host::{Guarded, caught};
+use crate::machine::Machine;
 use crate::memory::{GuestMemory, Layout, PageRange};
 use crate::progress::{Event, EventSink, Phase, Shared};
 use crate::protocol::{
@@ -65,8 +66,9 @@ pub(super) fn negotiate(
 ) -> Result<Drive, Error> {
     let Destination { common, most_channels, populate_threads, events, shared } = destination;
     let started = Instant::now();
-    let control = link.control()?;
-    let mut session = Session::open(control, link.interrupter(), common.spawn, shared)?;
+    let (control, interrupter) =
+        caught("the transport", || Ok::<_, Error>((link.control()?, link.interrupter())))??;
+    let mut session = Session::open(control, interrupter, common.spawn, shared)?;
     let wants_data_ranges = populate_threads > 0;
     let patience = Patience::now("the source's greeting", common.timeouts.handshake);
     let heard = hear(&mut session, most_channels, wants_data_ranges, patience);
@@ -147,13 +149,20 @@ impl Drive {
 
     pub(super) fn receive<M: Machine>(
         mut self,
-        mut machine: M,
+        machine: M,
         memory: &Arc<GuestMemory>,
     ) -> Result<Arrived<M>, Box<DestinationFailure<M>>> {
-        let result = self.run(&mut machine, memory);
+        let mut machine = Guarded(machine);
+        // What the host's code does is caught where it is called; this is for the engine's own defects.
+        let result = caught("the engine", || self.run(&mut machine, memory)).flatten();
         let verified = self.agreement.verify;
         let outcome = self.conclude(result);
-        let statistics = self.end();
+        let statistics =
+            caught("the end of the migration", || self.end()).unwrap_or_else(|panic| {
+                tracing::error!(error = %panic.chain(), "not all was cleaned up");
+                Statistics::default()
+            });
+        let machine = machine.0;
         match outcome {
             Ok(()) => Ok(Arrived { machine, statistics, verified }),
             Err((error, guest)) => {
@@ -162,21 +171,34 @@ impl Drive {
         }
     }
 
-    fn emit(&mut self, event: &Event) {
-        (self.events)(event);
+    /// Tells the host. A sink that panics hears no more.
+    fn emit(&mut self, event: &Event) -> Result<(), Error> {
+        caught("the event sink", || (self.events)(event))
+            .inspect_err(|_| self.events = Box::new(|_| {}))
+    }
+
+    /// The same, where nothing that a sink does changes what follows.
+    fn tell(&mut self, event: &Event) {
+        if let Err(panic) = self.emit(event) {
+            tracing::error!(error = %panic.chain(), "an event was not heard");
+        }
     }
 
     fn shared(&self) -> &Arc<Shared> {
         self.session.shared()
     }
 
-    fn run<M: Machine>(&mut self, machine: &mut M, memory: &Arc<GuestMemory>) -> Result<(), Error> {
+    fn run<M: Machine>(
+        &mut self,
+        machine: &mut Guarded<M>,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), Error> {
         self.hello.check_layout(memory.layout())?;
         machine
-            .check_state_schema(&self.hello.state_schema)
+            .check_state_schema(&self.hello.state_schema)?
             .map_err(|cause| Incompatibility::DeviceState(Chain::of(&*cause).to_string()))?;
         self.session.send(&Message::Welcome(self.welcome))?;
-        self.emit(&Event::Agreed(self.agreement));
+        self.emit(&Event::Agreed(self.agreement))?;
         self.open_channels(memory)?;
         self.shared().set_phase(Phase::PreCopy);
         self.statistics.setup = self.started.elapsed();
@@ -198,7 +220,7 @@ impl Drive {
                 ));
             }
             self.session.send(&Message::Prepared(prepared))?;
-            self.emit(&Event::Loaded);
+            self.emit(&Event::Loaded)?;
             match self.await_commit()? {
                 Answer::Commit => return self.take_over(machine),
                 Answer::CalledOff => self.shared().set_phase(Phase::PreCopy),
@@ -209,7 +231,7 @@ impl Drive {
     fn open_channels(&mut self, memory: &Arc<GuestMemory>) -> Result<(), Error> {
         let registration = self.session.wait_in(|| self.link.register(memory))?;
         self.statistics.registration = registration;
-        self.emit(&Event::Registered(registration));
+        self.emit(&Event::Registered(registration))?;
         let channels = self.session.wait_in(|| {
             self.link.open_receivers(self.agreement.channels, self.timeouts.handshake)
         })?;
@@ -239,7 +261,7 @@ impl Drive {
             match item {
                 Item::Message(Message::Round { round, dirty_pages }) => {
                     self.shared().set_round(round, dirty_pages);
-                    self.emit(&Event::RoundStarted { round, dirty_pages });
+                    self.emit(&Event::RoundStarted { round, dirty_pages })?;
                 }
                 Item::Message(Message::DataRanges(ranges))
                     if self.welcome.wants_data_ranges && !*populating =>
@@ -288,7 +310,7 @@ impl Drive {
                     }
                     tracing::warn!(channel, error = %error.chain(), "a data channel is lost");
                     self.statistics.lost_channels += 1;
-                    self.emit(&Event::ChannelLost { channel });
+                    self.emit(&Event::ChannelLost { channel })?;
                 }
                 Item::Report(ReceiverReport::Ended) => {}
             }
@@ -303,8 +325,7 @@ impl Drive {
             let state = "no such switchover was under way";
             return Err(unexpected(&Message::CalledOff { attempt }, state));
         }
-        self.emit(&Event::CalledOff { attempt, stage: None, stood: Duration::ZERO });
-        Ok(())
+        self.emit(&Event::CalledOff { attempt, stage: None, stood: Duration::ZERO })
     }
 
     /// Starts the threads that populate memory.
@@ -350,22 +371,21 @@ impl Drive {
     }
 
     /// Runs the guest, which is ours.
-    fn take_over<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
+    fn take_over<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
         let began = Instant::now();
         self.handover.handle(DestinationInput::Commit);
         self.shared().set_phase(Phase::Committed);
-        let resumed = machine
-            .reacquire_resources()
-            .map_err(|cause| (MachineOperation::ReacquireResources, cause))
-            .and_then(|()| machine.resume().map_err(|cause| (MachineOperation::Resume, cause)));
-        if let Err((operation, cause)) = resumed {
-            let error = Error::Machine { operation, cause };
-            self.handover.handle(DestinationInput::ResumeFailed);
-            let told = Message::GaveBack { text: error.chain().to_string() };
-            if let Err(unheard) = self.session.send(&told) {
-                tracing::warn!(error = %unheard.chain(), "the source does not know that it has the guest back");
+        if let Err(error) = machine.reacquire_resources() {
+            return Err(self.give_back(machine, error));
+        }
+        match machine.resume() {
+            Ok(()) => {}
+            // It may have run: the guest is ours, and not for the source to resume.
+            Err(panic @ Error::Panicked { .. }) => {
+                tell(&mut self.session, &panic);
+                return Err(panic);
             }
-            return Err(error);
+            Err(error) => return Err(self.give_back(machine, error)),
         }
         self.handover.handle(DestinationInput::Resumed);
         // The guest is ours and runs, whether the source hears of it or not.
@@ -374,9 +394,25 @@ impl Drive {
             tracing::warn!(error = %unheard.chain(), "the source could not be told that the guest runs");
         }
         self.statistics.downtime.resume = Duration::from_nanos(resume_ns);
-        self.emit(&Event::Committed);
-        self.emit(&Event::GuestRunsThere);
+        self.tell(&Event::Committed);
+        self.tell(&Event::GuestRunsThere);
         Ok(())
+    }
+
+    /// Gives the guest back, which has not run here, and all that the source needs to run it.
+    fn give_back<M: Machine>(&mut self, machine: &mut Guarded<M>, error: Error) -> Error {
+        let error = match machine.release_resources() {
+            Ok(()) => error,
+            Err(cause) => {
+                Error::StillHeld { why: error.chain().to_string(), cause: Box::new(cause) }
+            }
+        };
+        self.handover.handle(DestinationInput::ResumeFailed);
+        let told = Message::GaveBack { text: error.chain().to_string() };
+        if let Err(unheard) = self.session.send(&told) {
+            tracing::warn!(error = %unheard.chain(), "the source does not know that it has the guest back");
+        }
+        error
     }
 
     fn conclude(&mut self, result: Result<(), Error>) -> Result<(), (Error, GuestAtDestination)> {
@@ -395,6 +431,7 @@ impl Drive {
                 Err((error, GuestAtDestination::Uncertain))
             }
             DestinationState::GaveBack => Err((error, GuestAtDestination::GivenBack)),
+            DestinationState::Owner => Err((error, GuestAtDestination::Unresumed)),
             _ => {
                 tell(&mut self.session, &error);
                 Err((error, GuestAtDestination::AtSource))
@@ -434,10 +471,12 @@ fn nanoseconds(duration: Duration) -> u64 {
 }
 
 /// Loads what has arrived.
-fn load<M: Machine>(machine: &mut M, prepare: Prepare, state: &[u8]) -> Result<Prepared, Error> {
+fn load<M: Machine>(
+    machine: &mut Guarded<M>,
+    prepare: Prepare,
+    state: &[u8],
+) -> Result<Prepared, Error> {
     let began = Instant::now();
-    machine
-        .load(state)
-        .map_err(|cause| Error::Machine { operation: MachineOperation::Load, cause })?;
+    machine.load(state)?;
     Ok(Prepared { attempt: prepare.attempt, load_ns: nanoseconds(began.elapsed()) })
 }

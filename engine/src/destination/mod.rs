@@ -75,6 +75,10 @@ pub enum GuestAtDestination {
     Uncertain,
     /// It was ours, could not be resumed, and was given back: never resume it here.
     GivenBack,
+    /// It is ours, and [`Machine::resume`] panicked, so that it may have run or not, and may run now.
+    /// The source does not resume it by itself: it is uncertain, and learns from here what became of
+    /// the guest.
+    Unresumed,
 }
 
 /// The guest runs here.
@@ -108,6 +112,9 @@ impl<M> fmt::Display for DestinationFailure<M> {
             GuestAtDestination::AtSource => "migration failed, the source keeps the guest",
             GuestAtDestination::Uncertain => "migration uncertain, the guest is paused here",
             GuestAtDestination::GivenBack => "migration failed, the guest was given back",
+            GuestAtDestination::Unresumed => {
+                "the guest is here, and it is not known whether it runs"
+            }
         })
     }
 }

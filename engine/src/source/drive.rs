@@ -16,7 +16,8 @@ use crate::convergence::Convergence;
 use crate::dirty::DirtySources;
 use crate::error::Error;
 use crate::handover::{SourceHandover, SourceInput, SourceState};
-use crate::machine::{Machine, MachineError, MachineOperation};
+use crate::host::{Guarded, caught};
+use crate::machine::Machine;
 use crate::memory::GuestMemory;
 use crate::progress::{Event, Phase};
 use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message};
@@ -24,12 +25,15 @@ use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::SourceLink;
+use crate::transport::{SourceLink, TransportError};
+
+/// Who it was, if one of them panics.
+pub(super) const DIRTY_SOURCES: &str = "a dirty source";
 
 /// Moves the guest; everything that began is ended, whatever happens.
 pub(super) fn migrate<M: Machine>(
     source: Source,
-    mut machine: M,
+    machine: M,
     memory: &Arc<GuestMemory>,
     dirty: DirtySources,
     mut link: Box<dyn SourceLink>,
@@ -37,19 +41,18 @@ pub(super) fn migrate<M: Machine>(
 ) -> Result<Departed<M>, Box<SourceFailure<M>>> {
     let mut statistics = Statistics::default();
     let mut source = source;
-    let opened = link.control().map_err(Error::from).and_then(|control| {
-        Session::open(
-            control,
-            link.interrupter(),
-            Arc::clone(&source.common.spawn),
-            Arc::clone(&source.shared),
-        )
-    });
+    let mut machine = Guarded(machine);
+    let opened = caught("the transport", || Ok((link.control()?, link.interrupter())))
+        .and_then(|opened| opened.map_err(|error: TransportError| error.into()))
+        .and_then(|(control, interrupter)| {
+            let (spawn, shared) = (Arc::clone(&source.common.spawn), Arc::clone(&source.shared));
+            Session::open(control, interrupter, spawn, shared)
+        });
     let session = match opened {
         Ok(session) => session,
         Err(error) => {
             statistics.total = started.elapsed();
-            let guest = GuestAtSource::Running;
+            let (machine, guest) = (machine.0, GuestAtSource::Running);
             return Err(Box::new(SourceFailure { machine, guest, error, statistics }));
         }
     };
@@ -60,7 +63,8 @@ pub(super) fn migrate<M: Machine>(
         dirty: Arc::new(dirty),
         tracking: false,
         handover: SourceHandover::default(),
-        released: false,
+        may_be_released: false,
+        must_resume: false,
         channels: Channels::new(memory.layout().clone(), source.channels),
         closed_there: vec![false; usize::from(source.channels)],
         late: VecDeque::new(),
@@ -72,11 +76,17 @@ pub(super) fn migrate<M: Machine>(
         source: &mut source,
     };
     drive.source.shared.set_gauges(Arc::clone(&drive.channels.gauges));
-    let result = drive.run(&mut machine, started);
+    // What the host's code does is caught where it is called; this is for the engine's own defects.
+    let result = caught("the engine", || drive.run(&mut machine, started)).flatten();
     let outcome = drive.conclude(result, &mut machine);
-    let mut statistics = drive.end();
+    let mut statistics =
+        caught("the end of the migration", || drive.end()).unwrap_or_else(|panic| {
+            tracing::error!(error = %panic.chain(), "not all was cleaned up");
+            Statistics::default()
+        });
     source.shared.set_phase(Phase::Ended);
     statistics.total = started.elapsed();
+    let machine = machine.0;
     match outcome {
         Ok(()) => Ok(Departed { machine, statistics }),
         Err(ended) => {
@@ -88,7 +98,7 @@ pub(super) fn migrate<M: Machine>(
 
 pub(super) struct Drive<'a> {
     pub(super) source: &'a mut Source,
-    // Dropped in this order, also when the machine panics: senders learn that there are no more
+    // Dropped in this order: senders learn that there are no more
     // commands, threads end, and only then the link they use.
     pub(super) channels: Channels,
     pub(super) session: Session<SenderReport>,
@@ -98,8 +108,10 @@ pub(super) struct Drive<'a> {
     /// Whether `dirty` was started.
     tracking: bool,
     pub(super) handover: SourceHandover,
-    /// Whether the machine released its resources.
-    pub(super) released: bool,
+    /// Whether the machine was asked to release its resources: it may have, also if it failed.
+    pub(super) may_be_released: bool,
+    /// Whether the guest may stand still outside of a switchover.
+    pub(super) must_resume: bool,
     /// Channels that the destination has closed: nothing of them lands any more.
     pub(super) closed_there: Vec<bool>,
     /// Reports that came while nobody waited for any.
@@ -113,14 +125,14 @@ pub(super) struct Drive<'a> {
 }
 
 impl Drive<'_> {
-    fn run<M: Machine>(&mut self, machine: &mut M, started: Instant) -> Result<(), Error> {
+    fn run<M: Machine>(&mut self, machine: &mut Guarded<M>, started: Instant) -> Result<(), Error> {
         let (agreement, wants_data_ranges) = self.handshake(machine)?;
         self.open_channels(agreement)?;
         if wants_data_ranges {
             let ranges = self.memory.data_ranges(MAX_DATA_RANGES / 4);
             self.session.send(&Message::DataRanges(ranges))?;
         }
-        self.dirty.start()?;
+        caught(DIRTY_SOURCES, || self.dirty.start())??;
         self.tracking = true;
         self.statistics.setup = started.elapsed();
         self.clock = Instant::now();
@@ -138,24 +150,35 @@ impl Drive<'_> {
         self.clock.elapsed()
     }
 
-    /// A moment on that clock as one of the system's.
-    pub(super) fn instant(&self, at: Duration) -> Instant {
-        self.clock + at
+    /// A moment on that clock as one of the system's; `None` if it never comes.
+    pub(super) fn instant(&self, at: Duration) -> Option<Instant> {
+        self.clock.checked_add(at)
     }
 
-    pub(super) fn emit(&mut self, event: &Event) {
-        (self.source.events)(event);
+    /// Tells the host. A sink that panics hears no more.
+    pub(super) fn emit(&mut self, event: &Event) -> Result<(), Error> {
+        caught("the event sink", || (self.source.events)(event))
+            .inspect_err(|_| self.source.events = Box::new(|_| {}))
     }
 
-    fn handshake<M: Machine>(&mut self, machine: &M) -> Result<(Agreement, bool), Error> {
+    /// The same, where nothing that a sink does changes what follows.
+    pub(super) fn tell(&mut self, event: &Event) {
+        if let Err(panic) = self.emit(event) {
+            tracing::error!(error = %panic.chain(), "an event was not heard");
+        }
+    }
+
+    fn handshake<M: Machine>(
+        &mut self,
+        machine: &mut Guarded<M>,
+    ) -> Result<(Agreement, bool), Error> {
         let mut hello = Hello::new(
             self.memory.layout().clone(),
             self.source.channels,
             self.source.verify,
             std::mem::take(&mut self.source.description),
         );
-        hello.state_schema =
-            machine.state_schema().map_err(|cause| refused(MachineOperation::Describe, cause))?;
+        hello.state_schema = machine.state_schema()?;
         if hello.state_schema.len() > MAX_STATE_SCHEMA_BYTES {
             return Err(Error::Configuration(format!(
                 "schema of device state of {} bytes, at most {MAX_STATE_SCHEMA_BYTES} are possible",
@@ -171,14 +194,14 @@ impl Drive<'_> {
             Message::Welcome(welcome) => (hello.check(&welcome)?, welcome.wants_data_ranges),
             other => return Err(unexpected(&other, "waiting for a welcome")),
         };
-        self.emit(&Event::Agreed(agreement));
+        self.emit(&Event::Agreed(agreement))?;
         Ok((agreement, wants_data_ranges))
     }
 
     fn open_channels(&mut self, agreement: Agreement) -> Result<(), Error> {
         let registration = self.session.wait_in(|| self.link.register(&self.memory))?;
         self.statistics.registration = registration;
-        self.emit(&Event::Registered(registration));
+        self.emit(&Event::Registered(registration))?;
         let channels = self.session.wait_in(|| self.link.open_senders(agreement.channels))?;
         let patience =
             Patience::now("the destination to be ready", self.source.common.timeouts.handshake);
@@ -212,20 +235,20 @@ impl Drive<'_> {
     fn conclude<M: Machine>(
         &mut self,
         result: Result<(), Error>,
-        machine: &mut M,
+        machine: &mut Guarded<M>,
     ) -> Result<(), Box<(Error, GuestAtSource)>> {
         let Err(error) = result else {
             self.statistics.convergence = match self.statistics.throttle_max_percent {
                 0 => Ending::Converged,
                 _ => Ending::Throttled,
             };
-            self.emit(&Event::GuestRunsThere);
+            self.tell(&Event::GuestRunsThere);
             self.channels.finish();
             return Ok(());
         };
         // Whoever lets it run again, now or by hand, has it at its own speed.
         self.end_throttling(machine);
-        let was_stopped = self.handover.state() != SourceState::Running;
+        let was_stopped = self.must_resume || self.handover.state() != SourceState::Running;
         self.handover.handle(SourceInput::Failed);
         if self.handover.state() == SourceState::Uncertain {
             let error = self.session.explain(error);
@@ -244,20 +267,16 @@ impl Drive<'_> {
             }
         }
         if matches!(guest, GuestAtSource::Running) {
-            self.emit(&Event::GuestKept);
+            self.tell(&Event::GuestKept);
         }
         Err(Box::new((error, guest)))
     }
 
-    fn take_back<M: Machine>(&mut self, machine: &mut M) -> GuestAtSource {
-        if self.released
-            && let Err(cause) = machine.reacquire_resources()
-        {
-            return GuestAtSource::Paused(refused(MachineOperation::ReacquireResources, cause));
-        }
-        match machine.resume() {
+    fn take_back<M: Machine>(&mut self, machine: &mut Guarded<M>) -> GuestAtSource {
+        let reacquired = if self.may_be_released { machine.reacquire_resources() } else { Ok(()) };
+        match reacquired.and_then(|()| machine.resume()) {
             Ok(()) => GuestAtSource::Running,
-            Err(cause) => GuestAtSource::Paused(refused(MachineOperation::Resume, cause)),
+            Err(error) => GuestAtSource::Paused(error),
         }
     }
 
@@ -279,8 +298,9 @@ impl Drive<'_> {
             if !handed_over && let Err(error) = self.put_back() {
                 tracing::warn!(error = %error.chain(), "dirty pages were not put back");
             }
-            if let Err(error) = self.dirty.stop() {
-                tracing::warn!(error = %Error::from(error).chain(), "dirty tracking goes on");
+            let stopped = caught(DIRTY_SOURCES, || self.dirty.stop());
+            if let Err(error) = stopped.and_then(|stopped| Ok(stopped?)) {
+                tracing::warn!(error = %error.chain(), "dirty tracking goes on");
             }
         }
         let mut statistics = std::mem::take(&mut self.statistics);
@@ -291,11 +311,7 @@ impl Drive<'_> {
     /// Gives the trackers back what has not landed.
     fn put_back(&mut self) -> Result<(), Error> {
         self.channels.take_back()?;
-        Ok(self.dirty.put_back(self.channels.dirty()?)?)
+        let dirty = self.channels.dirty()?;
+        Ok(caught(DIRTY_SOURCES, || self.dirty.put_back(dirty))??)
     }
-}
-
-/// The error for a refusal by the machine.
-pub(super) fn refused(operation: MachineOperation, cause: MachineError) -> Error {
-    Error::Machine { operation, cause }
 }

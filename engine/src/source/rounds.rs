@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use super::drive::Drive;
+use super::drive::{DIRTY_SOURCES, Drive};
 use crate::convergence::{HEAT_PARTS, Round, Verdict};
 use crate::error::Error;
+use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::memory::PAGE_BYTES;
 use crate::progress::{Event, Phase};
@@ -25,7 +26,7 @@ pub(super) struct RoundBegan {
 impl Drive<'_> {
     /// Rounds over the running guest, until the rest fits into the downtime limit. The rest is
     /// then harvested and not sent.
-    pub(super) fn pre_copy<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
+    pub(super) fn pre_copy<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
         self.source.shared.set_phase(Phase::PreCopy);
         loop {
             self.take_wishes();
@@ -39,10 +40,10 @@ impl Drive<'_> {
             let statistics = self.finish_round(&began);
             self.take_wishes();
             let (verdict, dirty_pages) = self.judge(&began)?;
-            self.tell_outlook();
-            self.throttle(machine);
+            self.tell_outlook()?;
+            self.throttle(machine)?;
             let number = self.number_of_rounds();
-            self.emit(&Event::RoundFinished { round: number, statistics, verdict });
+            self.emit(&Event::RoundFinished { round: number, statistics, verdict })?;
             match verdict {
                 Verdict::SwitchOver { .. } => return Ok(()),
                 Verdict::PostCopy { .. } => return Err(Error::Unsupported("post-copy")),
@@ -93,7 +94,7 @@ impl Drive<'_> {
     pub(super) fn harvest(&mut self) -> Result<u64, Error> {
         let began = Instant::now();
         let dirty = self.channels.dirty()?;
-        self.dirty.harvest(dirty)?;
+        caught(DIRTY_SOURCES, || self.dirty.harvest(dirty))??;
         let pages = dirty.count();
         self.convergence.learn_harvest(began.elapsed());
         Ok(pages)
@@ -110,7 +111,7 @@ impl Drive<'_> {
         self.channels.lend(settle)?;
         self.source.shared.set_round(round, dirty_pages);
         self.session.send(&Message::Round { round, dirty_pages })?;
-        self.emit(&Event::RoundStarted { round, dirty_pages });
+        self.emit(&Event::RoundStarted { round, dirty_pages })?;
         Ok(began)
     }
 

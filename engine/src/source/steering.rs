@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use super::drive::{Drive, refused};
+use super::drive::Drive;
 use crate::error::Error;
-use crate::handover::SourceInput;
-use crate::machine::{Machine, MachineOperation};
+use crate::host::Guarded;
+use crate::machine::Machine;
 use crate::progress::Event;
-use crate::protocol::Message;
+use crate::protocol::{MAX_DEVICE_STATE_BYTES, Message};
 use crate::session::Item;
 
 #[derive(Debug, Default)]
@@ -29,18 +29,22 @@ impl Drive<'_> {
     }
 
     /// Learns what device state takes, unless that is known.
-    pub(super) fn rehearse<M: Machine>(&mut self, machine: &mut M) -> Result<(), Error> {
+    pub(super) fn rehearse<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
         let now = self.now();
         let age = self.steering.rehearsed.map(|at| at.elapsed());
         if age.is_some_and(|age| !self.convergence.wants_rehearsal(now, age)) {
             return Ok(());
         }
-        // It may stop the guest for a moment: if it fails in the middle the guest must be resumed.
-        self.handover.handle(SourceInput::Paused);
-        let rehearsal =
-            machine.rehearse().map_err(|cause| refused(MachineOperation::Rehearse, cause))?;
-        self.handover.handle(SourceInput::Continued);
+        let rehearsal = match machine.rehearse() {
+            // It may have stopped the guest for a moment, and nobody knows whether that was over.
+            Err(panic @ Error::Panicked { .. }) => {
+                self.must_resume = true;
+                return Err(panic);
+            }
+            rehearsal => rehearsal?,
+        };
         if let Some(rehearsal) = rehearsal {
+            check_state_bytes(rehearsal.state_bytes)?;
             self.convergence.learn_rehearsal(&rehearsal);
         }
         self.steering.rehearsed = Some(Instant::now());
@@ -48,36 +52,40 @@ impl Drive<'_> {
     }
 
     /// Slows the guest down as was decided, or lets it have its speed back.
-    pub(super) fn throttle<M: Machine>(&mut self, machine: &mut M) {
+    pub(super) fn throttle<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
         let percent = self.convergence.throttle_percent();
         if percent == 0 && self.steering.throttle_percent == 0 {
-            return;
+            return Ok(());
         }
         // Also when nothing has changed: which vCPU dirties how much has.
-        machine.throttle(percent);
+        machine.throttle(percent)?;
         if percent != self.steering.throttle_percent {
             self.steering.throttle_percent = percent;
             self.statistics.throttle_max_percent =
                 self.statistics.throttle_max_percent.max(percent);
-            self.emit(&Event::Throttled { percent });
+            self.emit(&Event::Throttled { percent })?;
         }
+        Ok(())
     }
 
     /// The guest stays, at its own speed.
-    pub(super) fn end_throttling<M: Machine>(&mut self, machine: &mut M) {
-        if std::mem::take(&mut self.steering.throttle_percent) > 0 {
-            machine.throttle(0);
+    pub(super) fn end_throttling<M: Machine>(&mut self, machine: &mut Guarded<M>) {
+        if std::mem::take(&mut self.steering.throttle_percent) > 0
+            && let Err(panic) = machine.throttle(0)
+        {
+            tracing::error!(error = %panic.chain(), "the guest may still be slowed down");
         }
     }
 
     /// Tells the host whether it will converge, when that is known and when it has changed.
-    pub(super) fn tell_outlook(&mut self) {
+    pub(super) fn tell_outlook(&mut self) -> Result<(), Error> {
         if let Some(outlook) = self.convergence.outlook().copied()
             && self.steering.told_it_meets != Some(outlook.meets_limit)
         {
             self.steering.told_it_meets = Some(outlook.meets_limit);
-            self.emit(&Event::Forecast(outlook));
+            self.emit(&Event::Forecast(outlook))?;
         }
+        Ok(())
     }
 
     /// Asks for an answer, to learn what that takes, unless one is due already.
@@ -111,4 +119,14 @@ impl Drive<'_> {
             }
         }
     }
+}
+
+/// Refuses device state that the protocol has no room for.
+pub(super) fn check_state_bytes(bytes: u64) -> Result<(), Error> {
+    if bytes <= MAX_DEVICE_STATE_BYTES {
+        return Ok(());
+    }
+    Err(Error::Configuration(format!(
+        "device state of {bytes} bytes, at most {MAX_DEVICE_STATE_BYTES} are possible"
+    )))
 }

@@ -7,18 +7,18 @@
 
 use std::time::{Duration, Instant};
 
-use super::drive::{Drive, refused};
+use super::drive::Drive;
 use super::rounds::RoundBegan;
+use super::steering::check_state_bytes;
 use super::waiting::Waiting;
 use crate::convergence::Attempt;
 use crate::digest::Digest;
 use crate::error::Error;
 use crate::handover::{SourceAction, SourceInput, SourceState};
-use crate::machine::{Machine, MachineOperation};
+use crate::host::Guarded;
+use crate::machine::Machine;
 use crate::progress::{Event, Phase, SwitchoverStage};
-use crate::protocol::{
-    Agreement, MAX_DEVICE_STATE_BYTES, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared,
-};
+use crate::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared};
 use crate::session::{Item, Patience, unexpected};
 use crate::stats::Downtime;
 
@@ -64,7 +64,7 @@ impl Drive<'_> {
     /// From the pause to the answer to the commit, unless it takes too long.
     pub(super) fn switch_over<M: Machine>(
         &mut self,
-        machine: &mut M,
+        machine: &mut Guarded<M>,
         agreement: Agreement,
     ) -> Result<Switchover, Error> {
         let settings = *self.convergence.settings();
@@ -86,19 +86,19 @@ impl Drive<'_> {
 
     fn try_to<M: Machine>(
         &mut self,
-        machine: &mut M,
+        machine: &mut Guarded<M>,
         agreement: Agreement,
         attempt: &mut Attempt,
     ) -> Result<Option<Overdue>, Error> {
         let mut watch = Stopwatch(Instant::now());
         // From here on the guest is stopped, or may be: a failure must resume it.
         self.handover.handle(SourceInput::Paused);
-        machine.pause().map_err(|cause| refused(MachineOperation::Pause, cause))?;
+        machine.pause()?;
         self.source.shared.set_stands_still(true);
         let lap = watch.lap();
         self.convergence.learn_pause(lap);
         self.statistics.downtime.pause = lap;
-        self.emit(&Event::GuestPaused);
+        self.emit(&Event::GuestPaused)?;
         let pages = self.harvest()?;
         self.statistics.downtime.final_harvest = watch.lap();
         if self.convergence.overruns(attempt, self.now(), pages) {
@@ -109,14 +109,15 @@ impl Drive<'_> {
         let began = self.begin_round(true)?;
         let mut state = Vec::new();
         let saving = Instant::now();
-        machine.save(&mut state).map_err(|cause| refused(MachineOperation::Save, cause))?;
+        machine.save(&mut state)?;
         let saved = Instant::now();
+        check_state_bytes(state.len() as u64)?;
         let took = saved.saturating_duration_since(saving);
         self.statistics.device_state.save = took;
         self.statistics.device_state.bytes = state.len() as u64;
         self.convergence.learn_save(state.len() as u64, took);
         let mut waiting = self.waiting_for_round();
-        let due = attempt.due(after_pages).map(|due| self.instant(due));
+        let due = attempt.due(after_pages).and_then(|due| self.instant(due));
         let Some(landed) = self.await_round(&mut waiting, true, due)? else {
             return Ok(Some(Overdue::in_round(began, waiting)));
         };
@@ -162,7 +163,7 @@ impl Drive<'_> {
     /// The point of no return, if there is still time for it.
     fn hand_over<M: Machine>(
         &mut self,
-        machine: &mut M,
+        machine: &mut Guarded<M>,
         attempt: &Attempt,
         watch: &mut Stopwatch,
     ) -> Result<Option<Overdue>, Error> {
@@ -170,10 +171,9 @@ impl Drive<'_> {
         if attempt.overruns(self.now(), after) {
             return Ok(Some(Overdue::at(SwitchoverStage::Commit)));
         }
-        machine
-            .release_resources()
-            .map_err(|cause| refused(MachineOperation::ReleaseResources, cause))?;
-        self.released = true;
+        // What fails in the middle may have released some of it.
+        self.may_be_released = true;
+        machine.release_resources()?;
         // Releasing may have taken its time.
         if attempt.overruns(self.now(), after) {
             return Ok(Some(Overdue::at(SwitchoverStage::Commit)));
@@ -188,18 +188,16 @@ impl Drive<'_> {
     /// Lets the guest go on here, and tells the destination.
     fn call_off<M: Machine>(
         &mut self,
-        machine: &mut M,
+        machine: &mut Guarded<M>,
         attempt: Attempt,
         overdue: Overdue,
     ) -> Result<(), Error> {
-        if std::mem::take(&mut self.released)
-            && let Err(cause) = machine.reacquire_resources()
-        {
-            // For whoever takes the guest back to try again.
-            self.released = true;
-            return Err(refused(MachineOperation::ReacquireResources, cause));
+        if self.may_be_released {
+            // If it fails, whoever takes the guest back tries again.
+            machine.reacquire_resources()?;
+            self.may_be_released = false;
         }
-        machine.resume().map_err(|cause| refused(MachineOperation::Resume, cause))?;
+        machine.resume()?;
         let stood = attempt.stood(self.now());
         self.source.shared.set_stands_still(false);
         self.source.shared.set_phase(Phase::PreCopy);
@@ -212,7 +210,7 @@ impl Drive<'_> {
         debug_assert_eq!(action, SourceAction::SendCalledOff(number));
         self.session.send(&Message::CalledOff { attempt: number })?;
         let Overdue { stage, round } = overdue;
-        self.emit(&Event::CalledOff { attempt: number, stage: Some(stage), stood });
+        self.emit(&Event::CalledOff { attempt: number, stage: Some(stage), stood })?;
         if let Some((began, mut waiting)) = round {
             self.await_round(&mut waiting, true, None)?;
             self.finish_round(&began);
@@ -256,16 +254,11 @@ impl Drive<'_> {
     /// Sends the device state and has the destination load it. `None` if that is not done in time.
     fn prepare(&mut self, state: Vec<u8>, attempt: &Attempt) -> Result<Option<Prepared>, Error> {
         let state_bytes = state.len() as u64;
-        if state_bytes > MAX_DEVICE_STATE_BYTES {
-            return Err(Error::Configuration(format!(
-                "device state of {state_bytes} bytes, at most {MAX_DEVICE_STATE_BYTES} are possible"
-            )));
-        }
         let number = self.handover.attempt();
         self.send_state(state, Prepare { attempt: number, state_bytes })?;
         let load = self.source.common.timeouts.load;
         let patience = Patience::now("the destination to load the guest", load);
-        let due = attempt.due(self.convergence.after_commit()).map(|due| self.instant(due));
+        let due = attempt.due(self.convergence.after_commit()).and_then(|due| self.instant(due));
         let is_over = |due: Option<Instant>| due.is_some_and(|due| Instant::now() >= due);
         loop {
             let left = due.map(|due| due.saturating_duration_since(Instant::now()));
@@ -319,7 +312,7 @@ impl Drive<'_> {
         let patience =
             Patience::now("the answer to the commit", self.source.common.timeouts.commit);
         self.session.send(&Message::Commit)?;
-        self.emit(&Event::Committed);
+        self.tell(&Event::Committed);
         loop {
             match self.session.next_committed(patience)? {
                 Item::Message(Message::Resumed { resume_ns }) => {

@@ -100,7 +100,7 @@ impl Drive<'_> {
             let rebalanced = weights.is_some();
             self.channels.deal(weights, most)?;
             if rebalanced {
-                self.emit(&Event::Rebalanced { weights: self.channels.weights().to_vec() });
+                self.emit(&Event::Rebalanced { weights: self.channels.weights().to_vec() })?;
                 self.statistics.rebalances += 1;
             }
             if self.channels.dirty()?.is_empty() {
@@ -204,7 +204,7 @@ impl Drive<'_> {
                 waiting.fenced = true;
                 self.channels.lose(channel);
                 self.statistics.lost_channels += 1;
-                self.emit(&Event::ChannelLost { channel });
+                self.emit(&Event::ChannelLost { channel })?;
                 waiting.unclosed.push((channel, error));
                 (waiting.mark, waiting.progressed) = (self.progress_mark(), Instant::now());
             }

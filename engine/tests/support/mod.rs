@@ -4,7 +4,9 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use pageferry::convergence::Rehearsal;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::testing::{Random, TestMemory};
@@ -90,20 +92,35 @@ const SCHEMA: &[u8] = b"writes: u64";
 pub(crate) enum Refuse {
     Nothing,
     Schema,
+    Rehearse,
     Pause,
     Save,
     Load,
     Release,
+    /// Gives the lock up, and says that it failed.
+    ReleaseHalfWay,
     Reacquire,
+    /// Takes the lock, and says that it failed.
+    ReacquireHalfWay,
     Resume,
+    ResumeAndRelease,
 }
+
+/// What only one host may hold, such as the lock of a disk: which machine has it.
+type Lock = Arc<Mutex<Option<usize>>>;
 
 pub(crate) struct TestMachine {
     inner: Arc<Inner>,
     thread: Option<JoinHandle<()>>,
     pub(crate) refuse: Refuse,
-    pub(crate) resources: bool,
+    /// Whether it panics where it is to refuse.
+    pub(crate) panics: bool,
+    lock: Lock,
+    /// How often it was let run.
+    pub(crate) resumes: u32,
     pub(crate) loaded: Option<u64>,
+    /// What a rehearsal says of the device state.
+    pub(crate) state_bytes: u64,
 }
 
 impl TestMachine {
@@ -124,7 +141,26 @@ impl TestMachine {
         });
         let theirs = Arc::clone(&inner);
         let thread = std::thread::spawn(move || write_pages(&theirs, working_set, seed));
-        Self { inner, thread: Some(thread), refuse: Refuse::Nothing, resources: true, loaded: None }
+        let lock = Arc::new(Mutex::new(Some(identity(&inner))));
+        Self {
+            inner,
+            thread: Some(thread),
+            refuse: Refuse::Nothing,
+            panics: false,
+            lock,
+            resumes: 0,
+            loaded: None,
+            state_bytes: 8,
+        }
+    }
+
+    /// Contends from now on for the lock that the other one holds.
+    pub(crate) fn contend_with(&mut self, other: &Self) {
+        self.lock = Arc::clone(&other.lock);
+    }
+
+    pub(crate) fn holds_lock(&self) -> bool {
+        *self.lock.lock().unwrap() == Some(identity(&self.inner))
     }
 
     pub(crate) fn writes(&self) -> u64 {
@@ -145,6 +181,7 @@ impl TestMachine {
 
     fn refuse(&self, what: Refuse) -> Result<(), MachineError> {
         if self.refuse == what {
+            assert!(!self.panics, "{what:?} panics as the test wants");
             Err(format!("{what:?} refused by the test").into())
         } else {
             Ok(())
@@ -159,6 +196,10 @@ impl TestMachine {
             control = self.inner.changed.wait(control).unwrap();
         }
     }
+}
+
+fn identity(inner: &Arc<Inner>) -> usize {
+    Arc::as_ptr(inner).addr()
 }
 
 fn write_pages(inner: &Inner, working_set: u64, seed: u64) {
@@ -197,7 +238,9 @@ impl Machine for TestMachine {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.refuse(Refuse::Resume)?;
-        assert!(self.resources, "resumed without resources");
+        self.refuse(Refuse::ResumeAndRelease)?;
+        self.resumes += 1;
+        assert!(self.holds_lock(), "resumed without the lock");
         self.set_running(true);
         Ok(())
     }
@@ -228,16 +271,37 @@ impl Machine for TestMachine {
         Ok(())
     }
 
+    fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
+        assert!(self.is_running(), "a rehearsal of a guest that stands still");
+        self.refuse(Refuse::Rehearse)?;
+        let state_bytes = self.state_bytes;
+        Ok(Some(Rehearsal { state_bytes, save: Duration::from_millis(1), ..Rehearsal::default() }))
+    }
+
     fn release_resources(&mut self) -> Result<(), MachineError> {
         self.refuse(Refuse::Release)?;
-        self.resources = false;
-        Ok(())
+        self.refuse(Refuse::ResumeAndRelease)?;
+        if self.holds_lock() {
+            *self.lock.lock().unwrap() = None;
+        }
+        self.refuse(Refuse::ReleaseHalfWay)
     }
 
     fn reacquire_resources(&mut self) -> Result<(), MachineError> {
         self.refuse(Refuse::Reacquire)?;
-        self.resources = true;
-        Ok(())
+        let mut holder = self.lock.lock().unwrap();
+        if holder.is_some_and(|holder| holder != identity(&self.inner)) {
+            return Err("the other host holds the lock".into());
+        }
+        *holder = Some(identity(&self.inner));
+        drop(holder);
+        self.refuse(Refuse::ReacquireHalfWay)
+    }
+}
+
+impl std::fmt::Debug for TestMachine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TestMachine").field("running", &self.is_running()).finish()
     }
 }
 

@@ -75,15 +75,15 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
         }
         Err(failure) => {
             let at = match failure.guest {
-                GuestAtDestination::Uncertain => GuestAt::Unknown,
-                _ => GuestAt::Source,
+                GuestAtDestination::AtSource | GuestAtDestination::GivenBack => GuestAt::Source,
+                _ => GuestAt::Unknown,
             };
             let outcome = Outcome::of(&failure.error);
             let mut report = report(outcome, at, channels, memory_bytes, &failure.statistics);
             report.guest(&config);
             report.error = Some(failure.error.chain().to_string());
             let outcome = finish(&report, args.json)?;
-            if failure.guest == GuestAtDestination::Uncertain {
+            if at == GuestAt::Unknown {
                 keep_copy(&wishes);
             }
             Ok(outcome)
