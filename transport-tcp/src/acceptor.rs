@@ -20,8 +20,8 @@ const BACKLOG: i32 = 128;
 /// Fits the kernel's 15 bytes.
 const THREAD_NAME: &str = "ferry-accept";
 
-/// Waits for migrations on a port. Serves one at a time; a second source is told to come later.
-/// Who was let in and says nothing is no source yet: the link of one that another one is quicker than
+/// Waits for migrations on a port. Serves one at a time; a second source that has waited a second
+/// is told to come later. Who was let in and says nothing is no source yet: the link of one that another one is quicker than
 /// is interrupted, and the other's is next.
 ///
 /// Strangers on the port (scanners, health checks, garbage) are turned away with a warning in

@@ -13,6 +13,10 @@ use crate::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Status, check_sta
 /// How long a refused connection may take to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// How long a source waits for one that is being served, before it is told to come later. Strangers
+/// that get in are gone sooner than that; in the order in which they came, nobody is overtaken.
+const TURN: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 pub(crate) struct HalfOpen {
     pub(crate) incoming: Incoming,
@@ -25,6 +29,11 @@ enum Phase {
     Preamble {
         bytes: [u8; PREAMBLE_BYTES],
         filled: usize,
+    },
+    /// A source that came while another one is served; told so when time is up.
+    Waiting {
+        preamble: Preamble,
+        until: Instant,
     },
     /// Let in, and said nothing yet.
     Speechless(MigrationId),
@@ -46,6 +55,15 @@ impl HalfOpen {
     pub(crate) fn advance(mut self, board: &Board) -> Option<Self> {
         let (bytes, filled) = match &mut self.phase {
             Phase::Preamble { bytes, filled } => (bytes, filled),
+            Phase::Waiting { preamble, until } => {
+                let (preamble, until) = (*preamble, *until);
+                if let Err(errno) = self.incoming.speech() {
+                    let peer = self.incoming.peer;
+                    tracing::warn!(%peer, "closed a connection that waited for its turn: {errno}");
+                    return None;
+                }
+                return self.submit(board, &preamble, until);
+            }
             Phase::Speechless(id) => {
                 let id = *id;
                 return self.listen(board, id);
@@ -74,27 +92,30 @@ impl HalfOpen {
             Ok(()) => Preamble::decode(bytes),
             Err(error) => Err(error),
         };
-        let unwanted = match judged {
-            Ok(preamble) => match board.admit(self.incoming, &preamble) {
-                Ok(Admitted::Done) => return None,
-                Ok(Admitted::Speechless(id, incoming)) => {
-                    return Some(Self {
-                        incoming,
-                        deadline: self.deadline,
-                        phase: Phase::Speechless(id),
-                    });
-                }
-                Err(unwanted) => unwanted,
-            },
+        match judged {
+            Ok(preamble) => self.submit(board, &preamble, Instant::now() + TURN),
             Err(error) => {
                 let status = match error {
                     PreambleError::Version(_) => Status::Version,
                     _ => Status::Malformed,
                 };
-                Unwanted { incoming: self.incoming, status, reason: error.to_string() }
+                let (incoming, reason) = (self.incoming, error.to_string());
+                Some(Self::refuse(Unwanted { incoming, status, reason }))
             }
-        };
-        Some(Self::refuse(unwanted))
+        }
+    }
+
+    /// Puts it on the board. If that has no room for another source it waits, at most until then.
+    fn submit(self, board: &Board, preamble: &Preamble, until: Instant) -> Option<Self> {
+        let with = |incoming, phase| Some(Self { incoming, deadline: self.deadline, phase });
+        match board.admit(self.incoming, preamble) {
+            Ok(Admitted::Done) => None,
+            Ok(Admitted::Speechless(id, incoming)) => with(incoming, Phase::Speechless(id)),
+            Err(Unwanted { status: Status::Busy, incoming, .. }) if Instant::now() < until => {
+                with(incoming, Phase::Waiting { preamble: *preamble, until })
+            }
+            Err(unwanted) => Some(Self::refuse(unwanted)),
+        }
     }
 
     /// Looks whether it speaks.
@@ -127,6 +148,11 @@ impl HalfOpen {
         }
     }
 
+    /// Whether it waits for something else than its other side.
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(self.phase, Phase::Waiting { .. })
+    }
+
     /// Whether it still matters to its other side that it lives.
     pub(crate) fn is_refused(&self) -> bool {
         matches!(self.phase, Phase::Refused)
@@ -135,8 +161,8 @@ impl HalfOpen {
     /// Closes it for a reason of this side.
     pub(crate) fn expire(self, why: &str) {
         let peer = self.incoming.peer;
-        if let Phase::Speechless(_) = self.phase {
-            tracing::warn!(%peer, "closed a connection: {why}, and it had said nothing");
+        if let Phase::Speechless(_) | Phase::Waiting { .. } = self.phase {
+            tracing::warn!(%peer, "closed a connection: {why}, and it was no source yet");
         }
         if let Phase::Preamble { filled, .. } = self.phase {
             tracing::warn!(

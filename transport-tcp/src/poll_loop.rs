@@ -18,6 +18,8 @@ use crate::options::TcpOptions;
 const MAX_HALF_OPEN: usize = 64;
 /// Most connections taken from the listener before the others get their turn.
 const ACCEPTS_AT_ONCE: usize = 16;
+/// How often it is looked whether there is room for a source that waits.
+const GLANCE: Duration = Duration::from_millis(10);
 /// How long the listener rests when the machine has no descriptors or memory for a connection.
 const REST: Duration = Duration::from_millis(100);
 
@@ -55,19 +57,19 @@ impl PollLoop {
     fn turn(&mut self) -> Result<(), Errno> {
         let now = Instant::now();
         self.rests_until = self.rests_until.filter(|&until| until > now);
-        let deadline =
-            self.half_open.iter().map(|half_open| half_open.deadline).chain(self.rests_until).min();
+        let glance = self.half_open.iter().any(HalfOpen::is_waiting).then(|| now + GLANCE);
+        let deadlines = self.half_open.iter().map(|half_open| half_open.deadline);
+        let deadline = deadlines.chain(self.rests_until).chain(glance).min();
 
         let listening = if self.rests_until.is_some() { PollFlags::empty() } else { PollFlags::IN };
         let mut polled = vec![
             PollFd::new(self.bell.fd(), PollFlags::IN),
             PollFd::new(&self.listener, listening),
         ];
-        polled.extend(
-            self.half_open
-                .iter()
-                .map(|half_open| PollFd::new(&half_open.incoming.socket, PollFlags::IN)),
-        );
+        polled.extend(self.half_open.iter().map(|half_open| {
+            let events = if half_open.is_waiting() { PollFlags::empty() } else { PollFlags::IN };
+            PollFd::new(&half_open.incoming.socket, events)
+        }));
         match poll(&mut polled, deadline.map(until).as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(()),
@@ -86,7 +88,8 @@ impl PollLoop {
     fn serve_half_open(&mut self, ready: &[bool]) {
         let now = Instant::now();
         for (half_open, &ready) in std::mem::take(&mut self.half_open).into_iter().zip(ready) {
-            let still_open = if ready { half_open.advance(&self.board) } else { Some(half_open) };
+            let due = ready || half_open.is_waiting();
+            let still_open = if due { half_open.advance(&self.board) } else { Some(half_open) };
             match still_open {
                 Some(late) if late.deadline <= now => late.expire("out of time"),
                 Some(half_open) => self.half_open.push(half_open),

@@ -160,6 +160,24 @@ fn whoever_speaks_first_is_the_source() {
 }
 
 #[test]
+fn a_source_that_comes_while_one_is_served_waits_its_turn() {
+    let acceptor = acceptor(&TcpOptions::default());
+    let mut first = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+    let mut control = first.control().unwrap();
+    control.sender.send(b"hello").unwrap();
+    let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
+    link.control().unwrap().receiver.receive(Some(PATIENCE)).unwrap();
+    let mut second = raw::stream(acceptor.local_addr());
+    second.write_all(&Preamble { id: raw::ID, kind: Kind::Control }.encode()).unwrap();
+    // The acceptor answers one after the other: by now it has looked at the second.
+    let mut garbage = raw::stream(acceptor.local_addr());
+    garbage.write_all(b"GET /").unwrap();
+    assert_eq!(raw::read_answer(&garbage).status, Status::Malformed);
+    drop(link);
+    assert_eq!(raw::read_answer(&second).status, Status::Ok);
+}
+
+#[test]
 fn a_source_that_gave_up_before_it_was_accepted_is_forgotten() {
     let acceptor = acceptor(&TcpOptions::default());
     drop(connect(acceptor.local_addr(), TcpOptions::default()).unwrap());
