@@ -127,6 +127,36 @@ impl Share {
         None
     }
 
+    /// The dirty words from the stripe on that was given last, of mine in its region: up to so many dirty
+    /// pages and words, but that stripe in any case. Returns how many pages are dirty in them.
+    ///
+    /// Words of others' stripes in between are 0.
+    pub fn look_ahead(&self, most_pages: u64, most_words: usize, words: &mut Vec<u64>) -> u64 {
+        words.clear();
+        let Some(first) = self.current else { return 0 };
+        let region = self.partition.stripe(first).region;
+        let pieces = self.partition.owned(self.channel).get(self.piece..).unwrap_or_default();
+        let mine = pieces.iter().flat_map(|piece| piece.start.max(first)..piece.end);
+        let mut pages = 0;
+        for number in mine {
+            let stripe = self.partition.stripe(number);
+            let begin = (number - first) as usize * STRIPE_WORDS;
+            let fits = stripe.region == region && begin + stripe.words <= most_words;
+            // SAFETY: the stripe is my channel's.
+            let bits = unsafe { self.table.dirty.of(number) };
+            let more = bits.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+            if number != first && (!fits || pages + more > most_pages) {
+                break;
+            }
+            if more > 0 {
+                pages += more;
+                words.resize(begin, 0);
+                words.extend(&bits[..stripe.words]);
+            }
+        }
+        pages
+    }
+
     /// Begins again with the first stripe: what is not done is given once more.
     pub fn rewind(&mut self) {
         (self.piece, self.next, self.passed) = (0, 0, 0);
@@ -298,6 +328,43 @@ mod tests {
     }
 
     #[test]
+    fn what_is_ahead_is_mine_and_stays_dirty() {
+        // One channel in two has stripes 0, 2, 4, …
+        let layout = layout(9 * 512 + 70);
+        let mut ledger = Ledger::new(&layout);
+        ledger.dirty.clear();
+        for page in [3, 512, 1024, 2048 + 100, 2048 + 101, 9 * 512] {
+            ledger.dirty.set(0, page);
+        }
+        let before = ledger.dirty.clone();
+        let (loan, mut shares) = ledger.lend(&Partition::new(&layout, 2));
+        let mut words = vec![7];
+        assert_eq!(shares[0].look_ahead(10, 100, &mut words), 0, "none was given yet");
+        assert!(words.is_empty());
+        shares[0].next_dirty().unwrap();
+        let mut ahead = |most_pages, most_words| {
+            let pages = shares[0].look_ahead(most_pages, most_words, &mut words);
+            let set = words.iter().enumerate().filter(|(_, word)| **word != 0);
+            (pages, words.len(), set.map(|(index, word)| (index, *word)).collect::<Vec<_>>())
+        };
+        assert_eq!(ahead(10, 100), (4, 40, vec![(0, 8), (16, 1), (33, 3 << 36)]));
+        // The stripe of two pages is too much, or too far.
+        assert_eq!(ahead(3, 100), (2, 24, vec![(0, 8), (16, 1)]));
+        assert_eq!(ahead(10, 39), (2, 24, vec![(0, 8), (16, 1)]));
+        assert_eq!(ahead(0, 0), (1, 8, vec![(0, 8)]));
+        shares[0].done([0; 8]);
+        shares[1].next_dirty().unwrap();
+        assert_eq!(shares[1].look_ahead(10, 100, &mut words), 2);
+        // To the end of the region, and no further.
+        assert_eq!((words.len(), words[0], words[64]), (66, 1, 1));
+        drop(shares);
+        let mut after = loan.take_back().unwrap().dirty;
+        assert_ne!(after, before);
+        after.set(0, 3);
+        assert_eq!(after, before);
+    }
+
+    #[test]
     fn shares_learn_that_they_are_wanted_back() {
         let layout = layout(512);
         let (loan, shares) = Ledger::new(&layout).lend(&Partition::new(&layout, 1));
@@ -307,156 +374,5 @@ mod tests {
     }
 }
 
-/// All interleavings of a driver, two senders and a guest, explored by loom: no word is used by
-/// two threads at once, and the newest bytes win when a stripe changes hands.
 #[cfg(all(test, loom))]
-mod explored {
-    use loom::sync::atomic::AtomicU32;
-    use loom::sync::mpsc::{Receiver, Sender, channel};
-    use loom::thread;
-
-    use super::*;
-    use crate::memory::{PAGE_BYTES, RegionLayout};
-
-    const STRIPES: usize = 2;
-
-    /// A page of each stripe, by version. What is on its way is with its sender.
-    struct World {
-        guest: [AtomicU32; STRIPES],
-        dirty_log: [AtomicBool; STRIPES],
-        there: [AtomicU32; STRIPES],
-    }
-
-    impl World {
-        fn write(&self, page: usize, version: u32) {
-            self.guest[page].store(version, Ordering::SeqCst);
-            self.dirty_log[page].store(true, Ordering::SeqCst);
-        }
-
-        fn harvest(&self, into: &mut DirtyBitmap) {
-            for page in 0..STRIPES {
-                if self.dirty_log[page].swap(false, Ordering::SeqCst) {
-                    into.set(0, page as u64 * 512);
-                }
-            }
-        }
-    }
-
-    /// What the driver tells a sender, as [`crate::sender::Command`].
-    enum Command {
-        Round(Share),
-        Settle,
-        Finish,
-    }
-
-    fn send(world: &World, commands: &Receiver<Command>, done: &Sender<()>) {
-        let mut on_its_way = Vec::new();
-        loop {
-            match commands.recv().unwrap() {
-                Command::Round(mut share) => {
-                    while !share.is_asked_back()
-                        && let Some((stripe, bits)) = share.next_dirty()
-                    {
-                        let page = stripe.first_word / STRIPE_WORDS;
-                        on_its_way.push((page, world.guest[page].load(Ordering::SeqCst)));
-                        share.done(bits);
-                    }
-                }
-                Command::Settle => land(world, &mut on_its_way),
-                Command::Finish => return land(world, &mut on_its_way),
-            }
-            done.send(()).unwrap();
-        }
-    }
-
-    /// In order, as on any channel.
-    fn land(world: &World, on_its_way: &mut Vec<(usize, u32)>) {
-        for (page, version) in on_its_way.drain(..) {
-            world.there[page].store(version, Ordering::SeqCst);
-        }
-    }
-
-    /// Whether old bytes won in any interleaving; `settles` is whether the driver keeps to the rule
-    /// of the fence.
-    fn old_bytes_win(settles: bool) -> bool {
-        let old_won = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let seen = std::sync::Arc::clone(&old_won);
-        let mut model = loom::model::Builder::new();
-        // Deeper costs hours, and has found nothing.
-        model.preemption_bound = Some(2);
-        model.check(move || {
-            let len_bytes = STRIPES as u64 * 512 * PAGE_BYTES;
-            let region = RegionLayout { guest_addr: 0, len_bytes, backing_page_bytes: PAGE_BYTES };
-            let layout = Layout::new(vec![region]).unwrap();
-            let world = Arc::new(World {
-                guest: [AtomicU32::new(1), AtomicU32::new(1)],
-                dirty_log: [AtomicBool::new(false), AtomicBool::new(false)],
-                there: [AtomicU32::new(0), AtomicU32::new(0)],
-            });
-            let (done, is_done) = channel();
-            let senders: Vec<_> = (0..2)
-                .map(|_| {
-                    let (give, commands) = channel();
-                    let (world, done) = (Arc::clone(&world), done.clone());
-                    (give, thread::spawn(move || send(&world, &commands, &done)))
-                })
-                .collect();
-            let round = |ledger: Ledger, weights: &[u32], ask_back: bool, version: u32| {
-                let (loan, shares) =
-                    ledger.lend(&Partition::weighted(&layout, weights, &DirtyBitmap::new(&layout)));
-                for ((give, _), share) in senders.iter().zip(shares) {
-                    give.send(Command::Round(share)).unwrap();
-                }
-                // The guest writes while the senders read.
-                world.write(0, version);
-                if ask_back {
-                    loan.ask_back();
-                }
-                senders.iter().for_each(|_| is_done.recv().unwrap());
-                if ask_back && settles {
-                    for (give, _) in &senders {
-                        give.send(Command::Settle).unwrap();
-                    }
-                    senders.iter().for_each(|_| is_done.recv().unwrap());
-                }
-                let mut ledger = loan.take_back().expect("all shares were dropped");
-                world.harvest(&mut ledger.dirty);
-                ledger
-            };
-            // The first epoch is fenced; in the second the stripes have changed hands.
-            let ledger = round(Ledger::new(&layout), &[1, 1], true, 2);
-            let ledger = round(ledger, &[0, 1], false, 3);
-            // The guest is paused; what is dirty is sent, and all lands.
-            let (loan, shares) =
-                ledger.lend(&Partition::weighted(&layout, &[0, 1], &DirtyBitmap::new(&layout)));
-            for ((give, _), share) in senders.iter().zip(shares) {
-                give.send(Command::Round(share)).unwrap();
-            }
-            for (give, _) in &senders {
-                give.send(Command::Finish).unwrap();
-            }
-            for (_, thread) in senders {
-                thread.join().unwrap();
-            }
-            assert!(loan.take_back().unwrap().dirty.is_empty());
-            for page in 0..STRIPES {
-                let newest = world.guest[page].load(Ordering::SeqCst);
-                if world.there[page].load(Ordering::SeqCst) != newest {
-                    seen.store(true, Ordering::SeqCst);
-                }
-            }
-        });
-        old_won.load(Ordering::SeqCst)
-    }
-
-    #[test]
-    fn the_newest_bytes_win_across_a_fence() {
-        assert!(!old_bytes_win(true));
-    }
-
-    /// The exploration sees it when senders do not wait for what they have sent.
-    #[test]
-    fn without_the_wait_old_bytes_win() {
-        assert!(old_bytes_win(false));
-    }
-}
+mod explored;

@@ -34,6 +34,7 @@ pub mod testing;
 pub mod threads;
 pub mod transport;
 
+mod ahead;
 mod balance;
 mod config;
 mod host;

@@ -1,8 +1,8 @@
 //! A sender thread: owns one data channel, and for each round its share of the ledger.
 //!
-//! For each dirty stripe: re-arm it, look at each dirty page, and put it into a batch as data or
-//! as zero, or leave it out because the destination knows it to be zero. Batches go out in
-//! order; what has not landed is remembered, so that it can be put back.
+//! For each dirty stripe: see that it is [re-armed](crate::ahead), look at each dirty page, and put it
+//! into a batch as data or as zero, or leave it out because the destination knows it to be zero.
+//! Batches go out in order; what has not landed is remembered, so that it can be put back.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use crossbeam_utils::CachePadded;
 
+use crate::ahead::Ahead;
 use crate::dirty::{DirtySources, STRIPE_WORDS, WORD_PAGES, runs};
 use crate::error::Error;
 use crate::host::caught;
@@ -107,6 +108,7 @@ struct InFlight {
 
 struct SenderThread {
     setup: SenderSetup,
+    ahead: Ahead,
     /// The run of pages that hold something that was found last, with its region.
     known_data: (u16, Range<u64>),
     batch: Vec<Run>,
@@ -126,6 +128,7 @@ pub(crate) fn run(setup: SenderSetup) {
     // A batch holds at least one page, whatever a transport or the host says.
     let max_batch_runs = setup.capabilities.max_batch_runs.clamp(1, MAX_BATCH_RUNS);
     let mut thread = SenderThread {
+        ahead: Ahead::new(),
         known_data: (0, 0..0),
         batch: Vec::with_capacity(max_batch_runs),
         batch_pages: PageCounts::default(),
@@ -202,14 +205,14 @@ impl SenderThread {
 
     /// Sends all that is dirty in the share, or as much until it is asked back.
     fn scan(&mut self, share: &mut Share, first_look: bool) -> Result<(), Error> {
+        self.ahead.begin();
         while !share.is_asked_back()
             && let Some((stripe, mut dirty)) = share.next_dirty()
         {
             // Re-arm, then read: a write from here on shows in the next harvest.
-            let words = &mut dirty[..stripe.words];
-            self.setup.sources.rearm(stripe.region, stripe.first_page(), words)?;
+            self.ahead.rearm(stripe, share, &self.setup.sources)?;
             if first_look {
-                self.skip_holes(stripe, words);
+                self.skip_holes(stripe, &mut dirty[..stripe.words]);
             }
             // Until it is done the whole stripe stays dirty: what fails in the middle is sent
             // once more, by whoever gets it.

@@ -26,10 +26,6 @@ use crate::misuse::{MisuseError, dirty_error};
 /// Name of the source in messages and statistics.
 const NAME: &str = "kvm dirty log";
 
-/// Words of a slot that are re-armed at once where the engine's words must be shifted: 4096
-/// pages, 16 MiB, a few times what the engine asks for in a call.
-const SHIFT_WORDS: usize = 64;
-
 /// How KVM's dirty log is read and re-armed. Later ones are better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -144,12 +140,13 @@ pub(super) fn hint(cause: &io::Error) -> &'static str {
 ///
 /// A slot may begin at any page of a region and have any number of pages. Where its first page
 /// is a multiple of 64 in the region, the engine's words go to the kernel as they are; elsewhere
-/// they are shifted through a small buffer.
+/// they are shifted first.
 ///
 /// # Thread safety
 ///
 /// As [`DirtySource`] asks. KVM serialises calls for one VM with a lock, so re-arming from
-/// several threads is safe but no faster.
+/// several threads is safe but no faster. Each call that clears something has all vCPUs flush their
+/// TLBs: re-arm many pages at once.
 ///
 /// # Resource cleanup
 ///
@@ -283,22 +280,15 @@ impl KvmDirtyLog {
     ) -> Result<(), KvmLogError> {
         // In pages of the slot, extended to whole words of it. What is added is clear in the
         // buffer, for `word_at` gives clear bits outside `words`, and clear bits say nothing.
-        let mut at = (pages.start - slot.first_page) / WORD_PAGES * WORD_PAGES;
+        let begin = (pages.start - slot.first_page) / WORD_PAGES * WORD_PAGES;
         let end = pages.end - slot.first_page;
-        let mut shifted = [0; SHIFT_WORDS];
-        while at < end {
-            let count = words_for(end - at).min(SHIFT_WORDS);
-            for (word, page) in shifted[..count].iter_mut().zip((at..).step_by(u64::BITS as usize))
-            {
-                *word = word_at(
-                    words,
-                    (slot.first_page + page).cast_signed() - first_page.cast_signed(),
-                );
-            }
-            self.clear(slot, at, &shifted[..count])?;
-            at += count as u64 * WORD_PAGES;
-        }
-        Ok(())
+        let first = (slot.first_page + begin).cast_signed() - first_page.cast_signed();
+        let shifted: Vec<u64> = (first..)
+            .step_by(u64::BITS as usize)
+            .take(words_for(end - begin))
+            .map(|first| word_at(words, first))
+            .collect();
+        self.clear(slot, begin, &shifted)
     }
 
     /// Clears pages of a slot; `first_page` is a multiple of 64.

@@ -15,6 +15,9 @@ use crate::pages::AtomicPages;
 use crate::process::addresses;
 use crate::uffd;
 
+/// From one word with something set to the next in a heap, at most.
+const HEAP_WORDS: usize = 2;
+
 /// What the thread and the source share while memory is tracked.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -107,6 +110,12 @@ impl Shared {
 
     /// Clears the pages set in `words` and protects them. `words` lie inside the region.
     pub(super) fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> io::Result<()> {
+        heaps(words).try_for_each(|heap| {
+            self.rearm_heap(region, first_page + heap.start as u64 * WORD_PAGES, &words[heap])
+        })
+    }
+
+    fn rearm_heap(&self, region: u16, first_page: u64, words: &[u64]) -> io::Result<()> {
         let first_word = words_for(first_page);
         let mine = &self.dirty.region(region)[first_word..first_word + words.len()];
         let set = |word: usize| mine[word].load(Ordering::Acquire) & words[word];
@@ -132,6 +141,20 @@ impl Shared {
     }
 }
 
+/// Words with something set that lie close together, for one call each: it looks at all pages from
+/// the first to the last, and writes wait as long.
+fn heaps(words: &[u64]) -> impl Iterator<Item = Range<usize>> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = at + words[at..].iter().position(|word| *word != 0)?;
+        at = start + 1;
+        while let Some(next) = words[at..].iter().take(HEAP_WORDS).position(|word| *word != 0) {
+            at += next + 1;
+        }
+        Some(start..at)
+    })
+}
+
 /// `pages` of a region, extended to whole pages of its backing.
 fn whole_pages(region: &RawRegion, pages: Range<u64>) -> Range<u64> {
     let backing = (region.layout.backing_page_bytes / PAGE_BYTES).max(1);
@@ -148,6 +171,14 @@ fn page_addresses(region: &RawRegion, pages: &Range<u64>) -> Range<u64> {
 mod tests {
     use super::*;
     use pageferry::memory::RegionLayout;
+
+    #[test]
+    fn words_are_protected_in_heaps() {
+        let heaps = |words: &[u64]| heaps(words).collect::<Vec<_>>();
+        assert_eq!(heaps(&[]), []);
+        assert_eq!(heaps(&[0, 0]), []);
+        assert_eq!(heaps(&[0, 1, 0, 2, 0, 0, 4, 8, 0]), [1..4, 6..8]);
+    }
 
     #[test]
     fn pages_are_extended_to_huge_ones() {

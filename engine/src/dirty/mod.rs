@@ -49,8 +49,8 @@ pub struct DirtyError {
 /// # Thread safety
 ///
 /// `start`, `harvest`, `put_back` and `stop` are called by one thread at a time. `rearm` is
-/// called by several sender threads at once, for ranges that do not overlap, while no harvest
-/// runs.
+/// called by several sender threads at once, while no harvest runs: for words that do not overlap,
+/// except that a word of one call's set bits may be in the middle of another call, and 0 there.
 pub trait DirtySource: Send + Sync {
     /// Short name for messages and statistics: "kvm dirty log".
     fn name(&self) -> &'static str;
@@ -63,7 +63,12 @@ pub trait DirtySource: Send + Sync {
 
     /// Re-arms tracking of pages that a harvest reported. `words` are bitmap words of `region`,
     /// the first of which starts at page `first_page`, a multiple of [`WORD_PAGES`]; set bits
-    /// are the pages about to be read. Bits another source reported may be set too.
+    /// are the pages about to be read. Bits another source reported may be set too. What is
+    /// known of pages whose bits are clear stays.
+    ///
+    /// A sender re-arms what it will read in the next ten milliseconds or so with one call, up to
+    /// 4096 pages that lie anywhere in up to 16384 words. It may then read none of them, and re-arm
+    /// them again.
     fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError>;
 
     /// Takes back pages that were harvested and have not landed.
