@@ -13,7 +13,7 @@ pub const MAX_CHANNELS: u16 = 256;
 pub struct Timeouts {
     /// For each step of the handshake, and for opening the data channels.
     pub handshake: Duration,
-    /// For any page to land, while pages are being sent.
+    /// For any page to land, while pages are being sent; and for the link to take a message.
     pub stall: Duration,
     /// For the destination to load the device state.
     pub load: Duration,

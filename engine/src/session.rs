@@ -73,6 +73,8 @@ pub(crate) struct Session<R> {
     interrupt: Arc<dyn Interrupt>,
     shared: Arc<Shared>,
     control_bytes: Arc<AtomicU64>,
+    /// How long the link may take to take a message.
+    send_timeout: Duration,
 }
 
 impl<R: Send + 'static> Session<R> {
@@ -82,6 +84,7 @@ impl<R: Send + 'static> Session<R> {
         interrupt: Arc<dyn Interrupt>,
         spawn: Arc<dyn Spawn>,
         shared: Arc<Shared>,
+        send_timeout: Duration,
     ) -> Result<Self, Error> {
         let (feed, inputs) = unbounded();
         let control_bytes = Arc::new(AtomicU64::new(0));
@@ -93,6 +96,7 @@ impl<R: Send + 'static> Session<R> {
             interrupt,
             shared,
             control_bytes: Arc::clone(&control_bytes),
+            send_timeout,
         };
         let (receiver, shared) = (control.receiver, Arc::clone(&session.shared));
         session.spawn(ThreadRole::Control, move || {
@@ -129,8 +133,8 @@ impl<R: Send + 'static> Session<R> {
 
     /// Sends a message, behind all that was sent before.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
-        let control_bytes = Arc::clone(&self.control_bytes);
-        put(&mut **self.take_outlet()?, &control_bytes, message)
+        let (control_bytes, timeout) = (Arc::clone(&self.control_bytes), self.send_timeout);
+        put(&mut **self.take_outlet()?, &control_bytes, message, timeout)
     }
 
     /// Sends messages by a thread of their own: the driver goes on, however long the link takes. Why
@@ -145,11 +149,11 @@ impl<R: Send + 'static> Session<R> {
         else {
             return Err(Error::Transport(TransportError::Closed));
         };
-        let control_bytes = Arc::clone(&self.control_bytes);
+        let (control_bytes, timeout) = (Arc::clone(&self.control_bytes), self.send_timeout);
         self.spawn(ThreadRole::DeviceState, move || {
             let mut messages = messages;
-            let sent =
-                messages.try_for_each(|message| put(&mut *control, &control_bytes, &message));
+            let sent = messages
+                .try_for_each(|message| put(&mut *control, &control_bytes, &message, timeout));
             // The session may be over.
             let _ = give_back.send((control, sent));
         })
@@ -279,9 +283,10 @@ fn put(
     control: &mut dyn ControlSender,
     control_bytes: &AtomicU64,
     message: &Message,
+    timeout: Duration,
 ) -> Result<(), Error> {
     let frame = message.encode();
-    caught("the transport", || control.send(&frame))??;
+    caught("the transport", || control.send(&frame, timeout))??;
     control_bytes.fetch_add(frame.len() as u64, Relaxed);
     Ok(())
 }

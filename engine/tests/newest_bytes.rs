@@ -248,6 +248,10 @@ impl PageSender for SteppingSender {
     fn finish(&mut self) -> Result<(), TransportError> {
         self.inner.finish()
     }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
 }
 
 /// A destination that leaves one channel's batches lying until the others bring no more.
@@ -317,6 +321,10 @@ impl PageReceiver for LateReceiver {
 
     fn counters(&self) -> ChannelCounters {
         self.inner.counters()
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
     }
 }
 

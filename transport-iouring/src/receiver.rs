@@ -22,7 +22,8 @@ use pageferry::transport::stream::{
     self, ACK_BYTES, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
 };
 use pageferry::transport::{
-    ChannelCounters, PageCounts, PageReceiver, Received, Run, RunKind, Ticket, TransportError,
+    ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Run, RunKind, Ticket,
+    TransportError,
 };
 use pageferry_tcp::DataSocket;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -308,6 +309,10 @@ impl PageReceiver for IoUringPageReceiver {
             system_calls: self.system_calls + self.ring.system_calls(),
             ..ChannelCounters::default()
         }
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.socket.interrupter()
     }
 }
 

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use pageferry::memory::GuestMemory;
 use pageferry::transport::stream::{self, ACK_BYTES, AckSchedule};
 use pageferry::transport::{
-    ChannelCounters, PageSender, Run, Ticket, TransportError, Watermarks, ZeroCopyCounts,
+    ChannelCounters, Interrupt, PageSender, Run, Ticket, TransportError, Watermarks, ZeroCopyCounts,
 };
 use pageferry_tcp::{DataSocket, ZeroCopy};
 
@@ -474,6 +474,10 @@ impl PageSender for IoUringPageSender {
         self.advance_marks();
         self.socket.finish();
         Ok(())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.socket.interrupter()
     }
 }
 

@@ -4,11 +4,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::TransportError;
+use pageferry::transport::{Interrupt, TransportError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cm::{Event, Id};
-use crate::state::LinkState;
+use crate::state::{LinkState, OwnStop};
 use crate::verbs::{Completion, QueuePair};
 
 /// How long a wait looks for completions itself before it sleeps: a sleep and its end cost a
@@ -21,6 +21,7 @@ pub(crate) struct Connection {
     pub(crate) qp: QueuePair,
     pub(crate) id: Id,
     state: Arc<LinkState>,
+    stop: Arc<OwnStop>,
     /// The other side has gone.
     gone: bool,
     /// Calls that waited.
@@ -28,13 +29,18 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(qp: QueuePair, id: Id, state: Arc<LinkState>) -> Self {
-        Self { qp, id, state, gone: false, system_calls: 0 }
+    pub(crate) fn new(qp: QueuePair, id: Id, state: Arc<LinkState>) -> io::Result<Self> {
+        Ok(Self { qp, id, state, stop: OwnStop::new()?, gone: false, system_calls: 0 })
     }
 
-    /// Fails once the link was interrupted.
+    /// Fails once the link or this connection was interrupted.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
-        self.state.check()
+        self.stop.check().and_then(|()| self.state.check())
+    }
+
+    /// A handle that ends this connection alone.
+    pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.stop) as Arc<dyn Interrupt>
     }
 
     /// Adds completions to `into`. Waits for some until `deadline` (`None` for only those that are
@@ -49,7 +55,7 @@ impl Connection {
         let began = Instant::now();
         let mut asked = false;
         loop {
-            self.state.check()?;
+            self.check()?;
             let gone = self.gone;
             self.qp.completions.poll(into).map_err(failed)?;
             if into.len() > before {
@@ -87,9 +93,15 @@ impl Connection {
     fn sleep(&mut self, time: Duration) -> io::Result<bool> {
         let time = Timespec::try_from(time).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
         let (bell, device) = (self.state.bell(), self.state.device());
-        let watched = [self.qp.completions.fd(), self.id.fd(), bell, device.unwrap_or(bell)];
+        let watched = [
+            self.qp.completions.fd(),
+            self.id.fd(),
+            bell,
+            self.stop.bell(),
+            device.unwrap_or(bell),
+        ];
         let mut fds = watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        let count = if device.is_some() { 4 } else { 3 };
+        let count = if device.is_some() { 5 } else { 4 };
         self.system_calls += 1;
         match poll(&mut fds[..count], Some(&time)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -104,7 +116,7 @@ impl Connection {
                 self.gone |= matches!(event, Event::Disconnected | Event::DeviceRemoved);
             }
         }
-        if ready[3] {
+        if ready[4] {
             self.state.look();
         }
         Ok(ready[0])

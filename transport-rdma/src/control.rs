@@ -14,6 +14,7 @@
 //! left: bytes of the frame from this message on, little-endian; so the first message of a frame
 //! has its length.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError};
@@ -36,23 +37,26 @@ impl RdmaControlSender {
         Self { outlet, broken: false }
     }
 
-    fn put(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+    /// Sends a frame; false if the deadline comes first.
+    fn put(&mut self, frame: &[u8], deadline: Option<Instant>) -> Result<bool, TransportError> {
         let mut left = frame;
         while !left.is_empty() {
             let (now, later) = left.split_at(left.len().min(SLOT_BYTES - HEAD_BYTES));
             let mut message = vec![PIECE];
             message.extend(u32::try_from(left.len()).unwrap_or(u32::MAX).to_le_bytes());
             message.extend(now);
-            self.outlet.message(&message)?;
+            if !self.outlet.message_until(&message, deadline)? {
+                return Ok(false);
+            }
             left = later;
         }
         // What is known by now.
-        self.outlet.pump(None)
+        self.outlet.pump(None).map(|()| true)
     }
 }
 
 impl ControlSender for RdmaControlSender {
-    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         if frame.is_empty() || frame.len() > MAX_FRAME_BYTES {
             return Err(TransportError::TooLarge {
                 what: "control frame",
@@ -61,9 +65,17 @@ impl ControlSender for RdmaControlSender {
             });
         }
         self.outlet.check()?;
-        let result = self.put(frame);
-        self.broken |= result.is_err();
-        result
+        let operation = "send a control frame";
+        if self.broken {
+            let cause = io::ErrorKind::NotConnected.into();
+            return Err(TransportError::Lost { operation, cause });
+        }
+        let sent = self.put(frame, Instant::now().checked_add(timeout));
+        self.broken = !matches!(sent, Ok(true));
+        match sent? {
+            true => Ok(()),
+            false => Err(TransportError::TimedOut { operation, after: timeout }),
+        }
     }
 }
 

@@ -198,7 +198,7 @@ impl Workshop {
         let failed = self.failed();
         let qp = QueuePair::new(&self.pd, depths.0, depths.1).map_err(&failed)?;
         id.prepare(&qp, path).map_err(&failed)?;
-        Ok(Connection::new(qp, id, Arc::clone(&self.state)))
+        Connection::new(qp, id, Arc::clone(&self.state)).map_err(failed)
     }
 
     fn outlet(&self, id: Id, path: &PathSettings) -> Result<Outlet, TransportError> {

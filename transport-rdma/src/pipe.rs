@@ -204,19 +204,28 @@ impl Outlet {
         self.post_ack(slot)
     }
 
-    /// Waits until a condition holds.
-    fn pump_until(&mut self, holds: impl Fn(&Self) -> bool) -> Result<(), TransportError> {
+    /// Waits until a condition holds; false if the deadline comes first.
+    fn pump_until(
+        &mut self,
+        deadline: Option<Instant>,
+        holds: impl Fn(&Self) -> bool,
+    ) -> Result<bool, TransportError> {
         while !holds(self) {
-            self.pump(Some(Instant::now() + TURN))?;
+            let now = Instant::now();
+            if deadline.is_some_and(|deadline| now >= deadline) {
+                return Ok(false);
+            }
+            let turn = now + TURN;
+            self.pump(Some(deadline.map_or(turn, |deadline| deadline.min(turn))))?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Writes spans to the other side's memory, in order. Waits for room in the send queue.
     pub(crate) fn write(&mut self, writes: &[Transfer]) -> Result<(), TransportError> {
         let mut rest = writes;
         while !rest.is_empty() {
-            self.pump_until(|outlet| outlet.posted - outlet.done < outlet.depth)?;
+            self.pump_until(None, |outlet| outlet.posted - outlet.done < outlet.depth)?;
             let room = usize::try_from(self.depth - (self.posted - self.done)).unwrap_or(1);
             let (now, later) = rest.split_at(room.min(rest.len()));
             self.connection
@@ -231,7 +240,7 @@ impl Outlet {
 
     /// Posts one signalled request.
     fn post(&mut self, verb: Verb, span: Option<Span>) -> Result<u64, TransportError> {
-        self.pump_until(|outlet| outlet.posted - outlet.done < outlet.depth)?;
+        self.pump_until(None, |outlet| outlet.posted - outlet.done < outlet.depth)?;
         let work = self.posted + 1;
         let request = Request { work, verb, span, signalled: true };
         self.connection.qp.post([request]).map_err(failed)?;
@@ -241,15 +250,28 @@ impl Outlet {
 
     /// Sends a message of 1 to [`SLOT_BYTES`] bytes; returns its number. Waits for a credit.
     pub(crate) fn message(&mut self, bytes: &[u8]) -> Result<u64, TransportError> {
-        self.pump_until(|outlet| outlet.sent - outlet.taken < u64::from(RECEIVES))?;
+        self.message_until(bytes, None).map(|_| self.sent)
+    }
+
+    /// As [`Self::message`]; false if the deadline comes before a credit. Once that is there, it is
+    /// the NICs that are waited for, and they give up by themselves.
+    pub(crate) fn message_until(
+        &mut self,
+        bytes: &[u8],
+        deadline: Option<Instant>,
+    ) -> Result<bool, TransportError> {
+        let has_credit = |outlet: &Self| outlet.sent - outlet.taken < u64::from(RECEIVES);
+        if !self.pump_until(deadline, has_credit)? {
+            return Ok(false);
+        }
         let slot = usize::try_from(self.sent % u64::from(RECEIVES)).unwrap_or(0);
         let user = self.used_by[slot];
-        self.pump_until(|outlet| outlet.done >= user)?;
+        self.pump_until(None, |outlet| outlet.done >= user)?;
         self.slots.put(slot * SLOT_BYTES, bytes);
         let span = span(&self.slots, slot, SLOT_BYTES, bytes.len());
         self.used_by[slot] = self.post(Verb::Send, Some(span))?;
         self.sent += 1;
-        Ok(self.sent)
+        Ok(true)
     }
 
     /// Whether there is a credit for a message.
@@ -269,7 +291,7 @@ impl Outlet {
 
     /// Sends a mark; returns its number as a message. Waits for a credit.
     pub(crate) fn mark(&mut self) -> Result<u64, TransportError> {
-        self.pump_until(|outlet| outlet.sent - outlet.taken < u64::from(RECEIVES))?;
+        self.pump_until(None, |outlet| outlet.sent - outlet.taken < u64::from(RECEIVES))?;
         let verb =
             if self.immediate { Verb::WriteWithImmediate { immediate: 0 } } else { Verb::Send };
         self.post(verb, None)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry::transport::{
-    ChannelCounters, PageCounts, PageReceiver, Received, Registration, TransportError,
+    ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Registration, TransportError,
 };
 
 use crate::announce::Announcer;
@@ -94,5 +94,9 @@ impl PageReceiver for RdmaPageReceiver {
             registered: self.cost,
             ..ChannelCounters::default()
         }
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inlet.connection.interrupter()
     }
 }

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::PageRange;
 use pageferry::transport::{
-    Capabilities, ChannelCounters, PageSender, Registration, Run, RunKind, Ticket, TransportError,
-    Watermarks,
+    Capabilities, ChannelCounters, Interrupt, PageSender, Registration, Run, RunKind, Ticket,
+    TransportError, Watermarks,
 };
 
 use crate::announce::Directory;
@@ -253,5 +253,9 @@ impl PageSender for RdmaPageSender {
         })?;
         self.phase = Phase::Finished;
         Ok(())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.outlet.connection.interrupter()
     }
 }

@@ -28,7 +28,7 @@ impl LinkState {
             interrupted: AtomicBool::new(false),
             broken: OnceLock::new(),
             watch: OnceLock::new(),
-            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            bell: new_bell()?,
         }))
     }
 
@@ -70,19 +70,56 @@ impl LinkState {
         if let Some(what) = self.watch.get().and_then(Watch::take) {
             tracing::warn!("the RDMA device failed: {what}");
             let _ = self.broken.set(what);
-            self.ring();
+            ring(&self.bell);
         }
     }
+}
 
-    fn ring(&self) {
-        // Fails only where it was rung 2⁶⁴ times before.
-        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+/// Whether one connection was interrupted alone.
+#[derive(Debug)]
+pub(crate) struct OwnStop {
+    interrupted: AtomicBool,
+    /// Readable for good once it was.
+    bell: OwnedFd,
+}
+
+impl OwnStop {
+    pub(crate) fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self { interrupted: AtomicBool::new(false), bell: new_bell()? }))
     }
+
+    pub(crate) fn check(&self) -> Result<(), TransportError> {
+        if self.interrupted.load(Ordering::Acquire) {
+            return Err(TransportError::Interrupted);
+        }
+        Ok(())
+    }
+
+    /// Readable when [`Self::check`] fails.
+    pub(crate) fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}
+
+impl Interrupt for OwnStop {
+    fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::Release);
+        ring(&self.bell);
+    }
+}
+
+fn new_bell() -> io::Result<OwnedFd> {
+    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+fn ring(bell: &OwnedFd) {
+    // Fails only where it was rung 2⁶⁴ times before.
+    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
 }
 
 impl Interrupt for LinkState {
     fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Release);
-        self.ring();
+        ring(&self.bell);
     }
 }

@@ -83,6 +83,7 @@ impl LinkState {
             socket,
             peer,
             link: Arc::clone(self),
+            interrupted: false.into(),
             linger: false.into(),
             unreleased: Mutex::default(),
         });
@@ -106,12 +107,26 @@ impl Interrupt for LinkState {
     }
 }
 
+/// Does not keep the connection, nor the guest memory that it may still hold.
+struct ConnectionInterrupter(Weak<Connection>);
+
+impl Interrupt for ConnectionInterrupter {
+    fn interrupt(&self) {
+        if let Some(connection) = self.0.upgrade() {
+            connection.interrupted.store(true, Ordering::Release);
+            connection.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 /// A connection whose preambles are done; in blocking mode.
 #[derive(Debug)]
 pub(crate) struct Connection {
     socket: Socket,
     peer: SocketAddr,
     link: Arc<LinkState>,
+    /// Alone, whatever became of the link.
+    interrupted: AtomicBool,
     /// Whether bytes that the other side must still get may be under way when the link is
     /// dropped.
     linger: AtomicBool,
@@ -139,14 +154,22 @@ impl Connection {
         self.peer
     }
 
-    /// Fails once the link was interrupted.
+    /// Fails once the link or this connection was interrupted.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
+        if self.interrupted.load(Ordering::Acquire) {
+            return Err(TransportError::Interrupted);
+        }
         self.link.check()
     }
 
     /// A control frame has come.
     pub(crate) fn note_heard(&self) {
         self.link.heard.store(true, Ordering::Relaxed);
+    }
+
+    /// A handle that ends this connection alone.
+    pub(crate) fn interrupter(self: &Arc<Self>) -> Arc<dyn Interrupt> {
+        Arc::new(ConnectionInterrupter(Arc::downgrade(self)))
     }
 
     /// What a failed system call means.

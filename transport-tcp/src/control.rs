@@ -8,7 +8,7 @@
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::transport::stream::StreamError;
 use pageferry::transport::{
@@ -26,7 +26,7 @@ const RECEIVING: &str = "receive a control frame";
 
 pub(crate) fn channel(connection: &Arc<Connection>) -> ControlChannel {
     ControlChannel {
-        sender: Box::new(TcpControlSender { connection: Arc::clone(connection) }),
+        sender: Box::new(TcpControlSender { connection: Arc::clone(connection), broken: false }),
         receiver: Box::new(TcpControlReceiver {
             connection: Arc::clone(connection),
             length: [0; LENGTH_BYTES],
@@ -40,10 +40,44 @@ pub(crate) fn channel(connection: &Arc<Connection>) -> ControlChannel {
 #[derive(Debug)]
 struct TcpControlSender {
     connection: Arc<Connection>,
+    /// Half a frame may be out: nothing sensible can follow it.
+    broken: bool,
+}
+
+impl TcpControlSender {
+    /// Sends length and frame; false if the deadline comes first.
+    fn put(&self, frame: &[u8], deadline: Option<Instant>) -> Result<bool, TransportError> {
+        // Cannot fail: the length was checked.
+        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX).to_le_bytes();
+        let total = LENGTH_BYTES + frame.len();
+        let mut sent = 0;
+        while sent < total {
+            let left_of_length = &length[sent.min(LENGTH_BYTES)..];
+            let left_of_frame = &frame[sent.saturating_sub(LENGTH_BYTES)..];
+            let result = rustix::net::sendmsg(
+                &self.connection,
+                &[IoSlice::new(left_of_length), IoSlice::new(left_of_frame)],
+                &mut SendAncillaryBuffer::default(),
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            );
+            match result {
+                Ok(more) => sent += more,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    if self.connection.wait(PollFlags::OUT, deadline)?.is_empty() {
+                        self.connection.check()?;
+                        return Ok(false);
+                    }
+                }
+                Err(errno) => return Err(self.connection.failed(SENDING, errno.into())),
+            }
+        }
+        Ok(true)
+    }
 }
 
 impl ControlSender for TcpControlSender {
-    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         self.connection.check()?;
         if frame.is_empty() {
             let cause = io::Error::new(io::ErrorKind::InvalidInput, "the frame is empty");
@@ -56,30 +90,18 @@ impl ControlSender for TcpControlSender {
                 limit: MAX_FRAME_BYTES as u64,
             });
         }
-        // Cannot fail: the length was checked.
-        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX).to_le_bytes();
-        let total = LENGTH_BYTES + frame.len();
-        let mut sent = 0;
-        while sent < total {
-            let left_of_length = &length[sent.min(LENGTH_BYTES)..];
-            let left_of_frame = &frame[sent.saturating_sub(LENGTH_BYTES)..];
-            let result = rustix::net::sendmsg(
-                &self.connection,
-                &[IoSlice::new(left_of_length), IoSlice::new(left_of_frame)],
-                &mut SendAncillaryBuffer::default(),
-                SendFlags::NOSIGNAL,
-            );
-            match result {
-                Ok(more) => sent += more,
-                Err(Errno::INTR) => {}
-                Err(errno) => {
-                    // Half a frame may be out: nothing sensible can follow it.
-                    self.connection.shutdown(Shutdown::Write);
-                    return Err(self.connection.failed(SENDING, errno.into()));
-                }
-            }
+        if self.broken {
+            return Err(self.connection.failed(SENDING, Errno::NOTCONN.into()));
         }
-        Ok(())
+        let sent = self.put(frame, deadline_after(Some(timeout)));
+        self.broken = !matches!(sent, Ok(true));
+        if self.broken {
+            self.connection.shutdown(Shutdown::Write);
+        }
+        match sent? {
+            true => Ok(()),
+            false => Err(TransportError::TimedOut { operation: SENDING, after: timeout }),
+        }
     }
 }
 

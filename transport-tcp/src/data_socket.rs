@@ -5,7 +5,7 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use pageferry::transport::TransportError;
+use pageferry::transport::{Interrupt, TransportError};
 
 use crate::connection::Connection;
 
@@ -38,9 +38,15 @@ impl DataSocket {
         self.0.is_within_host()
     }
 
-    /// Fails once the link was interrupted.
+    /// Fails once the link or this channel was interrupted.
     pub fn check(&self) -> Result<(), TransportError> {
         self.0.check()
+    }
+
+    /// A handle that ends this channel alone, as
+    /// [`PageSender::interrupter`](pageferry::transport::PageSender::interrupter) promises.
+    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.0.interrupter()
     }
 
     /// What a failed system call or request means: an interrupt, a lost link, or a machine that

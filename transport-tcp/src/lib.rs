@@ -20,7 +20,7 @@
 //! // On the other host.
 //! let source = std::thread::spawn(move || -> Result<(), TransportError> {
 //!     let mut link = connect(address, TcpOptions::default())?;
-//!     link.control()?.sender.send(b"hello")
+//!     link.control()?.sender.send(b"hello", Duration::from_secs(10))
 //! });
 //!
 //! let mut link = acceptor.accept(Some(Duration::from_secs(10)))?;

@@ -25,7 +25,8 @@ use pageferry::transport::stream::{
     self, ACK_BYTES, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
 };
 use pageferry::transport::{
-    ChannelCounters, PageCounts, PageReceiver, Received, Run, RunKind, Ticket, TransportError,
+    ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Run, RunKind, Ticket,
+    TransportError,
 };
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -225,6 +226,10 @@ impl PageReceiver for TcpPageReceiver {
 
     fn counters(&self) -> ChannelCounters {
         self.counters
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.connection.interrupter()
     }
 }
 

@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::stream::{self, ACK_BYTES, AckSchedule};
-use pageferry::transport::{ChannelCounters, PageSender, Run, Ticket, TransportError, Watermarks};
+use pageferry::transport::{
+    ChannelCounters, Interrupt, PageSender, Run, Ticket, TransportError, Watermarks,
+};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -377,6 +379,10 @@ impl PageSender for TcpPageSender {
         }
         self.connection.shutdown(Shutdown::Write);
         Ok(())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.connection.interrupter()
     }
 }
 

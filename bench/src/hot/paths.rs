@@ -13,7 +13,7 @@ use pageferry::transport::stream::{
     HEADER_BYTES, Header, LEAD_BYTES, decode_header, decode_table, encode_batch,
 };
 use pageferry::transport::{
-    Capabilities, ChannelCounters, MAX_BATCH_RUNS, PageSender, Run, RunKind, Ticket,
+    Capabilities, ChannelCounters, Interrupt, MAX_BATCH_RUNS, PageSender, Run, RunKind, Ticket,
     TransportError, Watermarks,
 };
 use pageferry_rust_vmm::guest_memory;
@@ -118,6 +118,13 @@ const NOWHERE: Capabilities = Capabilities {
 #[derive(Debug)]
 struct Nowhere(Ticket);
 
+/// Nothing waits there.
+struct Nobody;
+
+impl Interrupt for Nobody {
+    fn interrupt(&self) {}
+}
+
 impl PageSender for Nowhere {
     fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
         black_box(runs);
@@ -135,6 +142,10 @@ impl PageSender for Nowhere {
 
     fn finish(&mut self) -> Result<(), TransportError> {
         Ok(())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::new(Nobody)
     }
 }
 

@@ -55,7 +55,7 @@ fn echo(link: &mut dyn DestinationLink) -> Result<(), Failure> {
     let mut control = link.control()?;
     loop {
         match control.receiver.receive(None) {
-            Ok(frame) => control.sender.send(&frame)?,
+            Ok(frame) => control.sender.send(&frame, PATIENCE)?,
             // The source has seen enough.
             Err(TransportError::Closed | TransportError::Lost { .. }) => return Ok(()),
             Err(error) => return Err(error.into()),

@@ -56,7 +56,7 @@ pub(super) fn control(
     let mut frame = [0; FRAME_BYTES];
     times(count, rate, |number| {
         frame[..4].copy_from_slice(&number.to_le_bytes());
-        control.sender.send(&frame)?;
+        control.sender.send(&frame, PATIENCE)?;
         let echo = control.receiver.receive(Some(PATIENCE))?;
         if echo == frame { Ok(()) } else { Err("the destination answered nonsense".into()) }
     })

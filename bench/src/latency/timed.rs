@@ -158,6 +158,10 @@ impl PageSender for TimedSender {
     fn finish(&mut self) -> Result<(), TransportError> {
         self.sender.finish()
     }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.sender.interrupter()
+    }
 }
 
 impl Drop for TimedSender {

@@ -68,7 +68,8 @@ pub(super) fn negotiate(
     let started = Instant::now();
     let (control, interrupter) =
         caught("the transport", || Ok::<_, Error>((link.control()?, link.interrupter())))??;
-    let mut session = Session::open(control, interrupter, common.spawn, shared)?;
+    let send_timeout = common.timeouts.stall;
+    let mut session = Session::open(control, interrupter, common.spawn, shared, send_timeout)?;
     let wants_data_ranges = populate_threads > 0;
     let patience = Patience::now("the source's greeting", common.timeouts.handshake);
     let heard = hear(&mut session, most_channels, wants_data_ranges, patience);

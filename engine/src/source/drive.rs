@@ -46,7 +46,7 @@ pub(super) fn migrate<M: Machine>(
         .and_then(|opened| opened.map_err(|error: TransportError| error.into()))
         .and_then(|(control, interrupter)| {
             let (spawn, shared) = (Arc::clone(&source.common.spawn), Arc::clone(&source.shared));
-            Session::open(control, interrupter, spawn, shared)
+            Session::open(control, interrupter, spawn, shared, source.common.timeouts.stall)
         });
     let session = match opened {
         Ok(session) => session,

@@ -18,6 +18,7 @@
 //! or with one call: [`run_all`].
 
 mod reads;
+mod waits;
 mod zeroes;
 
 use std::sync::Arc;
@@ -32,6 +33,10 @@ use crate::transport::{
 };
 
 pub use reads::pages_are_read_where_that_is_possible;
+pub use waits::{
+    a_control_send_that_nobody_reads_times_out, an_interrupt_of_one_channel_leaves_the_others,
+    an_interrupt_wakes_a_control_send,
+};
 pub use zeroes::an_interrupt_ends_a_batch_of_zeroes;
 
 /// Both ends of a link.
@@ -47,6 +52,7 @@ pub type Case = fn(&MakePair<'_>);
 pub const CASES: &[(&str, Case)] = &[
     ("frames_go_both_ways_whole_and_in_order", frames_go_both_ways_whole_and_in_order),
     ("a_waiting_control_receiver_times_out", a_waiting_control_receiver_times_out),
+    ("a_control_send_that_nobody_reads_times_out", a_control_send_that_nobody_reads_times_out),
     ("frames_beyond_the_limit_are_refused", frames_beyond_the_limit_are_refused),
     ("stages_cannot_be_skipped", stages_cannot_be_skipped),
     ("pages_land_in_place", pages_land_in_place),
@@ -62,6 +68,11 @@ pub const CASES: &[(&str, Case)] = &[
     ("a_lost_destination_is_noticed", a_lost_destination_is_noticed),
     ("an_interrupt_wakes_everyone", an_interrupt_wakes_everyone),
     ("an_interrupt_ends_a_batch_of_zeroes", an_interrupt_ends_a_batch_of_zeroes),
+    ("an_interrupt_wakes_a_control_send", an_interrupt_wakes_a_control_send),
+    (
+        "an_interrupt_of_one_channel_leaves_the_others",
+        an_interrupt_of_one_channel_leaves_the_others,
+    ),
     ("pages_are_read_where_that_is_possible", pages_are_read_where_that_is_possible),
     ("memory_is_let_go", memory_is_let_go),
 ];
@@ -73,6 +84,7 @@ macro_rules! conformance_suite {
         $crate::conformance_suite!(@cases $make_pair;
             frames_go_both_ways_whole_and_in_order
             a_waiting_control_receiver_times_out
+            a_control_send_that_nobody_reads_times_out
             frames_beyond_the_limit_are_refused
             stages_cannot_be_skipped
             pages_land_in_place
@@ -88,6 +100,8 @@ macro_rules! conformance_suite {
             a_lost_destination_is_noticed
             an_interrupt_wakes_everyone
             an_interrupt_ends_a_batch_of_zeroes
+            an_interrupt_wakes_a_control_send
+            an_interrupt_of_one_channel_leaves_the_others
             pages_are_read_where_that_is_possible
             memory_is_let_go
         );
@@ -222,12 +236,12 @@ pub fn frames_go_both_ways_whole_and_in_order(make_pair: &MakePair<'_>) {
     thread::scope(|scope| {
         scope.spawn(|| {
             for (seed, size) in (0..).zip(sizes) {
-                here.sender.send(&frame(seed, size)).expect("a frame goes out");
+                here.sender.send(&frame(seed, size), SOON).expect("a frame goes out");
             }
         });
         scope.spawn(|| {
             for (seed, size) in (100..).zip(sizes) {
-                there.sender.send(&frame(seed, size)).expect("a frame goes out");
+                there.sender.send(&frame(seed, size), SOON).expect("a frame goes out");
             }
         });
         scope.spawn(|| {
@@ -250,7 +264,7 @@ pub fn a_waiting_control_receiver_times_out(make_pair: &MakePair<'_>) {
     let mut there = destination.control().expect("the destination's control channel");
     let result = there.receiver.receive(Some(Duration::from_millis(20)));
     assert!(matches!(result, Err(TransportError::TimedOut { .. })), "{result:?}");
-    here.sender.send(b"late").expect("a frame goes out");
+    here.sender.send(b"late", SOON).expect("a frame goes out");
     assert_eq!(there.receiver.receive(Some(SOON)).expect("a frame comes in"), b"late");
 }
 
@@ -258,8 +272,8 @@ pub fn a_waiting_control_receiver_times_out(make_pair: &MakePair<'_>) {
 pub fn frames_beyond_the_limit_are_refused(make_pair: &MakePair<'_>) {
     let (mut source, _destination) = make_pair();
     let mut control = source.control().expect("the source's control channel");
-    assert!(control.sender.send(&[]).is_err());
-    let result = control.sender.send(&vec![0; MAX_FRAME_BYTES + 1]);
+    assert!(control.sender.send(&[], SOON).is_err());
+    let result = control.sender.send(&vec![0; MAX_FRAME_BYTES + 1], SOON);
     assert!(matches!(result, Err(TransportError::TooLarge { .. })), "{result:?}");
 }
 
@@ -449,9 +463,9 @@ pub fn frames_pass_while_pages_flow(make_pair: &MakePair<'_>) {
             });
         }
         for number in 0..50_u8 {
-            here.sender.send(&[number]).expect("a frame goes out");
+            here.sender.send(&[number], SOON).expect("a frame goes out");
             assert_eq!(there.receiver.receive(Some(SOON)).expect("a frame comes in"), [number]);
-            there.sender.send(&[number, 1]).expect("a frame goes out");
+            there.sender.send(&[number, 1], SOON).expect("a frame goes out");
             assert_eq!(here.receiver.receive(Some(SOON)).expect("a frame comes in"), [number, 1]);
         }
     });

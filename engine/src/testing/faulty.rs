@@ -131,6 +131,7 @@ impl SourceLink for FaultySource {
             .zip(senders)
             .map(|(channel, inner)| -> Box<dyn PageSender> {
                 Box::new(FaultySender {
+                    interrupt: inner.interrupter(),
                     inner: Some(inner),
                     page_bytes_left: self
                         .faults
@@ -174,19 +175,20 @@ struct FaultyControl {
 }
 
 impl ControlSender for FaultyControl {
-    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         self.trouble.spend(&self.trouble.frames_left, 1)?;
         delay(&mut self.random, self.delay_at_most);
         if let Some((_, stall)) = self.stall.take_if(|(bytes, _)| frame.len() > *bytes) {
             std::thread::sleep(stall);
         }
-        self.inner.send(frame)
+        self.inner.send(frame, timeout)
     }
 }
 
 struct FaultySender {
     /// `None` once the channel is lost.
     inner: Option<Box<dyn PageSender>>,
+    interrupt: Arc<dyn Interrupt>,
     /// Until the channel is to be lost.
     page_bytes_left: Option<u64>,
     slow_by: Option<Duration>,
@@ -278,6 +280,10 @@ impl PageSender for FaultySender {
     fn finish(&mut self) -> Result<(), TransportError> {
         self.let_go(0)?;
         self.inner()?.finish()
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.interrupt)
     }
 }
 

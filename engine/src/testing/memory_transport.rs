@@ -5,7 +5,9 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, after, bounded, never, select, unbounded};
+use crossbeam_channel::{
+    Receiver, Sender, TryRecvError, after, at, bounded, never, select, unbounded,
+};
 
 use crate::memory::GuestMemory;
 use crate::transport::{
@@ -65,7 +67,8 @@ struct End {
 impl End {
     fn new(frames_out: Sender<Vec<u8>>, frames_in: Receiver<Vec<u8>>) -> Self {
         let stop = Stop::new();
-        let sender = Box::new(FrameSender { frames: frames_out, stop: Arc::clone(&stop) });
+        let sender = FrameSender { frames: frames_out, stop: Arc::clone(&stop), broken: false };
+        let sender = Box::new(sender);
         let receiver = Box::new(FrameReceiver { frames: frames_in, stop: Arc::clone(&stop) });
         Self { control: Some(ControlChannel { sender, receiver }), memory: None, stop }
     }
@@ -79,7 +82,7 @@ impl End {
     }
 }
 
-/// Interrupts one end: the latch's sender is dropped, which wakes everyone who selects on it.
+/// Interrupts one end or one lane: the latch's sender is dropped, which wakes everyone who selects on it.
 #[derive(Debug)]
 struct Stop {
     hold: Mutex<Option<Sender<()>>>,
@@ -90,6 +93,11 @@ impl Stop {
     fn new() -> Arc<Self> {
         let (hold, stopped) = bounded(0);
         Arc::new(Self { hold: Mutex::new(Some(hold)), stopped })
+    }
+
+    /// For a lane, which is interrupted with its end or alone.
+    fn with_own(self: &Arc<Self>) -> LaneStop {
+        LaneStop { end: Arc::clone(self), own: Self::new() }
     }
 
     fn check(&self) -> Result<(), TransportError> {
@@ -103,6 +111,22 @@ impl Stop {
 impl Interrupt for Stop {
     fn interrupt(&self) {
         *self.hold.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+#[derive(Debug)]
+struct LaneStop {
+    end: Arc<Stop>,
+    own: Arc<Stop>,
+}
+
+impl LaneStop {
+    fn check(&self) -> Result<(), TransportError> {
+        self.end.check().and_then(|()| self.own.check())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.own) as Arc<dyn Interrupt>
     }
 }
 
@@ -146,7 +170,7 @@ impl SourceLink for MemorySource {
                 records,
                 landings,
                 memory: Arc::clone(&memory),
-                stop: Arc::clone(&self.end.stop),
+                stop: self.end.stop.with_own(),
                 marks: Watermarks::default(),
                 counters: ChannelCounters::default(),
             }));
@@ -208,7 +232,7 @@ impl DestinationLink for MemoryDestination {
                 Box::new(LaneReceiver {
                     lane,
                     memory: Arc::clone(&memory),
-                    stop: Arc::clone(&self.end.stop),
+                    stop: self.end.stop.with_own(),
                     landed: 0,
                     counters: ChannelCounters::default(),
                 })
@@ -220,10 +244,12 @@ impl DestinationLink for MemoryDestination {
 struct FrameSender {
     frames: Sender<Vec<u8>>,
     stop: Arc<Stop>,
+    /// A frame did not go out in time.
+    broken: bool,
 }
 
 impl ControlSender for FrameSender {
-    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         if frame.is_empty() || frame.len() > MAX_FRAME_BYTES {
             return Err(TransportError::TooLarge {
                 what: "control frame",
@@ -232,9 +258,17 @@ impl ControlSender for FrameSender {
             });
         }
         self.stop.check()?;
+        let operation = "send a frame";
+        if self.broken {
+            return Err(lost(operation));
+        }
         select! {
-            send(self.frames, frame.to_vec()) -> sent => sent.map_err(|_| lost("send a frame")),
+            send(self.frames, frame.to_vec()) -> sent => sent.map_err(|_| lost(operation)),
             recv(self.stop.stopped) -> _ => Err(TransportError::Interrupted),
+            recv(after(timeout)) -> _ => {
+                self.broken = true;
+                Err(TransportError::TimedOut { operation, after: timeout })
+            }
         }
     }
 }
@@ -275,7 +309,7 @@ struct LaneSender {
     records: Sender<Record>,
     landings: Receiver<Ticket>,
     memory: Arc<GuestMemory>,
-    stop: Arc<Stop>,
+    stop: LaneStop,
     marks: Watermarks,
     counters: ChannelCounters,
 }
@@ -285,7 +319,8 @@ impl LaneSender {
         self.stop.check()?;
         select! {
             send(self.records, record) -> sent => sent.map_err(|_| lost("send a batch")),
-            recv(self.stop.stopped) -> _ => Err(TransportError::Interrupted),
+            recv(self.stop.end.stopped) -> _ => Err(TransportError::Interrupted),
+            recv(self.stop.own.stopped) -> _ => Err(TransportError::Interrupted),
         }
     }
 }
@@ -313,7 +348,8 @@ impl PageSender for LaneSender {
     fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
         self.stop.check()?;
         let before = self.marks.landed;
-        let deadline = wait.map(|wait| Instant::now() + wait);
+        // `None`: do not wait. A time that no clock can count to never ends.
+        let deadline = wait.map(|wait| Instant::now().checked_add(wait).map_or_else(never, at));
         loop {
             match self.landings.try_recv() {
                 Ok(ticket) => self.marks.landed = ticket,
@@ -321,7 +357,7 @@ impl PageSender for LaneSender {
                     return Err(lost("wait for batches to land"));
                 }
                 Err(_) => {
-                    let Some(deadline) = deadline else { return Ok(self.marks) };
+                    let Some(deadline) = &deadline else { return Ok(self.marks) };
                     if self.marks.landed > before || self.marks.landed == self.marks.released {
                         return Ok(self.marks);
                     }
@@ -330,8 +366,9 @@ impl PageSender for LaneSender {
                             Ok(ticket) => self.marks.landed = ticket,
                             Err(_) => return Err(lost("wait for batches to land")),
                         },
-                        recv(self.stop.stopped) -> _ => return Err(TransportError::Interrupted),
-                        recv(crossbeam_channel::at(deadline)) -> _ => return Ok(self.marks),
+                        recv(self.stop.end.stopped) -> _ => return Err(TransportError::Interrupted),
+                        recv(self.stop.own.stopped) -> _ => return Err(TransportError::Interrupted),
+                        recv(deadline) -> _ => return Ok(self.marks),
                     }
                 }
             }
@@ -345,12 +382,16 @@ impl PageSender for LaneSender {
     fn finish(&mut self) -> Result<(), TransportError> {
         self.put(Record::End)
     }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.stop.interrupter()
+    }
 }
 
 struct LaneReceiver {
     lane: LaneOut,
     memory: Arc<GuestMemory>,
-    stop: Arc<Stop>,
+    stop: LaneStop,
     landed: Ticket,
     counters: ChannelCounters,
 }
@@ -360,7 +401,8 @@ impl PageReceiver for LaneReceiver {
         self.stop.check()?;
         let record = select! {
             recv(self.lane.records) -> record => record.map_err(|_| lost("receive a batch"))?,
-            recv(self.stop.stopped) -> _ => return Err(TransportError::Interrupted),
+            recv(self.stop.end.stopped) -> _ => return Err(TransportError::Interrupted),
+            recv(self.stop.own.stopped) -> _ => return Err(TransportError::Interrupted),
         };
         let Record::Batch { runs, payload } = record else { return Ok(Received::End) };
         for run in &runs {
@@ -388,6 +430,10 @@ impl PageReceiver for LaneReceiver {
 
     fn counters(&self) -> ChannelCounters {
         self.counters
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.stop.interrupter()
     }
 }
 

@@ -27,6 +27,9 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_batch_runs: MAX_BATCH_RUNS,
 };
 
+/// Most bytes of a write that must end in time.
+const TIMED_WRITE_BYTES: usize = 64 << 10;
+
 /// Bytes of a control frame's length.
 const LENGTH_BYTES: usize = 4;
 
@@ -36,13 +39,15 @@ const LENGTH_BYTES: usize = 4;
 ///
 /// One thread reads while another writes, and any thread may shut the stream down meanwhile.
 pub trait ByteStream: Send + Sync + 'static {
-    /// Waits for bytes, at most `timeout` (`None`: until there are some), and reads what there
-    /// is. 0 is the end of the stream. [`ErrorKind::WouldBlock`] or [`ErrorKind::TimedOut`] when
+    /// Waits for bytes, at most `timeout`, which is never zero (`None`: until there are some), and
+    /// reads what there is. 0 is the end of the stream. [`ErrorKind::WouldBlock`] or [`ErrorKind::TimedOut`] when
     /// the time is over, which may be later by what the system's clock ticks are apart.
     fn read(&self, into: &mut [u8], timeout: Option<Duration>) -> io::Result<usize>;
 
-    /// Writes all bytes, as long as that takes.
-    fn write_all(&self, bytes: &[u8]) -> io::Result<()>;
+    /// Waits for room, at most `timeout` (`None`: until there is some), and writes bytes from the
+    /// first on; how many. [`ErrorKind::WouldBlock`] or [`ErrorKind::TimedOut`] when the time is
+    /// over and none was written.
+    fn write(&self, bytes: &[u8], timeout: Option<Duration>) -> io::Result<usize>;
 
     /// Ends both directions; whoever reads or writes wakes up.
     fn shut_down(&self);
@@ -68,8 +73,7 @@ impl<S: ByteStream> ByteStreamLink<S> {
     pub fn new(name: &'static str, control: S, data: Vec<S>) -> Self {
         let control = Arc::new(control);
         let data: Vec<Arc<S>> = data.into_iter().map(Arc::new).collect();
-        let streams = data.iter().chain([&control]).map(Arc::downgrade).collect();
-        let stop = Arc::new(Stop { stopped: AtomicBool::new(false), streams });
+        let stop = Stop::of(data.iter().chain([&control]));
         Self { name, control: Some(control), data, memory: None, stop }
     }
 
@@ -78,8 +82,8 @@ impl<S: ByteStream> ByteStreamLink<S> {
         let stream = self.control.take().ok_or(taken)?;
         let half = Half::new(stream, &self.stop);
         Ok(ControlChannel {
-            sender: Box::new(Frames(half.clone())),
-            receiver: Box::new(Frames(half)),
+            sender: Box::new(FrameSender { half: half.clone(), broken: false }),
+            receiver: Box::new(FrameReceiver(half)),
         })
     }
 
@@ -147,7 +151,7 @@ impl<S: ByteStream> DestinationLink for ByteStreamLink<S> {
     }
 }
 
-/// Whether this end was interrupted, and the streams to shut down then.
+/// Whether this end, or one channel of it, was interrupted, and the streams to shut down then.
 #[derive(Debug)]
 struct Stop<S> {
     stopped: AtomicBool,
@@ -155,6 +159,14 @@ struct Stop<S> {
 }
 
 impl<S> Stop<S> {
+    fn of<'a>(streams: impl Iterator<Item = &'a Arc<S>>) -> Arc<Self>
+    where
+        S: 'a,
+    {
+        let streams = streams.map(Arc::downgrade).collect();
+        Arc::new(Self { stopped: AtomicBool::new(false), streams })
+    }
+
     fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::SeqCst)
     }
@@ -167,10 +179,18 @@ impl<S: ByteStream> Interrupt for Stop<S> {
     }
 }
 
+/// Whether a call is to be made again, if there is time.
+fn is_passing(error: &io::Error) -> bool {
+    let passing = [ErrorKind::WouldBlock, ErrorKind::TimedOut, ErrorKind::Interrupted];
+    passing.contains(&error.kind())
+}
+
 /// A stream, and what was read from it and not used yet.
 #[derive(Debug)]
 struct Half<S> {
     stream: Arc<S>,
+    /// Of the whole end, and of this stream alone.
+    link_stop: Arc<Stop<S>>,
     stop: Arc<Stop<S>>,
     buffer: Vec<u8>,
     counters: ChannelCounters,
@@ -180,6 +200,7 @@ impl<S> Clone for Half<S> {
     fn clone(&self) -> Self {
         Self {
             stream: Arc::clone(&self.stream),
+            link_stop: Arc::clone(&self.link_stop),
             stop: Arc::clone(&self.stop),
             buffer: Vec::new(),
             counters: ChannelCounters::default(),
@@ -188,9 +209,10 @@ impl<S> Clone for Half<S> {
 }
 
 impl<S: ByteStream> Half<S> {
-    fn new(stream: Arc<S>, stop: &Arc<Stop<S>>) -> Self {
+    fn new(stream: Arc<S>, link_stop: &Arc<Stop<S>>) -> Self {
+        let (link_stop, stop) = (Arc::clone(link_stop), Stop::of([&stream].into_iter()));
         let (buffer, counters) = (Vec::new(), ChannelCounters::default());
-        Self { stream, stop: Arc::clone(stop), buffer, counters }
+        Self { stream, link_stop, stop, buffer, counters }
     }
 
     /// Once interrupted every operation says so, whatever came of it.
@@ -199,16 +221,40 @@ impl<S: ByteStream> Half<S> {
         operation: &'static str,
         result: io::Result<T>,
     ) -> Result<T, TransportError> {
-        if self.stop.is_stopped() {
+        if self.link_stop.is_stopped() || self.stop.is_stopped() {
             return Err(TransportError::Interrupted);
         }
         result.map_err(|cause| TransportError::Lost { operation, cause })
     }
 
+    /// Writes all bytes; false if the deadline comes first.
+    fn write_until(
+        &mut self,
+        mut bytes: &[u8],
+        deadline: Option<Instant>,
+    ) -> Result<bool, TransportError> {
+        while !bytes.is_empty() {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return self.check("", Ok(false));
+            }
+            // A kernel may count the time anew for each buffer that it fills.
+            let most = if left.is_some() { TIMED_WRITE_BYTES } else { usize::MAX };
+            self.counters.system_calls += 1;
+            let written = match self.stream.write(&bytes[..bytes.len().min(most)], left) {
+                Ok(0) => Err(ErrorKind::WriteZero.into()),
+                Err(error) if is_passing(&error) => Ok(0),
+                written => written,
+            };
+            let written = self.check("write to a byte stream", written)?;
+            self.counters.wire_bytes += written as u64;
+            bytes = &bytes[written..];
+        }
+        Ok(true)
+    }
+
     fn write(&mut self, bytes: &[u8]) -> Result<(), TransportError> {
-        self.counters.wire_bytes += bytes.len() as u64;
-        self.counters.system_calls += 1;
-        self.check("write to a byte stream", self.stream.write_all(bytes))
+        self.write_until(bytes, None).map(drop)
     }
 
     /// Reads until `buffer` holds `len` bytes; false if the deadline comes first.
@@ -225,11 +271,11 @@ impl<S: ByteStream> Half<S> {
             self.buffer.truncate(held + more);
             self.counters.wire_bytes += more as u64;
             self.counters.system_calls += 1;
-            let passing = [ErrorKind::WouldBlock, ErrorKind::TimedOut, ErrorKind::Interrupted];
             let result = match read {
                 Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
-                Err(error) if !passing.contains(&error.kind()) => Err(error),
-                _ => Ok(()),
+                Ok(_) => Ok(()),
+                Err(error) if is_passing(&error) => Ok(()),
+                Err(error) => Err(error),
             };
             self.check("read from a byte stream", result)?;
         }
@@ -245,21 +291,38 @@ impl<S: ByteStream> Half<S> {
     }
 }
 
-struct Frames<S>(Half<S>);
+struct FrameSender<S> {
+    half: Half<S>,
+    /// Part of a frame may be out.
+    broken: bool,
+}
 
-impl<S: ByteStream> ControlSender for Frames<S> {
-    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+impl<S: ByteStream> ControlSender for FrameSender<S> {
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
+        let operation = "send a frame";
         let (size, limit) = (frame.len() as u64, MAX_FRAME_BYTES as u64);
         let length = u32::try_from(frame.len()).ok().filter(|_| (1..=limit).contains(&size));
         let Some(length) = length else {
             return Err(TransportError::TooLarge { what: "control frame", size, limit });
         };
-        self.0.write(&length.to_le_bytes())?;
-        self.0.write(frame)
+        if self.broken {
+            return self.half.check(operation, Err(ErrorKind::NotConnected.into()));
+        }
+        self.broken = true;
+        let deadline = Instant::now().checked_add(timeout);
+        let length = length.to_le_bytes();
+        let half = &mut self.half;
+        if !(half.write_until(&length, deadline)? && half.write_until(frame, deadline)?) {
+            return Err(TransportError::TimedOut { operation, after: timeout });
+        }
+        self.broken = false;
+        Ok(())
     }
 }
 
-impl<S: ByteStream> ControlReceiver for Frames<S> {
+struct FrameReceiver<S>(Half<S>);
+
+impl<S: ByteStream> ControlReceiver for FrameReceiver<S> {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         // What was read stays in the buffer until the frame is whole, so a timeout loses nothing.
@@ -360,6 +423,10 @@ impl<S: ByteStream> PageSender for Pages<S> {
         stream::encode_end(&mut self.scratch);
         self.half.write(&self.scratch)
     }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.half.stop) as Arc<dyn Interrupt>
+    }
 }
 
 impl<S: ByteStream> PageReceiver for Pages<S> {
@@ -403,5 +470,9 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
 
     fn counters(&self) -> ChannelCounters {
         self.all_counters()
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.half.stop) as Arc<dyn Interrupt>
     }
 }

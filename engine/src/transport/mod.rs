@@ -213,9 +213,11 @@ impl Registration {
     }
 }
 
-/// Ends every operation on a link, now and later, with [`TransportError::Interrupted`].
+/// Ends every operation on a link or a data channel, now and later, with
+/// [`TransportError::Interrupted`].
 ///
-/// May be called from any thread, several times, also after the link was dropped.
+/// May be called from any thread, several times, also after the link was dropped. Holds no guest
+/// memory.
 pub trait Interrupt: Send + Sync {
     /// Wakes everyone up. Does not wait.
     fn interrupt(&self);
@@ -239,7 +241,11 @@ impl fmt::Debug for ControlChannel {
 pub trait ControlSender: Send {
     /// Sends one frame of 1 to [`MAX_FRAME_BYTES`] bytes. Returns when the transport has taken
     /// it; frames arrive whole and in order, or the link is lost.
-    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError>;
+    ///
+    /// Where the other side makes no room, gives up after `timeout` with
+    /// [`TransportError::TimedOut`]. Part of the frame may be out then, so this half is of no more
+    /// use: every later call fails. An interrupt of the link wakes it.
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError>;
 }
 
 /// Receives control frames.
@@ -432,6 +438,10 @@ pub trait PageSender: Send {
 
     /// Ends the channel in order: the receiver sees [`Received::End`] after the last batch.
     fn finish(&mut self) -> Result<(), TransportError>;
+
+    /// A handle that ends all operations of this channel at this end, and of no other. The other
+    /// end sees it [lost](TransportError::Lost), at the latest when this one is dropped.
+    fn interrupter(&self) -> Arc<dyn Interrupt>;
 }
 
 /// What a receiver got.
@@ -455,4 +465,7 @@ pub trait PageReceiver: Send {
 
     /// What this channel has done.
     fn counters(&self) -> ChannelCounters;
+
+    /// As [`PageSender::interrupter`].
+    fn interrupter(&self) -> Arc<dyn Interrupt>;
 }

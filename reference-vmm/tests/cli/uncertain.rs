@@ -26,7 +26,7 @@ fn hear(control: &mut ControlChannel) -> Message {
 }
 
 fn say(control: &mut ControlChannel, message: &Message) {
-    control.sender.send(&message.encode()).expect("send a message");
+    control.sender.send(&message.encode(), PATIENCE).expect("send a message");
 }
 
 /// Takes in everything a source sends up to its commit. What happens then is up to the caller.

@@ -33,19 +33,19 @@ fn frames_of_all_lengths_pass_both_ways() {
     for length in [1, 2, 5, 4096, 100_000, MAX_FRAME_BYTES - 1, MAX_FRAME_BYTES] {
         let frame: Vec<u8> = (0..length).map(|_| random.next().to_le_bytes()[3]).collect();
         thread::scope(|scope| {
-            scope.spawn(|| here.sender.send(&frame).unwrap());
-            scope.spawn(|| there.sender.send(&frame).unwrap());
+            scope.spawn(|| here.sender.send(&frame, PATIENCE).unwrap());
+            scope.spawn(|| there.sender.send(&frame, PATIENCE).unwrap());
             assert!(there.receiver.receive(Some(PATIENCE)).unwrap() == frame);
             assert!(here.receiver.receive(None).unwrap() == frame);
         });
     }
     assert!(matches!(
-        here.sender.send(&vec![0; MAX_FRAME_BYTES + 1]),
+        here.sender.send(&vec![0; MAX_FRAME_BYTES + 1], PATIENCE),
         Err(TransportError::TooLarge { .. })
     ));
-    assert!(matches!(here.sender.send(&[]), Err(TransportError::Io { .. })));
+    assert!(matches!(here.sender.send(&[], PATIENCE), Err(TransportError::Io { .. })));
     // Both refusals left the channel whole.
-    here.sender.send(b"last").unwrap();
+    here.sender.send(b"last", PATIENCE).unwrap();
     assert_eq!(there.receiver.receive(Some(PATIENCE)).unwrap(), b"last");
     assert!(matches!(
         there.receiver.receive(Some(Duration::ZERO)),
@@ -99,7 +99,7 @@ fn dropping_a_half_or_a_link_closes_in_order() {
     assert!(matches!(there.receiver.receive(Some(PATIENCE)), Err(TransportError::Closed)));
     // The other direction still works.
     let mut receiver = here.receiver;
-    there.sender.send(b"still").unwrap();
+    there.sender.send(b"still", PATIENCE).unwrap();
     assert_eq!(receiver.receive(Some(PATIENCE)).unwrap(), b"still");
     drop(there);
     drop(link.destination);

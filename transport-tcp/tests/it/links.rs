@@ -102,7 +102,7 @@ fn interrupts_end_every_wait_of_a_destination() {
     let mut control = link.destination.control().unwrap();
     interrupted(&*interrupter, || link.destination.open_receivers(1, PATIENCE));
     assert!(matches!(control.receiver.receive(None), Err(TransportError::Interrupted)));
-    assert!(matches!(control.sender.send(b"x"), Err(TransportError::Interrupted)));
+    assert!(matches!(control.sender.send(b"x", PATIENCE), Err(TransportError::Interrupted)));
     assert!(matches!(link.destination.control(), Err(TransportError::Interrupted)));
     drop(control);
     drop(link.destination);

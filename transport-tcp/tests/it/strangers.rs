@@ -18,7 +18,7 @@ fn assert_serves(acceptor: &TcpAcceptor) {
     let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
     let mut destination = acceptor.accept(Some(PATIENCE)).unwrap();
     assert_eq!(source.migration_id(), destination.migration_id());
-    source.control().unwrap().sender.send(b"hello").unwrap();
+    source.control().unwrap().sender.send(b"hello", PATIENCE).unwrap();
     let mut control = destination.control().unwrap();
     assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"hello");
 }
@@ -112,7 +112,7 @@ fn a_second_source_is_told_to_come_later() {
     let acceptor = acceptor(&TcpOptions::default());
     let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
     let mut control = source.control().unwrap();
-    control.sender.send(b"hello").unwrap();
+    control.sender.send(b"hello", PATIENCE).unwrap();
     let assert_busy = || {
         let error = connect(acceptor.local_addr(), TcpOptions::default()).unwrap_err();
         let TransportError::Refused { address, reason } = error else { panic!("{error}") };
@@ -148,7 +148,7 @@ fn whoever_speaks_first_is_the_source() {
         let waiting = scope.spawn(move || control.receiver.receive(Some(PATIENCE)));
         let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
         let mut to_destination = source.control().unwrap();
-        to_destination.sender.send(b"hello").unwrap();
+        to_destination.sender.send(b"hello", PATIENCE).unwrap();
         let error = waiting.join().unwrap().unwrap_err();
         assert!(matches!(error, TransportError::Interrupted), "{error}");
         drop(stranger);
@@ -164,7 +164,7 @@ fn a_source_that_comes_while_one_is_served_waits_its_turn() {
     let acceptor = acceptor(&TcpOptions::default());
     let mut first = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
     let mut control = first.control().unwrap();
-    control.sender.send(b"hello").unwrap();
+    control.sender.send(b"hello", PATIENCE).unwrap();
     let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
     link.control().unwrap().receiver.receive(Some(PATIENCE)).unwrap();
     let mut second = raw::stream(acceptor.local_addr());
