@@ -48,7 +48,7 @@ fn destination_of(last: impl FnOnce(ControlChannel)) -> Box<DestinationFailure<V
         });
         let mut control = source.control().expect("the control channel");
         let hello = Hello::new(there.memory().layout().clone(), 2, false, Vec::new());
-        control.sender.send(&Message::Hello(hello).encode()).expect("greet");
+        control.sender.send(&Message::Hello(hello).encode(), PATIENCE).expect("greet");
         let answer = control.receiver.receive(Some(PATIENCE)).expect("an answer");
         assert!(matches!(Message::decode(&answer), Ok(Message::Welcome(_))), "{answer:?}");
         last(control);
@@ -76,7 +76,7 @@ fn a_source_that_fails_after_the_welcome_says_why() {
     let failure = destination_of(|mut control| {
         let text = "no more cheese".to_owned();
         let failed = Message::Failed { reason: FailureReason::Host, text };
-        control.sender.send(&failed.encode()).expect("say so");
+        control.sender.send(&failed.encode(), PATIENCE).expect("say so");
         kept = Some(control);
     });
     assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());

@@ -72,10 +72,10 @@ impl ControlSender for RdmaControlSender {
         }
         let sent = self.put(frame, Instant::now().checked_add(timeout));
         self.broken = !matches!(sent, Ok(true));
-        match sent? {
-            true => Ok(()),
-            false => Err(TransportError::TimedOut { operation, after: timeout }),
+        if sent? {
+            return Ok(());
         }
+        Err(TransportError::TimedOut { operation, after: timeout })
     }
 }
 

@@ -98,10 +98,10 @@ impl ControlSender for TcpControlSender {
         if self.broken {
             self.connection.shutdown(Shutdown::Write);
         }
-        match sent? {
-            true => Ok(()),
-            false => Err(TransportError::TimedOut { operation: SENDING, after: timeout }),
+        if sent? {
+            return Ok(());
         }
+        Err(TransportError::TimedOut { operation: SENDING, after: timeout })
     }
 }
 

@@ -6,7 +6,7 @@ use super::*;
 use crate::ledger::Ledger;
 use crate::partition::Partition;
 use crate::testing::TestMemory;
-use crate::transport::{ChannelCounters, Watermarks};
+use crate::transport::{ChannelCounters, Interrupt, Watermarks};
 
 /// A channel that keeps what it is given, and has a batch land with each wait.
 #[derive(Default)]
@@ -44,6 +44,17 @@ impl PageSender for Recorder {
     fn finish(&mut self) -> Result<(), TransportError> {
         Ok(())
     }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::new(Nobody)
+    }
+}
+
+/// Nothing waits there.
+struct Nobody;
+
+impl Interrupt for Nobody {
+    fn interrupt(&self) {}
 }
 
 /// Sends a whole round on one channel; what it published.

@@ -127,7 +127,9 @@ pub fn an_interrupt_of_one_channel_leaves_the_others(make_pair: &MakePair<'_>) {
         });
         let mut last = goes_on.send(&[data(0, 0, 1)]).expect("a batch goes out");
         settle(&mut goes_on, last);
-        interrupters.iter().for_each(|interrupter| interrupter.interrupt());
+        for interrupter in &interrupters {
+            interrupter.interrupt();
+        }
         sending.join().expect("the sender's thread does not panic");
         receiving.join().expect("the receiver's thread does not panic");
         // Both have dropped their ends by now.
@@ -160,7 +162,9 @@ pub fn an_interrupt_of_one_channel_leaves_the_others(make_pair: &MakePair<'_>) {
         assert!(began.elapsed() < SOON, "guest memory is held by who interrupts");
         thread::yield_now();
     }
-    interrupters.iter().for_each(|interrupter| interrupter.interrupt());
+    for interrupter in &interrupters {
+        interrupter.interrupt();
+    }
 }
 
 fn take_three<T>(all: &mut Vec<T>) -> [T; 3] {
