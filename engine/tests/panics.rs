@@ -122,9 +122,9 @@ impl<L: Link + ?Sized> Link for Panicky<L> {
 }
 
 impl ControlSender for Panicky<dyn ControlSender> {
-    fn send(&mut self, frame: &[u8]) -> Result<(), TransportError> {
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         self.0.reach(Spot::Link("send a frame"));
-        self.1.send(frame)
+        self.1.send(frame, timeout)
     }
 }
 
@@ -172,6 +172,9 @@ impl PageSender for Panicky<dyn PageSender> {
         self.0.reach(Spot::Link("finish"));
         self.1.finish()
     }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.1.interrupter()
+    }
 }
 
 impl PageReceiver for Panicky<dyn PageReceiver> {
@@ -182,6 +185,9 @@ impl PageReceiver for Panicky<dyn PageReceiver> {
     }
     fn counters(&self) -> ChannelCounters {
         self.1.counters()
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.1.interrupter()
     }
 }
 
