@@ -28,7 +28,7 @@ pub enum GuestError {
         reason: String,
     },
     /// A KVM call failed.
-    #[error("failed to {operation}: {source}")]
+    #[error("failed to {operation}")]
     Kvm {
         /// What was tried.
         operation: String,
@@ -55,7 +55,7 @@ pub enum GuestError {
         value: u64,
     },
     /// A device of the VMM failed.
-    #[error("failed to {operation}: {source}")]
+    #[error("failed to {operation}")]
     Device {
         /// What was tried.
         operation: &'static str,
@@ -63,11 +63,11 @@ pub enum GuestError {
         source: io::Error,
     },
     /// Guest memory could not be accessed.
-    #[error("failed to access guest memory: {0}")]
+    #[error("failed to access guest memory")]
     Memory(#[from] GuestMemoryError),
     /// A thread could not be started.
-    #[error("failed to start the guest's threads: {0}")]
-    Thread(io::Error),
+    #[error("failed to start the guest's threads")]
+    Thread(#[source] io::Error),
     /// Only a paused guest can do that.
     #[error("failed to {operation}: the guest is running")]
     Running {

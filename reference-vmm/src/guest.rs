@@ -342,7 +342,7 @@ impl Guest {
                 writes_in_flight
             }
             Err(error) => {
-                report.detail = error.to_string();
+                report.detail = pageferry::Chain::of(&error).to_string();
                 return report;
             }
         };
@@ -359,7 +359,7 @@ impl Guest {
                     "the vector registers lost their contents".to_owned()
                 };
             }
-            Err(violation) => report.detail = violation.to_string(),
+            Err(violation) => report.detail = pageferry::Chain::of(&violation).to_string(),
         }
         report
     }

@@ -99,7 +99,7 @@ impl ProcessMachine {
             move |control: &RunControl| {
                 program
                     .run(&mut lock(&registers), control, &devices, &mut pacer)
-                    .map_err(|error| format!("failed to access guest memory: {error}"))
+                    .map_err(|error| pageferry::Chain::of(&GuestError::from(error)).to_string())
             }
         });
         let workers = Workers::spawn(bodies.collect(), |_| ()).map_err(GuestError::Thread)?;

@@ -84,7 +84,7 @@ pub enum RamError {
         len_bytes: u64,
     },
     /// The regions overlap, are unsorted, or there are none.
-    #[error("failed to lay out guest memory: {0}")]
+    #[error("failed to lay out guest memory")]
     Regions(#[from] GuestRegionCollectionError),
     /// Huge pages are 2 MiB, so regions backed by them must be as well.
     #[error(
@@ -112,7 +112,7 @@ pub enum RamError {
         total_pages: u64,
     },
     /// The kernel's huge page counters could not be read.
-    #[error("failed to read the number of free huge pages from {path}: {source}")]
+    #[error("failed to read the number of free huge pages from {path}")]
     HugePageCounters {
         /// The file.
         path: String,
@@ -120,7 +120,7 @@ pub enum RamError {
         source: io::Error,
     },
     /// The memory file could not be made.
-    #[error("failed to create a memory file of {len_bytes} bytes: {source}")]
+    #[error("failed to create a memory file of {len_bytes} bytes")]
     CreateFile {
         /// Length wanted.
         len_bytes: u64,
@@ -128,7 +128,7 @@ pub enum RamError {
         source: io::Error,
     },
     /// Mapping failed.
-    #[error("failed to map {len_bytes} bytes of guest memory: {source}")]
+    #[error("failed to map {len_bytes} bytes of guest memory")]
     Map {
         /// Length wanted.
         len_bytes: u64,

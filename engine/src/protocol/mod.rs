@@ -75,7 +75,7 @@ pub enum DecodeError {
         field: &'static str,
     },
     /// A memory map that makes no sense.
-    #[error("memory map makes no sense: {0}")]
+    #[error("memory map makes no sense")]
     Layout(#[from] LayoutError),
     /// A greeting of a version this engine does not speak.
     #[error("protocol versions {oldest} to {newest} are not spoken here")]

@@ -141,7 +141,7 @@ pub enum TransportError {
     #[error("closed by the other side")]
     Closed,
     /// The other side sent something that no peer of this protocol sends.
-    #[error("malformed data from the other side: {0}")]
+    #[error("malformed data from the other side")]
     Malformed(#[from] stream::StreamError),
     /// The other side broke the rules of a transport that has a wire format of its own.
     #[error("the other side sent {0}")]

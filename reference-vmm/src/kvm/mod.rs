@@ -19,6 +19,7 @@ use kvm_bindings::{
     kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use pageferry::Chain;
 use pageferry_device_state::{RegisterError, Registry};
 use pageferry_rust_vmm::DirtyRings;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -114,7 +115,7 @@ pub(crate) fn open() -> Result<Kvm, String> {
 /// tried once per process: nothing else tells of a KVM that interprets guest code.
 pub(crate) fn computes() -> Result<(), String> {
     static COMPUTES: OnceLock<Result<(), String>> = OnceLock::new();
-    let tried = || try_to_compute().map_err(|error| error.to_string()).flatten();
+    let tried = || try_to_compute().map_err(|error| Chain::of(&error).to_string()).flatten();
     COMPUTES.get_or_init(tried).clone()
 }
 

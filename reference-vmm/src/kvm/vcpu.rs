@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use pageferry::Chain;
 use pageferry_rust_vmm::VcpuRing;
 use pageferry_rust_vmm::kvm::KVM_EXIT_DIRTY_RING_FULL;
 use vmm_sys_util::errno;
@@ -59,7 +60,8 @@ fn enter(
         Ok(VcpuExit::IoIn(HEARTBEAT_PORT, data)) => {
             devices.heartbeat.beat();
             // It is outside the guest anyway, and a KVM that interprets it stops it too late.
-            ring.map_or(Ok(()), VcpuRing::relieve).map_err(|error| error.to_string())?;
+            ring.map_or(Ok(()), VcpuRing::relieve)
+                .map_err(|error| Chain::of(&error).to_string())?;
             let steps = pacer.grant(control).to_le_bytes();
             for (byte, step_byte) in data.iter_mut().zip(steps) {
                 *byte = step_byte;
@@ -85,7 +87,8 @@ fn enter(
             return Ok(Entered::Io);
         }
         Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
-            ring.map_or(Ok(()), VcpuRing::on_full).map_err(|error| error.to_string())?;
+            ring.map_or(Ok(()), VcpuRing::on_full)
+                .map_err(|error| Chain::of(&error).to_string())?;
             return Ok(Entered::RingFull);
         }
         Ok(VcpuExit::Intr) => return Ok(Entered::Interrupted),

@@ -34,7 +34,7 @@ pub struct OracleReport {
 pub(crate) enum Violation {
     #[error("{0}")]
     Wrong(String),
-    #[error("failed to read guest memory: {0}")]
+    #[error("failed to read guest memory")]
     Memory(#[from] GuestMemoryError),
 }
 

@@ -68,7 +68,10 @@ fn with_json_there_is_an_object_however_a_command_ends() {
     for args in cases {
         let report = Process::start("program", args).finish().report(1);
         assert_eq!((report.count("schema"), report.text("outcome")), (1, "failed"), "{args:?}");
-        assert!(!report.text("error").is_empty(), "{args:?}: {report:?}");
+        let error: Vec<_> = report.text("error").split(": ").collect();
+        assert!(!error.is_empty(), "{args:?}: {report:?}");
+        // A cause is said once.
+        assert!(error.windows(2).all(|parts| parts[0] != parts[1]), "{args:?}: {error:?}");
     }
 }
 
