@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::convergence::Term;
 use crate::dirty::DirtyError;
 use crate::machine::{MachineError, MachineOperation};
 use crate::memory::{LayoutError, OutOfRange};
@@ -109,21 +110,25 @@ pub enum Error {
         /// How long it was waited for.
         after: Duration,
     },
-    /// The guest dirties memory faster than the downtime limit allows to move.
+    /// A switchover takes longer than the downtime limit allows.
     #[error(
-        "not converging after {rounds} rounds: the guest dirtied {dirty_pages} pages in the last \
-         one, which takes about {expected:?} to move against a downtime limit of {limit:?}; \
-         raise the limit, slow the guest down, or use a faster link"
+        "not converging after {rounds} rounds: {at_fault} takes about {takes:?}, all of a switchover \
+         with the {dirty_pages} pages of the last round about {expected:?} against a downtime limit of \
+         {limit:?}; raise the limit, or {}", at_fault.advice()
     )]
     NotConverging {
         /// Rounds made.
         rounds: u32,
         /// Pages dirty at the end.
         dirty_pages: u64,
-        /// Downtime to expect.
+        /// Downtime to expect, by what each part of it took last.
         expected: Duration,
         /// Downtime allowed.
         limit: Duration,
+        /// The part of the downtime that takes longest.
+        at_fault: Term,
+        /// How long that is.
+        takes: Duration,
     },
     /// With verification: memory at the destination differs from memory at the source.
     #[error(

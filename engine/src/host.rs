@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::convergence::Rehearsal;
 use crate::error::Error;
 use crate::machine::{Machine, MachineError, MachineOperation};
+use crate::progress::GuestAlarm;
 
 /// Runs code that may panic. Whoever calls this sees to it that nothing half done is used afterwards.
 pub(crate) fn caught<T>(place: impl Into<String>, call: impl FnOnce() -> T) -> Result<T, Error> {
@@ -63,6 +64,13 @@ impl<M: Machine> Guarded<M> {
 
     pub(crate) fn rehearse(&mut self) -> Result<Option<Rehearsal>, Error> {
         self.call(MachineOperation::Rehearse, M::rehearse)
+    }
+
+    pub(crate) fn set_alarm(&mut self, alarm: GuestAlarm) -> Result<(), Error> {
+        self.call(MachineOperation::SetAlarm, |machine| {
+            machine.set_alarm(alarm);
+            Ok(())
+        })
     }
 
     pub(crate) fn throttle(&mut self, percent: u8) -> Result<(), Error> {

@@ -49,6 +49,6 @@ pub use config::{MAX_CHANNELS, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};
 pub use error::{Blame, Chain, Error};
 pub use machine::{Machine, MachineError};
-pub use progress::{Event, MigrationHandle, Phase, Progress, SwitchoverStage};
+pub use progress::{Event, GuestAlarm, MigrationHandle, Phase, Progress, SwitchoverStage};
 pub use source::{Departed, GuestAtSource, Source, SourceFailure};
 pub use stats::{Downtime, Ending, Statistics};

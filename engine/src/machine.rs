@@ -1,6 +1,7 @@
 //! The machine port: what the engine asks of the VMM.
 
 use crate::convergence::Rehearsal;
+use crate::progress::GuestAlarm;
 
 /// What a machine operation failed with; the engine passes it on as it is.
 pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
@@ -81,6 +82,14 @@ pub trait Machine {
         Ok(())
     }
 
+    /// Takes what tells the engine that the guest has ended by itself: by a shutdown, or because a
+    /// virtual CPU failed. Called once at the source, before anything else; whoever notices the end
+    /// [raises](GuestAlarm::raise) it, from any thread. Without it a guest that ended is moved as one
+    /// that is quiet. Does nothing unless implemented.
+    fn set_alarm(&mut self, alarm: GuestAlarm) {
+        let _ = alarm;
+    }
+
     /// Says how large the device state is and how long saving it takes, without a switchover: what
     /// the downtime to expect is made of. Called with the guest running, at the beginning and now
     /// and then. Where the guest must be stopped for it, that should be for a moment only; the guest
@@ -109,6 +118,10 @@ pub enum MachineOperation {
     Pause,
     /// [`Machine::resume`].
     Resume,
+    /// Running the guest, between two calls: it has ended by itself ([`GuestAlarm`]).
+    Run,
+    /// [`Machine::set_alarm`].
+    SetAlarm,
     /// [`Machine::save`].
     Save,
     /// [`Machine::rehearse`].
@@ -131,6 +144,8 @@ impl std::fmt::Display for MachineOperation {
             Self::Describe => "describe the guest to the engine",
             Self::Pause => "pause the guest",
             Self::Resume => "resume the guest",
+            Self::Run => "run the guest",
+            Self::SetAlarm => "take an alarm",
             Self::Save => "save device state",
             Self::Rehearse => "rehearse saving device state",
             Self::Load => "load device state",

@@ -13,6 +13,7 @@ use crate::convergence::{Bound, Forecast, Policy, Settings, Verdict};
 use crate::error::Error;
 use crate::host::caught;
 use crate::limit::Limiter;
+use crate::machine::{MachineError, MachineOperation};
 use crate::protocol::Agreement;
 use crate::stats::{ChannelGauge, RoundStatistics};
 use crate::transport::{Interrupt, PageCounts, Registration, TransportError};
@@ -212,6 +213,27 @@ impl MigrationHandle {
     }
 }
 
+/// Tells a migration that its guest has ended ([`crate::Machine::set_alarm`]). Cheap to clone, usable
+/// from any thread; of no effect once the source has committed or the migration is over.
+#[derive(Clone)]
+pub struct GuestAlarm {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl fmt::Debug for GuestAlarm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestAlarm").finish_non_exhaustive()
+    }
+}
+
+impl GuestAlarm {
+    /// The guest runs no more, and why. Returns at once; the migration ends with
+    /// [`Error::Machine`], wherever it is. The first alarm counts.
+    pub fn raise(&self, cause: MachineError) {
+        self.shared.raise(cause);
+    }
+}
+
 /// Refuses settings that make no sense, or that this engine cannot follow yet.
 pub(crate) fn check_settings(settings: &Settings) -> Result<(), Error> {
     if settings.policy == Policy::PostCopy {
@@ -237,6 +259,9 @@ pub(crate) struct Shared {
     /// Data channels to use, at most.
     channels: AtomicU16,
     cancelled: AtomicBool,
+    /// Why the guest ended, if it did; taken by whoever ends the migration for it.
+    alarm: Mutex<Option<MachineError>>,
+    alarmed: AtomicBool,
     /// Whether the peer has failed or left.
     peer_ended: AtomicBool,
     wake: (Sender<()>, Receiver<()>),
@@ -257,6 +282,8 @@ impl Shared {
             settings: Mutex::new(Settings::default()),
             channels: AtomicU16::new(u16::MAX),
             cancelled: AtomicBool::new(false),
+            alarm: Mutex::new(None),
+            alarmed: AtomicBool::new(false),
             peer_ended: AtomicBool::new(false),
             wake: bounded(1),
             blocked: Mutex::new(None),
@@ -268,6 +295,28 @@ impl Shared {
         // Full means that a wake-up is pending already.
         let _ = self.wake.0.try_send(());
         self.unblock();
+    }
+
+    fn raise(&self, cause: MachineError) {
+        let mut alarm = self.alarm.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.alarmed.load(Ordering::SeqCst) {
+            return;
+        }
+        *alarm = Some(cause);
+        self.alarmed.store(true, Ordering::SeqCst);
+        drop(alarm);
+        let _ = self.wake.0.try_send(());
+        self.unblock();
+    }
+
+    /// Why it is to end before it is through: somebody cancelled, or the guest ended.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.alarmed.load(Ordering::SeqCst)
+            && let Some(cause) = self.alarm.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            return Err(Error::Machine { operation: MachineOperation::Run, cause });
+        }
+        if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
     /// The peer has failed or left: no call goes on waiting for it.
@@ -337,20 +386,17 @@ impl Shared {
     ) -> Result<T, Error> {
         let set = |value| *self.blocked.lock().unwrap_or_else(PoisonError::into_inner) = value;
         set(Some(Arc::clone(interrupt)));
-        // Cancelled before: leave the link alone, the peer should be told why it ends.
-        let over = self.is_cancelled() || self.has_peer_ended();
-        let result =
-            caught(
-                "the transport",
-                || {
-                    if over { Err(TransportError::Interrupted) } else { call() }
-                },
-            );
+        // Over before it began: leave the link alone, the peer should be told why it ends.
+        let over = self.check().map(|()| self.has_peer_ended());
+        let result = over.and_then(|over| {
+            caught("the transport", || if over { Err(TransportError::Interrupted) } else { call() })
+        });
         set(None);
-        match result? {
-            Err(TransportError::Interrupted) if self.is_cancelled() => Err(Error::Cancelled),
-            result => Ok(result?),
+        let result = result?;
+        if matches!(result, Err(TransportError::Interrupted)) {
+            self.check()?;
         }
+        Ok(result?)
     }
 
     pub(crate) fn set_phase(&self, phase: Phase) {

@@ -185,11 +185,10 @@ impl<R: Send + 'static> Session<R> {
     /// Waits for what happens next. Peer failures, a broken control channel, cancelling and the
     /// end of patience are errors.
     pub(crate) fn next(&mut self, patience: Patience) -> Result<Item<R>, Error> {
-        if self.shared.is_cancelled() {
-            return Err(Error::Cancelled);
-        }
+        self.shared.check()?;
         select_biased! {
-            recv(self.shared.wake()) -> _ => Err(Error::Cancelled),
+            // Raised by whoever ends it now, or long ago and looked at since.
+            recv(self.shared.wake()) -> _ => self.next(patience),
             recv(self.inputs) -> input => match input {
                 Ok(input) => refuse_failures(input),
                 // Unreachable: this side holds a sender.

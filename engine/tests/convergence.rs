@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use pageferry::convergence::{Bound, Forecast, Policy, Rehearsal, Throttling};
+use pageferry::convergence::{Bound, Forecast, Policy, Rehearsal, Term, Throttling};
 use pageferry::dirty::DirtySources;
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
@@ -244,6 +244,22 @@ fn a_switchover_that_takes_too_long_is_called_off_and_another_follows() {
         assert!(departed.machine.rehearsals > 0);
         assert_eq!(departed.statistics.convergence, Ending::Converged);
         assert!(departed.statistics.predicted_downtime.is_some());
+    }
+}
+
+/// However little is hoped for after a load that took too long, the error names what it took.
+#[test]
+fn what_takes_too_long_is_named() {
+    for (slow, term) in [(Slow::Load, Term::Load), (Slow::Release, Term::Release)] {
+        let mut scene = Scene::new(slow, u32::MAX).on_event(|_| {});
+        scene.source = scene.source.policy(Policy::KeepTrying).deadline(4 * LIMIT);
+        let error = scene.play().expect_kept();
+        let Error::NotConverging { at_fault, takes, expected, limit, .. } = &error else {
+            panic!("{error:?}");
+        };
+        assert_eq!((*at_fault, *limit), (term, LIMIT), "{error}");
+        assert!(*takes >= LIMIT && *expected >= *takes, "{error}");
+        assert!(error.to_string().contains(&format!("{term} takes about")), "{error}");
     }
 }
 

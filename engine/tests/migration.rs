@@ -3,9 +3,10 @@
 
 mod support;
 
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::dirty::{DirtyBitmap, DirtySources};
 use pageferry::protocol::{FailureReason, Incompatibility, MAX_DEVICE_STATE_BYTES};
@@ -13,8 +14,8 @@ use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::{DestinationLink, SourceLink};
 use pageferry::{
-    Arrived, Blame, Departed, Destination, DestinationFailure, Error, Event, GuestAtDestination,
-    GuestAtSource, Phase, Source, SourceFailure, Timeouts,
+    Arrived, Blame, Departed, Destination, DestinationFailure, Error, Event, GuestAlarm,
+    GuestAtDestination, GuestAtSource, Phase, Source, SourceFailure, Timeouts,
 };
 use support::{Refuse, SharedLog, SoftwareLog, TestMachine};
 
@@ -33,6 +34,8 @@ struct Scene {
     source_state_bytes: u64,
     destination_refuses: Refuse,
     source: Source,
+    /// What the machine at the source is given.
+    alarm: Arc<Mutex<Option<GuestAlarm>>>,
     destination: Destination,
 }
 
@@ -67,6 +70,7 @@ impl Scene {
                 .channels(3)
                 .downtime_limit(Duration::from_secs(2))
                 .timeouts(timeouts()),
+            alarm: Arc::default(),
             destination: Destination::new().timeouts(timeouts()),
         }
     }
@@ -89,6 +93,7 @@ impl Scene {
             source_state_bytes,
             destination_refuses,
             source,
+            alarm,
             destination,
         } = self;
         let their_log = SoftwareLog::new(&there);
@@ -97,6 +102,7 @@ impl Scene {
         machine.await_writes();
         machine.refuse = source_refuses;
         machine.state_bytes = source_state_bytes;
+        machine.alarm = alarm;
         let mut theirs = TestMachine::new(&there, &their_log, WORKING_SET, 43);
         theirs.refuse = destination_refuses;
         theirs.contend_with(&machine);
@@ -575,7 +581,7 @@ fn a_bandwidth_limit_is_kept_and_can_be_lifted() {
     let mut scene = Scene::new();
     let handle = scene.source.handle();
     let limit: u32 = 16 << 20;
-    handle.limit_bandwidth(std::num::NonZeroU64::new(limit.into()));
+    handle.limit_bandwidth(NonZeroU64::new(limit.into()));
     let lifting = handle.clone();
     scene.source = scene.source.on_event(move |event| {
         if matches!(event, Event::RoundFinished { round: 1, .. }) {
@@ -589,6 +595,54 @@ fn a_bandwidth_limit_is_kept_and_can_be_lifted() {
     let expected =
         Duration::from_secs_f64((sent_bytes - 3.0 * f64::from(1_u32 << 20)) / f64::from(limit));
     assert!(first.took >= expected, "{:?} for a limit of {limit} B/s", first.took);
+}
+
+/// A guest that ends is noticed in the middle of a round that would take minutes, and wherever else the
+/// source waits.
+#[test]
+fn a_guest_that_ends_ends_the_migration_at_once() {
+    let ends_at: [fn(&Event) -> bool; 3] = [
+        |event| matches!(event, Event::Agreed(_)),
+        |event| matches!(event, Event::RoundStarted { round: 1, .. }),
+        |event| matches!(event, Event::GuestPaused),
+    ];
+    for (place, when) in ends_at.into_iter().enumerate() {
+        let mut scene = Scene::new();
+        let handle = scene.source.handle();
+        if place < 2 {
+            handle.limit_bandwidth(NonZeroU64::new(1 << 10));
+        }
+        let alarm = Arc::clone(&scene.alarm);
+        let (raised, at) = (Arc::new(Mutex::new(None)), Instant::now());
+        let raising = Arc::clone(&raised);
+        scene.source = scene.source.on_event(move |event| {
+            if when(event) {
+                let (alarm, raising) = (Arc::clone(&alarm), Arc::clone(&raising));
+                let raise = move || {
+                    *raising.lock().unwrap() = Some(at.elapsed());
+                    let alarm = alarm.lock().unwrap().clone().expect("it was given one");
+                    alarm.raise("triple fault".into());
+                    alarm.raise("and another one".into());
+                };
+                if place < 2 {
+                    // By a virtual CPU, while the driver goes on and waits.
+                    drop(thread::spawn(raise));
+                } else {
+                    raise();
+                }
+            }
+        });
+        let outcome = scene.play(|link| link);
+        let raised = raised.lock().unwrap().expect("it was raised");
+        let took = at.elapsed().saturating_sub(raised);
+        let failure = outcome.source.as_ref().expect_err("its guest ended");
+        assert!(failure.error.chain().to_string().contains("run the guest: triple fault"));
+        assert_eq!(failure.error.blame(), Blame::Machine);
+        // The rest of what it does is no wait: well below the time of a round.
+        assert!(took < Duration::from_secs(5), "{place}: {took:?}");
+        let (_, theirs) = outcome.expect_kept();
+        assert!(theirs.unwrap().to_string().contains("triple fault"));
+    }
 }
 
 #[test]

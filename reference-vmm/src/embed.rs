@@ -7,7 +7,7 @@ use std::time::Instant;
 use pageferry::convergence::Rehearsal;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
-use pageferry::{Machine, MachineError};
+use pageferry::{GuestAlarm, Machine, MachineError};
 use pageferry_device_state::Schema;
 use pageferry_device_state::schema::Verdict;
 use pageferry_rust_vmm::{
@@ -104,6 +104,10 @@ impl Machine for GuestMachine {
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         Ok(self.guest.load(state)?)
+    }
+
+    fn set_alarm(&mut self, alarm: GuestAlarm) {
+        self.guest.on_failure(move |reason| alarm.raise(reason.into()));
     }
 
     /// Stops the guest for as long as saving takes, well below a millisecond.

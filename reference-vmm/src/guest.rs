@@ -369,6 +369,12 @@ impl Guest {
         self.workers().control().failure()
     }
 
+    /// Has `hear` called with the reason once the guest ends by itself, by the thread that notices; at
+    /// once if it has. Takes the place of who heard before.
+    pub fn on_failure(&self, hear: impl FnOnce(&str) + Send + 'static) {
+        self.workers().control().on_failure(Box::new(hear));
+    }
+
     /// Everything the guest printed since it was created here.
     pub fn serial_output(&self) -> Vec<u8> {
         self.devices.serial.output()

@@ -36,6 +36,9 @@ pub(crate) enum Next {
     Quit,
 }
 
+/// Called once, with the reason, by the thread that failed.
+pub(crate) type OnFailure = Box<dyn FnOnce(&str) + Send>;
+
 /// Shared by a guest and its threads.
 #[derive(Debug)]
 pub(crate) struct RunControl {
@@ -47,17 +50,32 @@ pub(crate) struct RunControl {
     throttle: Box<[AtomicU8]>,
 }
 
-#[derive(Debug)]
 struct State {
     target: Target,
     phases: Vec<Phase>,
     failure: Option<String>,
+    /// Who is told of a failure.
+    on_failure: Option<OnFailure>,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("target", &self.target)
+            .field("phases", &self.phases)
+            .field("failure", &self.failure)
+            .finish_non_exhaustive()
+    }
 }
 
 impl RunControl {
     fn new(workers: usize) -> Self {
-        let state =
-            State { target: Target::Paused, phases: vec![Phase::Parked; workers], failure: None };
+        let state = State {
+            target: Target::Paused,
+            phases: vec![Phase::Parked; workers],
+            failure: None,
+            on_failure: None,
+        };
         Self {
             target: AtomicU8::new(Target::Paused as u8),
             state: Mutex::new(state),
@@ -100,6 +118,15 @@ impl RunControl {
         self.lock().failure.clone()
     }
 
+    /// Has `hear` called with the reason once a thread fails, now if one has.
+    pub(crate) fn on_failure(&self, hear: OnFailure) {
+        let mut state = self.lock();
+        match &state.failure {
+            Some(reason) => hear(reason),
+            None => state.on_failure = Some(hear),
+        }
+    }
+
     fn park(&self, worker: usize) -> Next {
         let mut state = self.lock();
         state.phases[worker] = Phase::Parked;
@@ -121,6 +148,9 @@ impl RunControl {
     /// Notes the first failure and stops all threads: a guest that lost a virtual CPU is done.
     fn fail(&self, reason: String) {
         let mut state = self.lock();
+        if let Some(hear) = state.on_failure.take() {
+            hear(&reason);
+        }
         state.failure.get_or_insert(reason);
         if state.target == Target::Running {
             self.set(&mut state, Target::Paused);

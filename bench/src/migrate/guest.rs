@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pageferry::convergence::Rehearsal;
-use pageferry::{Machine, MachineError};
+use pageferry::{GuestAlarm, Machine, MachineError};
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::Guest;
 
@@ -58,6 +58,10 @@ impl Machine for LoadedGuest {
 
     fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
         self.machine.rehearse()
+    }
+
+    fn set_alarm(&mut self, alarm: GuestAlarm) {
+        self.machine.set_alarm(alarm);
     }
 
     fn throttle(&mut self, percent: u8) {

@@ -41,6 +41,8 @@ pub struct Learned {
     mean: f64,
     deviation: f64,
     recent: VecDeque<f64>,
+    /// What was seen last, whatever is hoped.
+    seen: Option<f64>,
 }
 
 impl Learned {
@@ -50,12 +52,14 @@ impl Learned {
             mean: expected.as_secs_f64(),
             deviation: uncertainty.as_secs_f64(),
             recent: VecDeque::new(),
+            seen: None,
         }
     }
 
     /// Takes what was seen.
     pub fn learn(&mut self, seen: Duration) {
         let seen = seen.as_secs_f64();
+        self.seen = Some(seen);
         if self.recent.is_empty() {
             self.deviation = seen / 2.0;
             self.mean = seen;
@@ -74,6 +78,11 @@ impl Learned {
         self.mean *= share;
         self.deviation *= share;
         self.recent.iter_mut().for_each(|seen| *seen *= share);
+    }
+
+    /// What it took last; before it was seen for the first time what was assumed.
+    pub fn last(&self) -> Duration {
+        from_seconds(self.seen.unwrap_or(self.mean))
     }
 
     /// Whether it was ever seen.

@@ -26,7 +26,7 @@ pub use bandwidth::{Averaging, Bandwidth};
 pub use dirty_rate::DirtyRate;
 pub use estimate::{Estimate, Learned};
 pub use policy::{Policy, Settings, Throttling};
-pub use prediction::{Prediction, Rehearsal};
+pub use prediction::{Prediction, Rehearsal, Term};
 
 use crate::memory::PAGE_BYTES;
 use estimate::{NEVER, from_seconds};
@@ -274,6 +274,11 @@ impl Convergence {
         self.terms.load.learn(took);
     }
 
+    /// Releasing host resources took so long.
+    pub fn learn_release(&mut self, took: Duration) {
+        self.terms.release.learn(took);
+    }
+
     /// Device state went to the destination and its answer came back, in that time without the
     /// load: what that tells of the round trip.
     pub fn learn_state_exchange(&mut self, took: Duration) {
@@ -345,6 +350,17 @@ impl Convergence {
             _ if pages == 0 => Some(self.terms.predict(0, f64::INFINITY, 0.0)),
             _ => None,
         }
+    }
+
+    /// What takes longest of a downtime with so many pages to send, and all of that downtime, by what
+    /// was seen of each term last: why it does not converge.
+    pub fn at_fault(&self, pages: u64) -> (Term, Duration, Duration) {
+        let rate = self.bandwidth.bytes_per_second().unwrap_or(if pages == 0 { 1.0 } else { 0.0 });
+        let seen = self.terms.seen(pages, rate);
+        let all = seen.iter().fold(Duration::ZERO, |all, (_, took)| all.saturating_add(*took));
+        let worst = seen.into_iter().max_by_key(|(_, took)| *took);
+        let (term, took) = worst.unwrap_or((Term::FinalPages, all));
+        (term, took, all)
     }
 
     /// What was predicted when the last switchover was decided on.

@@ -1,5 +1,6 @@
 //! The downtime to expect, term by term, each learned from this migration.
 
+use std::fmt;
 use std::time::Duration;
 
 use super::estimate::{Estimate, Learned, from_seconds};
@@ -62,6 +63,58 @@ fn sum(terms: &[Estimate]) -> Estimate {
     }
 }
 
+/// A part of the downtime, as what is at fault if it is too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Term {
+    /// Stopping the guest.
+    Pause,
+    /// Asking the trackers what was written, twice.
+    FinalHarvest,
+    /// The pages that the guest dirties.
+    FinalPages,
+    /// Saving device state, as far as it takes longer than the pages.
+    Save,
+    /// The way of the device state.
+    StateTransfer,
+    /// Loading device state at the destination.
+    Load,
+    /// Releasing what only one host may hold.
+    Release,
+    /// Messages and their answers.
+    RoundTrips,
+    /// Letting the guest run at the destination.
+    Resume,
+}
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pause => "stopping the guest",
+            Self::FinalHarvest => "asking the dirty trackers",
+            Self::FinalPages => "moving what the guest dirties",
+            Self::Save => "saving device state",
+            Self::StateTransfer => "sending device state",
+            Self::Load => "loading device state at the destination",
+            Self::Release => "releasing host resources",
+            Self::RoundTrips => "waiting for the destination's answers",
+            Self::Resume => "letting the guest run at the destination",
+        })
+    }
+}
+
+impl Term {
+    /// What helps, beside a longer limit.
+    pub(crate) fn advice(self) -> &'static str {
+        match self {
+            Self::FinalPages => "slow the guest down, or use a faster link",
+            Self::StateTransfer => "use a faster link",
+            Self::RoundTrips => "use a link with less delay",
+            _ => "find out what holds it up",
+        }
+    }
+}
+
 /// What a machine said about its device state and its own speed, without stopping for good.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rehearsal {
@@ -84,6 +137,8 @@ pub(super) struct Terms {
     pub(super) save: Learned,
     pub(super) load: Learned,
     pub(super) resume: Learned,
+    /// Not predicted: known once it was done, and called off or not then.
+    pub(super) release: Learned,
     pub(super) state_bytes: u64,
 }
 
@@ -97,6 +152,7 @@ impl Default for Terms {
             save: Learned::assumed(ASSUMED_STATE, ASSUMED_STATE),
             load: Learned::assumed(ASSUMED_STATE, ASSUMED_STATE),
             resume: assumed(),
+            release: Learned::assumed(Duration::ZERO, Duration::ZERO),
             state_bytes: 0,
         }
     }
@@ -160,6 +216,26 @@ impl Terms {
         }
     }
 
+    /// What each term took last, with so many pages to send at that rate. What is only hoped does not
+    /// count.
+    pub(super) fn seen(&self, pages: u64, bytes_per_second: f64) -> [(Term, Duration); 9] {
+        let sending = |bytes: u64| from_seconds(bytes as f64 / bytes_per_second);
+        let final_pages = sending(pages.saturating_mul(PAGE_BYTES));
+        let load = if self.load.is_known() { self.load.last() } else { self.load().expected };
+        [
+            (Term::Pause, self.pause.last()),
+            (Term::FinalHarvest, self.harvest.last().saturating_mul(2)),
+            (Term::FinalPages, final_pages),
+            (Term::Save, self.save.last().saturating_sub(final_pages)),
+            (Term::StateTransfer, sending(self.state_bytes)),
+            (Term::Load, load),
+            (Term::Release, self.release.last()),
+            // The last page, the state and the commit are answered.
+            (Term::RoundTrips, self.round_trip.undisturbed().expected.saturating_mul(3)),
+            (Term::Resume, self.resume.last()),
+        ]
+    }
+
     /// Hopes that what only a switchover can show is better than it was in the last one.
     pub(super) fn hope(&mut self, share: f64) {
         for term in [&mut self.pause, &mut self.save, &mut self.load] {
@@ -204,6 +280,17 @@ mod tests {
         assert!(total.uncertainty > 20 * MS && total.uncertainty < 40 * MS, "{total:?}");
         assert_eq!(prediction.after_pages().expected, 113 * MS);
         assert!(terms.after_commit(0.0) >= 13 * MS);
+    }
+
+    #[test]
+    fn what_is_hoped_is_not_what_was_seen() {
+        let mut terms = Terms::default();
+        terms.load.learn(5000 * MS);
+        (0..20).for_each(|_| terms.hope(0.7));
+        assert!(terms.predict(0, 1e9, 0.0).total().expected < 300 * MS);
+        let seen = terms.seen(0, 1e9);
+        let worst = seen.iter().max_by_key(|(_, took)| *took).unwrap();
+        assert_eq!(*worst, (Term::Load, 5000 * MS));
     }
 
     #[test]

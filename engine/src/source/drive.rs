@@ -19,7 +19,7 @@ use crate::handover::{SourceHandover, SourceInput, SourceState};
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::memory::GuestMemory;
-use crate::progress::{Event, Phase};
+use crate::progress::{Event, GuestAlarm, Phase};
 use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message};
 use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
@@ -126,6 +126,7 @@ pub(super) struct Drive<'a> {
 
 impl Drive<'_> {
     fn run<M: Machine>(&mut self, machine: &mut Guarded<M>, started: Instant) -> Result<(), Error> {
+        machine.set_alarm(GuestAlarm { shared: Arc::clone(&self.source.shared) })?;
         let (agreement, wants_data_ranges) = self.handshake(machine)?;
         self.open_channels(agreement)?;
         if wants_data_ranges {

@@ -47,12 +47,15 @@ impl Drive<'_> {
             match verdict {
                 Verdict::SwitchOver { .. } => return Ok(()),
                 Verdict::PostCopy { .. } => return Err(Error::Unsupported("post-copy")),
-                Verdict::GiveUp { expected } => {
+                Verdict::GiveUp { .. } => {
+                    let (at_fault, takes, expected) = self.convergence.at_fault(dirty_pages);
                     return Err(Error::NotConverging {
                         rounds: number,
                         dirty_pages,
                         expected,
                         limit: self.convergence.settings().downtime_limit,
+                        at_fault,
+                        takes,
                     });
                 }
                 Verdict::Iterate { .. } | Verdict::Approach { .. } => {

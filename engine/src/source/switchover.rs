@@ -173,7 +173,9 @@ impl Drive<'_> {
         }
         // What fails in the middle may have released some of it.
         self.may_be_released = true;
+        let releasing = Instant::now();
         machine.release_resources()?;
+        self.convergence.learn_release(releasing.elapsed());
         // Releasing may have taken its time.
         if attempt.overruns(self.now(), after) {
             return Ok(Some(Overdue::at(SwitchoverStage::Commit)));
@@ -302,9 +304,7 @@ impl Drive<'_> {
 
     /// Commits. Returns how long the destination took to resume.
     fn commit(&mut self) -> Result<Duration, Error> {
-        if self.source.shared.is_cancelled() {
-            return Err(Error::Cancelled);
-        }
+        self.source.shared.check()?;
         let attempt = self.handover.attempt();
         let action = self.handover.handle(SourceInput::Prepared { attempt });
         debug_assert_eq!(action, SourceAction::SendCommit);

@@ -10,7 +10,7 @@ use pageferry::convergence::Rehearsal;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::testing::{Random, TestMemory};
-use pageferry::{Machine, MachineError};
+use pageferry::{GuestAlarm, Machine, MachineError};
 
 /// Dirty bits that are forgotten when harvested, as a bitmap that is swapped out would.
 pub(crate) struct SoftwareLog {
@@ -116,6 +116,8 @@ pub(crate) struct TestMachine {
     /// Whether it panics where it is to refuse.
     pub(crate) panics: bool,
     lock: Lock,
+    /// What it was given to tell that the guest has ended.
+    pub(crate) alarm: Arc<Mutex<Option<GuestAlarm>>>,
     /// How often it was let run.
     pub(crate) resumes: u32,
     pub(crate) loaded: Option<u64>,
@@ -148,6 +150,7 @@ impl TestMachine {
             refuse: Refuse::Nothing,
             panics: false,
             lock,
+            alarm: Arc::default(),
             resumes: 0,
             loaded: None,
             state_bytes: 8,
@@ -269,6 +272,10 @@ impl Machine for TestMachine {
         self.refuse(Refuse::Load)?;
         self.loaded = Some(u64::from_le_bytes(state.try_into()?));
         Ok(())
+    }
+
+    fn set_alarm(&mut self, alarm: GuestAlarm) {
+        *self.alarm.lock().unwrap() = Some(alarm);
     }
 
     fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {

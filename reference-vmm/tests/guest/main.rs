@@ -2,6 +2,7 @@
 
 mod alone;
 mod common;
+mod migrated;
 mod moving;
 mod oracle;
 mod snapshots;
