@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pageferry::dirty::{DirtyBitmap, WORD_PAGES};
+use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::Layout;
 
 use crate::misuse::{MisuseError, check_bitmap, check_words};
@@ -63,10 +63,7 @@ impl CarryOver {
         if !self.used.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let start = usize::try_from(first_page / WORD_PAGES).unwrap_or(usize::MAX);
-        for (mine, theirs) in self.pages.region(region).iter().skip(start).zip(words) {
-            mine.fetch_and(!theirs, Ordering::Relaxed);
-        }
+        self.pages.clear(region, first_page, words);
         Ok(())
     }
 }

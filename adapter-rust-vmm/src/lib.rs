@@ -4,6 +4,7 @@
 //!   the VMM's side.
 //! - [`kvm`] tracks what vCPUs write, by KVM's dirty log or its dirty rings.
 //! - [`bitmap`] tracks what the VMM writes itself, by `vm-memory`'s bitmaps.
+//! - [`direct`] tracks what the VMM has written past the page tables, by what it says of it.
 //! - [`pagemap`] and [`uffd_wp`] track what anything in this process writes, by userfaultfd
 //!   write-protection; they need no KVM. [`process`] picks one of the two.
 //!
@@ -16,16 +17,20 @@
 //! sources).
 //!
 //! [`PagemapScan`] sees every write that goes through this process's page tables, which are vCPUs
-//! (KVM follows the page tables), device emulation and system calls alike; it costs the guest a
+//! (KVM follows the page tables), device emulation and buffered system calls alike; it costs the guest a
 //! page fault in the host for each page it writes first after a harvest. [`UffdWp`] sees the same
 //! on kernels before 6.7, where each such fault waits for a thread of this process too.
 //!
-//! None of them sees DMA by a device that was given the memory (VFIO), nor other processes
-//! (vhost-user).
+//! None of them sees what comes by pages that were pinned before, if a harvest falls between: `O_DIRECT`
+//! reads, io_uring's registered buffers, `process_vm_writev`. [`DirectWrites`] beside them does, for the
+//! VMM tells it. Nor does any see DMA by a device that was given the memory for good (VFIO), or
+//! what other processes write to their own mappings of it (vhost-user): those have logs of their own, which
+//! a VMM makes a [`DirtySource`](pageferry::dirty::DirtySource) of.
 
 pub mod bitmap;
 mod bits;
 mod carry;
+pub mod direct;
 pub mod kvm;
 pub mod memory;
 mod misuse;
@@ -36,6 +41,7 @@ mod uffd;
 pub mod uffd_wp;
 
 pub use bitmap::AtomicBitmapSource;
+pub use direct::{DirectWrite, DirectWrites};
 pub use kvm::{DirtyRings, KvmDirtyLog, KvmDirtyRing, KvmSlot, LogProtocol, VcpuRing};
 pub use memory::guest_memory;
 pub use misuse::MisuseError;

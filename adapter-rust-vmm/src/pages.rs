@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pageferry::dirty::DirtyBitmap;
+use pageferry::dirty::{DirtyBitmap, WORD_PAGES};
 use pageferry::memory::{Layout, RegionLayout};
 
 use crate::bits::words_for;
@@ -35,6 +35,31 @@ impl AtomicPages {
 
     fn regions(&self) -> impl Iterator<Item = (u16, &[AtomicU64])> {
         (0..).zip(&self.regions).map(|(region, words)| (region, &self.words[words.clone()]))
+    }
+
+    /// Adds pages of a region, after they were written.
+    pub(crate) fn set(&self, region: u16, pages: Range<u64>) {
+        let words = self.region(region);
+        let mut at = pages.start;
+        while at < pages.end {
+            let next = (at / WORD_PAGES + 1) * WORD_PAGES;
+            let count = pages.end.min(next) - at;
+            let bits = (u64::MAX >> (WORD_PAGES - count)) << (at % WORD_PAGES);
+            if let Some(word) = usize::try_from(at / WORD_PAGES).ok().and_then(|at| words.get(at)) {
+                word.fetch_or(bits, Ordering::Release);
+            }
+            at = next;
+        }
+    }
+
+    /// Takes pages of a region away that are about to be read; `words` begin at page `first_page`
+    /// and lie inside the region.
+    pub(crate) fn clear(&self, region: u16, first_page: u64, words: &[u64]) {
+        let mine = self.region(region).iter().skip(words_for(first_page));
+        for (mine, theirs) in mine.zip(words).filter(|(_, theirs)| **theirs != 0) {
+            // Acquire: who set a bit wrote the page before, and that is to be read.
+            mine.fetch_and(!theirs, Ordering::AcqRel);
+        }
     }
 
     /// Adds the pages of a bitmap of the same layout.

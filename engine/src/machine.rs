@@ -29,7 +29,9 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 /// after a panic is said in `docs/embedding.md`.
 pub trait Machine {
     /// Stops all vCPUs and all device emulation that writes guest memory, and returns when they
-    /// stand. The guest's standstill is counted from before this call.
+    /// stand. No write to guest memory is under way then, also none by the kernel or a device for a
+    /// request that was submitted before, and each has been reported to its dirty source. The
+    /// guest's standstill is counted from before this call.
     fn pause(&mut self) -> Result<(), MachineError>;
 
     /// Lets the guest run. At the source after a failure, at the destination at the end. When it

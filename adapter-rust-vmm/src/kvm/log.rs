@@ -135,7 +135,8 @@ pub(super) fn hint(cause: &io::Error) -> &'static str {
 /// KVM's dirty log of a VM's memory slots.
 ///
 /// Sees what vCPUs write, and what KVM itself writes on their behalf. What the VMM's threads
-/// write (device emulation) it does not see; give the engine a source for those too. Memory of
+/// write (device emulation, system calls of any kind) it does not see; give the engine a source for
+/// those too. Memory of
 /// the map that no slot shows to the guest is not tracked, for no vCPU can write it.
 ///
 /// A slot may begin at any page of a region and have any number of pages. Where its first page

@@ -126,11 +126,14 @@ fn hint(cause: &io::Error) -> &'static str {
 }
 
 /// Tracks every write to guest memory through this process's page tables: by threads of the
-/// process, by system calls, and by KVM's vCPUs, whose mappings follow the page tables.
+/// process, by buffered system calls, and by KVM's vCPUs, whose mappings follow the page tables.
 ///
-/// Not seen are writes that do not go through them: by another process or another mapping of the
-/// same memfd, by `write` to the memfd, and by a device or an io_uring request that was given
-/// the pages before (DMA, registered buffers). Discarding pages (`MADV_DONTNEED`, hole punching)
+/// Not seen are writes that do not go through them as they happen: by another mapping of the
+/// same memfd, in this process or another, by `write` to the memfd, and by whoever was given the pages
+/// before. That is DMA and io_uring's registered buffers, and for the time of a call a read of a file
+/// that was opened with `O_DIRECT`, AIO, and `process_vm_writev`: their pages count as written when they
+/// are pinned, and what comes after a harvest is lost. [`DirectWrites`](crate::DirectWrites) beside this
+/// source is for them. Discarding pages (`MADV_DONTNEED`, hole punching)
 /// is not reported reliably; block it during a migration.
 ///
 /// Works for anonymous memory, with transparent huge pages too (a huge page is split when it is

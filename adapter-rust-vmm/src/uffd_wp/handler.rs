@@ -99,12 +99,7 @@ impl Shared {
         };
         let page = offset / PAGE_BYTES;
         let pages = whole_pages(region, page..page + 1);
-        for word in pages.start / WORD_PAGES..pages.end.div_ceil(WORD_PAGES) {
-            let first = word * WORD_PAGES;
-            let bits = (pages.start.max(first)..pages.end.min(first + WORD_PAGES))
-                .fold(0, |bits, page| bits | 1 << (page - first));
-            self.dirty.region(index)[words_for(first)].fetch_or(bits, Ordering::Release);
-        }
+        self.dirty.set(index, pages.clone());
         uffd::allow_writes(&self.uffd, &page_addresses(region, &pages))
     }
 

@@ -53,8 +53,9 @@ pub type SpawnHandler = dyn Fn(ThreadBody) -> io::Result<JoinHandle<()>> + Send 
 ///
 /// System calls and KVM's vCPUs write in kernel code, and the userfaultfd has to serve those
 /// faults as well; that takes a privilege, which [`supported`](Self::supported) checks. Who pins
-/// guest memory for a device or for io_uring writes to every page by doing so, as far as this
-/// source can tell.
+/// guest memory for a device, for io_uring or for a read with `O_DIRECT` writes to every page by doing
+/// so, as far as this source can tell; the bytes that come later are for
+/// [`DirectWrites`](crate::DirectWrites) to see.
 ///
 /// Discarding pages (`MADV_DONTNEED`, hole punching) drops their protection; block it during a
 /// migration. Hugetlb memory is tracked in huge pages.

@@ -2,6 +2,7 @@
 
 mod bitmap;
 mod cost;
+mod direct;
 mod guest;
 mod kvm;
 mod process;

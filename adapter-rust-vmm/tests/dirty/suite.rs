@@ -314,7 +314,7 @@ fn copy_stripe(bench: &Bench, region: u16, first_page: u64, words: &[u64], shado
 }
 
 /// Faster than `GuestMemory::copy_out` without optimisation, so that more rounds fit in.
-fn copy_page(memory: &GuestMemory, range: PageRange, shadow: &mut [u8]) {
+pub(crate) fn copy_page(memory: &GuestMemory, range: PageRange, shadow: &mut [u8]) {
     let from = memory.span(range).unwrap().addr.cast::<[u8; 8]>();
     for (index, bytes) in shadow.as_chunks_mut().0.iter_mut().enumerate() {
         // SAFETY: inside the page, which is as long as the shadow of it.

@@ -43,6 +43,9 @@ pub struct DirtyError {
 ///    destination: the next harvest reports them again. It is how a failed migration leaves the
 ///    tracker as it found it, for the next attempt or for another user of the same tracker.
 ///
+/// A write is over when its bytes are in memory. A source that learns of it earlier, as page tables do of
+/// one to pages that are pinned for it, must be told again afterwards, or say that it does not see it.
+///
 /// A source that knows nothing about writes before `start` reports just those after it; the
 /// engine sends all pages in the first round anyway.
 ///

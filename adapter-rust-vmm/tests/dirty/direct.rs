@@ -1,0 +1,452 @@
+//! Reads of a file with `O_DIRECT` into guest memory: what is lost where a harvest falls into one, and
+//! that nothing is with `DirectWrites`.
+#![expect(unsafe_code, reason = "system calls on guest memory, and slots for KVM")]
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use crate::guest::{Guest, Rings};
+use crate::suite::{self, Bench, Writer, copy_page};
+use crate::threads::Threads;
+use pageferry::convergence::Bound;
+use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
+use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
+use pageferry::testing::memory_transport;
+use pageferry::{Destination, Error, Machine, MachineError, Source};
+use pageferry_rust_vmm::{
+    AtomicBitmapSource, DirectWrites, KvmDirtyLog, KvmDirtyRing, PagemapScan, UffdWp, guest_memory,
+};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Bytes of a page.
+const BYTES: usize = 4096;
+
+/// Bytes of a read.
+const READ_BYTES: usize = 1 << 20;
+const READ_PAGES: u32 = 256;
+
+/// Contents to read: more than one, so that each read changes every page.
+const CONTENTS: u64 = 3;
+
+/// Reads into which harvests fall, with the source of the VMM's.
+const READS: u64 = 50;
+
+/// Reads until one page must have been lost without it.
+const TRIES: u64 = 500;
+
+/// A file that is read around the kernel's cache.
+struct Disk(File);
+
+impl Disk {
+    /// Where this build's files are. `None`, said loudly, if that file system copies.
+    fn new(name: &str) -> Option<Self> {
+        let name = format!("{name}-{}", std::process::id());
+        let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let mut written = File::create(&path).unwrap();
+        for content in 0..CONTENTS {
+            for page in 0..u64::from(READ_PAGES) {
+                let word = (content << 32 | page) + 1;
+                written.write_all(&word.to_ne_bytes().repeat(512)).unwrap();
+            }
+        }
+        written.sync_all().unwrap();
+        let tmpfs = rustix::fs::fstatfs(&written).unwrap().f_type == libc::TMPFS_MAGIC;
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path);
+        std::fs::remove_file(&path).unwrap();
+        match opened {
+            Ok(file) if !tmpfs => Some(Self(file)),
+            other => {
+                let why = other.err().map_or("tmpfs copies".to_owned(), |error| error.to_string());
+                eprintln!("SKIPPED, because there is no O_DIRECT in {}: {why}", path.display());
+                None
+            }
+        }
+    }
+
+    /// Reads one of the contents to `page` of region 0 and those behind it.
+    fn read(&self, memory: &GuestMemory, page: u64, number: u64) {
+        let range = PageRange { region: 0, first_page: page, pages: READ_PAGES };
+        let span = memory.span(range).unwrap();
+        let offset = i64::try_from(number % CONTENTS * READ_BYTES as u64).unwrap();
+        // SAFETY: the span is guest memory of that length, mapped as long as `memory`.
+        let read =
+            unsafe { libc::pread(self.0.as_raw_fd(), span.addr.cast(), span.len_bytes, offset) };
+        let error = std::io::Error::last_os_error();
+        assert_eq!(usize::try_from(read), Ok(READ_BYTES), "{error}");
+    }
+}
+
+/// Harvests, re-arms and copies what was found: a round of a migration.
+fn round(memory: &GuestMemory, sources: &DirtySources, shadow: &mut [u8]) {
+    let mut found = DirtyBitmap::new(memory.layout());
+    sources.harvest(&mut found).unwrap();
+    sources.rearm(0, 0, found.region_words(0)).unwrap();
+    for (page, shadow) in (0..).zip(shadow.as_chunks_mut::<BYTES>().0) {
+        if found.get(0, page) {
+            copy_page(memory, PageRange { region: 0, first_page: page, pages: 1 }, shadow);
+        }
+    }
+}
+
+/// Pages of a memory of one read that are not what was written to them last, after up to so many reads
+/// with rounds back to back; the first read that loses some is the last.
+fn lost_in(reads: u64, memory: &GuestMemory, sources: &DirtySources, read: impl Fn(u64)) -> usize {
+    let mut shadow = vec![0; READ_BYTES];
+    let mut now = vec![0; READ_BYTES];
+    sources.start().unwrap();
+    round(memory, sources, &mut shadow);
+    let mut lost = 0;
+    for number in 0..reads {
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let (begun_in, begun) = mpsc::sync_channel(1);
+            let (ended, shadow) = (&ended, &mut shadow);
+            scope.spawn(move || {
+                while !ended.load(Ordering::Acquire) {
+                    round(memory, sources, shadow);
+                    let _ = begun_in.try_send(());
+                }
+            });
+            begun.recv().unwrap();
+            read(number);
+            ended.store(true, Ordering::Release);
+        });
+        // Nothing is under way: the last round.
+        round(memory, sources, &mut shadow);
+        for (page, now) in (0..).zip(now.as_chunks_mut::<BYTES>().0) {
+            copy_page(memory, PageRange { region: 0, first_page: page, pages: 1 }, now);
+        }
+        let pages = |bytes: &[u8]| bytes.as_chunks::<BYTES>().0.to_vec();
+        lost = pages(&now).iter().zip(pages(&shadow)).filter(|(now, then)| *now != then).count();
+        if lost > 0 {
+            eprintln!("  {sources:?}: {lost} of {READ_PAGES} pages of read {number} are old");
+            break;
+        }
+    }
+    sources.stop().unwrap();
+    lost
+}
+
+/// Without `DirectWrites` pages are lost, with it none.
+fn is_needed_and_enough(
+    memory: &GuestMemory,
+    tracker: impl Fn() -> Box<dyn DirtySource>,
+    read: impl Fn(u64),
+) {
+    let alone = DirtySources::new(vec![tracker()]);
+    let lost = lost_in(TRIES, memory, &alone, &read);
+    assert!(lost > 0, "the tracker sees such writes by itself, after all: say so");
+    drop(alone);
+    let direct = DirectWrites::new(memory);
+    let both = DirtySources::new(vec![tracker(), Box::new(direct.clone())]);
+    let lost = lost_in(READS, memory, &both, |number| {
+        let guest_addr = memory.layout().regions()[0].guest_addr;
+        let _write = direct.begin(guest_addr, READ_BYTES as u64).unwrap();
+        read(number);
+    });
+    assert_eq!(lost, 0);
+}
+
+fn anonymous(bytes: usize) -> Arc<GuestMemory> {
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
+    Arc::new(guest_memory(Arc::new(memory)).unwrap())
+}
+
+#[test]
+fn beside_pagemap_scan() {
+    if let Err(error) = PagemapScan::supported() {
+        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+    }
+    let Some(disk) = Disk::new("pagemap") else { return };
+    let memory = anonymous(READ_BYTES);
+    let tracker = || -> Box<dyn DirtySource> { Box::new(PagemapScan::new(Arc::clone(&memory))) };
+    is_needed_and_enough(&memory, tracker, |number| disk.read(&memory, 0, number));
+}
+
+/// It pins many pages before it copies to the first.
+#[test]
+fn beside_pagemap_scan_with_writes_by_process_vm_writev() {
+    if let Err(error) = PagemapScan::supported() {
+        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+    }
+    let memory = anonymous(READ_BYTES);
+    let tracker = || -> Box<dyn DirtySource> { Box::new(PagemapScan::new(Arc::clone(&memory))) };
+    is_needed_and_enough(&memory, tracker, |number| {
+        let span = memory.span(PageRange { region: 0, first_page: 0, pages: READ_PAGES }).unwrap();
+        let mut bytes = (number + 1).to_ne_bytes().repeat(READ_BYTES / 8);
+        let from = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: READ_BYTES };
+        let to = libc::iovec { iov_base: span.addr.cast(), iov_len: READ_BYTES };
+        let process = libc::pid_t::try_from(std::process::id()).unwrap();
+        // SAFETY: reads `bytes`, and writes to guest memory of that length, which is this process's.
+        let written = unsafe { libc::process_vm_writev(process, &from, 1, &to, 1, 0) };
+        let error = std::io::Error::last_os_error();
+        assert_eq!(usize::try_from(written), Ok(READ_BYTES), "{error}");
+    });
+}
+
+/// That the first write to each page is waited for does not help: it is that of giving the page away.
+#[test]
+fn beside_uffd_wp() {
+    if let Err(error) = UffdWp::supported() {
+        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+    }
+    let Some(disk) = Disk::new("uffd-wp") else { return };
+    let memory = anonymous(READ_BYTES);
+    let tracker = || -> Box<dyn DirtySource> { Box::new(UffdWp::new(Arc::clone(&memory))) };
+    is_needed_and_enough(&memory, tracker, |number| disk.read(&memory, 0, number));
+}
+
+fn guest(rings: Option<Rings>) -> Option<Guest> {
+    let range = PageRange { region: 0, first_page: 0, pages: READ_PAGES };
+    let slots = [(0, 0, u64::from(READ_PAGES))];
+    Guest::with_rings(&[(0, READ_BYTES)], &slots, vec![range], rings)
+}
+
+#[test]
+fn beside_kvm_dirty_log() {
+    let (Some(guest), Some(disk)) = (guest(None), Disk::new("kvm-log")) else { return };
+    let tracker = || -> Box<dyn DirtySource> {
+        let vm = Arc::clone(&guest.vm);
+        // SAFETY: these are the guest's slots, and stay so.
+        Box::new(unsafe { KvmDirtyLog::new(vm, &guest.memory, &guest.slots) }.unwrap())
+    };
+    is_needed_and_enough(&guest.memory, tracker, |number| disk.read(&guest.memory, 0, number));
+}
+
+#[test]
+fn beside_kvm_dirty_ring() {
+    let rings = Some(Rings { entries: 4096, pausing: true });
+    let (Some(guest), Some(disk)) = (guest(rings), Disk::new("kvm-ring")) else { return };
+    let rings = guest.rings.as_ref().unwrap();
+    let tracker = || -> Box<dyn DirtySource> {
+        // SAFETY: these are the guest's slots, and stay so.
+        Box::new(unsafe { KvmDirtyRing::new(rings, &guest.memory, &guest.slots) }.unwrap())
+    };
+    is_needed_and_enough(&guest.memory, tracker, |number| disk.read(&guest.memory, 0, number));
+}
+
+/// vm-memory sets bits after a read, so its own reads are seen with `O_DIRECT` too.
+#[test]
+fn vm_memorys_own_reads_need_no_telling() {
+    let Some(disk) = Disk::new("bitmap") else { return };
+    let regions = [(GuestAddress(0), READ_BYTES)];
+    let ram = Arc::new(GuestMemoryMmap::<AtomicBitmap>::from_ranges(&regions).unwrap());
+    let memory = guest_memory(Arc::clone(&ram)).unwrap();
+    let source = AtomicBitmapSource::new(Arc::clone(&ram), &memory).unwrap();
+    let sources = DirtySources::new(vec![Box::new(source)]);
+    let lost = lost_in(READS, &memory, &sources, |number| {
+        let mut file = &disk.0;
+        file.seek(SeekFrom::Start(number % CONTENTS * READ_BYTES as u64)).unwrap();
+        ram.read_exact_volatile_from(GuestAddress(0), &mut file, READ_BYTES).unwrap();
+    });
+    assert_eq!(lost, 0);
+}
+
+/// Writes as a device does that is asked by the VMM.
+struct Told<'m> {
+    memory: &'m GuestMemory,
+    direct: &'m DirectWrites,
+    ranges: Vec<PageRange>,
+}
+
+impl Writer for Told<'_> {
+    fn ranges(&self) -> Vec<PageRange> {
+        self.ranges.clone()
+    }
+
+    fn touch(&self, range: PageRange) {
+        let region = self.memory.layout().regions()[usize::from(range.region)];
+        let guest_addr = region.guest_addr + range.first_page * PAGE_BYTES;
+        let _write = self.direct.begin(guest_addr, range.len_bytes()).unwrap();
+        Threads { memory: self.memory, ranges: vec![range] }.touch(range);
+    }
+
+    fn hammer(&self, stop: &AtomicBool) {
+        while !stop.load(Ordering::Relaxed) {
+            self.ranges.iter().for_each(|range| self.touch(*range));
+        }
+    }
+}
+
+#[test]
+fn direct_writes_are_a_dirty_source() {
+    let regions = [(GuestAddress(0), 4 << 20), (GuestAddress(1 << 32), (1 << 20) + (5 << 12))];
+    let memory = GuestMemoryMmap::<()>::from_ranges(&regions).unwrap();
+    let memory = guest_memory(Arc::new(memory)).unwrap();
+    let direct = DirectWrites::new(&memory);
+    let range = |region, pages| PageRange { region, first_page: 3, pages };
+    let writer =
+        Told { memory: &memory, direct: &direct, ranges: vec![range(0, 1019), range(1, 250)] };
+    suite::passes_all(&Bench {
+        memory: &memory,
+        source: &direct,
+        writer: &writer,
+        granule_pages: 1,
+    });
+}
+
+/// A process that reads a file to one place after the other, from the first harvest on. To each just
+/// once, so that nothing makes good what was lost.
+struct Process {
+    memory: Arc<GuestMemory>,
+    direct: Option<DirectWrites>,
+    disk: Disk,
+    /// Held while a read begins, and to its end where nobody is told of it.
+    running: Mutex<bool>,
+}
+
+/// Places to read to.
+const PLACES: u64 = 64;
+
+/// Migrations until one must have lost something.
+const MIGRATIONS: usize = 20;
+
+impl Process {
+    fn new(disk: Disk, told: bool) -> Arc<Self> {
+        let memory = anonymous(usize::try_from(PLACES).unwrap() * READ_BYTES);
+        let direct = told.then(|| DirectWrites::new(&memory));
+        Arc::new(Self { memory, direct, disk, running: Mutex::new(true) })
+    }
+
+    fn read_all(&self) {
+        for place in 0..PLACES {
+            let mut running = Some(self.running.lock().unwrap());
+            if running.as_deref() == Some(&false) {
+                return;
+            }
+            let write = self.direct.as_ref().map(|direct| {
+                running = None;
+                direct.begin(place * READ_BYTES as u64, READ_BYTES as u64).unwrap()
+            });
+            self.disk.read(&self.memory, place * u64::from(READ_PAGES), place);
+            drop((write, running));
+        }
+    }
+}
+
+/// A tracker that lets the process begin when it harvests first.
+struct FromTheFirstHarvest {
+    tracker: PagemapScan,
+    begin: Mutex<Option<mpsc::Sender<()>>>,
+}
+
+impl DirtySource for FromTheFirstHarvest {
+    fn name(&self) -> &'static str {
+        self.tracker.name()
+    }
+
+    fn start(&self) -> Result<(), DirtyError> {
+        self.tracker.start()
+    }
+
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
+        self.begin.lock().unwrap().take();
+        self.tracker.harvest(into)
+    }
+
+    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
+        self.tracker.rearm(region, first_page, words)
+    }
+
+    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
+        self.tracker.put_back(pages)
+    }
+
+    fn stop(&self) -> Result<(), DirtyError> {
+        self.tracker.stop()
+    }
+}
+
+/// At the destination there is none.
+struct Vm(Option<Arc<Process>>);
+
+impl Machine for Vm {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        let process = self.0.as_ref().ok_or("no process")?;
+        *process.running.lock().unwrap() = false;
+        match &process.direct {
+            Some(direct) => Ok(direct.wait(Duration::from_secs(60))?),
+            None => Ok(()),
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn save(&mut self, _: &mut Vec<u8>) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+/// Migrates such a process, with rounds for as long as it reads, and has memory compared.
+fn migrate(disk: Disk, told: bool) -> Result<(), Error> {
+    let process = Process::new(disk, told);
+    let (begin, wait) = mpsc::channel();
+    let tracker = FromTheFirstHarvest {
+        tracker: PagemapScan::new(Arc::clone(&process.memory)),
+        begin: Mutex::new(Some(begin)),
+    };
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(tracker)];
+    let direct = process.direct.clone().map(|direct| -> Box<dyn DirtySource> { Box::new(direct) });
+    sources.extend(direct);
+    let there = anonymous(usize::try_from(PLACES).unwrap() * READ_BYTES);
+    let (here_link, there_link) = memory_transport::pair();
+    thread::scope(|scope| {
+        let reading = Arc::clone(&process);
+        scope.spawn(move || {
+            assert!(wait.recv().is_err(), "just dropped");
+            reading.read_all();
+        });
+        let receiving = scope.spawn(|| {
+            let offer = Destination::new().negotiate(Box::new(there_link)).unwrap();
+            offer.receive(Vm(None), &there).is_ok()
+        });
+        let migrated = Source::new()
+            .verify(true)
+            .downtime_limit(Duration::from_millis(1))
+            .bound(Bound::BestEffort)
+            .max_rounds(10_000)
+            .migrate(
+                Vm(Some(Arc::clone(&process))),
+                &process.memory,
+                DirtySources::new(sources),
+                Box::new(here_link),
+            );
+        assert_eq!(receiving.join().unwrap(), migrated.is_ok());
+        migrated.map(drop).map_err(|failed| failed.error)
+    })
+}
+
+#[test]
+fn a_process_with_direct_reads_is_migrated() {
+    if let Err(error) = PagemapScan::supported() {
+        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+    }
+    for _ in 0..3 {
+        let Some(disk) = Disk::new("told") else { return };
+        migrate(disk, true).unwrap();
+    }
+    // And if nobody is told of them, verification finds what nobody saw.
+    for _ in 0..MIGRATIONS {
+        let Some(disk) = Disk::new("not-told") else { return };
+        match migrate(disk, false) {
+            Ok(()) => {}
+            Err(Error::MemoryDiffers { .. }) => return,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    panic!("the tracker sees reads with O_DIRECT by itself, after all: say so");
+}
