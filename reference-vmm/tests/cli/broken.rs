@@ -34,18 +34,18 @@ fn the_destination_stands_still_and_the_source_is_told_to_stop() {
     destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
 }
 
-/// Takes the 30 seconds that a source is patient for, hardly any of them on a CPU.
 #[test]
 fn the_destination_stands_still() {
-    let (mut source, destination, beats) = under_way(&["--dirty-rate", "100000"]);
+    let more = ["--dirty-rate=100000", "--stall-timeout=10s"];
+    let (mut source, destination, beats) = under_way(&more);
     destination.stop();
-    source.finish().report(1).assert_kept("failed", &["timed out"], beats);
+    source.finish().report(1).assert_kept("failed", &["timed out after 10s"], beats);
 }
 
 #[test]
 fn a_destination_that_never_answers() {
     let (destination, address) = destination(&[]);
-    let mut source = source(&["--workload", "idle"]);
+    let mut source = source(&["--workload=idle", "--connect-timeout=1s"]);
     let beats = source.beats();
     destination.stop();
     // Its kernel takes the connection.

@@ -1,5 +1,8 @@
 //! The command line.
 
+mod guest;
+mod link;
+
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,14 +10,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::convergence::{Bound, Policy, Throttling};
 use pageferry_tcp::ZeroCopy;
-use pageferry_vmm::guest::{GuestKind, kvm_available};
-use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
 use pageferry_vmm::ram::Backing;
-use pageferry_vmm::tracking::DirtyTracking;
-use pageferry_vmm::workload::WorkloadKind;
 use serde::Serialize;
 
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
+pub(crate) use guest::GuestArgs;
+pub(crate) use link::LinkArgs;
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -94,41 +94,6 @@ impl Command {
             Self::Run(args) => args.guest.check(),
             Self::Save(args) => args.guest.check(),
             Self::Receive(_) | Self::Restore(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
-        }
-    }
-}
-
-/// What runs the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum GuestChoice {
-    /// KVM, or a process where there is no /dev/kvm.
-    Auto,
-    /// A KVM virtual machine.
-    Kvm,
-    /// Threads of a process.
-    Process,
-}
-
-impl GuestChoice {
-    /// Decides; without KVM, says so on stderr.
-    pub(crate) fn decide(self) -> GuestKind {
-        let (kind, why) = self.kind();
-        if let Some(reason) = why {
-            say!("no KVM guest, because {reason}: threads of a process instead");
-        }
-        kind
-    }
-
-    /// What it comes to, and why it is not KVM where that was not asked for.
-    fn kind(self) -> (GuestKind, Option<String>) {
-        match self {
-            Self::Kvm => (GuestKind::Kvm, None),
-            Self::Process => (GuestKind::Process, None),
-            Self::Auto => match kvm_available() {
-                Ok(()) => (GuestKind::Kvm, None),
-                Err(reason) => (GuestKind::Process, Some(reason)),
-            },
         }
     }
 }
@@ -285,71 +250,6 @@ impl From<PolicyChoice> for Policy {
     }
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct GuestArgs {
-    /// Guest memory.
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
-    pub(crate) memory: u64,
-    /// Memory the guest writes to.
-    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size)]
-    pub(crate) working_set: u64,
-    /// How the guest writes.
-    #[arg(long, default_value = "sequential")]
-    pub(crate) workload: WorkloadKind,
-    /// Pages the guest writes a second, by all vCPUs together [default: as fast as it can].
-    #[arg(long, value_name = "PAGES")]
-    pub(crate) dirty_rate: Option<u64>,
-    /// Virtual CPUs.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub(crate) vcpus: u8,
-    /// What backs the guest's memory.
-    #[arg(long, default_value = "anonymous")]
-    pub(crate) backing: Backing,
-    /// What runs the guest.
-    #[arg(long, default_value = "auto")]
-    pub(crate) guest: GuestChoice,
-    /// What tells which pages the guest wrote.
-    #[arg(long, value_name = "SOURCE", default_value = "auto")]
-    pub(crate) dirty_source: DirtyTracking,
-    /// Seed of everything random in the guest.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) seed: u64,
-}
-
-impl GuestArgs {
-    fn check(&self) -> Result<(), String> {
-        let (kind, no_kvm) = self.guest.kind();
-        self.dirty_source.check(kind).map_err(|error| {
-            let why = no_kvm.as_ref().map(|why| format!(" (no KVM guest, because {why})"));
-            format!("--dirty-source {}: {error}{}", self.dirty_source, why.unwrap_or_default())
-        })?;
-        self.workload.check(kind).map_err(|error| {
-            let why = no_kvm.map(|reason| format!(" (no KVM guest, because {reason})"));
-            format!("--workload {}: {error}{}", self.workload, why.unwrap_or_default())
-        })?;
-        let Self { memory, working_set, vcpus, .. } = *self;
-        let needed = working_set.saturating_add(WORKING_SET);
-        let unit = if self.backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
-        if memory < needed {
-            Err(format!(
-                "--working-set {working_set} needs at least {needed} bytes of memory, --memory is \
-                 {memory}"
-            ))
-        } else if memory > MAX_MEMORY_BYTES {
-            Err(format!("--memory {memory} is too much, at most {MAX_MEMORY_BYTES} is possible"))
-        } else if !memory.is_multiple_of(unit) {
-            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
-        } else if working_set / PAGE_BYTES < u64::from(vcpus) {
-            Err(format!(
-                "--working-set {working_set} has less than one page of {PAGE_BYTES} bytes for each \
-                 of --vcpus {vcpus}"
-            ))
-        } else {
-            Ok(())
-        }
-    }
-}
-
 #[derive(Debug, Clone, Args)]
 pub(crate) struct MigrationArgs {
     /// What moves the pages.
@@ -384,6 +284,8 @@ pub(crate) struct MigrationArgs {
     /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
     #[arg(long, value_name = "CPUS", value_delimiter = ',')]
     pub(crate) pin: Vec<usize>,
+    #[command(flatten)]
+    pub(crate) link: LinkArgs,
     #[command(flatten)]
     pub(crate) rdma: RdmaArgs,
 }
@@ -479,6 +381,8 @@ pub(crate) struct ReceiveArgs {
     /// Have what happened over time in the JSON object.
     #[arg(long, hide = true)]
     pub(crate) timeline: bool,
+    #[command(flatten)]
+    pub(crate) link: LinkArgs,
     #[command(flatten)]
     pub(crate) rdma: RdmaArgs,
 }

@@ -91,8 +91,8 @@ fn source_args(
         list.push(value.into());
     };
     option("migrate-to", address.to_owned());
-    option("memory", guest.memory.to_string());
-    option("working-set", guest.working_set.to_string());
+    option("memory", guest.memory().to_string());
+    option("working-set", guest.working_set().to_string());
     option("workload", value_name(&guest.workload));
     option("vcpus", guest.vcpus.to_string());
     option("backing", value_name(&guest.backing));
@@ -126,7 +126,7 @@ fn source_args(
     if args.report.is_some() {
         list.push("--timeline".into());
     }
-    list.extend(migration.rdma.to_command_line().into_iter().map(OsString::from));
+    list.extend(link_args(args));
     list
 }
 
@@ -138,7 +138,7 @@ fn destination_args(args: &DemoArgs) -> Vec<OsString> {
     list.extend(["--backing".into(), value_name(&args.guest.backing).into()]);
     list.extend(["--populate".into(), args.populate.to_string().into()]);
     list.extend(["--transport".into(), value_name(&args.migration.transport).into()]);
-    list.extend(args.migration.rdma.to_command_line().into_iter().map(OsString::from));
+    list.extend(link_args(args));
     if !args.migration.pin.is_empty() {
         list.extend(["--pin".into(), cpu_list(&args.migration.pin).into()]);
     }
@@ -146,6 +146,12 @@ fn destination_args(args: &DemoArgs) -> Vec<OsString> {
         list.push("--timeline".into());
     }
     list
+}
+
+/// What both sides are told of their link.
+fn link_args(args: &DemoArgs) -> impl Iterator<Item = OsString> {
+    let (link, rdma) = (&args.migration.link, &args.migration.rdma);
+    link.to_command_line().into_iter().chain(rdma.to_command_line()).map(OsString::from)
 }
 
 fn cpu_list(cpus: &[usize]) -> String {

@@ -7,7 +7,7 @@ use pageferry::transport::{DestinationLink, Interrupt, SourceLink, TransportErro
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions, RegistrationMode};
-use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink, ZeroCopy, connect};
+use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink, connect};
 
 #[cfg(feature = "rdma")]
 use crate::args::RdmaRegistration;
@@ -16,8 +16,8 @@ use crate::args::{RdmaArgs, Transport};
 /// The transport that was chosen, ready to make links.
 #[derive(Debug)]
 pub(crate) enum Chosen {
-    Tcp(ZeroCopy),
-    IoUring(Rings, ZeroCopy),
+    Tcp(TcpOptions),
+    IoUring(Rings, TcpOptions),
     #[cfg(feature = "rdma")]
     Rdma(RdmaOptions),
 }
@@ -42,23 +42,19 @@ impl Transport {
     }
 
     /// Decides; if that is up to this kernel and it has no io_uring, says so on stderr.
-    pub(crate) fn choose(
-        self,
-        zero_copy: ZeroCopy,
-        rdma: &RdmaArgs,
-    ) -> Result<Chosen, TransportError> {
+    pub(crate) fn choose(self, tcp: TcpOptions, rdma: &RdmaArgs) -> Result<Chosen, TransportError> {
         let asked_for = match self {
-            Self::Tcp => return Ok(Chosen::Tcp(zero_copy)),
+            Self::Tcp => return Ok(Chosen::Tcp(tcp)),
             Self::Rdma => return with_rdma(rdma),
             Self::IoUring => true,
             Self::Auto => false,
         };
-        match Rings::new(IoUringOptions { zero_copy, ..IoUringOptions::default() }) {
-            Ok(rings) => Ok(Chosen::IoUring(rings, zero_copy)),
+        match Rings::new(IoUringOptions { zero_copy: tcp.zero_copy, ..IoUringOptions::default() }) {
+            Ok(rings) => Ok(Chosen::IoUring(rings, tcp)),
             Err(unavailable) if asked_for => Err(unavailable.into()),
             Err(unavailable) => {
                 say!("no io_uring: {unavailable}; tcp instead");
-                Ok(Chosen::Tcp(zero_copy))
+                Ok(Chosen::Tcp(tcp))
             }
         }
     }
@@ -110,12 +106,12 @@ impl Chosen {
     }
 
     pub(crate) fn connect(&self, address: &str) -> Result<Box<dyn SourceLink>, TransportError> {
-        let by_tcp = |zero_copy| -> Result<TcpSourceLink, TransportError> {
-            connect(address, TcpOptions { zero_copy, ..TcpOptions::default() })
+        let by_tcp = |options: &TcpOptions| -> Result<TcpSourceLink, TransportError> {
+            connect(address, options.clone())
         };
         Ok(match self {
-            Self::Tcp(zero_copy) => Box::new(by_tcp(*zero_copy)?),
-            Self::IoUring(rings, zero_copy) => Box::new(rings.source_link(by_tcp(*zero_copy)?)),
+            Self::Tcp(options) => Box::new(by_tcp(options)?),
+            Self::IoUring(rings, options) => Box::new(rings.source_link(by_tcp(options)?)),
             #[cfg(feature = "rdma")]
             Self::Rdma(options) => Box::new(pageferry_rdma::connect(address, options.clone())?),
         })
@@ -123,8 +119,8 @@ impl Chosen {
 
     pub(crate) fn listen(&self, address: &str) -> Result<Acceptor, TransportError> {
         Ok(match self {
-            Self::Tcp(_) | Self::IoUring(..) => {
-                Acceptor::Tcp(TcpAcceptor::bind(address, TcpOptions::default())?)
+            Self::Tcp(options) | Self::IoUring(_, options) => {
+                Acceptor::Tcp(TcpAcceptor::bind(address, options.clone())?)
             }
             #[cfg(feature = "rdma")]
             Self::Rdma(options) => Acceptor::Rdma(RdmaAcceptor::bind(address, options.clone())?),

@@ -33,7 +33,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
-    let chosen = args.transport.choose(ZeroCopy::default(), &args.rdma)?;
+    let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
     let acceptor = chosen.listen(&args.listen)?;
     // Scripts read the port from this line.
     say!("listening on {}", acceptor.local_addr());
@@ -143,6 +143,7 @@ fn take_in(
 ) -> Result<Come> {
     let destination = Destination::new()
         .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
+        .timeouts(args.link.timeouts())
         .populate_ahead(args.populate);
     let handle = destination.handle();
     let watch = Watch::start(handle.clone())?;

@@ -33,12 +33,12 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     GuestConfig {
         kind: args.guest.decide(),
-        regions: Ram::pc_regions(args.memory),
+        regions: Ram::pc_regions(args.memory()),
         backing: args.backing,
         vcpus: args.vcpus,
         workload: WorkloadConfig {
             kind: args.workload,
-            working_set_bytes: args.working_set,
+            working_set_bytes: args.working_set(),
             dirty_rate_pages_per_second: args.dirty_rate,
             seed: args.seed,
         },
@@ -197,6 +197,7 @@ fn migrate(
         .bound(migration.downtime_bound.into())
         .policy(migration.not_converging.into())
         .verify(args.verify)
+        .timeouts(migration.link.timeouts())
         .threads(Arc::new(PinnedThreads::new(migration.pin.clone())))
         .description(serde_json::to_vec(&config)?);
     let source = match migration.max_rounds {
@@ -218,7 +219,8 @@ fn migrate(
     });
     machine.guest.reset_heartbeat_gap();
     let (done, ended) = bounded(1);
-    let chosen = migration.transport.choose(migration.zero_copy.into(), &migration.rdma);
+    let tcp = migration.link.tcp(migration.zero_copy.into());
+    let chosen = migration.transport.choose(tcp, &migration.rdma);
     let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
     let link = match chosen {
         Ok(chosen) => connect_to(address, chosen, &handle, wishes),

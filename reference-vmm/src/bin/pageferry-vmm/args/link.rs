@@ -1,0 +1,208 @@
+//! Time limits, and what the sockets are set to.
+
+use std::time::Duration;
+
+use clap::Args;
+use pageferry::Timeouts;
+use pageferry_tcp::{Keepalive, TcpOptions, ZeroCopy};
+
+use super::{size, time};
+
+/// Settings of a link, with the library's defaults.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Time limits and sockets")]
+pub(crate) struct LinkArgs {
+    /// For each step of the handshake, and for opening the data channels [default: 10s].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) handshake_timeout: Option<Duration>,
+    /// For any page to land [default: 30s].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) stall_timeout: Option<Duration>,
+    /// For the destination to load the device state [default: 1m].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) load_timeout: Option<Duration>,
+    /// For the commit and its answer; then it is uncertain who has the guest [default: 30s].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) commit_timeout: Option<Duration>,
+    /// At the source: for one address to accept a connection and to answer [default: 10s].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) connect_timeout: Option<Duration>,
+    /// At the destination: for a fresh connection to say what it wants [default: 5s].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) preamble_timeout: Option<Duration>,
+    /// How long sent bytes may stay unacknowledged by the other kernel until the link is lost, or
+    /// off to leave it to the kernel, which takes many minutes [default: 30s].
+    #[arg(long, value_name = "TIME|off", value_parser = limit_or_off)]
+    pub(crate) tcp_user_timeout: Option<OrOff<Duration>>,
+    /// When a silent connection is probed: silence before the first probe, time between probes,
+    /// and how many are not answered until the connection is lost; or off [default: 10s,5s,4].
+    #[arg(long, value_name = "TIME,TIME,N|off", value_parser = keepalive)]
+    pub(crate) keepalive: Option<OrOff<Keepalive>>,
+    /// Send buffer of each connection, up to net.core.wmem_max [default: as the kernel tunes it].
+    #[arg(long, value_name = "SIZE", value_parser = buffer)]
+    pub(crate) send_buffer: Option<usize>,
+    /// Receive buffer of each connection, up to net.core.rmem_max [default: as the kernel tunes it].
+    #[arg(long, value_name = "SIZE", value_parser = buffer)]
+    pub(crate) receive_buffer: Option<usize>,
+}
+
+/// A value, or the word "off".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OrOff<T> {
+    On(T),
+    Off,
+}
+
+impl<T> OrOff<T> {
+    fn on(self) -> Option<T> {
+        match self {
+            Self::On(value) => Some(value),
+            Self::Off => None,
+        }
+    }
+
+    fn parse(text: &str, value: impl Fn(&str) -> Result<T, String>) -> Result<Self, String> {
+        if text == "off" { Ok(Self::Off) } else { value(text).map(Self::On) }
+    }
+
+    fn to_text(&self, value: impl Fn(&T) -> String) -> String {
+        match self {
+            Self::On(on) => value(on),
+            Self::Off => "off".to_owned(),
+        }
+    }
+}
+
+/// A time within which something can happen.
+fn limit(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        Duration::ZERO => Err("nothing happens in no time; a time is like 300ms or 2s".to_owned()),
+        limit => Ok(limit),
+    }
+}
+
+fn limit_or_off(text: &str) -> Result<OrOff<Duration>, String> {
+    OrOff::parse(text, limit)
+}
+
+fn keepalive(text: &str) -> Result<OrOff<Keepalive>, String> {
+    OrOff::parse(text, |text| {
+        let parts: Vec<_> = text.split(',').collect();
+        let [idle, interval, probes] = parts[..] else {
+            return Err("probes are like 10s,5s,4".to_owned());
+        };
+        let (idle, interval) = (limit(idle)?, limit(interval)?);
+        match probes.parse() {
+            Ok(probes) if probes > 0 => Ok(Keepalive { idle, interval, probes }),
+            _ => Err(format!("{probes} is no number of probes; they are like 10s,5s,4")),
+        }
+    })
+}
+
+fn buffer(text: &str) -> Result<usize, String> {
+    usize::try_from(size(text)?).map_err(|_| "no buffer is as large".to_owned())
+}
+
+fn time_text(time: &Duration) -> String {
+    humantime::format_duration(*time).to_string().replace(' ', "")
+}
+
+impl LinkArgs {
+    pub(crate) fn timeouts(&self) -> Timeouts {
+        let defaults = Timeouts::default();
+        Timeouts {
+            handshake: self.handshake_timeout.unwrap_or(defaults.handshake),
+            stall: self.stall_timeout.unwrap_or(defaults.stall),
+            load: self.load_timeout.unwrap_or(defaults.load),
+            commit: self.commit_timeout.unwrap_or(defaults.commit),
+        }
+    }
+
+    pub(crate) fn tcp(&self, zero_copy: ZeroCopy) -> TcpOptions {
+        let defaults = TcpOptions::default();
+        TcpOptions {
+            connect_timeout: self.connect_timeout.unwrap_or(defaults.connect_timeout),
+            preamble_timeout: self.preamble_timeout.unwrap_or(defaults.preamble_timeout),
+            user_timeout: self.tcp_user_timeout.map_or(defaults.user_timeout, OrOff::on),
+            keepalive: self.keepalive.map_or(defaults.keepalive, OrOff::on),
+            send_buffer_bytes: self.send_buffer.or(defaults.send_buffer_bytes),
+            receive_buffer_bytes: self.receive_buffer.or(defaults.receive_buffer_bytes),
+            zero_copy,
+        }
+    }
+
+    /// As options of a command line.
+    pub(crate) fn to_command_line(&self) -> Vec<String> {
+        let probes = |Keepalive { idle, interval, probes }: &Keepalive| {
+            format!("{},{},{probes}", time_text(idle), time_text(interval))
+        };
+        let options = [
+            ("handshake-timeout", self.handshake_timeout.as_ref().map(time_text)),
+            ("stall-timeout", self.stall_timeout.as_ref().map(time_text)),
+            ("load-timeout", self.load_timeout.as_ref().map(time_text)),
+            ("commit-timeout", self.commit_timeout.as_ref().map(time_text)),
+            ("connect-timeout", self.connect_timeout.as_ref().map(time_text)),
+            ("preamble-timeout", self.preamble_timeout.as_ref().map(time_text)),
+            ("tcp-user-timeout", self.tcp_user_timeout.map(|limit| limit.to_text(time_text))),
+            ("keepalive", self.keepalive.map(|keepalive| keepalive.to_text(probes))),
+            ("send-buffer", self.send_buffer.map(|bytes| bytes.to_string())),
+            ("receive-buffer", self.receive_buffer.map(|bytes| bytes.to_string())),
+        ];
+        let given = options.into_iter().filter_map(|(name, value)| Some((name, value?)));
+        given.flat_map(|(name, value)| [format!("--{name}"), value]).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Command {
+        #[command(flatten)]
+        link: LinkArgs,
+    }
+
+    fn parsed(args: &[String]) -> LinkArgs {
+        let args = std::iter::once("program".to_owned()).chain(args.iter().cloned());
+        Command::try_parse_from(args).expect("a command line").link
+    }
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// Each setting differs from its default, so that one which is not passed on would show: the
+    /// structs are written out, so that one which is new does not compile.
+    #[test]
+    fn every_setting_arrives_also_by_way_of_a_demo() {
+        let given = "--handshake-timeout 1s --stall-timeout 2s --load-timeout 3s --commit-timeout \
+                     4s500ms --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
+                     --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M";
+        let given: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
+        for args in [parsed(&given), parsed(&parsed(&given).to_command_line())] {
+            let commit = Duration::from_millis(4500);
+            let (handshake, stall, load) = (seconds(1), seconds(2), seconds(3));
+            assert_eq!(args.timeouts(), Timeouts { handshake, stall, load, commit });
+            let (idle, interval, probes) = (seconds(8), seconds(9), 10);
+            let tcp = TcpOptions {
+                connect_timeout: seconds(5),
+                preamble_timeout: seconds(6),
+                user_timeout: Some(seconds(7)),
+                keepalive: Some(Keepalive { idle, interval, probes }),
+                send_buffer_bytes: Some(1 << 20),
+                receive_buffer_bytes: Some(2 << 20),
+                zero_copy: ZeroCopy::Off,
+            };
+            assert_eq!(args.tcp(ZeroCopy::Off), tcp);
+        }
+        let off = parsed(&["--tcp-user-timeout=off", "--keepalive=off"].map(str::to_owned));
+        let off = parsed(&off.to_command_line()).tcp(ZeroCopy::Auto);
+        assert_eq!((off.user_timeout, off.keepalive), (None, None));
+        let defaults = parsed(&[]);
+        assert_eq!(defaults.timeouts(), Timeouts::default());
+        assert_eq!(defaults.tcp(ZeroCopy::default()), TcpOptions::default());
+    }
+}
