@@ -12,7 +12,6 @@ use pageferry::transport::{
 use pageferry_tcp::TcpDestinationLink;
 
 use crate::receiver::IoUringPageReceiver;
-use crate::ring::Ring;
 use crate::rings::Rings;
 use crate::table::Table;
 use crate::{CAPABILITIES, NAME};
@@ -75,6 +74,8 @@ impl Link for IoUringDestinationLink {
         } else {
             (None, Registration::default())
         };
+        // For the case that there is no ring for a channel.
+        self.tcp.register(memory)?;
         self.memory = Some(Registered { memory: Arc::clone(memory), _table: table });
         Ok(cost)
     }
@@ -94,12 +95,15 @@ impl DestinationLink for IoUringDestinationLink {
         let Some(Registered { memory, .. }) = &self.memory else {
             return Err(TransportError::OutOfOrder("data channels before registration"));
         };
+        // No request of a receiver names a registered buffer: its ring needs no table.
+        let Some(rings) = self.rings.for_channels(channels, None, || self.tcp.check())? else {
+            return self.tcp.open_receivers(channels, timeout);
+        };
         let sockets = self.tcp.open_sockets(channels, timeout)?;
         sockets
             .into_iter()
-            .map(|socket| {
-                // No request of a receiver names a registered buffer: its ring needs no table.
-                let ring = Ring::new(self.rings.setup(), None, || socket.check())?;
+            .zip(rings)
+            .map(|(socket, ring)| {
                 let receiver = IoUringPageReceiver::new(socket, Arc::clone(memory), ring);
                 Ok(Box::new(receiver) as Box<dyn PageReceiver>)
             })

@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 
 use pageferry::transport::TransportError;
+
+use crate::ring::no_ring;
 use thiserror::Error;
 
 /// Something newer than the oldest io_uring this crate works with. Each is used where the kernel
@@ -164,7 +166,7 @@ impl Unavailable {
                 _ => Self::Refused { cause },
             },
             Some(libc::ENOSYS) => Self::Unknown { cause },
-            _ => Self::Failed { operation: "set up a ring", cause },
+            _ => Self::Failed { operation: "set up a ring", cause: no_ring(cause) },
         }
     }
 }

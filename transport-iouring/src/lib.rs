@@ -64,6 +64,7 @@
 mod chain;
 mod destination;
 mod features;
+mod huge;
 mod options;
 mod probe;
 mod queue;

@@ -33,6 +33,10 @@ pub struct IoUringOptions {
     /// `RLIMIT_MEMLOCK` say. Otherwise it goes on without: the kernel pins what it sends for as
     /// long as it sends it, and pages are allocated as they come.
     pub require_registration: bool,
+    /// Whether a link fails when the kernel gives no rings for its channels, for want of
+    /// `RLIMIT_MEMLOCK` say. Otherwise pages go as tcp moves them, with a warning; the other side
+    /// need not know.
+    pub require_rings: bool,
     /// A thread of the kernel polls each ring for work, and sleeps after having nothing to do for
     /// this long (`IORING_SETUP_SQPOLL`). Costs a CPU for each channel.
     pub sq_poll: Option<Duration>,
@@ -48,6 +52,7 @@ impl Default for IoUringOptions {
             queue_bytes: 16 << 20,
             register_destination: false,
             require_registration: true,
+            require_rings: true,
             sq_poll: None,
             without: Features::none(),
         }

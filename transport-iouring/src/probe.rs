@@ -41,7 +41,9 @@ pub(crate) fn probe() -> Result<Features, Unavailable> {
     let can_set_up = |set: fn(&mut io_uring::Builder) -> &mut io_uring::Builder| {
         let mut builder = IoUring::builder();
         set(&mut builder);
-        builder.build(1).is_ok()
+        // Any other reason is none of the feature's; the ring that is used will say it.
+        let built = builder.build(1);
+        !matches!(built, Err(error) if error.raw_os_error() == Some(libc::EINVAL))
     };
     let send_zc = operations.is_supported(opcode::SendZc::CODE);
     let found = [

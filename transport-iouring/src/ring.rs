@@ -17,6 +17,7 @@ use std::time::Duration;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue};
 use pageferry::transport::{TransportError, ZeroCopyCounts};
+use rustix::process::{Resource, getrlimit};
 
 use crate::chain::{Chain, ZeroCopySend};
 use crate::features::{Feature, Features};
@@ -60,8 +61,28 @@ impl RingSetup {
         } else if self.features.has(Feature::CoopTaskrun) {
             builder.setup_coop_taskrun();
         }
-        builder.build(u32::try_from(MAX_CHAIN).unwrap_or(u32::MAX))
+        builder.build(u32::try_from(MAX_CHAIN).unwrap_or(u32::MAX)).map_err(no_ring)
     }
+}
+
+/// Why there is no ring; names the limit if it is that.
+pub(crate) fn no_ring(cause: io::Error) -> io::Error {
+    if cause.raw_os_error() != Some(libc::ENOMEM) {
+        return cause;
+    }
+    let text = format!(
+        "{cause}: the ring of each channel is locked memory, and this user's limit is {}: raise \
+         RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK= of systemd), give CAP_IPC_LOCK, or use another \
+         transport",
+        memlock_limit()
+    );
+    io::Error::new(cause.kind(), text)
+}
+
+/// How much memory this user may lock, as text.
+pub(crate) fn memlock_limit() -> String {
+    let limit = getrlimit(Resource::Memlock).current;
+    limit.map_or("unlimited".to_owned(), |bytes| format!("{bytes} bytes"))
 }
 
 /// Zero-copy sends whose memory may still be read.
@@ -201,6 +222,10 @@ impl Ring {
             broken: false,
             results: Vec::new(),
         })
+    }
+
+    pub(crate) fn features(&self) -> Features {
+        self.setup.features
     }
 
     pub(crate) fn system_calls(&self) -> u64 {

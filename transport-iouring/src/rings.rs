@@ -10,7 +10,7 @@ use crate::destination::IoUringDestinationLink;
 use crate::features::{Features, Unavailable};
 use crate::options::IoUringOptions;
 use crate::probe::probe;
-use crate::ring::RingSetup;
+use crate::ring::{Ring, RingSetup};
 use crate::source::IoUringSourceLink;
 use crate::table::Table;
 
@@ -41,7 +41,11 @@ impl Rings {
     pub fn new(options: IoUringOptions) -> Result<Self, Unavailable> {
         let features = probe()?.without(options.without).consistent();
         tracing::debug!(?features, "io_uring");
-        Ok(Self { options, features })
+        let rings = Self { options, features };
+        // One as it will be used: it is larger than those that the features were asked of.
+        let ring = rings.setup().build();
+        ring.map_err(Unavailable::of_setup)?;
+        Ok(rings)
     }
 
     /// What of the kernel's io_uring is used.
@@ -76,6 +80,29 @@ impl Rings {
                 let error = pageferry::Chain::of(&error);
                 tracing::warn!("guest memory is not registered, and goes on so: {error}");
                 Ok((None, Registration::default()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A ring for each channel of a link; `None` if there is no room for them, and it may go on
+    /// without.
+    pub(crate) fn for_channels(
+        &self,
+        channels: u16,
+        table: Option<&Arc<Table>>,
+        check: impl Fn() -> Result<(), TransportError>,
+    ) -> Result<Option<Vec<Ring>>, TransportError> {
+        let rings: Result<Vec<_>, _> =
+            (0..channels).map(|_| Ring::new(self.setup(), table.cloned(), &check)).collect();
+        match rings {
+            Ok(rings) => Ok(Some(rings)),
+            Err(error @ (TransportError::Io { .. } | TransportError::Register { .. }))
+                if !self.options.require_rings =>
+            {
+                let error = pageferry::Chain::of(&error);
+                tracing::warn!("io_uring is not used for {channels} channels: {error}");
+                Ok(None)
             }
             Err(error) => Err(error),
         }

@@ -33,7 +33,7 @@ use crate::chain::{Chain, Until};
 use crate::features::Feature;
 use crate::options::IoUringOptions;
 use crate::queue::{Queue, WireBatch};
-use crate::ring::{MAX_CHAIN, Ring, RingSetup};
+use crate::ring::{MAX_CHAIN, Ring};
 use crate::table::Table;
 use crate::vectors::{Outgoing, ZeroCopyRuns};
 
@@ -121,21 +121,20 @@ impl IoUringPageSender {
         socket: DataSocket,
         memory: Arc<GuestMemory>,
         table: Option<Arc<Table>>,
-        setup: RingSetup,
+        ring: Ring,
         options: &IoUringOptions,
-    ) -> Result<Self, TransportError> {
+    ) -> Self {
+        let features = ring.features();
         let trial = match options.zero_copy {
-            ZeroCopy::On if setup.features.has(Feature::SendZc) => Trial::Pays,
+            ZeroCopy::On if features.has(Feature::SendZc) => Trial::Pays,
             // Only where it may pay, and can be told whether it does.
-            ZeroCopy::Auto
-                if setup.features.has(Feature::ReportUsage) && !socket.is_within_host() =>
-            {
+            ZeroCopy::Auto if features.has(Feature::ReportUsage) && !socket.is_within_host() => {
                 Trial::Running(TRIAL_SENDS)
             }
             _ => Trial::DoesNotPay,
         };
-        Ok(Self {
-            ring: Ring::new(setup, table.clone(), || socket.check())?,
+        Self {
+            ring,
             socket,
             table,
             trial,
@@ -157,7 +156,7 @@ impl IoUringPageSender {
             acks: [0; ACKS_AT_ONCE * ACK_BYTES],
             acks_filled: 0,
             wire_bytes: 0,
-        })
+        }
     }
 
     fn check_open(&mut self) -> Result<(), TransportError> {

@@ -100,11 +100,20 @@ impl Link for IoUringSourceLink {
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
         self.tcp.check()?;
-        let (table, cost) = if self.registers() {
+        let (mut table, mut cost) = if self.registers() {
             self.rings.register(memory, || self.tcp.check())?
         } else {
             (None, Registration::default())
         };
+        if table.take_if(|table| table.starves_sends()).is_some() {
+            tracing::info!(
+                "guest memory is in huge pages, and zero-copy sends from registered buffers in huge \
+                 pages starve: it is not registered, the kernel pins what it sends"
+            );
+            cost.registered_bytes = 0;
+        }
+        // For the case that there is no ring for a channel.
+        self.tcp.register(memory)?;
         self.memory = Some(Registered { memory: Arc::clone(memory), table });
         Ok(cost)
     }
@@ -120,13 +129,18 @@ impl SourceLink for IoUringSourceLink {
         let Some(Registered { memory, table }) = &self.memory else {
             return Err(TransportError::OutOfOrder("data channels before registration"));
         };
+        let Some(rings) = self.rings.for_channels(channels, table.as_ref(), || self.tcp.check())?
+        else {
+            return self.tcp.open_senders(channels);
+        };
         let sockets = self.tcp.open_sockets(channels)?;
         sockets
             .into_iter()
-            .map(|socket| {
+            .zip(rings)
+            .map(|(socket, ring)| {
                 let (memory, table) = (Arc::clone(memory), table.clone());
-                let (setup, options) = (self.rings.setup(), self.rings.options());
-                let sender = IoUringPageSender::new(socket, memory, table, setup, options)?;
+                let options = self.rings.options();
+                let sender = IoUringPageSender::new(socket, memory, table, ring, options);
                 Ok(Box::new(sender) as Box<dyn PageSender>)
             })
             .collect()

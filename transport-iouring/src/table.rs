@@ -13,10 +13,10 @@ use std::time::Instant;
 use io_uring::IoUring;
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{Registration, TransportError};
-use rustix::process::{Resource, getrlimit};
 
 use crate::features::Feature;
-use crate::ring::RingSetup;
+use crate::huge;
+use crate::ring::{RingSetup, memlock_limit};
 
 /// Longest buffer.
 const MAX_SLICE_BYTES: usize = 1 << 30;
@@ -113,6 +113,19 @@ impl Table {
         Ok(ring)
     }
 
+    /// Whether sends from these buffers starve on a socket. Linux 6.12 and newer make one entry of
+    /// each huge page of a buffer, and count a packet as all that comes before it in its page too:
+    /// up to 2 MiB for 64 KiB, so that a send buffer of ordinary size holds one packet at a time,
+    /// and each waits for its acknowledgement. Where the kernel does not tell, it is taken to be so.
+    pub(crate) fn starves_sends(&self) -> bool {
+        let slices = self.slices.iter().map(|slice| (slice.addr, slice.len_bytes));
+        match huge::any_in(slices) {
+            Ok(huge) => huge,
+            // Before Linux 6.7: one that old does not do it.
+            Err(error) => error.raw_os_error() != Some(libc::ENOTTY),
+        }
+    }
+
     /// The buffers that a piece of guest memory lies in.
     pub(crate) fn pieces(&self, addr: usize, len_bytes: usize) -> impl Iterator<Item = Piece> {
         let first = self.slices.partition_point(|slice| slice.addr + slice.len_bytes <= addr);
@@ -192,8 +205,7 @@ fn fill(
 fn refused(cause: io::Error, all_bytes: u64) -> TransportError {
     let advice = match cause.raw_os_error() {
         Some(libc::ENOMEM | libc::EPERM | libc::EAGAIN) => {
-            let limit = getrlimit(Resource::Memlock).current;
-            let limit = limit.map_or("unlimited".to_owned(), |bytes| format!("{bytes} bytes"));
+            let limit = memlock_limit();
             format!(
                 "it must be locked, {all_bytes} bytes for the guest (for each channel where the \
                  kernel is older than 6.12), and this user's limit is {limit}: raise RLIMIT_MEMLOCK \

@@ -49,7 +49,13 @@ impl Transport {
             Self::IoUring => true,
             Self::Auto => false,
         };
-        match Rings::new(IoUringOptions { zero_copy: tcp.zero_copy, ..IoUringOptions::default() }) {
+        // Who did not ask for io_uring goes on without it where there is no room for all channels.
+        let options = IoUringOptions {
+            zero_copy: tcp.zero_copy,
+            require_rings: asked_for,
+            ..IoUringOptions::default()
+        };
+        match Rings::new(options) {
             Ok(rings) => Ok(Chosen::IoUring(rings, tcp)),
             Err(unavailable) if asked_for => Err(unavailable.into()),
             Err(unavailable) => {
