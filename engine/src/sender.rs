@@ -49,10 +49,6 @@ const REAP_EVERY_BYTES: u64 = 4 << 20;
 /// How often a waiting sender looks for commands and cancelling.
 const GLANCE: Duration = Duration::from_micros(500);
 
-/// Longest wait for a batch under the bandwidth limit, so that a limit near zero that is lifted
-/// again does not hold a sender for good.
-const LONGEST_TURN: Duration = Duration::from_secs(1);
-
 /// What the driver tells a sender.
 pub(crate) enum Command {
     /// Send what is dirty in your share, and drop it.
@@ -348,10 +344,7 @@ impl SenderThread {
 
     /// Page bytes that the batch may still take; an empty batch takes a page, whatever the limit.
     fn room_bytes(&self) -> u64 {
-        let mut most_bytes = self.max_batch_bytes;
-        if self.setup.shared.limits_bandwidth() {
-            most_bytes = most_bytes.min(self.setup.shared.bandwidth_at_a_time());
-        }
+        let most_bytes = self.max_batch_bytes.min(self.setup.shared.bandwidth_at_a_time());
         let least_bytes = if self.batch_pages.data == 0 { PAGE_BYTES } else { 0 };
         most_bytes.saturating_sub(self.batch_pages.data_bytes()).max(least_bytes)
     }
@@ -367,9 +360,7 @@ impl SenderThread {
         {
             self.reap(Some(GLANCE))?;
         }
-        if self.setup.shared.limits_bandwidth() {
-            self.wait_for_bandwidth()?;
-        }
+        self.wait_for_bandwidth()?;
         let ticket = self.setup.pages.send(&self.batch)?;
         // As long as any batch can be: none grows in the middle of a round.
         let most_runs = self.max_batch_runs;
@@ -385,13 +376,14 @@ impl SenderThread {
         self.reap(None)
     }
 
-    /// Waits for the batch's turn under the bandwidth limit.
+    /// Waits for the batch's turn under the bandwidth limit, and looks often: the limit may be raised
+    /// or lifted meanwhile.
     fn wait_for_bandwidth(&mut self) -> Result<(), Error> {
-        let wait = self.setup.shared.take_bandwidth(self.batch_pages.data_bytes());
-        let turn = Instant::now() + wait.min(LONGEST_TURN);
-        while let Some(wait) = turn.checked_duration_since(Instant::now()) {
-            if wait.is_zero() {
-                break;
+        let bytes = self.batch_pages.data_bytes();
+        while let Err(wait) = self.setup.shared.take_bandwidth(bytes) {
+            if self.in_flight.is_empty() {
+                // It is the host that wants it so slow, not the other side that stalls.
+                self.gauge().held_back.fetch_add(1, Ordering::Relaxed);
             }
             std::thread::sleep(wait.min(GLANCE));
             self.reap(None)?;
