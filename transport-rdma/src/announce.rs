@@ -53,7 +53,7 @@ impl Announcer {
             if news.is_empty() || !teller.outlet.has_room()? {
                 break;
             }
-            teller.outlet.message(&encode(&news))?;
+            teller.outlet.message(&encode(&news), None)?;
             teller.told += news.len();
         }
         if teller.told == self.registered.chunk_count() {
@@ -88,7 +88,7 @@ impl Announcer {
 /// Tells of all memory, which must be registered. Waits while the other side reads it.
 pub(crate) fn tell_all(outlet: &mut Outlet, registered: &Registered) -> Result<(), TransportError> {
     let all: Vec<Entry> = registered.entries_from(0).collect();
-    all.chunks(ENTRIES_AT_ONCE).try_for_each(|some| outlet.message(&encode(some)).map(drop))
+    all.chunks(ENTRIES_AT_ONCE).try_for_each(|some| outlet.message(&encode(some), None).map(drop))
 }
 
 /// Hears of all memory, until a deadline.
@@ -113,7 +113,8 @@ pub(crate) fn hear_all(
 fn take_in(table: &mut RemoteTable, message: &Message) -> Result<(), TransportError> {
     match message {
         Message::Bytes(bytes) => table.take_in(bytes),
-        Message::Mark => Err(TransportError::Violation("a mark amid a table")),
+        // It says that somebody is there.
+        Message::Mark => Ok(()),
     }
 }
 
@@ -164,14 +165,17 @@ impl<I: Hear> Directory<I> {
     }
 
     /// Waits until a copy has this page: the source has overtaken the destination, which is still
-    /// registering it.
+    /// registering it. Gives up when `check` fails, which is asked now and then: the inlet is not the
+    /// caller's own, so what ends the caller's connection does not wake it.
     pub(crate) fn await_page(
         &self,
         mine: &mut RemoteTable,
         region: u16,
         page: u64,
+        check: impl Fn() -> Result<(), TransportError>,
     ) -> Result<(), TransportError> {
         loop {
+            check()?;
             // Before the table: what others heard until now is in it, and none will hear what comes.
             let inlet = self.try_inlet();
             {
@@ -189,7 +193,7 @@ impl<I: Hear> Directory<I> {
                 drop(self.grown.wait_timeout(locked(&self.table), GLANCE));
                 continue;
             };
-            let heard = match inlet.next(None) {
+            let heard = match inlet.next(Some(Instant::now() + GLANCE)) {
                 Ok(Some(message)) => take_in(&mut locked(&self.table), &message),
                 Ok(None) => Ok(()),
                 Err(error) => Err(error),
@@ -218,14 +222,11 @@ mod tests {
 
     use super::*;
 
-    /// Messages, and whether nobody waits for one that never comes.
+    /// Messages. Nobody waits long for one that never comes.
     impl Hear for Receiver<Message> {
         fn next(&mut self, deadline: Option<Instant>) -> Result<Option<Message>, TransportError> {
-            if deadline.is_some() {
-                return Ok(self.try_recv().ok());
-            }
-            let message = self.recv_timeout(Duration::from_secs(10));
-            Ok(Some(message.expect("waits for a message that never comes")))
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            Ok(self.recv_timeout(left.unwrap_or(Duration::MAX)).ok())
         }
     }
 
@@ -247,7 +248,7 @@ mod tests {
                         scope.spawn(|| {
                             let mut mine = RemoteTable::new(&layout);
                             directory.refresh(&mut mine)?;
-                            directory.await_page(&mut mine, 0, CHUNKS - 1)
+                            directory.await_page(&mut mine, 0, CHUNKS - 1, || Ok(()))
                         })
                     })
                     .collect();
@@ -260,5 +261,24 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_wait_for_a_page() {
+        let layout = Layout::new(vec![RegionLayout {
+            guest_addr: 0,
+            len_bytes: PAGE_BYTES,
+            backing_page_bytes: PAGE_BYTES,
+        }])
+        .unwrap();
+        let (_say, heard) = channel();
+        let directory = Directory::new(heard, &layout);
+        let calls = std::cell::Cell::new(0);
+        let check = || {
+            calls.set(calls.get() + 1);
+            if calls.get() < 3 { Ok(()) } else { Err(TransportError::Interrupted) }
+        };
+        let ended = directory.await_page(&mut RemoteTable::new(&layout), 0, 0, check);
+        assert!(matches!(ended, Err(TransportError::Interrupted)), "{ended:?}");
     }
 }

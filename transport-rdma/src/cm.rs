@@ -40,9 +40,8 @@ const OPTION_TYPE_OF_SERVICE: i32 = 0;
 /// How a queue pair is to be connected.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PathSettings {
-    pub(crate) gid_index: Option<u8>,
-    /// As verbs encode it: 1 for 256 bytes to 5 for 4096.
-    pub(crate) mtu: Option<u32>,
+    /// As verbs encode it: 1 for 256 bytes to 5 for 4096. The same on both sides.
+    pub(crate) mtu: u32,
     /// As the wire encodes it: 4.096 µs × 2ⁿ.
     pub(crate) ack_timeout: u8,
     pub(crate) retries: u8,
@@ -50,6 +49,15 @@ pub(crate) struct PathSettings {
     pub(crate) reads: u8,
     /// What the other side may do with memory that was registered for it.
     pub(crate) remote_access: RemoteAccess,
+}
+
+/// What the connection manager knows of the way to the other side.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Way {
+    /// The largest path MTU, as verbs encode it; 0 where it does not say.
+    pub(crate) mtu: u32,
+    /// Which of the port's GIDs this side has on it.
+    pub(crate) gid_index: u8,
 }
 
 /// What a queue pair lets the other side do.
@@ -103,7 +111,9 @@ pub(crate) enum Event {
         said: Vec<u8>,
     },
     /// The other side accepted.
-    Accepted,
+    Accepted {
+        said: Vec<u8>,
+    },
     Established,
     Rejected {
         said: Vec<u8>,
@@ -170,16 +180,16 @@ impl Id {
     pub(crate) fn peer(&self) -> Option<SocketAddr> {
         // SAFETY: it is there as long as `self`.
         let addr = &unsafe { self.raw.as_ref() }.route.addr.dst_addr_union;
-        // SAFETY: the storage is as large as the largest address, and was zero at first.
-        socket_address(unsafe { &addr.dst_storage })
+        // SAFETY: the union is as large as the largest address, and was zero at first.
+        unsafe { socket_address(&raw const addr.dst_addr) }
     }
 
     /// This side's address.
-    fn local(&self) -> Option<SocketAddr> {
+    pub(crate) fn local(&self) -> Option<SocketAddr> {
         // SAFETY: it is there as long as `self`.
         let addr = &unsafe { self.raw.as_ref() }.route.addr.src_addr_union;
         // SAFETY: as for the peer's.
-        socket_address(unsafe { &addr.src_storage })
+        unsafe { socket_address(&raw const addr.src_addr) }
     }
 
     pub(crate) fn set_traffic_class(&self, class: u8) -> io::Result<()> {
@@ -196,26 +206,36 @@ impl Id {
         })
     }
 
-    /// Listens; a port of 0 lets the kernel choose. Returns the port.
-    pub(crate) fn listen(&self, address: SocketAddr, backlog: i32) -> io::Result<u16> {
+    /// Takes an address of this side, and with it a device, unless it is the one of all.
+    pub(crate) fn bind(&self, address: SocketAddr) -> io::Result<()> {
         let address = SockAddr::from(address);
         // SAFETY: an address that is only read.
-        check(unsafe {
-            sys::rdma_bind_addr(self.raw.as_ptr(), address.as_ptr().cast_mut().cast())
-        })?;
+        check(unsafe { sys::rdma_bind_addr(self.raw.as_ptr(), address.as_ptr().cast_mut().cast()) })
+    }
+
+    /// Listens; a port of 0 lets the kernel choose. Returns the port.
+    pub(crate) fn listen(&self, address: SocketAddr, backlog: i32) -> io::Result<u16> {
+        self.bind(address)?;
         // SAFETY: the id is there.
         check(unsafe { sys::rdma_listen(self.raw.as_ptr(), backlog) })?;
         let port = self.local().map(|address| address.port());
         port.ok_or_else(|| io::Error::other("no port was given"))
     }
 
-    pub(crate) fn resolve_address(&self, to: SocketAddr, within: Duration) -> io::Result<()> {
-        let to = SockAddr::from(to);
-        // SAFETY: the address is only read; no source is asked for.
+    /// Asks which device leads to an address, from this side's address if one is given.
+    pub(crate) fn resolve_address(
+        &self,
+        from: Option<SocketAddr>,
+        to: SocketAddr,
+        within: Duration,
+    ) -> io::Result<()> {
+        let (from, to) = (from.map(SockAddr::from), SockAddr::from(to));
+        let from = from.as_ref().map_or(ptr::null(), SockAddr::as_ptr);
+        // SAFETY: the addresses are only read, during the call.
         check(unsafe {
             sys::rdma_resolve_addr(
                 self.raw.as_ptr(),
-                ptr::null_mut(),
+                from.cast_mut().cast(),
                 to.as_ptr().cast_mut().cast(),
                 milliseconds(within),
             )
@@ -228,7 +248,7 @@ impl Id {
     }
 
     /// Makes a queue pair ready for receives to be posted.
-    pub(crate) fn prepare(&self, qp: &QueuePair, path: &PathSettings) -> io::Result<()> {
+    pub(crate) fn prepare(&self, qp: &QueuePair, path: PathSettings) -> io::Result<()> {
         use sys::ibv_access_flags as access;
         self.modify(qp, sys::ibv_qp_state::IBV_QPS_INIT, |attr| {
             attr.qp_access_flags = match path.remote_access {
@@ -240,16 +260,11 @@ impl Id {
     }
 
     /// Makes it receive and send, once it is known whom it talks to.
-    fn start(&self, qp: &QueuePair, path: &PathSettings) -> io::Result<()> {
+    fn start(&self, qp: &QueuePair, path: PathSettings) -> io::Result<()> {
         self.modify(qp, sys::ibv_qp_state::IBV_QPS_RTR, |attr| {
             attr.max_dest_rd_atomic = path.reads;
             attr.min_rnr_timer = RECEIVER_NOT_READY_TIMER;
-            if let Some(mtu) = path.mtu {
-                attr.path_mtu = mtu;
-            }
-            if let Some(index) = path.gid_index {
-                attr.ah_attr.grh.sgid_index = index;
-            }
+            attr.path_mtu = path.mtu;
         })?;
         self.modify(qp, sys::ibv_qp_state::IBV_QPS_RTS, |attr| {
             attr.max_rd_atomic = path.reads.min(self.reads_there);
@@ -265,39 +280,46 @@ impl Id {
         state: u32,
         set: impl FnOnce(&mut sys::ibv_qp_attr),
     ) -> io::Result<()> {
+        let (mut attr, mask) = self.attributes(state)?;
+        set(&mut attr);
+        qp.modify(&mut attr, mask)
+    }
+
+    /// What the connection manager has a queue pair be in a state, and which of it is to be set.
+    fn attributes(&self, state: u32) -> io::Result<(sys::ibv_qp_attr, i32)> {
         // SAFETY: plain numbers, for which zero is a value.
         let mut attr: sys::ibv_qp_attr = unsafe { std::mem::zeroed() };
         let mut mask = 0;
         attr.qp_state = state;
         // SAFETY: the id is there; both are places to write to.
         check(unsafe { sys::rdma_init_qp_attr(self.raw.as_ptr(), &raw mut attr, &raw mut mask) })?;
-        set(&mut attr);
-        qp.modify(&mut attr, mask)
+        Ok((attr, mask))
+    }
+
+    /// The way to the other side, once that has asked or has accepted.
+    pub(crate) fn way(&self) -> io::Result<Way> {
+        let (attr, _) = self.attributes(sys::ibv_qp_state::IBV_QPS_RTR)?;
+        Ok(Way { mtu: attr.path_mtu, gid_index: attr.ah_attr.grh.sgid_index })
     }
 
     /// Asks the other side to connect, with a few words.
-    pub(crate) fn connect(
-        &self,
-        qp: &QueuePair,
-        path: &PathSettings,
-        say: &[u8],
-    ) -> io::Result<()> {
+    pub(crate) fn connect(&self, qp: &QueuePair, path: PathSettings, say: &[u8]) -> io::Result<()> {
         let mut param = parameters(qp, path, say)?;
         // SAFETY: the parameters and what they point to are only read, during the call.
         check(unsafe { sys::rdma_connect(self.raw.as_ptr(), &raw mut param) })
     }
 
     /// Goes on after [`Event::Accepted`].
-    pub(crate) fn establish(&self, qp: &QueuePair, path: &PathSettings) -> io::Result<()> {
+    pub(crate) fn establish(&self, qp: &QueuePair, path: PathSettings) -> io::Result<()> {
         self.start(qp, path)?;
         // SAFETY: the id is there.
         check(unsafe { sys::rdma_establish(self.raw.as_ptr()) })
     }
 
-    /// Accepts a request.
-    pub(crate) fn accept(&self, qp: &QueuePair, path: &PathSettings) -> io::Result<()> {
+    /// Accepts a request, with a few words.
+    pub(crate) fn accept(&self, qp: &QueuePair, path: PathSettings, say: &[u8]) -> io::Result<()> {
         self.start(qp, path)?;
-        let mut param = parameters(qp, path, &[])?;
+        let mut param = parameters(qp, path, say)?;
         // SAFETY: as for `connect`.
         check(unsafe { sys::rdma_accept(self.raw.as_ptr(), &raw mut param) })
     }
@@ -399,12 +421,16 @@ impl Seen {
             kind::RDMA_CM_EVENT_ROUTE_ERROR => failed("no route"),
             kind::RDMA_CM_EVENT_CONNECT_REQUEST => {
                 let id = NonNull::new(self.id).ok_or(io::ErrorKind::InvalidData)?;
-                let id = Id { raw: id, reads_there: self.reads, channel: Channel::new()? };
+                let channel = Channel::new().inspect_err(|_| {
+                    // SAFETY: nobody else has it, and its event is acknowledged.
+                    unsafe { sys::rdma_destroy_id(id.as_ptr()) };
+                })?;
+                let id = Id { raw: id, reads_there: self.reads, channel };
                 // SAFETY: id and channel are there, and the event is acknowledged.
                 check(unsafe { sys::rdma_migrate_id(id.raw.as_ptr(), id.channel.0.as_ptr()) })?;
                 Event::Requested { id, said: self.said }
             }
-            kind::RDMA_CM_EVENT_CONNECT_RESPONSE => Event::Accepted,
+            kind::RDMA_CM_EVENT_CONNECT_RESPONSE => Event::Accepted { said: self.said },
             kind::RDMA_CM_EVENT_CONNECT_ERROR => failed("failed to connect"),
             kind::RDMA_CM_EVENT_UNREACHABLE => failed("no answer"),
             kind::RDMA_CM_EVENT_REJECTED => Event::Rejected { said: self.said },
@@ -416,18 +442,24 @@ impl Seen {
     }
 }
 
-fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
-    let address = ptr::from_ref(storage);
-    match i32::from(storage.ss_family) {
+/// An address of the internet; `None` if it is another one, or none.
+///
+/// # Safety
+///
+/// If it is not null, it is as long as its family says.
+pub(crate) unsafe fn socket_address(address: *const libc::sockaddr) -> Option<SocketAddr> {
+    // SAFETY: null, or at least a family.
+    let family = unsafe { address.as_ref() }?.sa_family;
+    match i32::from(family) {
         libc::AF_INET => {
             // SAFETY: the family says so.
-            let v4 = unsafe { &*address.cast::<libc::sockaddr_in>() };
+            let v4 = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
             let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
             Some(SocketAddr::from((ip, u16::from_be(v4.sin_port))))
         }
         libc::AF_INET6 => {
             // SAFETY: the family says so.
-            let v6 = unsafe { &*address.cast::<libc::sockaddr_in6>() };
+            let v6 = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
             let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
             Some(SocketAddr::from((ip, u16::from_be(v6.sin6_port))))
         }
@@ -439,7 +471,7 @@ fn milliseconds(time: Duration) -> i32 {
     i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
 }
 
-fn parameters(qp: &QueuePair, path: &PathSettings, say: &[u8]) -> io::Result<sys::rdma_conn_param> {
+fn parameters(qp: &QueuePair, path: PathSettings, say: &[u8]) -> io::Result<sys::rdma_conn_param> {
     Ok(sys::rdma_conn_param {
         private_data: if say.is_empty() { ptr::null() } else { say.as_ptr().cast() },
         private_data_len: u8::try_from(say.len()).map_err(io::Error::other)?,

@@ -1,14 +1,14 @@
 //! One connected queue pair, and all that can end a wait for it.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Interrupt, TransportError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cm::{Event, Id};
-use crate::state::{LinkState, OwnStop};
+use crate::state::ChannelState;
 use crate::verbs::{Completion, QueuePair};
 
 /// How long a wait looks for completions itself before it sleeps: a sleep and its end cost a
@@ -19,28 +19,34 @@ const SPIN: Duration = Duration::from_micros(20);
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) qp: QueuePair,
-    pub(crate) id: Id,
-    state: Arc<LinkState>,
-    stop: Arc<OwnStop>,
-    /// The other side has gone.
+    pub(crate) id: Arc<Id>,
+    pub(crate) state: Arc<ChannelState>,
+    /// The path MTU that was agreed on, as verbs encode it; 0 before that.
+    pub(crate) mtu: u32,
+    /// The other side is there, and has gone.
+    established: bool,
     gone: bool,
     /// Calls that waited.
     pub(crate) system_calls: u64,
 }
 
 impl Connection {
-    pub(crate) fn new(qp: QueuePair, id: Id, state: Arc<LinkState>) -> io::Result<Self> {
-        Ok(Self { qp, id, state, stop: OwnStop::new()?, gone: false, system_calls: 0 })
+    pub(crate) fn new(qp: QueuePair, id: Id, state: ChannelState) -> Self {
+        let (id, state) = (Arc::new(id), Arc::new(state));
+        Self { qp, id, state, mtu: 0, established: false, gone: false, system_calls: 0 }
     }
 
-    /// Fails once the link or this connection was interrupted.
-    pub(crate) fn check(&self) -> Result<(), TransportError> {
-        self.stop.check().and_then(|()| self.state.check())
-    }
-
-    /// A handle that ends this connection alone.
+    /// Ends this connection alone.
     pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.stop) as Arc<dyn Interrupt>
+        Arc::new(ConnectionInterrupt {
+            state: Arc::clone(&self.state),
+            id: Arc::downgrade(&self.id),
+        })
+    }
+
+    /// Fails once the connection or its link was interrupted.
+    pub(crate) fn check(&self) -> Result<(), TransportError> {
+        self.state.check()
     }
 
     /// Adds completions to `into`. Waits for some until `deadline` (`None` for only those that are
@@ -55,7 +61,7 @@ impl Connection {
         let began = Instant::now();
         let mut asked = false;
         loop {
-            self.check()?;
+            self.state.check()?;
             let gone = self.gone;
             self.qp.completions.poll(into).map_err(failed)?;
             if into.len() > before {
@@ -89,17 +95,40 @@ impl Connection {
         }
     }
 
+    /// Takes in what has happened to the connection.
+    fn take_events(&mut self) -> io::Result<()> {
+        while let Some(event) = self.id.take_event()? {
+            match event {
+                Event::Established => self.established = true,
+                Event::Disconnected
+                | Event::DeviceRemoved
+                | Event::Rejected { .. }
+                | Event::Failed { .. } => self.gone = true,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the other side is known to be there; as of the last look at what happened.
+    pub(crate) fn is_established(&self) -> bool {
+        self.established
+    }
+
+    /// Looks whether the other side has gone, without waiting.
+    pub(crate) fn has_left(&mut self) -> bool {
+        self.take_events().is_err() || self.gone
+    }
+
     /// Sleeps until anything happens; true if it was a completion.
     fn sleep(&mut self, time: Duration) -> io::Result<bool> {
+        let link = &self.state.link;
+        let look_in = link.look_at().map(|at| at.saturating_duration_since(Instant::now()));
+        let time = look_in.map_or(time, |look_in| look_in.min(time));
         let time = Timespec::try_from(time).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
-        let (bell, device) = (self.state.bell(), self.state.device());
-        let watched = [
-            self.qp.completions.fd(),
-            self.id.fd(),
-            bell,
-            self.stop.bell(),
-            device.unwrap_or(bell),
-        ];
+        let (bell, device) = (link.bell(), link.device());
+        let own = [self.qp.completions.fd(), self.id.fd(), self.state.bell()];
+        let watched = [own[0], own[1], own[2], bell, device.unwrap_or(bell)];
         let mut fds = watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         let count = if device.is_some() { 5 } else { 4 };
         self.system_calls += 1;
@@ -112,14 +141,28 @@ impl Connection {
             self.qp.completions.take_event();
         }
         if ready[1] {
-            while let Some(event) = self.id.take_event()? {
-                self.gone |= matches!(event, Event::Disconnected | Event::DeviceRemoved);
-            }
+            self.take_events()?;
         }
-        if ready[4] {
-            self.state.look();
+        if ready[4] || look_in.is_some() {
+            self.state.link.look();
         }
         Ok(ready[0])
+    }
+}
+
+/// Holds neither queues nor memory.
+struct ConnectionInterrupt {
+    state: Arc<ChannelState>,
+    id: Weak<Id>,
+}
+
+impl Interrupt for ConnectionInterrupt {
+    fn interrupt(&self) {
+        self.state.interrupt();
+        if let Some(id) = self.id.upgrade() {
+            // The other side is not to wait for this one's thread to notice.
+            id.disconnect();
+        }
     }
 }
 

@@ -12,51 +12,67 @@
 //! ```
 //!
 //! left: bytes of the frame from this message on, little-endian; so the first message of a frame
-//! has its length.
+//! has its length. Marks say that somebody is there, and nothing else.
 
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError};
+use pageferry::transport::{
+    ControlChannel, ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError,
+};
 
 use crate::dial::LINGER;
-use crate::pipe::{Inlet, Message, Outlet, SLOT_BYTES};
+use crate::pipe::{Inlet, KEEPALIVE, Message, Outlet, SLOT_BYTES};
 
 const PIECE: u8 = 1;
 const END: u8 = 2;
 const HEAD_BYTES: usize = 5;
 
+/// Both halves. Who receives looks after the outlet, too, for as long as it is there: a sender may have
+/// nothing to send for minutes, and the other side asks meanwhile whether anybody is here.
+pub(crate) fn channel(outlet: Outlet, inlet: Inlet) -> ControlChannel {
+    let outlet = Arc::new(Mutex::new(outlet));
+    let receiver = RdmaControlReceiver {
+        inlet,
+        outlet: Arc::downgrade(&outlet),
+        frame: Vec::new(),
+        left: 0,
+        ended: false,
+    };
+    let sender = RdmaControlSender { outlet, broken: false };
+    ControlChannel { sender: Box::new(sender), receiver: Box::new(receiver) }
+}
+
 #[derive(Debug)]
-pub(crate) struct RdmaControlSender {
-    outlet: Outlet,
+struct RdmaControlSender {
+    outlet: Arc<Mutex<Outlet>>,
     broken: bool,
 }
 
-impl RdmaControlSender {
-    pub(crate) fn new(outlet: Outlet) -> Self {
-        Self { outlet, broken: false }
-    }
+fn locked(outlet: &Mutex<Outlet>) -> MutexGuard<'_, Outlet> {
+    // A thread that panicked in there has left the queue pair as it is; what it counted stays true.
+    outlet.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-    /// Sends a frame; false if the deadline comes first.
-    fn put(&mut self, frame: &[u8], deadline: Option<Instant>) -> Result<bool, TransportError> {
-        let mut left = frame;
-        while !left.is_empty() {
-            let (now, later) = left.split_at(left.len().min(SLOT_BYTES - HEAD_BYTES));
-            let mut message = vec![PIECE];
-            message.extend(u32::try_from(left.len()).unwrap_or(u32::MAX).to_le_bytes());
-            message.extend(now);
-            if !self.outlet.message_until(&message, deadline)? {
-                return Ok(false);
-            }
-            left = later;
-        }
-        // What is known by now.
-        self.outlet.pump(None).map(|()| true)
+/// Sends a frame in pieces, at most until `deadline`.
+fn put(outlet: &mut Outlet, frame: &[u8], deadline: Option<Instant>) -> Result<(), TransportError> {
+    let mut left = frame;
+    while !left.is_empty() {
+        let (now, later) = left.split_at(left.len().min(SLOT_BYTES - HEAD_BYTES));
+        let mut message = vec![PIECE];
+        message.extend(u32::try_from(left.len()).unwrap_or(u32::MAX).to_le_bytes());
+        message.extend(now);
+        outlet.message(&message, deadline)?;
+        left = later;
     }
+    // What is known by now.
+    outlet.pump(None)
 }
 
 impl ControlSender for RdmaControlSender {
     fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
+        const OPERATION: &str = "send a control frame";
         if frame.is_empty() || frame.len() > MAX_FRAME_BYTES {
             return Err(TransportError::TooLarge {
                 what: "control frame",
@@ -64,28 +80,32 @@ impl ControlSender for RdmaControlSender {
                 limit: MAX_FRAME_BYTES as u64,
             });
         }
-        self.outlet.check()?;
-        let operation = "send a control frame";
+        let deadline = Instant::now().checked_add(timeout);
+        let mut outlet = locked(&self.outlet);
+        outlet.check()?;
         if self.broken {
             let cause = io::ErrorKind::NotConnected.into();
-            return Err(TransportError::Lost { operation, cause });
+            return Err(TransportError::Lost { operation: OPERATION, cause });
         }
-        let sent = self.put(frame, Instant::now().checked_add(timeout));
-        self.broken = !matches!(sent, Ok(true));
-        if sent? {
-            return Ok(());
-        }
-        Err(TransportError::TimedOut { operation, after: timeout })
+        let result = put(&mut outlet, frame, deadline);
+        self.broken = result.is_err();
+        result.map_err(|error| match error {
+            TransportError::TimedOut { .. } => {
+                TransportError::TimedOut { operation: OPERATION, after: timeout }
+            }
+            error => error,
+        })
     }
 }
 
 impl Drop for RdmaControlSender {
     fn drop(&mut self) {
-        if self.broken || self.outlet.check().is_err() {
+        let mut outlet = locked(&self.outlet);
+        if self.broken || outlet.check().is_err() {
             return;
         }
-        let ended = match self.outlet.try_message(&[END]) {
-            Ok(_) => self.outlet.flush(LINGER),
+        let ended = match outlet.message(&[END], Some(Instant::now())) {
+            Ok(_) => outlet.flush(LINGER),
             Err(error) => Err(error),
         };
         if let Err(error) = ended {
@@ -95,8 +115,10 @@ impl Drop for RdmaControlSender {
 }
 
 #[derive(Debug)]
-pub(crate) struct RdmaControlReceiver {
+struct RdmaControlReceiver {
     inlet: Inlet,
+    /// The other half's.
+    outlet: Weak<Mutex<Outlet>>,
     frame: Vec<u8>,
     /// Bytes of the frame that are yet to come.
     left: usize,
@@ -104,8 +126,18 @@ pub(crate) struct RdmaControlReceiver {
 }
 
 impl RdmaControlReceiver {
-    pub(crate) fn new(inlet: Inlet) -> Self {
-        Self { inlet, frame: Vec::new(), left: 0, ended: false }
+    /// Looks after the outlet, unless somebody sends just now. Its failure is for who sends to tell:
+    /// the other side may have ended that half in order, and say more in this one.
+    fn attend(&self) {
+        let Some(outlet) = self.outlet.upgrade() else { return };
+        let attended = match outlet.try_lock() {
+            Ok(mut outlet) => outlet.attend(),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().attend(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        if let Err(error) = attended {
+            tracing::debug!("the other half of the control channel: {error}");
+        }
     }
 
     /// Takes a message in; true if it completes a frame.
@@ -138,22 +170,22 @@ impl ControlReceiver for RdmaControlReceiver {
         self.inlet.connection.check()?;
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         while !self.ended {
-            match self.inlet.next(deadline)? {
-                Some(Message::Bytes(message)) => {
-                    if self.take_in(&message)? {
-                        self.inlet.settle()?;
-                        return Ok(std::mem::take(&mut self.frame));
-                    }
+            self.attend();
+            let turn = Instant::now() + KEEPALIVE;
+            let turn = deadline.map_or(turn, |deadline| deadline.min(turn));
+            match self.inlet.next(Some(turn))? {
+                Some(Message::Bytes(message)) if self.take_in(&message)? => {
+                    self.inlet.settle()?;
+                    return Ok(std::mem::take(&mut self.frame));
                 }
-                Some(Message::Mark) => {
-                    return Err(TransportError::Violation("a mark on the control channel"));
-                }
-                None => {
+                Some(_) => {}
+                None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
                     return Err(TransportError::TimedOut {
                         operation: "receive a control frame",
                         after: timeout.unwrap_or_default(),
                     });
                 }
+                None => {}
             }
         }
         Err(TransportError::Closed)

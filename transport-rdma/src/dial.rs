@@ -1,7 +1,7 @@
 //! Makes connections: asks for them, and accepts them.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,15 +9,24 @@ use pageferry::memory::GuestMemory;
 use pageferry::transport::{MigrationId, Registration, TransportError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::addresses::advise;
 use crate::cm::{Event, Id, PathSettings, READS_AT_ONCE, RemoteAccess};
 use crate::connection::Connection;
-use crate::listener::Request;
 use crate::memory::Registered;
 use crate::options::{RdmaOptions, RegistrationMode};
 use crate::pipe::{ACKS, Inlet, Outlet, RECEIVES};
-use crate::preamble::{Preamble, Purpose};
-use crate::state::LinkState;
+use crate::preamble::{
+    PREAMBLE_BYTES, Preamble, Purpose, agree_on_mtu, decode_acceptance, encode_acceptance,
+};
+use crate::state::{ChannelState, LinkState};
 use crate::verbs::{Access, Context, Limits, ProtectionDomain, QueuePair, device_names};
+
+/// Somebody who wants to connect, and is not answered yet. Dropped, it is refused.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) id: Id,
+    pub(crate) preamble: Preamble,
+}
 
 /// What every connection of one end of a link is made with.
 #[derive(Debug)]
@@ -26,7 +35,7 @@ pub(crate) struct Workshop {
     pub(crate) state: Arc<LinkState>,
     pub(crate) pd: Arc<ProtectionDomain>,
     pub(crate) limits: Limits,
-    /// As verbs encode it.
+    /// The largest path MTU here, as verbs encode it.
     pub(crate) mtu: u32,
     pub(crate) peer: SocketAddr,
 }
@@ -74,7 +83,7 @@ fn event(
     }
 }
 
-/// The device and port must be those asked for, and the port must take the MTU.
+/// The device and port must be those asked for. Returns what they can do, and the largest path MTU.
 fn check_port(options: &RdmaOptions, context: Context, port: u8) -> io::Result<(Limits, u32)> {
     let wrong = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     if let Some(wanted) = &options.device
@@ -91,40 +100,72 @@ fn check_port(options: &RdmaOptions, context: Context, port: u8) -> io::Result<(
         return wrong(format!("the address belongs to port {port}, not {wanted}"));
     }
     let limits = context.limits(port)?;
-    let encoded = limits.active_mtu_bytes.max(256).ilog2() - 7;
-    match options.mtu {
-        Some(mtu) if mtu.bytes() > limits.active_mtu_bytes => wrong(format!(
-            "a path MTU of {} was asked for, the port of {} has {}; raise the MTU of its network \
-             interface",
-            mtu.bytes(),
+    let most = limits.active_mtu_bytes.max(256).ilog2() - 7;
+    if let Some(wanted) = options.mtu
+        && wanted.encoded() > most
+    {
+        tracing::warn!(
+            "a path MTU of {} was asked for, and the port of {} has {}; a larger MTU of its network \
+             interface gives it more",
+            wanted.bytes(),
             context.name(),
             limits.active_mtu_bytes
-        )),
-        Some(mtu) => Ok((limits, mtu.encoded())),
-        None => Ok((limits, encoded)),
+        );
     }
+    Ok((limits, options.mtu.map_or(most, |wanted| wanted.encoded().min(most))))
 }
 
-/// Finds the way to an address.
+/// Finds the way to an address, from the address of the GID that is asked for.
 fn resolve(
     address: SocketAddr,
     options: &RdmaOptions,
     state: &LinkState,
 ) -> Result<Id, TransportError> {
+    let id = resolve_from(None, address, options, state)?;
+    let Some(index) = options.gid_index else { return Ok(id) };
     let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
+    let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    let wanted = context.gid_address(id.port(), index).map_err(failed)?;
+    match wanted.filter(|wanted| id.local().is_none_or(|local| local.ip() != *wanted)) {
+        Some(IpAddr::V6(ip)) => {
+            // A link-local one is of the same interface as the destination's.
+            let scope = if let SocketAddr::V6(to) = address { to.scope_id() } else { 0 };
+            let from = SocketAddrV6::new(ip, 0, 0, scope).into();
+            resolve_from(Some(from), address, options, state)
+        }
+        Some(ip) => resolve_from(Some(SocketAddr::new(ip, 0)), address, options, state),
+        None => Ok(id),
+    }
+}
+
+fn resolve_from(
+    from: Option<SocketAddr>,
+    address: SocketAddr,
+    options: &RdmaOptions,
+    state: &LinkState,
+) -> Result<Id, TransportError> {
+    let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
+    let no_way = |cause: io::Error| match from {
+        Some(from) => {
+            io::Error::new(cause.kind(), format!("from {}, the GID's: {cause}", from.ip()))
+        }
+        None => advise(cause),
+    };
     let id = Id::new().map_err(failed)?;
     if let Some(class) = options.traffic_class {
         id.set_traffic_class(class).map_err(failed)?;
     }
     let within = options.connect_timeout;
-    id.resolve_address(address, within).map_err(failed)?;
+    id.resolve_address(from, address, within).map_err(|cause| failed(no_way(cause)))?;
     for step in 0..2 {
         match event(&id, state, Instant::now() + within, "find the way to the destination")? {
             Event::AddressResolved if step == 0 => {
-                id.resolve_route(within).map_err(failed)?;
+                // Loopback addresses come that far, without a device.
+                id.resolve_route(within).map_err(|cause| failed(no_way(cause)))?;
             }
             Event::RouteResolved if step == 1 => {}
             Event::Failed { what, cause } => {
+                let cause = if step == 0 { no_way(cause) } else { cause };
                 return Err(failed(io::Error::new(cause.kind(), format!("{what}: {cause}"))));
             }
             other => return Err(failed(io::Error::other(format!("unexpected {other:?}")))),
@@ -156,13 +197,19 @@ impl Workshop {
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
         let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         let (limits, mtu) = check_port(&options, context, id.port()).map_err(failed)?;
-        state.watch(context).map_err(failed)?;
+        state.watch(context, id.port(), options.patience()).map_err(failed)?;
         let pd = ProtectionDomain::new(context).map_err(failed)?;
         Ok(Self { options, state, pd, limits, mtu, peer })
     }
 
-    pub(crate) fn preamble(&self, purpose: Purpose, migration: MigrationId) -> Preamble {
-        Preamble { purpose, migration, mtu: u8::try_from(self.mtu).unwrap_or(0) }
+    /// What a connection of this purpose says.
+    pub(crate) fn preamble(
+        &self,
+        purpose: Purpose,
+        migration: MigrationId,
+    ) -> [u8; PREAMBLE_BYTES] {
+        let mtu = u8::try_from(self.mtu).unwrap_or(0);
+        Preamble { purpose, migration, mtu }.encode()
     }
 
     /// Requests that a send queue holds.
@@ -174,8 +221,7 @@ impl Workshop {
 
     fn path(&self, remote_access: RemoteAccess, mtu: u32) -> PathSettings {
         PathSettings {
-            gid_index: self.options.gid_index,
-            mtu: Some(mtu),
+            mtu,
             ack_timeout: self.options.ack_timeout_exponent(),
             retries: self.options.retries.min(7),
             reads: self.limits.max_reads.min(READS_AT_ONCE),
@@ -193,44 +239,44 @@ impl Workshop {
         &self,
         id: Id,
         depths: (u32, u32),
-        path: &PathSettings,
+        path: PathSettings,
     ) -> Result<Connection, TransportError> {
         let failed = self.failed();
         let qp = QueuePair::new(&self.pd, depths.0, depths.1).map_err(&failed)?;
         id.prepare(&qp, path).map_err(&failed)?;
-        Connection::new(qp, id, Arc::clone(&self.state)).map_err(failed)
+        let state = ChannelState::new(&self.state).map_err(&failed)?;
+        Ok(Connection::new(qp, id, state))
     }
 
-    fn outlet(&self, id: Id, path: &PathSettings) -> Result<Outlet, TransportError> {
+    fn outlet(&self, id: Id, path: PathSettings) -> Result<Outlet, TransportError> {
         let depth = self.send_depth();
         let connection = self.prepare(id, (depth, ACKS), path)?;
         let immediate = self.pd.context().has_write_with_immediate();
         Outlet::new(connection, &self.pd, depth, self.options.signal_every, immediate)
     }
 
-    fn inlet(&self, id: Id, path: &PathSettings) -> Result<Inlet, TransportError> {
+    fn inlet(&self, id: Id, path: PathSettings) -> Result<Inlet, TransportError> {
         Inlet::new(self.prepare(id, (ACKS, RECEIVES), path)?, &self.pd)
     }
 
-    /// At the source: a connection for this purpose, into which the source puts messages.
+    /// At the source: a connection that says so, into which the source puts messages.
     pub(crate) fn dial_outlet(
         &self,
         id: Option<Id>,
-        preamble: &Preamble,
+        say: &[u8],
         remote_access: RemoteAccess,
     ) -> Result<Outlet, TransportError> {
-        let id = self.way(id)?;
         let path = self.path(remote_access, self.mtu);
-        let outlet = self.outlet(id, &path)?;
-        self.dial(&outlet.connection, preamble, &path)?;
+        let mut outlet = self.outlet(self.way(id)?, path)?;
+        self.dial(&mut outlet.connection, say, path)?;
         Ok(outlet)
     }
 
-    /// At the source: a connection for this purpose, into which the destination puts messages.
-    pub(crate) fn dial_inlet(&self, preamble: &Preamble) -> Result<Inlet, TransportError> {
+    /// At the source: a connection that says so, into which the destination puts messages.
+    pub(crate) fn dial_inlet(&self, say: &[u8]) -> Result<Inlet, TransportError> {
         let path = self.path(RemoteAccess::Nothing, self.mtu);
-        let inlet = self.inlet(self.way(None)?, &path)?;
-        self.dial(&inlet.connection, preamble, &path)?;
+        let mut inlet = self.inlet(self.way(None)?, path)?;
+        self.dial(&mut inlet.connection, say, path)?;
         Ok(inlet)
     }
 
@@ -240,16 +286,23 @@ impl Workshop {
 
     fn dial(
         &self,
-        connection: &Connection,
-        preamble: &Preamble,
-        path: &PathSettings,
+        connection: &mut Connection,
+        say: &[u8],
+        path: PathSettings,
     ) -> Result<(), TransportError> {
         let failed = self.failed();
         let (id, qp) = (&connection.id, &connection.qp);
-        id.connect(qp, path, &preamble.encode()).map_err(&failed)?;
+        id.connect(qp, path, say).map_err(&failed)?;
         let deadline = Instant::now() + self.options.connect_timeout;
         match event(id, &self.state, deadline, "connect")? {
-            Event::Accepted => id.establish(qp, path).map_err(&failed),
+            Event::Accepted { said } => {
+                let mtu = decode_acceptance(&said, path.mtu)
+                    .ok_or(TransportError::Violation("an acceptance that makes no sense"))?;
+                self.check_gid(id).map_err(&failed)?;
+                id.establish(qp, PathSettings { mtu, ..path }).map_err(&failed)?;
+                connection.mtu = mtu;
+                Ok(())
+            }
             Event::Rejected { said } => {
                 let said = String::from_utf8_lossy(&said);
                 let said = said.trim_end_matches('\0');
@@ -266,52 +319,90 @@ impl Workshop {
         }
     }
 
-    /// At the destination: accepts a connection into which the source puts messages.
+    /// The connection manager must have chosen the GID that is asked for: both sides' queue pairs go by
+    /// what it has told them of each other.
+    fn check_gid(&self, id: &Id) -> io::Result<()> {
+        let Some(wanted) = self.options.gid_index else { return Ok(()) };
+        let index = id.way()?.gid_index;
+        if index == wanted {
+            return Ok(());
+        }
+        let address = id.local().map_or_else(|| "the address".to_owned(), |it| it.ip().to_string());
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{address} has the GID with index {index}, not {wanted}"),
+        ))
+    }
+
+    /// At the destination: accepts a connection into which the source puts messages. The source is
+    /// there once the connection is established.
+    pub(crate) fn begin_inlet(
+        &self,
+        request: Request,
+        remote_access: RemoteAccess,
+    ) -> Result<Inlet, TransportError> {
+        let path = self.path(remote_access, self.agree(&request)?);
+        let mut inlet = self.inlet(request.id, path)?;
+        self.accept(&mut inlet.connection, path)?;
+        Ok(inlet)
+    }
+
+    /// At the destination: as [`Self::begin_inlet`], a connection into which the destination puts
+    /// messages.
+    pub(crate) fn begin_outlet(&self, request: Request) -> Result<Outlet, TransportError> {
+        let path = self.path(RemoteAccess::Nothing, self.agree(&request)?);
+        let mut outlet = self.outlet(request.id, path)?;
+        self.accept(&mut outlet.connection, path)?;
+        Ok(outlet)
+    }
+
+    /// At the destination: accepts a connection, and waits until the source is there.
     pub(crate) fn accept_inlet(
         &self,
         request: Request,
         remote_access: RemoteAccess,
     ) -> Result<Inlet, TransportError> {
-        let path = self.path(remote_access, self.agreed_mtu(&request)?);
-        let inlet = self.inlet(request.id, &path)?;
-        self.accept(&inlet.connection, &path)?;
+        let inlet = self.begin_inlet(request, remote_access)?;
+        self.await_source(&inlet.connection)?;
         Ok(inlet)
     }
 
-    /// At the destination: accepts a connection into which the destination puts messages.
+    /// As [`Self::accept_inlet`], for an outlet.
     pub(crate) fn accept_outlet(&self, request: Request) -> Result<Outlet, TransportError> {
-        let path = self.path(RemoteAccess::Nothing, self.agreed_mtu(&request)?);
-        let outlet = self.outlet(request.id, &path)?;
-        self.accept(&outlet.connection, &path)?;
+        let outlet = self.begin_outlet(request)?;
+        self.await_source(&outlet.connection)?;
         Ok(outlet)
     }
 
-    /// The source's MTU, if this side can do it.
-    fn agreed_mtu(&self, request: &Request) -> Result<u32, TransportError> {
-        let theirs = u32::from(request.preamble.mtu);
-        let (fits, mine) = match self.options.mtu {
-            Some(mtu) => (theirs == mtu.encoded(), mtu.bytes()),
-            None => (theirs <= self.mtu, self.limits.active_mtu_bytes),
-        };
-        if fits && (1..=5).contains(&theirs) {
-            return Ok(theirs);
-        }
-        let reason = format!(
-            "a path MTU of {} is asked for, and the destination's is {mine}",
-            128_u64 << theirs.min(31)
-        );
-        request.id.reject(reason.as_bytes());
-        Err(TransportError::Refused { address: self.peer.to_string(), reason })
+    /// The path MTU of a request; the other side is told why where there is none.
+    fn agree(&self, request: &Request) -> Result<u32, TransportError> {
+        let agreed = self.check_gid(&request.id).and_then(|()| {
+            let way = request.id.way()?;
+            let agreed = agree_on_mtu(request.preamble.mtu, self.mtu, way.mtu);
+            agreed.ok_or_else(|| io::Error::other("a path MTU that there is not was asked for"))
+        });
+        agreed.map_err(|cause| {
+            request.id.reject(cause.to_string().as_bytes());
+            self.failed()(cause)
+        })
     }
 
-    fn accept(&self, connection: &Connection, path: &PathSettings) -> Result<(), TransportError> {
-        let failed = self.failed();
+    fn accept(
+        &self,
+        connection: &mut Connection,
+        path: PathSettings,
+    ) -> Result<(), TransportError> {
         let (id, qp) = (&connection.id, &connection.qp);
-        id.accept(qp, path).map_err(&failed)?;
+        id.accept(qp, path, &encode_acceptance(path.mtu)).map_err(self.failed())?;
+        connection.mtu = path.mtu;
+        Ok(())
+    }
+
+    fn await_source(&self, connection: &Connection) -> Result<(), TransportError> {
         let deadline = Instant::now() + self.options.connect_timeout;
-        match event(id, &self.state, deadline, "accept a connection")? {
+        match event(&connection.id, &self.state, deadline, "accept a connection")? {
             Event::Established => Ok(()),
-            other => Err(failed(io::Error::new(
+            other => Err(self.failed()(io::Error::new(
                 io::ErrorKind::ConnectionAborted,
                 format!("the source went away while it connected: {other:?}"),
             ))),

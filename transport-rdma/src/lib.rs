@@ -36,9 +36,13 @@
 //! # Thread safety
 //!
 //! Links and channels are [`Send`] and driven by one thread at a time. Registration uses two
-//! threads while it lasts; otherwise the crate starts none, and installs no signal handler.
+//! threads while it lasts, and an acceptor has one of its own; otherwise the crate starts none, and
+//! installs no signal handler.
 
+mod acceptor;
+mod addresses;
 mod announce;
+mod board;
 mod cm;
 mod connection;
 mod control;
@@ -46,16 +50,19 @@ mod destination;
 mod dial;
 #[doc(hidden)]
 pub mod hot;
-mod listener;
 mod memory;
 mod options;
 mod pipe;
+mod port;
 mod preamble;
 mod reader;
 mod receiver;
+mod reception;
 mod sender;
 mod source;
 mod state;
+#[cfg(test)]
+mod strangers;
 mod table;
 mod verbs;
 mod zeros;
@@ -66,7 +73,9 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS};
 use thiserror::Error;
 
-pub use destination::{RdmaAcceptor, RdmaDestinationLink};
+pub use acceptor::RdmaAcceptor;
+pub use addresses::{DeviceAddress, addresses};
+pub use destination::RdmaDestinationLink;
 pub use options::{Mtu, RdmaOptions, RegistrationMode};
 pub use source::{RdmaSourceLink, connect};
 

@@ -27,6 +27,11 @@ impl Mtu {
         128 << self.encoded()
     }
 
+    /// From how verbs and the wire encode it; the smallest where that is no MTU.
+    pub(crate) fn decoded(encoded: u32) -> Self {
+        Self::ALL.into_iter().find(|mtu| mtu.encoded() == encoded).unwrap_or(Self::Bytes256)
+    }
+
     /// As verbs and the wire encode it.
     pub(crate) fn encoded(self) -> u32 {
         self as u32 + 1
@@ -47,7 +52,7 @@ pub enum RegistrationMode {
     Ahead,
 }
 
-/// Settings of a link; both sides choose theirs freely, but for the MTU.
+/// Settings of a link; both sides choose theirs freely.
 ///
 /// ```
 /// use pageferry_rdma::{Mtu, RdmaOptions};
@@ -60,9 +65,12 @@ pub struct RdmaOptions {
     pub device: Option<String>,
     /// The port of it that the address must lead to, from 1.
     pub port: Option<u8>,
-    /// Index in the port's table of GIDs. `None`: the one of the address.
+    /// Index in the port's table of GIDs that this side is to have, on RoCE. At the source it decides
+    /// which of the port's addresses is connected from; at the destination the address that is listened
+    /// at has to lead to it. `None`: the one of the address.
     pub gid_index: Option<u8>,
-    /// Path MTU; must fit the ports of both sides. `None`: the largest that this port has.
+    /// Largest path MTU. Connections have the smallest of both sides', their ports', and what the
+    /// connection manager says of the way between them. `None`: the largest of the port.
     pub mtu: Option<Mtu>,
     /// Traffic class of all packets (DSCP and ECN bits), for networks that treat RDMA apart.
     pub traffic_class: Option<u8>,
@@ -115,6 +123,13 @@ impl RdmaOptions {
         let wanted = self.ack_timeout.as_nanos();
         (1..31).find(|exponent| (4096_u128 << exponent) >= wanted).unwrap_or(31)
     }
+
+    /// How long nothing may go through before the link is given up: the first time that a packet is
+    /// sent and all others.
+    pub(crate) fn patience(&self) -> Duration {
+        let timeout = Duration::from_nanos(4096 << self.ack_timeout_exponent());
+        timeout * (u32::from(self.retries.min(7)) + 1)
+    }
 }
 
 #[cfg(test)]
@@ -130,5 +145,6 @@ mod tests {
         assert_eq!(with(Duration::MAX).ack_timeout_exponent(), 31);
         assert_eq!(Mtu::ALL.map(Mtu::bytes), [256, 512, 1024, 2048, 4096]);
         assert_eq!(Mtu::ALL.map(Mtu::encoded), [1, 2, 3, 4, 5]);
+        assert_eq!(Mtu::ALL.map(|mtu| Mtu::decoded(mtu.encoded())), Mtu::ALL);
     }
 }

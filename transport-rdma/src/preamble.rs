@@ -7,23 +7,37 @@
 //! +--------+--+--+-------+-----------------+---+---------+
 //! ```
 //!
-//! v: version, 1. k: what the connection is for. The channel counts from 0, little-endian; 0
-//! where it is not for pages. mtu: the path MTU as verbs encode it. A request that rdma_cm
-//! delivers may be padded with zeros.
+//! v: version, 2. k: what the connection is for. The channel counts from 0, little-endian; 0
+//! where it is not for pages. mtu: the largest path MTU that the source's port can do, as verbs encode
+//! it.
+//!
+//! What it says that accepts:
+//!
+//! ```text
+//! 0        4  5   6
+//! +--------+--+---+
+//! | "PFRD" |v |mtu|
+//! +--------+--+---+
+//! ```
+//!
+//! mtu: the path MTU of the connection, at most what was asked for. rdma_cm may pad what it delivers
+//! with zeros.
+
+use std::fmt;
 
 use pageferry::transport::MigrationId;
 
 use crate::cm::MAX_REQUEST_BYTES;
 
 const MAGIC: [u8; 4] = *b"PFRD";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 pub(crate) const PREAMBLE_BYTES: usize = 28;
 
 const _: () = assert!(PREAMBLE_BYTES <= MAX_REQUEST_BYTES);
 
 /// What a connection is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Purpose {
     /// Control frames from the source.
     Control,
@@ -35,6 +49,18 @@ pub(crate) enum Purpose {
     Pages { channel: u16 },
     /// Pages that the destination reads.
     Reads,
+}
+
+impl fmt::Display for Purpose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Control => f.write_str("the control channel"),
+            Self::ControlBack => f.write_str("the control channel's other half"),
+            Self::Table => f.write_str("the table of memory"),
+            Self::Pages { channel } => write!(f, "data channel {channel}"),
+            Self::Reads => f.write_str("a connection for reads"),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +118,34 @@ impl Preamble {
     }
 }
 
+const ACCEPTANCE_BYTES: usize = 6;
+
+/// What is said with an acceptance: the path MTU, as verbs encode it.
+pub(crate) fn encode_acceptance(mtu: u32) -> [u8; ACCEPTANCE_BYTES] {
+    let [m0, m1, m2, m3] = MAGIC;
+    [m0, m1, m2, m3, VERSION, u8::try_from(mtu).unwrap_or(0)]
+}
+
+/// Any bytes: the path MTU, if they are an acceptance of one that is at most what was asked for.
+pub(crate) fn decode_acceptance(bytes: &[u8], asked_for: u32) -> Option<u32> {
+    let (bytes, padding) = bytes.split_first_chunk::<ACCEPTANCE_BYTES>()?;
+    let mtu = u32::from(bytes[5]);
+    let fits = bytes[..4] == MAGIC && bytes[4] == VERSION && padding.iter().all(|byte| *byte == 0);
+    (fits && mtu >= 1 && mtu <= asked_for).then_some(mtu)
+}
+
+/// The path MTU of a connection: the smallest of what the source asks for, what this side can do, and
+/// what the connection manager says of the way (0 where it does not). `None` if the source asks for what
+/// there is not.
+pub(crate) fn agree_on_mtu(asked_for: u8, here: u32, way: u32) -> Option<u32> {
+    let asked_for = u32::from(asked_for);
+    if !(1..=5).contains(&asked_for) {
+        return None;
+    }
+    let way = if (1..=5).contains(&way) { way } else { asked_for };
+    Some(asked_for.min(here).min(way))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,5 +173,38 @@ mod tests {
             }
         }
         assert!(Preamble::decode(&[0; PREAMBLE_BYTES - 1]).is_err());
+    }
+
+    #[test]
+    fn the_smallest_path_mtu_is_agreed_on_and_none_is_refused() {
+        for (asked_for, here, way, agreed) in [
+            (5, 5, 5, 5),
+            (3, 5, 5, 3),
+            (5, 3, 5, 3),
+            // Both ports can do more than the network between them.
+            (5, 5, 3, 3),
+            (5, 5, 0, 5),
+            (1, 5, 5, 1),
+        ] {
+            assert_eq!(agree_on_mtu(asked_for, here, way), Some(agreed));
+            let said = encode_acceptance(agreed);
+            assert_eq!(decode_acceptance(&said, asked_for.into()), Some(agreed));
+        }
+        assert_eq!((agree_on_mtu(0, 5, 5), agree_on_mtu(6, 5, 5)), (None, None));
+    }
+
+    #[test]
+    fn an_acceptance_is_checked() {
+        let mut said = encode_acceptance(4).to_vec();
+        said.resize(196, 0);
+        assert_eq!(decode_acceptance(&said, 5), Some(4), "padded");
+        assert_eq!(decode_acceptance(&said, 3), None, "more than was asked for");
+        for index in 0..said.len() {
+            let mut changed = said.clone();
+            changed[index] ^= 0x40;
+            assert_eq!(decode_acceptance(&changed, 5), None, "byte {index}");
+        }
+        assert_eq!(decode_acceptance(&encode_acceptance(0), 5), None);
+        assert_eq!(decode_acceptance(&[], 5), None);
     }
 }

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use pageferry::memory::PageRange;
 use pageferry::transport::{
     ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Registration, TransportError,
 };
@@ -46,6 +47,20 @@ impl RdmaPageReceiver {
         let until = self.announcer.go_ahead(&mut self.cost)?;
         self.inlet.next(until)
     }
+
+    /// Makes pages zero. All are checked before a byte is written.
+    fn zero(&self, ranges: &[PageRange]) -> Result<PageCounts, TransportError> {
+        let memory = &self.registered.memory;
+        let outside = TransportError::Violation("a mention of pages outside guest memory");
+        if ranges.iter().any(|range| memory.span(*range).is_err()) {
+            return Err(outside);
+        }
+        for range in ranges {
+            memory.fill_zero_while(*range, || self.inlet.connection.check())?;
+        }
+        let zero = ranges.iter().map(|range| u64::from(range.pages)).sum();
+        Ok(PageCounts { zero, ..PageCounts::default() })
+    }
 }
 
 impl PageReceiver for RdmaPageReceiver {
@@ -60,22 +75,7 @@ impl PageReceiver for RdmaPageReceiver {
                     self.wire_bytes += message.len() as u64;
                     match zeros::decode(&message)? {
                         Said::End => self.ended = true,
-                        Said::Zeros(ranges) => {
-                            // All are checked before a byte is written.
-                            ranges.iter().try_for_each(|range| {
-                                self.registered.memory.span(*range).map(drop).map_err(|_| {
-                                    TransportError::Violation(
-                                        "a mention of pages outside guest memory",
-                                    )
-                                })
-                            })?;
-                            let mut counts = PageCounts::default();
-                            for range in ranges {
-                                self.registered.memory.fill_zero(range)?;
-                                counts.zero += u64::from(range.pages);
-                            }
-                            return Ok(Received::Batch(counts));
-                        }
+                        Said::Zeros(ranges) => return self.zero(&ranges).map(Received::Batch),
                     }
                 }
             }

@@ -15,7 +15,7 @@ use crate::dial::LINGER;
 use crate::memory::{Registered, transfers};
 use crate::pipe::{Outlet, Transfer};
 use crate::table::RemoteTable;
-use crate::zeros::{self, END, RUNS_AT_ONCE, overlap};
+use crate::zeros::{self, END, RUNS_AT_ONCE, Zeroing};
 
 /// Page bytes after which a mark tells what has landed, unasked.
 const MARK_EVERY_BYTES: u64 = 8 << 20;
@@ -44,9 +44,7 @@ pub(crate) struct RdmaPageSender {
     last_requests: VecDeque<(Ticket, u64)>,
     /// For marks that are not taken: the batch up to which they tell, and their number.
     pending: VecDeque<(Ticket, u64)>,
-    /// Pages that the destination may still be making zero, with the number of the message that
-    /// told it to. Writes to them have to wait.
-    zeroing: VecDeque<(u64, Vec<PageRange>)>,
+    zeroing: Zeroing,
     unmarked_bytes: u64,
     wire_bytes: u64,
     /// What this thread registered of guest memory here.
@@ -76,7 +74,7 @@ impl RdmaPageSender {
             marks: Watermarks::default(),
             last_requests: VecDeque::new(),
             pending: VecDeque::new(),
-            zeroing: VecDeque::new(),
+            zeroing: Zeroing::default(),
             unmarked_bytes: 0,
             wire_bytes: 0,
             registered: Registration::default(),
@@ -128,7 +126,8 @@ impl RdmaPageSender {
                         // What can go goes first.
                         self.outlet.write(&writes)?;
                         writes.clear();
-                        self.directory.await_page(&mut self.there, range.region, last)?;
+                        let check = || self.outlet.check();
+                        self.directory.await_page(&mut self.there, range.region, last, check)?;
                     }
                     last_page = Some((range.region, last));
                     let there = |region, page| self.there.known(region, page);
@@ -142,8 +141,8 @@ impl RdmaPageSender {
         for some in mentions.chunks(RUNS_AT_ONCE) {
             let message = zeros::encode(some);
             self.wire_bytes += message.len() as u64;
-            let number = self.outlet.message(&message)?;
-            self.zeroing.push_back((number, some.to_vec()));
+            let number = self.outlet.message(&message, None)?;
+            self.zeroing.mention(some, number);
         }
         (self.writes, self.mentions) = (writes, mentions);
         self.wire_bytes += bytes;
@@ -162,10 +161,7 @@ impl RdmaPageSender {
 
     /// Waits until the destination does not touch pages any more.
     fn await_zeroed(&mut self, range: &PageRange) -> Result<(), TransportError> {
-        let over = |(_, ranges): &&(u64, Vec<PageRange>)| ranges.iter().any(|r| overlap(r, range));
-        let Some(number) = self.zeroing.iter().rev().find(over).map(|(number, _)| *number) else {
-            return Ok(());
-        };
+        let Some(number) = self.zeroing.mentioned_by(range) else { return Ok(()) };
         // Messages are acknowledged now and then, marks at once.
         self.mark()?;
         while self.outlet.taken() < number {
@@ -192,8 +188,7 @@ impl RdmaPageSender {
         let landed = covered(&mut self.pending, taken);
         self.marks.landed = landed.unwrap_or(self.marks.landed);
         self.marks.released = released.unwrap_or(self.marks.released).max(self.marks.landed);
-        let zeroed = self.zeroing.partition_point(|(number, _)| *number <= taken);
-        self.zeroing.drain(..zeroed);
+        self.zeroing.forget(taken);
     }
 
     fn await_landing(&mut self, deadline: Instant) -> Result<(), TransportError> {
@@ -223,7 +218,7 @@ impl PageSender for RdmaPageSender {
             self.check_open()?;
         }
         self.guard(|sender| {
-            sender.outlet.pump(None)?;
+            sender.outlet.attend()?;
             sender.advance();
             if let Some(wait) = wait
                 && sender.marks.landed < sender.sent
@@ -248,7 +243,7 @@ impl PageSender for RdmaPageSender {
     fn finish(&mut self) -> Result<(), TransportError> {
         self.check_open()?;
         self.guard(|sender| {
-            sender.outlet.message(&[END])?;
+            sender.outlet.message(&[END], None)?;
             sender.outlet.flush(LINGER)
         })?;
         self.phase = Phase::Finished;

@@ -11,16 +11,15 @@ use pageferry::transport::{
 
 use crate::announce::{Directory, tell_all};
 use crate::cm::RemoteAccess;
-use crate::control::{RdmaControlReceiver, RdmaControlSender};
 use crate::dial::Workshop;
 use crate::memory::Registered;
-use crate::options::RdmaOptions;
+use crate::options::{Mtu, RdmaOptions};
 use crate::preamble::Purpose;
 use crate::reader::RdmaReadGrant;
 use crate::sender::RdmaPageSender;
 use crate::state::LinkState;
 use crate::verbs::Access;
-use crate::{CAPABILITIES, NAME, check_libraries, first_of};
+use crate::{CAPABILITIES, NAME, check_libraries, control, first_of};
 
 /// The source's end of a link over RDMA.
 ///
@@ -33,6 +32,7 @@ pub struct RdmaSourceLink {
     control: Option<ControlChannel>,
     registered: Option<Arc<Registered>>,
     migration: MigrationId,
+    mtu: u32,
     workshop: Workshop,
 }
 
@@ -53,24 +53,27 @@ pub fn connect(
         cause: unavailable.into(),
     })?;
     let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
-    let state = LinkState::new().map_err(failed)?;
+    let state = LinkState::new(|| {}).map_err(failed)?;
     let migration = MigrationId::random().map_err(failed)?;
     let (workshop, id) = Workshop::towards(address, options, state)?;
     let preamble = |purpose| workshop.preamble(purpose, migration);
     let outlet =
         workshop.dial_outlet(Some(id), &preamble(Purpose::Control), RemoteAccess::Nothing)?;
     let inlet = workshop.dial_inlet(&preamble(Purpose::ControlBack))?;
-    let control = ControlChannel {
-        sender: Box::new(RdmaControlSender::new(outlet)),
-        receiver: Box::new(RdmaControlReceiver::new(inlet)),
-    };
-    Ok(RdmaSourceLink { control: Some(control), registered: None, migration, workshop })
+    let mtu = outlet.connection.mtu;
+    let control = Some(control::channel(outlet, inlet));
+    Ok(RdmaSourceLink { control, registered: None, migration, mtu, workshop })
 }
 
 impl RdmaSourceLink {
     /// What this migration is called on the wire.
     pub fn migration_id(&self) -> MigrationId {
         self.migration
+    }
+
+    /// The path MTU that both sides have agreed on, of the control connection.
+    pub fn path_mtu(&self) -> Mtu {
+        Mtu::decoded(self.mtu)
     }
 
     /// The destination's address.

@@ -1,42 +1,84 @@
-//! What all connections of one end of a link share: whether it was interrupted, whether it broke.
+//! What the connections of one end of a link share: whether it was interrupted, whether it broke; and
+//! what each has of its own.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use pageferry::transport::{Interrupt, TransportError};
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::board::Voice;
+use crate::port::PortHealth;
 use crate::verbs::{Context, Watch};
 
-/// Shared by everything that belongs to one end of a link.
+/// Readable for good once it was rung.
 #[derive(Debug)]
+pub(crate) struct Bell(OwnedFd);
+
+impl Bell {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    pub(crate) fn ring(&self) {
+        // Fails only where it was rung 2⁶⁴ times before.
+        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The device that a link goes through.
+#[derive(Debug)]
+struct Watched {
+    device: Watch,
+    health: Mutex<PortHealth>,
+}
+
+impl Watched {
+    fn health(&self) -> MutexGuard<'_, PortHealth> {
+        // No critical section leaves it half changed.
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
     interrupted: AtomicBool,
     /// What happened to the device.
-    broken: OnceLock<String>,
+    broken: OnceLock<&'static str>,
     /// Tells of that, once the device is known.
-    watch: OnceLock<Watch>,
-    /// Readable for good once one of the two is so.
-    bell: OwnedFd,
+    watched: OnceLock<Watched>,
+    bell: Bell,
+    /// Wakes those who wait for something else than the bell.
+    wake: Box<dyn Fn() + Send + Sync>,
 }
 
 impl LinkState {
-    pub(crate) fn new() -> io::Result<Arc<Self>> {
+    pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             interrupted: AtomicBool::new(false),
             broken: OnceLock::new(),
-            watch: OnceLock::new(),
-            bell: new_bell()?,
+            watched: OnceLock::new(),
+            bell: Bell::new()?,
+            wake: Box::new(wake),
         }))
     }
 
-    /// From here on the end of the device is noticed.
-    pub(crate) fn watch(&self, context: Context) -> io::Result<()> {
-        if self.watch.get().is_none() {
+    /// From here on the end of the device, or of a port for longer than `patience`, is noticed.
+    pub(crate) fn watch(&self, context: Context, port: u8, patience: Duration) -> io::Result<()> {
+        if self.watched.get().is_none() {
+            let health = Mutex::new(PortHealth::new(port, patience));
             // Of two that are made at once one goes away again.
-            let _ = self.watch.set(Watch::new(context)?);
+            let _ = self.watched.set(Watched { device: Watch::new(context)?, health });
         }
         Ok(())
     }
@@ -49,7 +91,7 @@ impl LinkState {
         match self.broken.get() {
             Some(what) => Err(TransportError::Lost {
                 operation: "use the RDMA device",
-                cause: io::Error::new(io::ErrorKind::NetworkDown, what.clone()),
+                cause: io::Error::new(io::ErrorKind::NetworkDown, *what),
             }),
             None => Ok(()),
         }
@@ -62,64 +104,102 @@ impl LinkState {
 
     /// Readable when [`Self::look`] should be called.
     pub(crate) fn device(&self) -> Option<BorrowedFd<'_>> {
-        self.watch.get().map(Watch::fd)
+        self.watched.get().map(|watched| watched.device.fd())
+    }
+
+    /// When [`Self::look`] should be called, if nothing else happens before.
+    pub(crate) fn look_at(&self) -> Option<Instant> {
+        self.watched.get()?.health().deadline()
     }
 
     /// Looks what the device has to say.
     pub(crate) fn look(&self) {
-        if let Some(what) = self.watch.get().and_then(Watch::take) {
+        let Some(watched) = self.watched.get() else { return };
+        let mut health = watched.health();
+        let now = Instant::now();
+        let mut fatal = None;
+        while let Some(event) = watched.device.take() {
+            tracing::info!("the RDMA device says {event:?}");
+            fatal = fatal.or(health.note(event, now));
+        }
+        if let Some(what) = fatal.or_else(|| health.check(now, |port| watched.device.is_up(port))) {
             tracing::warn!("the RDMA device failed: {what}");
             let _ = self.broken.set(what);
-            ring(&self.bell);
+            self.ring();
         }
     }
-}
 
-/// Whether one connection was interrupted alone.
-#[derive(Debug)]
-pub(crate) struct OwnStop {
-    interrupted: AtomicBool,
-    /// Readable for good once it was.
-    bell: OwnedFd,
-}
-
-impl OwnStop {
-    pub(crate) fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { interrupted: AtomicBool::new(false), bell: new_bell()? }))
-    }
-
-    pub(crate) fn check(&self) -> Result<(), TransportError> {
-        if self.interrupted.load(Ordering::Acquire) {
-            return Err(TransportError::Interrupted);
-        }
-        Ok(())
-    }
-
-    /// Readable when [`Self::check`] fails.
-    pub(crate) fn bell(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+    fn ring(&self) {
+        self.bell.ring();
+        (self.wake)();
     }
 }
 
-impl Interrupt for OwnStop {
-    fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::Release);
-        ring(&self.bell);
+impl fmt::Debug for LinkState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkState")
+            .field("interrupted", &self.interrupted)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
     }
-}
-
-fn new_bell() -> io::Result<OwnedFd> {
-    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
-}
-
-fn ring(bell: &OwnedFd) {
-    // Fails only where it was rung 2⁶⁴ times before.
-    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
 }
 
 impl Interrupt for LinkState {
     fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Release);
-        ring(&self.bell);
+        self.ring();
+    }
+}
+
+/// What one connection of a link has of its own: it may be interrupted while the others go on.
+#[derive(Debug)]
+pub(crate) struct ChannelState {
+    pub(crate) link: Arc<LinkState>,
+    interrupted: AtomicBool,
+    heard: AtomicBool,
+    bell: Bell,
+}
+
+impl ChannelState {
+    pub(crate) fn new(link: &Arc<LinkState>) -> io::Result<Self> {
+        Ok(Self {
+            link: Arc::clone(link),
+            interrupted: AtomicBool::new(false),
+            heard: AtomicBool::new(false),
+            bell: Bell::new()?,
+        })
+    }
+
+    /// A message has come.
+    pub(crate) fn hear(&self) {
+        self.heard.store(true, Ordering::Relaxed);
+    }
+
+    /// Fails once the connection or the link was interrupted, or its device failed.
+    pub(crate) fn check(&self) -> Result<(), TransportError> {
+        if self.interrupted.load(Ordering::Acquire) {
+            return Err(TransportError::Interrupted);
+        }
+        self.link.check()
+    }
+
+    /// Readable once this connection was interrupted.
+    pub(crate) fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    pub(crate) fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+}
+
+impl Voice for ChannelState {
+    fn was_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    fn interrupt(&self) {
+        self.link.interrupt();
     }
 }

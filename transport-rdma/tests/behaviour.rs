@@ -259,24 +259,196 @@ fn an_address_without_a_device_is_refused() {
     assert!(matches!(error, TransportError::Connect { .. }), "{error:?}");
 }
 
+/// The smaller of what both sides want; pages move with it.
 #[test]
-fn path_mtus_that_differ_are_refused_and_told() {
+fn path_mtus_that_differ_are_agreed_on() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
-    let before = resources();
-    let with = |mtu| RdmaOptions { mtu: Some(mtu), ..RdmaOptions::default() };
-    let acceptor = RdmaAcceptor::bind((&*address, 0), with(Mtu::Bytes1024)).expect("listens");
-    let to = acceptor.local_addr();
+    let with = |mtu| RdmaOptions { mtu, ..RdmaOptions::default() };
+    let largest = linked(&address, &with(None), &with(None)).0.path_mtu();
+    for (here, there, agreed) in [
+        (Some(Mtu::Bytes2048), Some(Mtu::Bytes1024), Mtu::Bytes1024),
+        (Some(Mtu::Bytes512), None, Mtu::Bytes512),
+        (None, Some(Mtu::Bytes256), Mtu::Bytes256),
+        (Some(Mtu::Bytes4096), None, largest),
+    ] {
+        let (mut source, mut destination) = linked(&address, &with(here), &with(there));
+        assert_eq!((source.path_mtu(), destination.path_mtu()), (agreed, agreed));
+        let (from, to) = (memory(), memory());
+        from.fill(6);
+        source.register(from.memory()).expect("source memory registers");
+        destination.register(to.memory()).expect("destination memory registers");
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut receivers = destination.open_receivers(1, SOON).expect("a channel");
+                drain(&mut receivers[0]);
+            });
+            let mut sender = source.open_senders(1).expect("a channel opens").remove(0);
+            sender.send(&[data(0, 64)]).expect("a batch goes out");
+            sender.finish().expect("the channel ends");
+        });
+        assert!((0..64).all(|page| from.read(0, page) == to.read(0, page)));
+    }
+}
+
+#[test]
+fn gids_are_those_of_the_connection_manager() {
+    let (_alone, Some(address)) = (alone(), address()) else { return };
+    let with = |gid_index| RdmaOptions { gid_index, ..RdmaOptions::default() };
+    // ci/lab: the address of IPv4 has the GID with index 1, and 0 is link-local.
+    drop(linked(&address, &with(Some(1)), &with(Some(1))));
+    let acceptor = RdmaAcceptor::bind((&*address, 0), with(None)).expect("listens");
+    for index in [0, 200] {
+        let error =
+            connect(acceptor.local_addr(), with(Some(index))).map(drop).expect_err("no way");
+        eprintln!("{}", chain(&error));
+        assert!(matches!(error, TransportError::Connect { .. }), "{error:?}");
+    }
+    let acceptor = RdmaAcceptor::bind((&*address, 0), with(Some(0))).expect("listens");
+    let error = connect(acceptor.local_addr(), with(None)).map(drop).expect_err("another GID");
+    assert!(error.to_string().contains("has the GID with index 1, not 0"), "{error}");
+}
+
+#[test]
+fn addresses_of_devices_are_named_where_one_does_not_do() {
+    let (_alone, Some(address)) = (alone(), address()) else { return };
+    let found = pageferry_rdma::addresses().expect("there is a device");
+    assert!(found.iter().any(|found| found.address.to_string() == address), "{found:?}");
+    assert!(!found.iter().any(|found| found.address.is_loopback()), "{found:?}");
+    let loopback = "127.0.0.1:0".parse::<std::net::SocketAddr>().expect("an address");
+    let refused = [
+        RdmaAcceptor::bind(loopback, RdmaOptions::default()).map(drop).expect_err("no device"),
+        connect("127.0.0.1:9", RdmaOptions::default()).map(drop).expect_err("no device"),
+    ];
+    for error in refused {
+        let text = chain(&error);
+        assert!(
+            text.contains("addresses of RDMA devices here: ") && text.contains(&address),
+            "{text}"
+        );
+    }
+}
+
+/// The network interface below the device.
+fn interface() -> String {
+    let shown = Command::new("rdma").args(["link", "show"]).output().expect("rdma of iproute2");
+    let shown = String::from_utf8(shown.stdout).expect("text");
+    let words: Vec<_> = shown.split_whitespace().collect();
+    let at = words.iter().position(|word| *word == "netdev").expect("a device of Ethernet");
+    words[at + 1].to_owned()
+}
+
+fn set(interface: &str, state: &str) {
+    let changed = Command::new("ip").args(["link", "set", interface, state]).status();
+    assert!(changed.expect("ip of iproute2").success(), "{interface} {state}");
+}
+
+/// Nothing is sent meanwhile: rxe gives up a queue pair at once whose port is down, where a NIC sends
+/// again.
+#[test]
+fn a_port_that_is_down_for_a_moment_ends_nothing() {
+    let (_alone, Some(address)) = (alone(), address()) else { return };
+    let mut opened = open(&address, RegistrationMode::AtStart, RegistrationMode::AtStart);
+    opened.here.fill(7);
+    let interface = interface();
+    let mut control = opened.destination.control().expect("once").receiver;
     thread::scope(|scope| {
-        let source = scope.spawn(|| connect(to, with(Mtu::Bytes2048)).map(drop));
-        let there = acceptor.accept(Some(SOON)).map(drop).expect_err("MTUs differ");
-        let here = source.join().expect("no panic").expect_err("MTUs differ");
-        for error in [here, there] {
-            let TransportError::Refused { reason, .. } = &error else { panic!("{error:?}") };
-            assert!(reason.contains("2048") && reason.contains("1024"), "{reason}");
-        }
+        scope.spawn(|| drain(&mut opened.receiver));
+        set(&interface, "down");
+        // As long as the port is down, somebody sleeps who hears of it.
+        let waited = control.receive(Some(Duration::from_millis(300)));
+        set(&interface, "up");
+        assert!(matches!(waited, Err(TransportError::TimedOut { .. })), "{waited:?}");
+        let ticket = opened.sender.send(&[data(0, 16)]).expect("a batch goes out");
+        settle(&mut opened.sender, ticket);
+        opened.sender.finish().expect("the channel ends");
     });
-    drop(acceptor);
-    expect_resources(&before);
+    assert!((0..16).all(|page| opened.here.read(0, page) == opened.there.read(0, page)));
+}
+
+/// Two seconds by default, as long as the queue pairs would have sent again.
+#[test]
+fn a_port_that_stays_down_ends_a_link_on_which_nothing_is_sent() {
+    let (_alone, Some(address)) = (alone(), address()) else { return };
+    let mut opened = open(&address, RegistrationMode::AtStart, RegistrationMode::AtStart);
+    let interface = interface();
+    let mut control = opened.destination.control().expect("once").receiver;
+    set(&interface, "down");
+    let began = Instant::now();
+    let waited = control.receive(Some(SOON));
+    let took = began.elapsed();
+    set(&interface, "up");
+    let error = waited.expect_err("the port is down");
+    assert!(chain(&error).contains("the port went down, and stayed so"), "{error:?}");
+    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(4), "{took:?}");
+}
+
+/// A process that was stopped, say: its NIC takes what it has room for, and nobody reads it.
+#[test]
+fn a_control_send_to_who_reads_nothing_has_an_end() {
+    let (_alone, Some(address)) = (alone(), address()) else { return };
+    let both = options(RegistrationMode::AtStart);
+    let (mut source, mut destination) = linked(&address, &both, &both);
+    let _unread = destination.control().expect("once");
+    let ControlChannel { mut sender, receiver: _idle } = source.control().expect("once");
+    let (frame, patience) = (vec![1; 1 << 20], Duration::from_millis(300));
+    let began = Instant::now();
+    let error = sender.send(&frame, patience).expect_err("there is no room for it");
+    let took = began.elapsed();
+    assert!(
+        matches!(error, TransportError::TimedOut { after, .. } if after == patience),
+        "{error:?}"
+    );
+    assert!(took >= patience && took < SOON / 4, "{took:?}");
+    sender.send(&[1], SOON).expect_err("part of a frame is out");
+    assert!(began.elapsed() < SOON / 2, "at once");
+}
+
+/// Also while it waits for what another connection is to bring.
+#[test]
+fn one_channel_is_interrupted_and_the_other_goes_on() {
+    let (_alone, Some(address)) = (alone(), address()) else { return };
+    let (mut source, mut destination) =
+        linked(&address, &options(RegistrationMode::AtStart), &options(RegistrationMode::Ahead));
+    let (here, there) = (memory(), memory());
+    here.fill(8);
+    source.register(here.memory()).expect("source memory registers");
+    destination.register(there.memory()).expect("destination memory registers");
+    let (mut senders, mut receivers) = thread::scope(|scope| {
+        let accepted = scope.spawn(|| destination.open_receivers(2, SOON));
+        let senders = source.open_senders(2).expect("channels open");
+        (senders, accepted.join().expect("no panic").expect("channels are accepted"))
+    });
+    let (mut other, mut ended) = (senders.remove(1), senders.remove(0));
+    let (mut receiver, mut lost) = (receivers.remove(1), receivers.remove(0));
+    let interrupter = ended.interrupter();
+    thread::scope(|scope| {
+        // Nobody registers it as long as nobody receives.
+        let waiting = scope.spawn(move || {
+            let result = ended.send(&[data(3 * CHUNK_PAGES, 1)]);
+            (ended, result)
+        });
+        thread::sleep(Duration::from_millis(300));
+        assert!(!waiting.is_finished(), "the page's memory is registered");
+        interrupter.interrupt();
+        let (mut ended, result) = waiting.join().expect("no panic");
+        assert!(matches!(result, Err(TransportError::Interrupted)), "{result:?}");
+        let again = ended.watermarks(None);
+        assert!(matches!(again, Err(TransportError::Interrupted)), "{again:?}");
+        let at_the_other_end = loop {
+            match lost.receive() {
+                Ok(Received::Batch(_)) => {}
+                end => break end,
+            }
+        };
+        assert!(
+            matches!(at_the_other_end, Err(TransportError::Lost { .. })),
+            "{at_the_other_end:?}"
+        );
+        scope.spawn(|| drain(&mut receiver));
+        other.send(&[data(0, 16)]).expect("a batch goes out");
+        other.finish().expect("the channel ends");
+    });
+    assert!((0..16).all(|page| here.read(0, page) == there.read(0, page)));
 }
 
 // --- peers that die ----------------------------------------------------------------------------

@@ -11,8 +11,10 @@ mod watch;
 use std::ffi::CStr;
 use std::fmt;
 use std::io;
+use std::net::{IpAddr, Ipv6Addr};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rdma_sys as sys;
 
@@ -98,15 +100,43 @@ impl Context {
         transport != sys::ibv_transport_type::IBV_TRANSPORT_IWARP
     }
 
+    fn port(self, port: u8) -> io::Result<sys::ibv_port_attr> {
+        // SAFETY: plain numbers, for which zero is a value.
+        let mut attr: sys::ibv_port_attr = unsafe { std::mem::zeroed() };
+        // SAFETY: the context is open, the attributes are a place to write to.
+        check(unsafe { sys::ibv_query_port(self.0.as_ptr(), port, &raw mut attr) })?;
+        Ok(attr)
+    }
+
+    /// The address that a GID of a port stands for; `None` for one that is none, as on InfiniBand.
+    pub(crate) fn gid_address(self, port: u8, index: u8) -> io::Result<Option<IpAddr>> {
+        // SAFETY: bytes, for which zero is a value.
+        let mut gid: sys::ibv_gid = unsafe { std::mem::zeroed() };
+        // SAFETY: the context is open, the GID is a place to write to.
+        check(unsafe { sys::ibv_query_gid(self.0.as_ptr(), port, index.into(), &raw mut gid) })?;
+        if self.port(port)?.link_layer != sys::IBV_LINK_LAYER_ETHERNET {
+            return Ok(None);
+        }
+        // SAFETY: it was written, or is zero.
+        let ip = Ipv6Addr::from(unsafe { gid.raw });
+        if ip.is_unspecified() {
+            let what = format!("port {port} of {} has no GID with index {index}", self.name());
+            return Err(io::Error::new(io::ErrorKind::NotFound, what));
+        }
+        Ok(Some(IpAddr::V6(ip).to_canonical()))
+    }
+
+    /// Whether a port works.
+    pub(crate) fn is_up(self, port: u8) -> bool {
+        self.port(port).is_ok_and(|attr| attr.state == sys::ibv_port_state::IBV_PORT_ACTIVE)
+    }
+
     pub(crate) fn limits(self, port: u8) -> io::Result<Limits> {
         // SAFETY: plain numbers, for which zero is a value.
         let mut device: sys::ibv_device_attr = unsafe { std::mem::zeroed() };
         // SAFETY: the context is open, the attributes are a place to write to.
         check(unsafe { sys::ibv_query_device(self.0.as_ptr(), &raw mut device) })?;
-        // SAFETY: plain numbers, for which zero is a value.
-        let mut attr: sys::ibv_port_attr = unsafe { std::mem::zeroed() };
-        // SAFETY: as for the device.
-        check(unsafe { sys::ibv_query_port(self.0.as_ptr(), port, &raw mut attr) })?;
+        let attr = self.port(port)?;
         Ok(Limits {
             max_mr_bytes: device.max_mr_size,
             max_mr_count: u64::try_from(device.max_mr).unwrap_or(0),
@@ -143,6 +173,8 @@ fn some<T>(pointer: *mut T) -> io::Result<NonNull<T>> {
 pub(crate) struct ProtectionDomain {
     pd: NonNull<sys::ibv_pd>,
     context: Context,
+    /// Completion queues made so far.
+    queues: AtomicU32,
 }
 
 // SAFETY: as for `Context`.
@@ -154,12 +186,26 @@ impl ProtectionDomain {
     pub(crate) fn new(context: Context) -> io::Result<Arc<Self>> {
         // SAFETY: the context is open.
         let pd = some(unsafe { sys::ibv_alloc_pd(context.0.as_ptr()) })?;
-        Ok(Arc::new(Self { pd, context }))
+        Ok(Arc::new(Self { pd, context, queues: AtomicU32::new(0) }))
     }
 
     pub(crate) fn context(&self) -> Context {
         self.context
     }
+
+    /// The interrupt vector of the next completion queue: each its own, as far as the device has them,
+    /// so that no CPU hears of all.
+    fn next_vector(&self) -> i32 {
+        // SAFETY: rdma_cm never closes a context.
+        let vectors = unsafe { self.context.0.as_ref() }.num_comp_vectors;
+        vector_of(self.queues.fetch_add(1, Ordering::Relaxed), vectors)
+    }
+}
+
+/// In turn; a device that names none has one.
+fn vector_of(queue: u32, vectors: i32) -> i32 {
+    let vectors = u32::try_from(vectors).unwrap_or(0).max(1);
+    i32::try_from(queue % vectors).unwrap_or(0)
 }
 
 impl fmt::Debug for ProtectionDomain {
@@ -175,5 +221,18 @@ impl Drop for ProtectionDomain {
         if let Err(error) = check(code) {
             tracing::error!("failed to free a protection domain: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::vector_of;
+
+    #[test]
+    fn queues_take_vectors_in_turn() {
+        let vectors = |count| (0..6).map(|queue| vector_of(queue, count)).collect::<Vec<_>>();
+        assert_eq!(vectors(4), [0, 1, 2, 3, 0, 1]);
+        assert_eq!(vectors(1), [0; 6]);
+        assert_eq!((vectors(0), vectors(-1)), (vec![0; 6], vec![0; 6]));
     }
 }

@@ -66,9 +66,9 @@ impl CompletionQueue {
         // SAFETY: the context is open.
         let channel = some(unsafe { sys::ibv_create_comp_channel(context) })?;
         let depth = i32::try_from(depth).unwrap_or(i32::MAX);
+        let (cookie, vector) = (ptr::null_mut(), pd.next_vector());
         // SAFETY: context and channel are there; a queue needs no cookie.
-        let cq =
-            unsafe { sys::ibv_create_cq(context, depth, ptr::null_mut(), channel.as_ptr(), 0) };
+        let cq = unsafe { sys::ibv_create_cq(context, depth, cookie, channel.as_ptr(), vector) };
         let Ok(cq) = some(cq) else {
             let error = io::Error::last_os_error();
             // SAFETY: created above, and used by nobody.

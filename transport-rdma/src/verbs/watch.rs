@@ -1,7 +1,6 @@
 //! What happens to a device.
 #![expect(unsafe_code, reason = "libibverbs is a C library")]
 
-use std::ffi::CStr;
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
@@ -10,6 +9,7 @@ use std::ptr::NonNull;
 use rdma_sys as sys;
 
 use super::{Context, check, some};
+use crate::port::DeviceEvent;
 
 /// A device opened once more, to be told when its port or all of it fails.
 pub(crate) struct Watch(NonNull<sys::ibv_context>);
@@ -37,27 +37,37 @@ impl Watch {
         unsafe { BorrowedFd::borrow_raw(fd) }
     }
 
-    /// What happened to the device, if that ends a link.
-    pub(crate) fn take(&self) -> Option<String> {
+    /// What happened to the device, if something did.
+    pub(crate) fn take(&self) -> Option<DeviceEvent> {
         use sys::ibv_event_type as event;
-        // SAFETY: a union of pointers and numbers, and a number.
-        let mut found: sys::ibv_async_event = unsafe { std::mem::zeroed() };
-        // SAFETY: the context is open and its events do not block; the event is a place to write to.
-        let code = unsafe { sys::ibv_get_async_event(self.0.as_ptr(), &raw mut found) };
-        if code != 0 {
-            return None;
+        loop {
+            // SAFETY: a union of pointers and numbers, and a number.
+            let mut found: sys::ibv_async_event = unsafe { std::mem::zeroed() };
+            // SAFETY: the context is open and its events do not block; the event is a place to write
+            // to.
+            let code = unsafe { sys::ibv_get_async_event(self.0.as_ptr(), &raw mut found) };
+            if code != 0 {
+                return None;
+            }
+            // A newer kernel may say what the bindings have no name for.
+            // SAFETY: a number that the call has written.
+            let kind = unsafe { (&raw const found.event_type).cast::<u32>().read() };
+            // SAFETY: all of the union was zero or was written; whether it is a port the kind says.
+            let port = u8::try_from(unsafe { found.element.port_num }).unwrap_or(0);
+            // SAFETY: as it was got, of a kind without queues to be told; acknowledged once.
+            unsafe { sys::ibv_ack_async_event(&raw mut found) };
+            return Some(match kind {
+                kind if kind == event::IBV_EVENT_PORT_ERR as u32 => DeviceEvent::PortDown { port },
+                kind if kind == event::IBV_EVENT_PORT_ACTIVE as u32 => DeviceEvent::PortUp { port },
+                kind if kind == event::IBV_EVENT_DEVICE_FATAL as u32 => DeviceEvent::Fatal,
+                _ => continue,
+            });
         }
-        let fatal =
-            [event::IBV_EVENT_PORT_ERR, event::IBV_EVENT_DEVICE_FATAL].contains(&found.event_type);
-        // SAFETY: any kind has a text.
-        let text = unsafe { sys::ibv_event_type_str(found.event_type) };
-        // SAFETY: from `ibv_get_async_event`, and acknowledged once.
-        unsafe { sys::ibv_ack_async_event(&raw mut found) };
-        if !fatal || text.is_null() {
-            return None;
-        }
-        // SAFETY: a constant string that ends with 0.
-        Some(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+    }
+
+    /// Whether a port works.
+    pub(crate) fn is_up(&self, port: u8) -> bool {
+        Context(self.0).is_up(port)
     }
 }
 

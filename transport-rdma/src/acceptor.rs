@@ -1,0 +1,161 @@
+//! The destination's listener.
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use pageferry::transport::{Interrupt, TransportError};
+
+use crate::addresses::advise;
+use crate::board::Board;
+use crate::check_libraries;
+use crate::cm::Id;
+use crate::destination::RdmaDestinationLink;
+use crate::dial::{Request, check_device};
+use crate::options::RdmaOptions;
+use crate::reception::{Arrival, Reception};
+use crate::state::Bell;
+
+/// Requests that the kernel keeps for the acceptor's thread.
+const BACKLOG: i32 = 64;
+/// Fits the kernel's 15 bytes.
+const THREAD_NAME: &str = "ferry-accept";
+
+/// Waits for sources at an RDMA device's address. Serves one migration at a time; a second source that
+/// has waited a second is told to come later. Who was let in and says nothing is no source yet: the link of
+/// one that another one is quicker than is interrupted, and the other's is next.
+///
+/// Strangers (other programs' requests, sources that leave half-way) are turned away with a warning in
+/// the log that names their address, and disturb nobody.
+///
+/// # Thread safety
+///
+/// All methods take `&self`; a link that was accepted lives on its own.
+///
+/// # Resource cleanup
+///
+/// A thread owns the listener. Dropping the acceptor and the links that came from it ends the thread
+/// and frees the port.
+#[derive(Debug)]
+pub struct RdmaAcceptor {
+    desk: Arc<Desk>,
+    local_addr: SocketAddr,
+}
+
+impl RdmaAcceptor {
+    /// Listens on the first of the addresses that can be had. Port 0 lets the kernel choose one, see
+    /// [`RdmaAcceptor::local_addr`].
+    pub fn bind(address: impl ToSocketAddrs, options: RdmaOptions) -> Result<Self, TransportError> {
+        Self::bind_with(address, options, |body| {
+            thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(body)
+        })
+    }
+
+    /// As [`RdmaAcceptor::bind`], for a host that wants to start the acceptor's thread itself (to put a
+    /// seccomp filter on it first, say). The thread must run what it is given to its end.
+    pub fn bind_with(
+        address: impl ToSocketAddrs,
+        options: RdmaOptions,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
+    ) -> Result<Self, TransportError> {
+        let failed = |address: Option<SocketAddr>, cause| TransportError::Listen {
+            address: address.map_or_else(|| "?".to_owned(), |address| address.to_string()),
+            cause,
+        };
+        let addresses = address.to_socket_addrs().map_err(|cause| failed(None, cause))?;
+        let mut last_error = failed(None, io::ErrorKind::NotFound.into());
+        for address in addresses {
+            check_libraries().map_err(|unavailable| failed(Some(address), unavailable.into()))?;
+            check_device(&options, &address.to_string())?;
+            match listen(address) {
+                Ok((listener, local_addr)) => {
+                    let desk =
+                        Desk::open(listener, local_addr, options, spawn).map_err(|cause| {
+                            TransportError::Io { operation: "start the acceptor's thread", cause }
+                        })?;
+                    return Ok(Self { desk: Arc::new(desk), local_addr });
+                }
+                Err(cause) => last_error = failed(Some(address), advise(cause)),
+            }
+        }
+        Err(last_error)
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Ends [`Self::accept`], now and later. Links that were accepted go on.
+    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::new(AcceptInterrupter(Arc::clone(&self.desk.board)))
+    }
+
+    /// Waits for a source, at most `timeout` (`None`: for as long as it takes). While the link of the
+    /// migration before lives, no source is let in.
+    pub fn accept(&self, timeout: Option<Duration>) -> Result<RdmaDestinationLink, TransportError> {
+        let arrival = self.desk.board.next_migration(timeout)?;
+        RdmaDestinationLink::new(arrival, Arc::clone(&self.desk))
+            .inspect_err(|_| self.desk.board.end_migration())
+    }
+}
+
+#[derive(Debug)]
+struct AcceptInterrupter(Arc<Board<Arrival, Request>>);
+
+impl Interrupt for AcceptInterrupter {
+    fn interrupt(&self) {
+        self.0.interrupt_accept();
+    }
+}
+
+/// The acceptor's thread, shared by the acceptor and its links. Ends with the last of them.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    board: Arc<Board<Arrival, Request>>,
+    bell: Arc<Bell>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Desk {
+    fn open(
+        listener: Id,
+        local: SocketAddr,
+        options: RdmaOptions,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
+    ) -> io::Result<Self> {
+        let (board, bell) = (Arc::new(Board::default()), Arc::new(Bell::new()?));
+        let reception =
+            Reception::new(listener, local, Arc::clone(&bell), Arc::clone(&board), options);
+        let thread = spawn(Box::new(move || reception.run()))?;
+        Ok(Self { board, bell, thread: Some(thread) })
+    }
+
+    pub(crate) fn board(&self) -> &Board<Arrival, Request> {
+        &self.board
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        self.board.stop(None);
+        self.bell.ring();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the acceptor's thread panicked");
+        }
+    }
+}
+
+fn listen(mut address: SocketAddr) -> io::Result<(Id, SocketAddr)> {
+    let id = Id::new()?;
+    address.set_port(id.listen(address, BACKLOG)?);
+    if !address.ip().is_unspecified() && id.context().is_none() {
+        // Nobody would ever get here: so it is with loopback addresses.
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
+    }
+    Ok((id, address))
+}

@@ -1,0 +1,318 @@
+//! Those that an acceptor must bear with, where there is an RDMA device (`ci/lab run --rxe`). Its
+//! address is in `PAGEFERRY_RDMA_ADDRESS`. In the crate, since strangers say what no source does.
+
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry::transport::{Link, MigrationId, TransportError};
+
+use crate::cm::{Id, RemoteAccess};
+use crate::dial::Workshop;
+use crate::pipe::{ACKS, Inlet, KEEPALIVE, Message, Outlet, RECEIVES};
+use crate::preamble::Purpose;
+use crate::state::LinkState;
+use crate::verbs::{Access, Completion, MemoryRegion, Request, Span, Verb};
+use crate::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
+
+/// A bound on what should take no time.
+const SOON: Duration = Duration::from_secs(20);
+/// Within which a source gets in, whoever else is there.
+const GETS_IN: Duration = Duration::from_secs(5);
+
+/// Frames of one message each that get through from who reads no word about them: half of the room for
+/// each word that is there or under way, and all of it after the last.
+const MOST_FRAMES: u32 = 2 * ACKS * RECEIVES / 2 + 2 * RECEIVES;
+
+fn acceptor() -> Option<RdmaAcceptor> {
+    if let Err(unavailable) = crate::available() {
+        eprintln!("tests over RDMA skipped, because {unavailable}");
+        return None;
+    }
+    let Ok(address) = std::env::var("PAGEFERRY_RDMA_ADDRESS") else {
+        eprintln!("tests over RDMA skipped, because PAGEFERRY_RDMA_ADDRESS names no device");
+        return None;
+    };
+    Some(RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("listens"))
+}
+
+/// Somebody who is about to connect, and can say anything.
+fn stranger(to: SocketAddr) -> (Workshop, Id) {
+    let state = LinkState::new(|| {}).expect("an event counter");
+    Workshop::towards(to, RdmaOptions::default(), state).expect("a way")
+}
+
+/// Says something; why it was refused.
+fn refused(to: SocketAddr, say: impl Fn(&Workshop) -> Vec<u8>) -> String {
+    let (workshop, id) = stranger(to);
+    let said = say(&workshop);
+    match workshop.dial_outlet(Some(id), &said, RemoteAccess::Nothing) {
+        Err(TransportError::Refused { reason, .. }) => reason,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+fn preamble(purpose: Purpose, migration: MigrationId) -> impl Fn(&Workshop) -> Vec<u8> {
+    move |workshop| workshop.preamble(purpose, migration).to_vec()
+}
+
+/// One half of a control channel, and nobody behind it.
+fn half(to: SocketAddr, migration: MigrationId) -> Outlet {
+    half_by(&stranger(to).0, migration)
+}
+
+fn half_by(workshop: &Workshop, migration: MigrationId) -> Outlet {
+    let say = workshop.preamble(Purpose::Control, migration);
+    workshop.dial_outlet(None, &say, RemoteAccess::Nothing).expect("accepted")
+}
+
+fn other_half(to: SocketAddr, migration: MigrationId) -> Inlet {
+    let (workshop, _) = stranger(to);
+    let say = workshop.preamble(Purpose::ControlBack, migration);
+    workshop.dial_inlet(&say).expect("accepted")
+}
+
+fn serve(acceptor: &RdmaAcceptor) -> (RdmaSourceLink, RdmaDestinationLink) {
+    let to = acceptor.local_addr();
+    let began = Instant::now();
+    let link = thread::scope(|scope| {
+        let source = scope.spawn(move || connect(to, RdmaOptions::default()));
+        let destination = acceptor.accept(Some(SOON)).expect("a source came");
+        (source.join().expect("no panic").expect("the acceptor answers"), destination)
+    });
+    assert!(began.elapsed() < GETS_IN, "it took {:?}", began.elapsed());
+    link
+}
+
+/// From then on others are told to come later.
+fn speak(source: &mut RdmaSourceLink, destination: &mut RdmaDestinationLink) {
+    source.control().expect("once").sender.send(b"hello", SOON).expect("it goes out");
+    let heard = destination.control().expect("once").receiver.receive(Some(SOON));
+    assert_eq!(heard.expect("it comes"), b"hello");
+}
+
+/// A stranger who speaks the preamble and has both connections: it is let in, until a source speaks.
+#[test]
+fn whoever_speaks_first_is_the_source() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let migration = MigrationId([9; 16]);
+    let _silent = (half(to, migration), other_half(to, migration));
+    let mut link = acceptor.accept(Some(SOON)).expect("it came");
+    assert_eq!(link.migration_id(), migration);
+    let mut control = link.control().expect("once");
+    thread::scope(|scope| {
+        let negotiating = scope.spawn(move || {
+            let heard = control.receiver.receive(Some(SOON));
+            drop((control, link));
+            heard
+        });
+        let began = Instant::now();
+        let mut source = connect(to, RdmaOptions::default()).expect("it is let in, too");
+        let mut kept = source.control().expect("once");
+        kept.sender.send(b"hello", SOON).expect("it goes out");
+        let heard = negotiating.join().expect("no panic");
+        assert!(matches!(heard, Err(TransportError::Interrupted)), "{heard:?}");
+        let link = acceptor.accept(Some(SOON)).expect("the source is next");
+        assert_eq!(link.migration_id(), source.migration_id());
+        assert!(began.elapsed() < GETS_IN, "it took {:?}", began.elapsed());
+    });
+}
+
+#[test]
+fn garbage_is_refused_at_once_and_another_version_told_so() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let id = MigrationId([1; 16]);
+    assert_eq!(
+        refused(to, |_| b"GET / HTTP/1.1\r\n\r\n".to_vec()),
+        "a request that is not pageferry's"
+    );
+    assert_eq!(refused(to, |_| Vec::new()), "a request that is not pageferry's");
+    let changed = |at: usize| {
+        move |workshop: &Workshop| {
+            let mut said = preamble(Purpose::Control, id)(workshop);
+            said[at] ^= 0x40;
+            said
+        }
+    };
+    assert_eq!(refused(to, changed(4)), "a version that is not spoken here");
+    assert_eq!(refused(to, changed(5)), "a request for nothing that is known");
+    assert_eq!(refused(to, changed(27)), "a request with reserved bytes set");
+    let reason = refused(to, changed(24));
+    assert!(reason.contains("path MTU"), "{reason}");
+    serve(&acceptor);
+}
+
+/// More than any queue holds; once that was the end of an acceptor.
+#[test]
+fn requests_of_migrations_that_nobody_serves_are_refused_at_once() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    for stranger in 0..100 {
+        let purpose = match stranger % 3 {
+            0 => Purpose::ControlBack,
+            1 => Purpose::Table,
+            _ => Purpose::Pages { channel: 0 },
+        };
+        let reason = refused(to, preamble(purpose, MigrationId([stranger; 16])));
+        assert_eq!(reason, "no migration with this id is being served");
+    }
+    serve(&acceptor);
+}
+
+#[test]
+fn many_silent_sources_lock_nobody_out() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let mut kept = Vec::new();
+    for stranger in 0..20 {
+        kept.push(half(to, MigrationId([stranger; 16])));
+    }
+    serve(&acceptor);
+}
+
+#[test]
+fn a_source_that_leaves_half_way_ends_nothing() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    thread::scope(|scope| {
+        let accepting = scope.spawn(|| acceptor.accept(Some(SOON)));
+        drop(half(to, MigrationId([1; 16])));
+        // This one comes to the end of connecting.
+        let _kept = (half(to, MigrationId([2; 16])), other_half(to, MigrationId([2; 16])));
+        let first = accepting.join().expect("no panic").expect("one who came").migration_id();
+        assert_eq!(first, MigrationId([2; 16]));
+    });
+    serve(&acceptor);
+}
+
+#[test]
+fn a_source_that_gave_up_before_it_was_accepted_is_forgotten() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let migration = MigrationId([1; 16]);
+    drop((half(to, migration), other_half(to, migration)));
+    let began = Instant::now();
+    while connect(to, RdmaOptions::default()).is_err() {
+        assert!(began.elapsed() < SOON, "the source that left is still being served");
+    }
+}
+
+#[test]
+fn a_second_source_is_told_to_come_later_and_data_channels_must_be_free() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let (mut source, mut destination) = serve(&acceptor);
+    speak(&mut source, &mut destination);
+    let busy = connect(to, RdmaOptions::default()).map(drop).expect_err("one is served");
+    assert_eq!(busy.to_string(), format!("refused by {to}: another migration is being served"));
+    let ours = destination.migration_id();
+    assert_eq!(ours, source.migration_id());
+    let (workshop, id) = stranger(to);
+    let channel = workshop.preamble(Purpose::Pages { channel: 0 }, ours);
+    thread::scope(|scope| {
+        // Nobody takes it.
+        let waiting =
+            scope.spawn(|| workshop.dial_outlet(Some(id), &channel, RemoteAccess::Nothing));
+        let taken = preamble(Purpose::Pages { channel: 0 }, ours);
+        let began = Instant::now();
+        loop {
+            let (workshop, id) = stranger(to);
+            // The one above may not have come yet; a second one waits no longer than it.
+            let second = RdmaOptions { connect_timeout: GETS_IN / 5, ..workshop.options.clone() };
+            let workshop = Workshop { options: second, ..workshop };
+            let said = taken(&workshop);
+            match workshop.dial_outlet(Some(id), &said, RemoteAccess::Nothing) {
+                Err(TransportError::Refused { reason, .. }) => {
+                    assert_eq!(reason, "data channel 0 is connected already");
+                    break;
+                }
+                other => assert!(began.elapsed() < GETS_IN, "{other:?}"),
+            }
+        }
+        let beyond = preamble(Purpose::Pages { channel: 256 }, ours);
+        assert_eq!(refused(to, beyond), "data channel 256 of only 256 channels");
+        drop((source, destination));
+        waiting.join().expect("no panic").map(drop).expect_err("its migration is over");
+    });
+    serve(&acceptor);
+}
+
+/// Whoever has nothing to send for minutes has somebody look after that half of the channel.
+#[test]
+fn who_only_receives_frames_answers_when_asked_whether_anybody_is_there() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let migration = MigrationId([4; 16]);
+    let (outlet, mut inlet) = (half(to, migration), other_half(to, migration));
+    let mut link = acceptor.accept(Some(SOON)).expect("it came");
+    let mut control = link.control().expect("once");
+    thread::scope(|scope| {
+        let receiving = scope.spawn(move || control.receiver.receive(None));
+        // Asks after one KEEPALIVE, and is answered within another.
+        let answer = inlet.next(Some(Instant::now() + 3 * KEEPALIVE));
+        assert!(matches!(answer, Ok(Some(Message::Mark))), "{answer:?}");
+        drop((outlet, inlet));
+        receiving.join().expect("no panic").expect_err("nobody is there any more");
+    });
+}
+
+/// Sends frames of one byte for ever, and reads no word about them; until it is told off.
+fn flood(workshop: &Workshop, outlet: &mut Outlet) {
+    const FRAME: [u8; 6] = [1, 1, 0, 0, 0, 7];
+    let mut bytes = MemoryRegion::own(&workshop.pd, FRAME.len(), Access::Local).expect("memory");
+    bytes.put(0, &FRAME);
+    let span = Span { address: bytes.address(), len_bytes: 6, key: bytes.local_key() };
+    let (mut posted, mut under_way, mut found) = (0, 0, Vec::new());
+    let began = Instant::now();
+    loop {
+        assert!(began.elapsed() < SOON, "nobody minds {posted} messages");
+        let more = (under_way..64).map(|_| {
+            posted += 1;
+            Request { work: posted, verb: Verb::Send, span: Some(span), signalled: true }
+        });
+        if outlet.connection.qp.post(more).is_err() {
+            return;
+        }
+        found.clear();
+        let turn = Instant::now() + Duration::from_millis(100);
+        if outlet.connection.completions(&mut found, Some(turn)).is_err() {
+            return;
+        }
+        if found.iter().any(Completion::is_error) {
+            return;
+        }
+        let sent = found.iter().filter(|completion| completion.work <= posted).count();
+        under_way = 64 - sent;
+    }
+}
+
+/// Each message waits for a credit, unless its sender takes what he was not given.
+#[test]
+fn a_source_that_floods_is_told_off_and_costs_no_more_than_its_credits() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let migration = MigrationId([3; 16]);
+    let (workshop, _) = stranger(to);
+    let (mut outlet, _inlet) = (half_by(&workshop, migration), other_half(to, migration));
+    let mut link = acceptor.accept(Some(SOON)).expect("it came");
+    let mut control = link.control().expect("once");
+    thread::scope(|scope| {
+        scope.spawn(move || flood(&workshop, &mut outlet));
+        // As a host that is busy for a moment: what comes meanwhile waits.
+        thread::sleep(Duration::from_millis(300));
+        let mut frames = 0;
+        let error = loop {
+            match control.receiver.receive(Some(SOON)) {
+                Ok(_) => frames += 1,
+                Err(error) => break error,
+            }
+        };
+        eprintln!("told off after {frames} frames");
+        assert!(matches!(error, TransportError::Violation(_)), "{error:?}");
+        assert!(frames <= MOST_FRAMES, "{frames} frames");
+        drop((control, link));
+    });
+    serve(&acceptor);
+}
