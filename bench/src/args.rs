@@ -230,7 +230,7 @@ pub(crate) enum Transport {
 #[derive(Debug, Clone, Copy, Default, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "With --transport rdma")]
 pub(crate) struct RdmaArgs {
-    /// Address of the RDMA device, where both sides are.
+    /// Address of the RDMA device, where both sides are [default: the first there is].
     #[arg(long, value_name = "ADDR")]
     pub(crate) rdma_address: Option<IpAddr>,
     /// Most bytes of one write, and bytes of each of perftest's [default: the transport's, 1 MiB].
@@ -253,17 +253,14 @@ pub(crate) enum RdmaRegistration {
 }
 
 impl RdmaArgs {
-    /// Where RDMA is among the transports: that this program was built with it, and the device's
-    /// address, without which it cannot do.
-    pub(crate) fn check(self, transports: &[Transport]) -> Result<(), String> {
+    /// Where RDMA is among the transports: that this program was built with it.
+    pub(crate) fn check(transports: &[Transport]) -> Result<(), String> {
         if !transports.contains(&Transport::Rdma) {
             Ok(())
         } else if !cfg!(feature = "rdma") {
             Err("--transport rdma: this program was built without RDMA; build it with --features \
                  rdma (which needs cmake and libclang)"
                 .to_owned())
-        } else if self.rdma_address.is_none() {
-            Err("--transport rdma needs --rdma-address, the address of an RDMA device".to_owned())
         } else {
             Ok(())
         }
@@ -344,7 +341,7 @@ pub(crate) struct ThroughputArgs {
 
 impl ThroughputArgs {
     fn check(&self) -> Result<(), String> {
-        self.rdma.check(&[self.transport])?;
+        RdmaArgs::check(&[self.transport])?;
         whole_pages(self.memory, self.backing)?;
         a_page_each(self.memory, self.channels)
     }

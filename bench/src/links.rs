@@ -60,7 +60,7 @@ impl Listener {
             }
             #[cfg(feature = "rdma")]
             Transport::Rdma => {
-                let address = way.rdma.rdma_address.unwrap_or(HERE.ip());
+                let address = rdma_address(way.rdma)?;
                 Acceptor::Rdma(RdmaAcceptor::bind((address, 0), rdma_options(way.rdma))?)
             }
             #[cfg(not(feature = "rdma"))]
@@ -124,6 +124,21 @@ pub(crate) fn slice_bytes(args: RdmaArgs) -> u32 {
 #[cfg(not(feature = "rdma"))]
 pub(crate) fn slice_bytes(args: RdmaArgs) -> u32 {
     args.rdma_slice.unwrap_or(1)
+}
+
+/// The address of an RDMA device where both sides are: the one that was named, or the first there is.
+#[cfg(feature = "rdma")]
+pub(crate) fn rdma_address(args: RdmaArgs) -> Result<IpAddr, Failure> {
+    if let Some(address) = args.rdma_address {
+        return Ok(address);
+    }
+    let first = pageferry_rdma::addresses()?.into_iter().next();
+    first.map(|first| first.address).ok_or_else(|| "no RDMA device has an address".into())
+}
+
+#[cfg(not(feature = "rdma"))]
+pub(crate) fn rdma_address(_: RdmaArgs) -> Result<IpAddr, Failure> {
+    Err(no_rdma())
 }
 
 #[cfg(feature = "rdma")]

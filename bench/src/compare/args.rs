@@ -59,7 +59,7 @@ pub(crate) struct CompareArgs {
 impl CompareArgs {
     /// Whether what was given fits together.
     pub(crate) fn check(&self) -> Result<(), String> {
-        self.rdma.check(&self.transport)?;
+        RdmaArgs::check(&self.transport)?;
         whole_pages(self.memory, self.backing)?;
         a_page_each(self.memory, self.channels)
     }

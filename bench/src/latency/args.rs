@@ -87,7 +87,7 @@ impl LatencyArgs {
 
     /// Whether what was given fits together.
     pub(crate) fn check(&self) -> Result<(), String> {
-        self.rdma.check(&[self.transport])?;
+        RdmaArgs::check(&[self.transport])?;
         whole_pages(self.memory, self.backing)
     }
 }

@@ -94,7 +94,7 @@ pub(crate) struct MigrateArgs {
 impl MigrateArgs {
     /// Whether what was given fits together.
     pub(crate) fn check(&self) -> Result<(), String> {
-        self.rdma.check(&self.transport)?;
+        RdmaArgs::check(&self.transport)?;
         let Self { memory, working_set, vcpus, .. } = *self;
         let needed = working_set.saturating_add(WORKING_SET);
         let huge = self.backing.contains(&Backing::Hugetlb);

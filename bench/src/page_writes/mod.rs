@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use pageferry_report::document::{PageWritePair, PageWrites};
 
 use crate::args::RdmaArgs;
+use crate::links::rdma_address;
 use crate::outcome::Failure;
 use crate::perftest::Device;
 
@@ -15,7 +16,7 @@ const PAGE_BYTES: u32 = 4096;
 
 /// Measures both, in turn.
 pub(crate) fn measure(args: RdmaArgs, writes: u32, count: u16) -> Result<PageWrites, Failure> {
-    let address = args.rdma_address.ok_or("there is no address of an RDMA device")?;
+    let address = rdma_address(args)?;
     let device = Device::of(address)?;
     let mut pairs = Vec::new();
     for index in 0..count {

@@ -15,7 +15,7 @@ use indicatif::HumanBytes;
 
 use crate::args::{ThroughputArgs, Transport};
 use crate::host;
-use crate::links::{Way, slice_bytes};
+use crate::links::{Way, rdma_address, slice_bytes};
 use crate::outcome::{Failure, Outcome};
 use crate::perftest::{Device, WRITE};
 use report::{Other, Pair, Report, Transfer};
@@ -99,10 +99,10 @@ enum Rival {
 
 impl Rival {
     fn of(setup: &Setup) -> Result<Self, Failure> {
-        let (Transport::Rdma, Some(address)) = (setup.way.transport, setup.way.rdma.rdma_address)
-        else {
+        if setup.way.transport != Transport::Rdma {
             return Ok(Self::Bare);
-        };
+        }
+        let address = rdma_address(setup.way.rdma)?;
         let bytes = slice_bytes(setup.way.rdma);
         let writes = setup.memory_bytes / u64::from(bytes) / u64::from(setup.channels);
         Ok(Self::Perftest {

@@ -2,6 +2,7 @@
 
 mod guest;
 mod link;
+mod rdma;
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
@@ -15,6 +16,9 @@ use serde::Serialize;
 
 pub(crate) use guest::GuestArgs;
 pub(crate) use link::LinkArgs;
+pub(crate) use rdma::RdmaArgs;
+#[cfg(feature = "rdma")]
+pub(crate) use rdma::RdmaRegistration;
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -90,10 +94,17 @@ impl Command {
     /// Whether what was given fits together.
     pub(crate) fn check(&self) -> Result<(), String> {
         match self {
-            Self::Demo(args) => args.guest.check(),
-            Self::Run(args) => args.guest.check(),
+            Self::Demo(args) => {
+                args.migration.rdma.check(args.migration.transport)?;
+                args.guest.check()
+            }
+            Self::Run(args) => {
+                args.migration.rdma.check(args.migration.transport)?;
+                args.guest.check()
+            }
+            Self::Receive(args) => args.rdma.check(args.transport),
             Self::Save(args) => args.guest.check(),
-            Self::Receive(_) | Self::Restore(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
+            Self::Restore(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
         }
     }
 }
@@ -102,7 +113,8 @@ impl Command {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Transport {
-    /// TCP sockets driven by io_uring where the kernel lets this process, and else without.
+    /// TCP sockets driven by io_uring where the kernel lets this process, and else without; RDMA with
+    /// its options.
     Auto,
     /// TCP sockets.
     Tcp,
@@ -114,75 +126,10 @@ pub(crate) enum Transport {
     Rdma,
 }
 
-/// Settings of `--transport rdma`.
-#[expect(clippy::struct_field_names, reason = "as the command line has them")]
-#[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "With --transport rdma")]
-pub(crate) struct RdmaArgs {
-    /// The device that the address must belong to [default: whichever it does].
-    #[arg(long, value_name = "NAME")]
-    pub(crate) rdma_device: Option<String>,
-    /// The port of it [default: whichever it is].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
-    pub(crate) rdma_port: Option<u8>,
-    /// Index in the port's table of GIDs [default: the one of the address].
-    #[arg(long, value_name = "N")]
-    pub(crate) rdma_gid_index: Option<u8>,
-    /// Path MTU, the same on both sides [default: the largest of the source's port].
-    #[arg(long, value_name = "BYTES", value_parser = ["256", "512", "1024", "2048", "4096"])]
-    pub(crate) rdma_mtu: Option<String>,
-    /// Traffic class of all packets, for networks that treat RDMA apart.
-    #[arg(long, value_name = "N")]
-    pub(crate) rdma_traffic_class: Option<u8>,
-    /// When guest memory is registered [default: at-start].
-    #[arg(long, value_name = "WHEN")]
-    pub(crate) rdma_registration: Option<RdmaRegistration>,
-    /// Time without acknowledgement after which a packet is sent again [default: 250ms].
-    #[arg(long, value_name = "TIME", value_parser = time)]
-    pub(crate) rdma_ack_timeout: Option<Duration>,
-    /// How often it is sent again before the link is lost [default: 7].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=7))]
-    pub(crate) rdma_retries: Option<u8>,
-}
-
-/// When guest memory is registered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum RdmaRegistration {
-    /// All of it before the first page.
-    AtStart,
-    /// Chunk by chunk, while pages flow.
-    Ahead,
-}
-
-impl RdmaRegistration {
-    /// As the command line has it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::AtStart => "at-start",
-            Self::Ahead => "ahead",
-        }
-    }
-}
-
-impl RdmaArgs {
-    /// As options of a command line.
-    pub(crate) fn to_command_line(&self) -> Vec<String> {
-        let mut list = Vec::new();
-        let mut option = |name: &str, value: Option<String>| {
-            if let Some(value) = value {
-                list.extend([format!("--rdma-{name}"), value]);
-            }
-        };
-        option("device", self.rdma_device.clone());
-        option("port", self.rdma_port.map(|port| port.to_string()));
-        option("gid-index", self.rdma_gid_index.map(|index| index.to_string()));
-        option("mtu", self.rdma_mtu.clone());
-        option("traffic-class", self.rdma_traffic_class.map(|class| class.to_string()));
-        option("registration", self.rdma_registration.map(|mode| mode.name().to_owned()));
-        let time = |time| humantime::format_duration(time).to_string();
-        option("ack-timeout", self.rdma_ack_timeout.map(time));
-        option("retries", self.rdma_retries.map(|retries| retries.to_string()));
-        list
+impl Transport {
+    /// What is meant, given options that only one of them has.
+    pub(crate) fn meant(self, rdma: &RdmaArgs) -> Self {
+        if self == Self::Auto && rdma.is_given() { Self::Rdma } else { self }
     }
 }
 
@@ -294,9 +241,10 @@ pub(crate) struct MigrationArgs {
 pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
-    /// Where the destination listens: HOST:PORT, an address of this host.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
-    pub(crate) listen: String,
+    /// Where the destination listens: HOST:PORT, an address of this host [default: 127.0.0.1:0, or
+    /// the first address of an RDMA device with --transport rdma].
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Option<String>,
     /// Threads that allocate the destination's memory ahead of the data.
     #[arg(long, value_name = "THREADS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=256))]
     pub(crate) populate: u16,

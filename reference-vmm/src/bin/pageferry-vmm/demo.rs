@@ -36,7 +36,12 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
     // Decided once, so that it is said once, and before anything starts.
     let config = crate::run::config(&args.guest);
     let tracking = crate::run::tracking(&args.guest, config.kind)?;
-    let mut destination = Process::start("destination", &destination_args(args), Stdio::piped())?;
+    let listen = match &args.listen {
+        Some(listen) => listen.clone(),
+        None => args.migration.transport.address_here(&args.migration.rdma)?,
+    };
+    let mut destination =
+        Process::start("destination", &destination_args(args, &listen), Stdio::piped())?;
     let address = destination.listening_on()?;
     let mut source = Process::start(
         "source",
@@ -130,9 +135,9 @@ fn source_args(
     list
 }
 
-fn destination_args(args: &DemoArgs) -> Vec<OsString> {
+fn destination_args(args: &DemoArgs, listen: &str) -> Vec<OsString> {
     let mut list: Vec<OsString> =
-        ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", &args.listen]
+        ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", listen]
             .map(OsString::from)
             .into();
     list.extend(["--backing".into(), value_name(&args.guest.backing).into()]);

@@ -41,9 +41,17 @@ impl Transport {
         }
     }
 
+    /// Where a destination on this host can be reached from this host; a port of its choice.
+    pub(crate) fn address_here(self, rdma: &RdmaArgs) -> Result<String, TransportError> {
+        match self.meant(rdma) {
+            Self::Rdma => rdma_address(rdma),
+            Self::Auto | Self::Tcp | Self::IoUring => Ok("127.0.0.1:0".to_owned()),
+        }
+    }
+
     /// Decides; if that is up to this kernel and it has no io_uring, says so on stderr.
     pub(crate) fn choose(self, tcp: TcpOptions, rdma: &RdmaArgs) -> Result<Chosen, TransportError> {
-        let asked_for = match self {
+        let asked_for = match self.meant(rdma) {
             Self::Tcp => return Ok(Chosen::Tcp(tcp)),
             Self::Rdma => return with_rdma(rdma),
             Self::IoUring => true,
@@ -92,6 +100,29 @@ fn with_rdma(args: &RdmaArgs) -> Result<Chosen, TransportError> {
         retries: args.rdma_retries.unwrap_or(defaults.retries),
         ..defaults
     }))
+}
+
+/// The first address of an RDMA device that is as asked for.
+#[cfg(feature = "rdma")]
+fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
+    let failed = |cause| TransportError::Io { operation: "use RDMA", cause };
+    let found = pageferry_rdma::addresses().map_err(|unavailable| failed(unavailable.into()))?;
+    let fits = |found: &&pageferry_rdma::DeviceAddress| {
+        args.rdma_device.as_ref().is_none_or(|device| *device == found.device)
+            && args.rdma_port.is_none_or(|port| port == found.port)
+    };
+    if let Some(found) = found.iter().find(fits) {
+        return Ok(SocketAddr::new(found.address, 0).to_string());
+    }
+    let list = found.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let there = if found.is_empty() { String::new() } else { format!("; there are: {list}") };
+    let what = format!("no RDMA device that is asked for has an address{there}");
+    Err(failed(std::io::Error::other(what)))
+}
+
+#[cfg(not(feature = "rdma"))]
+fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
+    with_rdma(args).map(|_| String::new())
 }
 
 #[cfg(not(feature = "rdma"))]

@@ -1,0 +1,113 @@
+//! Options of RDMA.
+
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::{Transport, time};
+
+/// Settings of `--transport rdma`.
+#[expect(clippy::struct_field_names, reason = "as the command line has them")]
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "With --transport rdma")]
+pub(crate) struct RdmaArgs {
+    /// The device that the address must belong to [default: whichever it does].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rdma_device: Option<String>,
+    /// The port of it [default: whichever it is].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) rdma_port: Option<u8>,
+    /// Index in the port's table of GIDs, on RoCE: of the address that is connected from, or listened
+    /// at [default: the one of the address].
+    #[arg(long, value_name = "N")]
+    pub(crate) rdma_gid_index: Option<u8>,
+    /// Largest path MTU [default: the largest that both ports and the way between them have].
+    #[arg(long, value_name = "BYTES", value_parser = ["256", "512", "1024", "2048", "4096"])]
+    pub(crate) rdma_mtu: Option<String>,
+    /// Traffic class of all packets, for networks that treat RDMA apart.
+    #[arg(long, value_name = "N")]
+    pub(crate) rdma_traffic_class: Option<u8>,
+    /// When guest memory is registered [default: at-start].
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) rdma_registration: Option<RdmaRegistration>,
+    /// Time without acknowledgement after which a packet is sent again [default: 250ms].
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) rdma_ack_timeout: Option<Duration>,
+    /// How often it is sent again before the link is lost [default: 7].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=7))]
+    pub(crate) rdma_retries: Option<u8>,
+}
+
+/// When guest memory is registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RdmaRegistration {
+    /// All of it before the first page.
+    AtStart,
+    /// Chunk by chunk, while pages flow.
+    Ahead,
+}
+
+impl RdmaRegistration {
+    /// As the command line has it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::AtStart => "at-start",
+            Self::Ahead => "ahead",
+        }
+    }
+}
+
+impl RdmaArgs {
+    pub(super) fn is_given(&self) -> bool {
+        !self.to_command_line().is_empty()
+    }
+
+    pub(super) fn check(&self, transport: Transport) -> Result<(), String> {
+        match (transport, self.to_command_line().first()) {
+            (Transport::Tcp | Transport::IoUring, Some(option)) => {
+                Err(format!("{option} is for --transport rdma"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// As options of a command line.
+    pub(crate) fn to_command_line(&self) -> Vec<String> {
+        let mut list = Vec::new();
+        let mut option = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                list.extend([format!("--rdma-{name}"), value]);
+            }
+        };
+        option("device", self.rdma_device.clone());
+        option("port", self.rdma_port.map(|port| port.to_string()));
+        option("gid-index", self.rdma_gid_index.map(|index| index.to_string()));
+        option("mtu", self.rdma_mtu.clone());
+        option("traffic-class", self.rdma_traffic_class.map(|class| class.to_string()));
+        option("registration", self.rdma_registration.map(|mode| mode.name().to_owned()));
+        let time = |time| humantime::format_duration(time).to_string();
+        option("ack-timeout", self.rdma_ack_timeout.map(time));
+        option("retries", self.rdma_retries.map(|retries| retries.to_string()));
+        list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    #[test]
+    fn options_of_rdma_choose_it() {
+        let cli = Cli::try_parse_from(["pageferry-vmm", "run", "--rdma-mtu=4096"]).unwrap();
+        let Command::Run(args) = cli.command else { panic!("{cli:?}") };
+        let args = args.migration;
+        assert_eq!(args.transport.meant(&args.rdma), Transport::Rdma);
+        args.rdma.check(args.transport).unwrap();
+        assert_eq!(Transport::Auto.meant(&RdmaArgs::default()), Transport::Auto);
+        let refused = args.rdma.check(Transport::Tcp).unwrap_err();
+        assert_eq!(refused, "--rdma-mtu is for --transport rdma");
+    }
+}
