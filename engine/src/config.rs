@@ -13,6 +13,9 @@ pub const MAX_CHANNELS: u16 = 256;
 pub struct Timeouts {
     /// For each step of the handshake, and for opening the data channels.
     pub handshake: Duration,
+    /// For the other side to register a GiB of guest memory (to pin it, say), on top of
+    /// [`handshake`](Self::handshake). Counts by the size of the guest, a started GiB as a whole one.
+    pub registration_per_gib: Duration,
     /// For any page to land, while pages are being sent; and for the link to take a message.
     pub stall: Duration,
     /// For the destination to load the device state.
@@ -25,10 +28,19 @@ impl Default for Timeouts {
     fn default() -> Self {
         Self {
             handshake: Duration::from_secs(10),
+            registration_per_gib: Duration::from_secs(5),
             stall: Duration::from_secs(30),
             load: Duration::from_secs(60),
             commit: Duration::from_secs(30),
         }
+    }
+}
+
+impl Timeouts {
+    /// For the other side to register that much guest memory.
+    pub(crate) fn registration(&self, bytes: u64) -> Duration {
+        let gib = u32::try_from(bytes.div_ceil(1 << 30)).unwrap_or(u32::MAX);
+        self.handshake.saturating_add(self.registration_per_gib.saturating_mul(gib))
     }
 }
 

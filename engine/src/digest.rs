@@ -1,6 +1,6 @@
-//! A digest of all guest memory, independent of how its pages travelled.
+//! A digest of all guest memory, independent of how its pages travelled, and of greetings.
 //!
-//! For tests and for the careful: the source takes it when the guest is paused at the end, the
+//! That of memory is for tests and for the careful: the source takes it when the guest is paused at the end, the
 //! destination before it resumes. It reads every page, so the guest stands still for longer.
 
 use std::fmt;
@@ -9,8 +9,8 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::memory::{GuestMemory, OutOfRange, PageRange};
 
-/// 128 bits of XXH3 over all pages in the order of the layout.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// 128 bits of XXH3: of all pages in the order of the layout, or of a greeting.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Digest(pub [u8; 16]);
 
 impl Digest {
@@ -37,6 +37,15 @@ impl Digest {
             }
         }
         Ok(Self(hasher.digest128().to_le_bytes()))
+    }
+
+    /// Of bytes, one part after the other.
+    pub(crate) fn of_bytes(parts: &[&[u8]]) -> Self {
+        let mut hasher = Xxh3Default::new();
+        for part in parts {
+            hasher.update(part);
+        }
+        Self(hasher.digest128().to_le_bytes())
     }
 }
 

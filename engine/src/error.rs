@@ -10,8 +10,19 @@ use crate::convergence::Term;
 use crate::dirty::DirtyError;
 use crate::machine::{MachineError, MachineOperation};
 use crate::memory::{LayoutError, OutOfRange};
-use crate::protocol::{DecodeError, FailureReason, Incompatibility};
+use crate::protocol::{DecodeError, FailureReason, Incompatibility, Refusal};
 use crate::transport::TransportError;
+
+/// What an operator does about [`Error::Uncertain`]. These are the words, here and everywhere: a
+/// guest that is resumed for a weaker reason may run twice.
+pub const UNCERTAIN_AT_SOURCE: &str = "Look at the destination: if it runs the guest, destroy this \
+    copy; if it gave the guest back, or its copy is destroyed, or its host is fenced off for good, \
+    resume this one. No answer proves nothing";
+
+/// What an operator does about [`Error::UncertainDestination`]; see [`UNCERTAIN_AT_SOURCE`].
+pub const UNCERTAIN_AT_DESTINATION: &str = "Look at the source: if it has the guest, running or \
+    paused, destroy this copy; if it is uncertain too and its copy is destroyed, or its host is \
+    fenced off for good, resume this one. No answer proves nothing";
 
 /// Why a migration failed.
 #[derive(Debug, Error)]
@@ -20,14 +31,9 @@ pub enum Error {
     /// The peer sent bytes that are no message of the protocol.
     #[error("the peer misbehaved")]
     PeerMisbehaved(#[from] DecodeError),
-    /// The peer sent a message that may not come now.
-    #[error("the peer misbehaved: it sent {message} while {state}")]
-    UnexpectedMessage {
-        /// What came.
-        message: &'static str,
-        /// What this side was doing.
-        state: &'static str,
-    },
+    /// The peer sent a message that has no place in the conversation.
+    #[error("the peer misbehaved: it sent {0}")]
+    UnexpectedMessage(Refusal),
     /// The two sides cannot work together; found before the first page moved.
     #[error("the two sides do not fit")]
     Incompatible(#[from] Incompatibility),
@@ -144,15 +150,13 @@ pub enum Error {
     /// The link was lost after the commit was sent and before its answer came.
     #[error(
         "uncertain: the commit was sent and not answered, so the destination may be running the \
-         guest. It stays paused here. Look at the destination: if it runs the guest, destroy \
-         this copy; if it does not and never will, resume this one"
+         guest. It stays paused here. {UNCERTAIN_AT_SOURCE}"
     )]
     Uncertain(#[source] Box<Error>),
     /// The destination declared itself ready, and the link was lost before the commit came.
     #[error(
         "uncertain: ready to run the guest when the link was lost, so the source may have \
-         committed. The copy here stays paused. Look at the source: if it runs the guest, \
-         destroy this copy; if the source is uncertain too, or gone, resume this one"
+         committed. The copy here stays paused. {UNCERTAIN_AT_DESTINATION}"
     )]
     UncertainDestination(#[source] Box<Error>),
     /// The destination could not run the guest after all and gave it back.
@@ -196,7 +200,7 @@ impl Error {
     pub fn blame(&self) -> Blame {
         match self {
             Self::PeerMisbehaved(_)
-            | Self::UnexpectedMessage { .. }
+            | Self::UnexpectedMessage(_)
             | Self::Transport(TransportError::Malformed(_) | TransportError::Violation(_)) => {
                 Blame::PeerMisbehaved
             }
@@ -264,5 +268,25 @@ impl fmt::Display for Chain<'_> {
             cause = error.source();
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_and_documentation_say_the_same_of_an_uncertain_guest() {
+        let document = include_str!("../../docs/embedding.md");
+        let words: Vec<_> = document.split_whitespace().filter(|word| *word != ">").collect();
+        let document = words.join(" ");
+        let cause = || Box::new(Error::Cancelled);
+        for (error, advice) in [
+            (Error::Uncertain(cause()), UNCERTAIN_AT_SOURCE),
+            (Error::UncertainDestination(cause()), UNCERTAIN_AT_DESTINATION),
+        ] {
+            assert!(error.to_string().ends_with(advice), "{error}");
+            assert!(document.contains(advice), "docs/embedding.md lacks: {advice}");
+        }
     }
 }

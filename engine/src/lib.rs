@@ -47,7 +47,7 @@ mod zero;
 
 pub use config::{MAX_CHANNELS, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};
-pub use error::{Blame, Chain, Error};
+pub use error::{Blame, Chain, Error, UNCERTAIN_AT_DESTINATION, UNCERTAIN_AT_SOURCE};
 pub use machine::{Machine, MachineError};
 pub use progress::{Event, GuestAlarm, MigrationHandle, Phase, Progress, SwitchoverStage};
 pub use source::{Departed, GuestAtSource, Source, SourceFailure};

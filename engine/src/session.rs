@@ -1,22 +1,29 @@
 //! What both drivers do alike: one queue of everything that can happen, fed by the control
 //! channel's thread, the data channels' threads and whoever cancels.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select_biased, unbounded};
+use crossbeam_channel::{
+    Receiver, RecvError, RecvTimeoutError, Sender, bounded, never, select_biased, unbounded,
+};
 
 use crate::error::Error;
 use crate::host::caught;
 use crate::progress::Shared;
-use crate::protocol::{DecodeError, Incompatibility, Message};
+use crate::protocol::{Conversation, DecodeError, Incompatibility, Message, Side};
 use crate::threads::{Crew, Spawn, ThreadRole};
 use crate::transport::{ControlChannel, ControlReceiver, ControlSender, Interrupt, TransportError};
 
 /// How long a side that lost its link waits for the peer's own account of why: the last words
 /// come on the control channel, and data channels break at the same time.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Messages that wait for the driver, at most; each has at most half a MiB
+/// ([`MAX_STATE_CHUNK_BYTES`](crate::protocol::MAX_STATE_CHUNK_BYTES)). What more a peer says stays
+/// with the transport, whose flow control holds it up. Nothing else waits behind messages.
+const WAITING_MESSAGES: usize = 8;
 
 /// What the threads of a session feed its queue with. `R` is what data channel threads report.
 pub(crate) enum Input<R> {
@@ -67,19 +74,66 @@ enum Outlet {
 
 pub(crate) struct Session<R> {
     outlet: Outlet,
+    /// What this side's own threads say; never much.
     inputs: Receiver<Input<R>>,
     feed: Sender<Input<R>>,
+    /// What the peer says, from the control thread.
+    messages: Receiver<Input<R>>,
+    /// Keeps that queue without an end: a thread that panicked is reported in the other.
+    _heard: Sender<Input<R>>,
     crew: Crew,
     interrupt: Arc<dyn Interrupt>,
     shared: Arc<Shared>,
-    control_bytes: Arc<AtomicU64>,
+    control: Arc<Control>,
     /// How long the link may take to take a message.
     send_timeout: Duration,
+}
+
+/// What those who send and those who hear share.
+struct Control {
+    side: Side,
+    conversation: Mutex<Conversation>,
+    bytes: AtomicU64,
+}
+
+impl Control {
+    /// Notes what this side is about to say, and gives its bytes.
+    fn say(&self, message: &Message) -> Result<Vec<u8>, Error> {
+        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(refusal) = conversation.take(self.side, message) {
+            tracing::error!(%refusal, "this side was about to break the protocol");
+            debug_assert!(false, "about to say {refusal}");
+            return Err(Error::Internal("it was about to break the protocol"));
+        }
+        Ok(message.encode())
+    }
+
+    /// Reads and checks what the peer says.
+    fn hear(&self, frame: &[u8]) -> Result<Message, Error> {
+        self.bytes.fetch_add(frame.len() as u64, Relaxed);
+        let message = Message::decode(frame).map_err(|error| match error {
+            DecodeError::Version { oldest, newest } => {
+                Error::Incompatible(Incompatibility::Version {
+                    source_oldest: oldest,
+                    source_newest: newest,
+                })
+            }
+            error => Error::PeerMisbehaved(error),
+        })?;
+        let peer = match self.side {
+            Side::Source => Side::Destination,
+            Side::Destination => Side::Source,
+        };
+        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
+        conversation.take(peer, &message).map_err(Error::UnexpectedMessage)?;
+        Ok(message)
+    }
 }
 
 impl<R: Send + 'static> Session<R> {
     /// Starts the control thread.
     pub(crate) fn open(
+        side: Side,
         control: ControlChannel,
         interrupt: Arc<dyn Interrupt>,
         spawn: Arc<dyn Spawn>,
@@ -87,20 +141,24 @@ impl<R: Send + 'static> Session<R> {
         send_timeout: Duration,
     ) -> Result<Self, Error> {
         let (feed, inputs) = unbounded();
-        let control_bytes = Arc::new(AtomicU64::new(0));
+        let (heard, messages) = bounded(WAITING_MESSAGES);
+        let talk =
+            Arc::new(Control { side, conversation: Mutex::default(), bytes: AtomicU64::new(0) });
         let mut session = Self {
             outlet: Outlet::Here(control.sender),
             inputs,
-            feed: feed.clone(),
+            feed,
+            messages,
+            _heard: heard.clone(),
             crew: Crew::new(spawn),
             interrupt,
             shared,
-            control_bytes: Arc::clone(&control_bytes),
+            control: Arc::clone(&talk),
             send_timeout,
         };
         let (receiver, shared) = (control.receiver, Arc::clone(&session.shared));
         session.spawn(ThreadRole::Control, move || {
-            listen(receiver, &feed, &shared, &control_bytes);
+            listen(receiver, &heard, &shared, &talk);
         })?;
         Ok(session)
     }
@@ -128,13 +186,13 @@ impl<R: Send + 'static> Session<R> {
 
     /// Bytes of control messages so far, both ways.
     pub(crate) fn control_bytes(&self) -> u64 {
-        self.control_bytes.load(Relaxed)
+        self.control.bytes.load(Relaxed)
     }
 
     /// Sends a message, behind all that was sent before.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
-        let (control_bytes, timeout) = (Arc::clone(&self.control_bytes), self.send_timeout);
-        put(&mut **self.take_outlet()?, &control_bytes, message, timeout)
+        let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
+        put(&mut **self.take_outlet()?, &talk, message, timeout)
     }
 
     /// Sends messages by a thread of their own: the driver goes on, however long the link takes. Why
@@ -149,11 +207,11 @@ impl<R: Send + 'static> Session<R> {
         else {
             return Err(Error::Transport(TransportError::Closed));
         };
-        let (control_bytes, timeout) = (Arc::clone(&self.control_bytes), self.send_timeout);
+        let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
         self.spawn(ThreadRole::DeviceState, move || {
             let mut messages = messages;
-            let sent = messages
-                .try_for_each(|message| put(&mut *control, &control_bytes, &message, timeout));
+            let sent =
+                messages.try_for_each(|message| put(&mut *control, &talk, &message, timeout));
             // The session may be over.
             let _ = give_back.send((control, sent));
         })
@@ -189,22 +247,24 @@ impl<R: Send + 'static> Session<R> {
         select_biased! {
             // Raised by whoever ends it now, or long ago and looked at since.
             recv(self.shared.wake()) -> _ => self.next(patience),
-            recv(self.inputs) -> input => match input {
-                Ok(input) => refuse_failures(input),
-                // Unreachable: this side holds a sender.
-                Err(_) => Err(Error::Transport(TransportError::Closed)),
-            },
+            recv(self.inputs) -> input => refuse_failures(input),
+            recv(self.messages) -> input => refuse_failures(input),
             default(patience.left()) => Err(patience.error()),
         }
     }
 
     /// As [`next`](Self::next), past the point where cancelling means anything.
     pub(crate) fn next_committed(&mut self, patience: Patience) -> Result<Item<R>, Error> {
-        match self.inputs.recv_timeout(patience.left()) {
-            Ok(input) => refuse_failures(input),
-            Err(RecvTimeoutError::Timeout) => Err(patience.error()),
-            Err(RecvTimeoutError::Disconnected) => Err(Error::Transport(TransportError::Closed)),
+        select_biased! {
+            recv(self.inputs) -> input => refuse_failures(input),
+            recv(self.messages) -> input => refuse_failures(input),
+            default(patience.left()) => Err(patience.error()),
         }
+    }
+
+    /// Whether nothing waits for the driver.
+    fn is_idle(&self) -> bool {
+        self.inputs.is_empty() && self.messages.is_empty()
     }
 
     /// Waits for a message. Reports that come meanwhile are dropped.
@@ -250,7 +310,7 @@ impl<R: Send + 'static> Session<R> {
         }
         let patience = Patience::now("last words", LAST_WORDS);
         loop {
-            if self.shared.has_peer_ended() && self.inputs.is_empty() {
+            if self.shared.has_peer_ended() && self.is_idle() {
                 // It has said all that it will.
                 return error;
             }
@@ -258,7 +318,7 @@ impl<R: Send + 'static> Session<R> {
                 Err(explained @ Error::PeerFailed { .. }) => return explained,
                 Err(Error::TimedOut { .. }) => return error,
                 // The control channel ended too: nothing more will come.
-                Err(Error::Transport(_)) if self.inputs.is_empty() => return error,
+                Err(Error::Transport(_)) if self.is_idle() => return error,
                 _ => {}
             }
         }
@@ -267,6 +327,8 @@ impl<R: Send + 'static> Session<R> {
     /// Ends all threads of this migration.
     pub(crate) fn close(&mut self) {
         self.interrupt.interrupt();
+        // The control thread may have more than there is room for.
+        self.messages = never();
         self.crew.join();
     }
 }
@@ -274,23 +336,27 @@ impl<R: Send + 'static> Session<R> {
 impl<R> Drop for Session<R> {
     fn drop(&mut self) {
         self.interrupt.interrupt();
+        self.messages = never();
         self.crew.join();
     }
 }
 
 fn put(
     control: &mut dyn ControlSender,
-    control_bytes: &AtomicU64,
+    talk: &Control,
     message: &Message,
     timeout: Duration,
 ) -> Result<(), Error> {
-    let frame = message.encode();
+    // Before it goes out: the answer may be quick.
+    let frame = talk.say(message)?;
     caught("the transport", || control.send(&frame, timeout))??;
-    control_bytes.fetch_add(frame.len() as u64, Relaxed);
+    talk.bytes.fetch_add(frame.len() as u64, Relaxed);
     Ok(())
 }
 
-fn refuse_failures<R>(input: Input<R>) -> Result<Item<R>, Error> {
+fn refuse_failures<R>(input: Result<Input<R>, RecvError>) -> Result<Item<R>, Error> {
+    // A session holds a sender of each of its queues.
+    let input = input.map_err(|RecvError| Error::Internal("a queue has no sender"))?;
     match input {
         Input::Message(Message::Failed { reason, text }) => Err(Error::PeerFailed { reason, text }),
         Input::ControlEnded(error) | Input::Panicked(error) => Err(error),
@@ -336,28 +402,16 @@ impl<R> Drop for Witness<R> {
     }
 }
 
-/// The control thread: decodes what comes until the channel ends.
+/// The control thread: takes what comes, until the channel ends or the peer breaks the protocol.
 fn listen<R>(
     mut receiver: Box<dyn ControlReceiver>,
     feed: &Sender<Input<R>>,
     shared: &Shared,
-    bytes: &AtomicU64,
+    talk: &Control,
 ) {
     loop {
         let input = match receiver.receive(None) {
-            Ok(frame) => {
-                bytes.fetch_add(frame.len() as u64, Relaxed);
-                match Message::decode(&frame) {
-                    Ok(message) => Input::Message(message),
-                    Err(DecodeError::Version { oldest, newest }) => {
-                        Input::ControlEnded(Error::Incompatible(Incompatibility::Version {
-                            source_oldest: oldest,
-                            source_newest: newest,
-                        }))
-                    }
-                    Err(error) => Input::ControlEnded(Error::PeerMisbehaved(error)),
-                }
-            }
+            Ok(frame) => talk.hear(&frame).map_or_else(Input::ControlEnded, Input::Message),
             Err(error) => Input::ControlEnded(Error::Transport(error)),
         };
         let ended = matches!(input, Input::ControlEnded(_));
@@ -373,7 +427,8 @@ fn listen<R>(
     }
 }
 
-/// The error for a message that has no place now.
+/// The error for a message that the protocol allows and the driver has no place for.
 pub(crate) fn unexpected(message: &Message, state: &'static str) -> Error {
-    Error::UnexpectedMessage { message: message.name(), state }
+    tracing::error!(message = %message.kind(), state, "no place for a message that is allowed");
+    Error::Internal("a message that is allowed has no place")
 }

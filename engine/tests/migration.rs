@@ -317,7 +317,7 @@ fn a_link_cut_while_pages_flow_leaves_the_guest_at_the_source() {
 fn a_link_cut_at_any_control_message_is_safe() {
     // Greeting, rounds, state, prepare, commit: whichever is the last to go out.
     let mut ends = [0_u32; 3];
-    for frames in 0..12 {
+    for frames in 0..20 {
         let faults = Faults { cut_after_frames: Some(frames), ..Faults::default() };
         let outcome = Scene::new().play(|link| Box::new(FaultySource::new(link, faults, frames)));
         let source_runs = match &outcome.source {

@@ -80,12 +80,15 @@ fn duration() -> impl Strategy<Value = Duration> {
 /// Mostly what lets a migration come to its end.
 fn timeouts() -> impl Strategy<Value = Timeouts> {
     let one = || prop_oneof![8 => (1_u64..100).prop_map(Duration::from_secs), 3 => duration()];
-    (one(), one(), one(), one()).prop_map(|(handshake, stall, load, commit)| Timeouts {
-        handshake,
-        stall,
-        load,
-        commit,
-    })
+    (one(), one(), one(), one(), one()).prop_map(
+        |(handshake, registration_per_gib, stall, load, commit)| Timeouts {
+            registration_per_gib,
+            handshake,
+            stall,
+            load,
+            commit,
+        },
+    )
 }
 
 fn policy() -> impl Strategy<Value = Policy> {
@@ -232,7 +235,13 @@ proptest! {
 #[test]
 fn limits_without_an_end_are_kept() {
     let longest = Duration::MAX;
-    let forever = Timeouts { handshake: longest, stall: longest, load: longest, commit: longest };
+    let forever = Timeouts {
+        handshake: longest,
+        registration_per_gib: longest,
+        stall: longest,
+        load: longest,
+        commit: longest,
+    };
     for bound in [Bound::Strict, Bound::BestEffort] {
         check(Setup {
             channels: 2,

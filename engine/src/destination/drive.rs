@@ -1,10 +1,9 @@
 //! The destination's driver.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::unbounded;
 use crossbeam_utils::CachePadded;
 
 use super::populate::{self, Populating};
@@ -18,8 +17,8 @@ use crate::machine::Machine;
 use crate::memory::{GuestMemory, Layout, PageRange};
 use crate::progress::{Event, EventSink, Phase, Shared};
 use crate::protocol::{
-    Agreement, FailureReason, Hello, Incompatibility, MAX_DEVICE_STATE_BYTES, Message, Prepare,
-    Prepared, Welcome, negotiate as negotiate_hello,
+    Agreement, FailureReason, Hello, Incompatibility, Message, Prepare, Prepared, Side, Welcome,
+    negotiate as negotiate_hello,
 };
 use crate::receiver::{self, ReceiverReport};
 use crate::session::{Item, Patience, Session, unexpected};
@@ -47,6 +46,10 @@ pub(super) struct Drive {
     populate_threads: u16,
     populating: Arc<Populating>,
     gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
+    /// The digest of memory that this side took for the switchover under way.
+    digest: Option<Digest>,
+    /// Whether the source's was the same.
+    verified: bool,
     /// Reports that came when they did not matter. They do once a switchover is called off.
     late: VecDeque<ReceiverReport>,
     started: Instant,
@@ -69,7 +72,8 @@ pub(super) fn negotiate(
     let (control, interrupter) =
         caught("the transport", || Ok::<_, Error>((link.control()?, link.interrupter())))??;
     let send_timeout = common.timeouts.stall;
-    let mut session = Session::open(control, interrupter, common.spawn, shared, send_timeout)?;
+    let mut session =
+        Session::open(Side::Destination, control, interrupter, common.spawn, shared, send_timeout)?;
     let wants_data_ranges = populate_threads > 0;
     let patience = Patience::now("the source's greeting", common.timeouts.handshake);
     let heard = hear(&mut session, most_channels, wants_data_ranges, patience);
@@ -89,6 +93,8 @@ pub(super) fn negotiate(
                 populate_threads,
                 populating: Populating::new(),
                 gauges,
+                digest: None,
+                verified: false,
                 late: VecDeque::new(),
                 started,
                 statistics: Statistics::default(),
@@ -156,7 +162,7 @@ impl Drive {
         let mut machine = Guarded(machine);
         // What the host's code does is caught where it is called; this is for the engine's own defects.
         let result = caught("the engine", || self.run(&mut machine, memory)).flatten();
-        let verified = self.agreement.verify;
+        let verified = self.verified;
         let outcome = self.conclude(result);
         let statistics =
             caught("the end of the migration", || self.end()).unwrap_or_else(|panic| {
@@ -199,15 +205,18 @@ impl Drive {
             .check_state_schema(&self.hello.state_schema)?
             .map_err(|cause| Incompatibility::DeviceState(Chain::of(&*cause).to_string()))?;
         self.session.send(&Message::Welcome(self.welcome))?;
+        let patience = Patience::now("the source to agree", self.timeouts.handshake);
+        match self.session.next_message(patience)? {
+            Message::Agreed { .. } => {}
+            other => return Err(unexpected(&other, "waiting for the source to agree")),
+        }
         self.emit(&Event::Agreed(self.agreement))?;
         self.open_channels(memory)?;
         self.shared().set_phase(Phase::PreCopy);
         self.statistics.setup = self.started.elapsed();
 
-        let mut populating = false;
         loop {
-            let (prepare, state) = self.take_in_pages(memory, &mut populating)?;
-            self.shared().set_phase(Phase::Switchover);
+            let (prepare, state) = self.take_in_pages(memory)?;
             let attempt = prepare.attempt;
             let prepared = load(machine, prepare, &state)?;
             self.statistics.device_state.bytes = prepare.state_bytes;
@@ -233,6 +242,13 @@ impl Drive {
         let registration = self.session.wait_in(|| self.link.register(memory))?;
         self.statistics.registration = registration;
         self.emit(&Event::Registered(registration))?;
+        self.session.send(&Message::Registered)?;
+        let at_most = self.timeouts.registration(memory.layout().len_bytes());
+        let patience = Patience::now("the source to register guest memory", at_most);
+        match self.session.next_message(patience)? {
+            Message::Registered => {}
+            other => return Err(unexpected(&other, "waiting for the source's registration")),
+        }
         let channels = self.session.wait_in(|| {
             self.link.open_receivers(self.agreement.channels, self.timeouts.handshake)
         })?;
@@ -248,11 +264,7 @@ impl Drive {
 
     /// Until the source says that everything is here: pages land by themselves, device state
     /// comes on the control channel.
-    fn take_in_pages(
-        &mut self,
-        memory: &Arc<GuestMemory>,
-        populating: &mut bool,
-    ) -> Result<(Prepare, Vec<u8>), Error> {
+    fn take_in_pages(&mut self, memory: &Arc<GuestMemory>) -> Result<(Prepare, Vec<u8>), Error> {
         let mut state = Vec::new();
         loop {
             let item = match self.late.pop_front() {
@@ -264,11 +276,10 @@ impl Drive {
                     self.shared().set_round(round, dirty_pages);
                     self.emit(&Event::RoundStarted { round, dirty_pages })?;
                 }
-                Item::Message(Message::DataRanges(ranges))
-                    if self.welcome.wants_data_ranges && !*populating =>
-                {
-                    *populating = true;
-                    self.populate(memory, &ranges)?;
+                Item::Message(Message::DataRanges(ranges)) => self.populate(memory, ranges)?,
+                Item::Message(Message::Switchover { .. }) => {
+                    (self.digest, self.verified) = (None, false);
+                    self.shared().set_phase(Phase::Switchover);
                 }
                 Item::Message(Message::Ping { number }) => {
                     self.session.send(&Message::Pong { number })?;
@@ -277,27 +288,16 @@ impl Drive {
                     // In the middle of its state, or before.
                     state.clear();
                     self.called_off(attempt)?;
+                    self.shared().set_phase(Phase::PreCopy);
                 }
-                Item::Message(Message::StateChunk(chunk)) => {
-                    if (state.len() + chunk.len()) as u64 > MAX_DEVICE_STATE_BYTES {
-                        return Err(unexpected(&Message::StateChunk(chunk), "it had sent enough"));
-                    }
-                    state.extend_from_slice(&chunk);
-                }
-                // The source compares, and says so if they differ.
-                Item::Message(Message::Verify { attempt }) if self.agreement.verify => {
+                Item::Message(Message::StateChunk(chunk)) => state.extend_from_slice(&chunk),
+                Item::Message(Message::Verify { attempt }) => {
                     let digest = Digest::of(memory)?;
+                    self.digest = Some(digest);
                     self.session.send(&Message::Verified { attempt, digest })?;
                 }
-                Item::Message(Message::Prepare(prepare)) => {
-                    if prepare.state_bytes != state.len() as u64 {
-                        return Err(unexpected(
-                            &Message::Prepare(prepare),
-                            "its device state was incomplete",
-                        ));
-                    }
-                    return Ok((prepare, state));
-                }
+                Item::Message(Message::Compared { digest, .. }) => self.compare(digest)?,
+                Item::Message(Message::Prepare(prepare)) => return Ok((prepare, state)),
                 Item::Message(other) => return Err(unexpected(&other, "pages were coming in")),
                 Item::Report(ReceiverReport::Failed { channel, error }) => {
                     // The thread that placed what came on it is through, so nothing lands later.
@@ -329,19 +329,25 @@ impl Drive {
         self.emit(&Event::CalledOff { attempt, stage: None, stood: Duration::ZERO })
     }
 
+    /// Compares memory here with the source's word on its own.
+    fn compare(&mut self, source_digest: Digest) -> Result<(), Error> {
+        match self.digest {
+            Some(here) if here == source_digest => {
+                self.verified = true;
+                Ok(())
+            }
+            Some(destination_digest) => {
+                Err(Error::MemoryDiffers { source_digest, destination_digest })
+            }
+            None => Err(Error::Internal("memory was compared before it was asked for")),
+        }
+    }
+
     /// Starts the threads that populate memory.
-    fn populate(&mut self, memory: &Arc<GuestMemory>, ranges: &[PageRange]) -> Result<(), Error> {
-        // What is not inside memory is the source's mistake, and is known before it costs.
-        if ranges.iter().any(|range| memory.span(*range).is_err()) {
-            return Err(unexpected(&Message::DataRanges(Vec::new()), "guest memory is smaller"));
-        }
-        let (give, pieces) = unbounded();
-        // The receiver is here, so nothing is refused.
-        for piece in populate::pieces(ranges) {
-            let _ = give.send(piece);
-        }
+    fn populate(&mut self, memory: &Arc<GuestMemory>, ranges: Vec<PageRange>) -> Result<(), Error> {
+        let pieces = Arc::new(Mutex::new(populate::pieces(ranges)));
         for thread in 0..self.populate_threads {
-            let (memory, pieces) = (Arc::clone(memory), pieces.clone());
+            let (memory, pieces) = (Arc::clone(memory), Arc::clone(&pieces));
             let populating = Arc::clone(&self.populating);
             self.session.spawn(ThreadRole::Populate(thread), move || {
                 populating.work(&memory, &pieces);

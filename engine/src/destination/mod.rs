@@ -89,7 +89,7 @@ pub struct Arrived<M> {
     /// What it took, seen from here: pages, bytes, channels. Rounds and downtime are measured at
     /// the source.
     pub statistics: Statistics,
-    /// Whether memory was compared by digest; if it was, it was equal.
+    /// Whether this side compared memory here with memory at the source, by digest. It was equal then.
     pub verified: bool,
 }
 

@@ -5,11 +5,9 @@
 //! that off the receivers, on CPUs that have nothing else to do. Only where the source has said
 //! that there is data: what is zero stays untouched.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-use crossbeam_channel::Receiver;
 
 use crate::memory::{GuestMemory, PageRange};
 use crate::stats::Populated;
@@ -38,8 +36,9 @@ impl Populating {
     }
 
     /// The body of a thread: populates pieces in the order they come, until there are no more.
-    pub(super) fn work(&self, memory: &GuestMemory, pieces: &Receiver<PageRange>) {
-        for piece in pieces {
+    pub(super) fn work(&self, memory: &GuestMemory, pieces: &Mutex<Pieces>) {
+        let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+        while let Some(piece) = next() {
             if self.stop.load(Ordering::Relaxed) {
                 break;
             }
@@ -71,15 +70,27 @@ impl Populating {
     }
 }
 
-/// Cuts ranges into pieces, in order.
-pub(super) fn pieces(ranges: &[PageRange]) -> impl Iterator<Item = PageRange> + '_ {
-    ranges.iter().flat_map(|range| {
-        let end = range.first_page + u64::from(range.pages);
-        (range.first_page..end).step_by(PIECE_PAGES as usize).map(move |first_page| {
-            let left = u32::try_from(end - first_page).unwrap_or(u32::MAX);
-            PageRange { region: range.region, first_page, pages: left.min(PIECE_PAGES) }
-        })
-    })
+/// Ranges cut into pieces as they are asked for, in order: takes the room of the ranges alone.
+pub(super) struct Pieces {
+    ranges: std::vec::IntoIter<PageRange>,
+    rest: Option<PageRange>,
+}
+
+pub(super) fn pieces(ranges: Vec<PageRange>) -> Pieces {
+    Pieces { ranges: ranges.into_iter(), rest: None }
+}
+
+impl Iterator for Pieces {
+    type Item = PageRange;
+
+    fn next(&mut self) -> Option<PageRange> {
+        let range = self.rest.take().or_else(|| self.ranges.next())?;
+        let pages = range.pages.min(PIECE_PAGES);
+        let first_page = range.first_page + u64::from(pages);
+        let rest = PageRange { first_page, pages: range.pages - pages, ..range };
+        self.rest = Some(rest).filter(|rest| rest.pages > 0);
+        Some(PageRange { pages, ..range })
+    }
 }
 
 #[cfg(test)]
@@ -92,7 +103,8 @@ mod tests {
             PageRange { region: 1, first_page: 5, pages: 2500 },
             PageRange { region: 2, first_page: 0, pages: 1 },
         ];
-        let cut: Vec<_> = pieces(&ranges).map(|p| (p.region, p.first_page, p.pages)).collect();
+        let cut: Vec<_> =
+            pieces(ranges.to_vec()).map(|p| (p.region, p.first_page, p.pages)).collect();
         assert_eq!(cut, [(1, 5, 1024), (1, 1029, 1024), (1, 2053, 452), (2, 0, 1)]);
     }
 }

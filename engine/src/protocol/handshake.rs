@@ -4,6 +4,7 @@
 use thiserror::Error;
 
 use super::{Hello, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Welcome, speaks_ours};
+use crate::digest::Digest;
 use crate::memory::{Layout, PAGE_BYTES};
 
 /// The page size of this engine, as the greeting carries it.
@@ -113,9 +114,14 @@ pub fn negotiate(
     }
     let version = hello.newest_version.min(PROTOCOL_VERSION);
     let agreement = Agreement { version, channels: hello.channels, verify: hello.verify };
-    let welcome =
-        Welcome { version, channels: hello.channels, memory_zeroed: true, wants_data_ranges };
-    Ok((agreement, welcome))
+    let welcome = Welcome {
+        version,
+        channels: hello.channels,
+        memory_zeroed: true,
+        wants_data_ranges,
+        greeting: Digest::default(),
+    };
+    Ok((agreement, welcome.to(hello)))
 }
 
 impl Hello {
@@ -203,8 +209,7 @@ mod tests {
                 Err(Incompatibility::Channels { .. })
             ));
         }
-        let welcome =
-            Welcome { version: 1, channels: 2, memory_zeroed: true, wants_data_ranges: false };
+        let (_, welcome) = negotiate(&hello(), 8, false).unwrap();
         assert!(hello().check(&Welcome { version: 2, ..welcome }).is_err());
         assert!(hello().check(&Welcome { channels: 1, ..welcome }).is_err());
         assert!(hello().check(&Welcome { memory_zeroed: false, ..welcome }).is_err());

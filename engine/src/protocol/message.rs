@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::codec::{Reader, Writer};
-use super::{DecodeError, speaks_ours};
+use super::{DecodeError, Kind, speaks_ours};
 use crate::digest::Digest;
 use crate::memory::{Layout, MAX_REGIONS, PageRange, RegionLayout};
 
@@ -22,25 +22,6 @@ pub const MAX_TEXT_BYTES: usize = 1024;
 
 const MAGIC: [u8; 8] = *b"PGFERRY\n";
 
-const HELLO: u16 = 1;
-const WELCOME: u16 = 2;
-const READY: u16 = 3;
-const ROUND: u16 = 4;
-const STATE_CHUNK: u16 = 5;
-const PREPARE: u16 = 6;
-const PREPARED: u16 = 7;
-const COMMIT: u16 = 8;
-const RESUMED: u16 = 9;
-const GAVE_BACK: u16 = 10;
-const FAILED: u16 = 11;
-const CHANNEL_CLOSED: u16 = 12;
-const DATA_RANGES: u16 = 13;
-const PING: u16 = 20;
-const PONG: u16 = 21;
-const CALLED_OFF: u16 = 22;
-const VERIFY: u16 = 23;
-const VERIFIED: u16 = 24;
-
 const FLAG_VERIFY: u8 = 1;
 
 /// Everything the two sides say. "S→D" is source to destination.
@@ -50,7 +31,15 @@ pub enum Message {
     Hello(Hello),
     /// D→S: the answer, if the destination agrees.
     Welcome(Welcome),
-    /// D→S: memory is registered and the data channels are open.
+    /// S→D: what was heard of the answer is sensible, and this is the digest of the whole greeting.
+    Agreed {
+        /// Of hello and welcome as the source knows them ([`Welcome::agreed`]).
+        greeting: Digest,
+    },
+    /// Both ways: guest memory is registered with the transport. Data channels are opened when both
+    /// have said so.
+    Registered,
+    /// D→S: the data channels are open.
     Ready,
     /// S→D, after [`Message::Ready`] if the destination asked for it: where there may be data.
     /// All other pages are zero so far.
@@ -67,11 +56,16 @@ pub enum Message {
         /// Which one.
         channel: u16,
     },
-    /// S→D: the next bytes of the device state.
+    /// S→D: a switchover begins; the guest is about to be paused.
+    Switchover {
+        /// Its number: 1, 2, 3 …
+        attempt: u32,
+    },
+    /// S→D: the next bytes of the device state, at least one.
     StateChunk(Vec<u8>),
-    /// S→D, at any time: answer at once. To learn what an answer takes.
+    /// S→D, while pages are copied, one at a time: answer at once. To learn what an answer takes.
     Ping {
-        /// Comes back in the answer.
+        /// 1, 2, 3 …; comes back in the answer.
         number: u32,
     },
     /// D→S: the answer to a ping.
@@ -82,7 +76,7 @@ pub enum Message {
     /// S→D: all pages have landed; what is the digest of your memory? The source takes its own
     /// meanwhile.
     Verify {
-        /// Number of the switchover, from 1.
+        /// Number of the switchover.
         attempt: u32,
     },
     /// D→S: the answer. The source compares.
@@ -92,12 +86,19 @@ pub enum Message {
         /// Of all guest memory.
         digest: Digest,
     },
+    /// S→D: they are equal; and this is the source's, for the destination to see for itself.
+    Compared {
+        /// Number of the switchover.
+        attempt: u32,
+        /// Of all guest memory.
+        digest: Digest,
+    },
     /// S→D: all pages have landed and all device state was sent; load it.
     Prepare(Prepare),
     /// D→S: loaded; on your commit the guest runs here.
     Prepared(Prepared),
-    /// S→D, before the commit: this switchover would take too long. The guest goes on at the source,
-    /// more pages come, and whatever was loaded will be loaded anew.
+    /// S→D, before the commit, of a switchover that began: it would take too long. The guest goes on
+    /// at the source, more pages come, and whatever was loaded will be loaded anew.
     CalledOff {
         /// Which switchover.
         attempt: u32,
@@ -155,12 +156,45 @@ pub struct Welcome {
     pub memory_zeroed: bool,
     /// Whether the source is to say where there may be data ([`Message::DataRanges`]).
     pub wants_data_ranges: bool,
+    /// The digest of the greeting as the destination knows it: of the hello it heard, and of this
+    /// answer, in which this digest itself is zero ([`Welcome::to`]).
+    pub greeting: Digest,
+}
+
+impl Hello {
+    /// Of all its bytes.
+    pub(super) fn digest(&self) -> Digest {
+        Digest::of_bytes(&[&Message::Hello(self.clone()).encode()])
+    }
+}
+
+impl Welcome {
+    /// With the digest of the greeting that `hello` began.
+    #[must_use]
+    pub fn to(self, hello: &Hello) -> Self {
+        Self { greeting: self.digest(hello.digest()), ..self }
+    }
+
+    /// The digest of the greeting up to this answer, to a hello of that digest.
+    pub(super) fn digest(&self, hello: Digest) -> Digest {
+        Self { greeting: Digest::default(), ..*self }.confirmation(hello)
+    }
+
+    /// The digest of the whole greeting, as the source confirms it, after a hello of that digest.
+    pub(super) fn confirmation(&self, hello: Digest) -> Digest {
+        Digest::of_bytes(&[&hello.0, &Message::Welcome(*self).encode()])
+    }
+
+    /// The source's confirmation of this answer to `hello`.
+    pub fn agreed(&self, hello: &Hello) -> Message {
+        Message::Agreed { greeting: self.confirmation(hello.digest()) }
+    }
 }
 
 /// The source has sent everything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prepare {
-    /// Number of the switchover, from 1.
+    /// Number of the switchover.
     pub attempt: u32,
     /// Length of the device state in bytes, over all chunks.
     pub state_bytes: u64,
@@ -235,105 +269,75 @@ impl fmt::Display for FailureReason {
 }
 
 impl Message {
-    /// Name for messages about messages.
-    pub fn name(&self) -> &'static str {
+    /// Which message it is.
+    pub fn kind(&self) -> Kind {
         match self {
-            Self::Hello(_) => "hello",
-            Self::Welcome(_) => "welcome",
-            Self::Ready => "ready",
-            Self::DataRanges(_) => "data ranges",
-            Self::Round { .. } => "round",
-            Self::ChannelClosed { .. } => "channel closed",
-            Self::StateChunk(_) => "state chunk",
-            Self::Ping { .. } => "ping",
-            Self::Pong { .. } => "pong",
-            Self::CalledOff { .. } => "called off",
-            Self::Verify { .. } => "verify",
-            Self::Verified { .. } => "verified",
-            Self::Prepare(_) => "prepare",
-            Self::Prepared(_) => "prepared",
-            Self::Commit => "commit",
-            Self::Resumed { .. } => "resumed",
-            Self::GaveBack { .. } => "gave back",
-            Self::Failed { .. } => "failed",
+            Self::Hello(_) => Kind::Hello,
+            Self::Welcome(_) => Kind::Welcome,
+            Self::Agreed { .. } => Kind::Agreed,
+            Self::Registered => Kind::Registered,
+            Self::Ready => Kind::Ready,
+            Self::DataRanges(_) => Kind::DataRanges,
+            Self::Round { .. } => Kind::Round,
+            Self::ChannelClosed { .. } => Kind::ChannelClosed,
+            Self::Switchover { .. } => Kind::Switchover,
+            Self::StateChunk(_) => Kind::StateChunk,
+            Self::Ping { .. } => Kind::Ping,
+            Self::Pong { .. } => Kind::Pong,
+            Self::CalledOff { .. } => Kind::CalledOff,
+            Self::Verify { .. } => Kind::Verify,
+            Self::Verified { .. } => Kind::Verified,
+            Self::Compared { .. } => Kind::Compared,
+            Self::Prepare(_) => Kind::Prepare,
+            Self::Prepared(_) => Kind::Prepared,
+            Self::Commit => Kind::Commit,
+            Self::Resumed { .. } => Kind::Resumed,
+            Self::GaveBack { .. } => Kind::GaveBack,
+            Self::Failed { .. } => Kind::Failed,
         }
     }
 
     /// The bytes of the message: one control frame.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::default();
+        w.u16(self.kind() as u16);
         match self {
-            Self::Hello(hello) => {
-                w.u16(HELLO);
-                encode_hello(hello, &mut w);
-            }
+            Self::Hello(hello) => encode_hello(hello, &mut w),
             Self::Welcome(welcome) => {
-                w.u16(WELCOME);
                 w.u16(welcome.version);
                 w.u16(welcome.channels);
                 w.u8(u8::from(welcome.memory_zeroed));
                 w.u8(u8::from(welcome.wants_data_ranges));
+                w.array(&welcome.greeting.0);
             }
-            Self::Ready => w.u16(READY),
-            Self::DataRanges(ranges) => {
-                w.u16(DATA_RANGES);
-                encode_ranges(ranges, &mut w);
-            }
+            Self::Agreed { greeting } => w.array(&greeting.0),
+            Self::Registered | Self::Ready | Self::Commit => {}
+            Self::DataRanges(ranges) => encode_ranges(ranges, &mut w),
             Self::Round { round, dirty_pages } => {
-                w.u16(ROUND);
                 w.u32(*round);
                 w.u64(*dirty_pages);
             }
-            Self::ChannelClosed { channel } => {
-                w.u16(CHANNEL_CLOSED);
-                w.u16(*channel);
-            }
-            Self::StateChunk(bytes) => {
-                w.u16(STATE_CHUNK);
-                w.bytes(bytes, MAX_STATE_CHUNK_BYTES);
-            }
-            Self::Ping { number } => {
-                w.u16(PING);
-                w.u32(*number);
-            }
-            Self::Pong { number } => {
-                w.u16(PONG);
-                w.u32(*number);
-            }
-            Self::CalledOff { attempt } => {
-                w.u16(CALLED_OFF);
-                w.u32(*attempt);
-            }
-            Self::Verify { attempt } => {
-                w.u16(VERIFY);
-                w.u32(*attempt);
-            }
-            Self::Verified { attempt, digest } => {
-                w.u16(VERIFIED);
+            Self::ChannelClosed { channel } => w.u16(*channel),
+            Self::StateChunk(bytes) => w.bytes(bytes, MAX_STATE_CHUNK_BYTES),
+            Self::Ping { number } | Self::Pong { number } => w.u32(*number),
+            Self::Switchover { attempt }
+            | Self::CalledOff { attempt }
+            | Self::Verify { attempt } => w.u32(*attempt),
+            Self::Verified { attempt, digest } | Self::Compared { attempt, digest } => {
                 w.u32(*attempt);
                 w.array(&digest.0);
             }
             Self::Prepare(prepare) => {
-                w.u16(PREPARE);
                 w.u32(prepare.attempt);
                 w.u64(prepare.state_bytes);
             }
             Self::Prepared(prepared) => {
-                w.u16(PREPARED);
                 w.u32(prepared.attempt);
                 w.u64(prepared.load_ns);
             }
-            Self::Commit => w.u16(COMMIT),
-            Self::Resumed { resume_ns } => {
-                w.u16(RESUMED);
-                w.u64(*resume_ns);
-            }
-            Self::GaveBack { text } => {
-                w.u16(GAVE_BACK);
-                encode_text(text, &mut w);
-            }
+            Self::Resumed { resume_ns } => w.u64(*resume_ns),
+            Self::GaveBack { text } => encode_text(text, &mut w),
             Self::Failed { reason, text } => {
-                w.u16(FAILED);
                 w.u16(*reason as u16);
                 encode_text(text, &mut w);
             }
@@ -344,39 +348,49 @@ impl Message {
     /// Reads a message.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut r = Reader::new(bytes);
-        let message = match r.u16("type")? {
-            HELLO => Self::Hello(decode_hello(&mut r)?),
-            WELCOME => Self::Welcome(Welcome {
+        let number = r.u16("type")?;
+        let message = match Kind::of(number).ok_or(DecodeError::UnknownType(number))? {
+            Kind::Hello => Self::Hello(decode_hello(&mut r)?),
+            Kind::Welcome => Self::Welcome(Welcome {
                 version: r.u16("version")?,
                 channels: r.u16("channels")?,
                 memory_zeroed: decode_bool(&mut r, "memory_zeroed")?,
                 wants_data_ranges: decode_bool(&mut r, "wants_data_ranges")?,
+                greeting: Digest(r.array("greeting")?),
             }),
-            READY => Self::Ready,
-            DATA_RANGES => Self::DataRanges(decode_ranges(&mut r)?),
-            ROUND => Self::Round { round: r.u32("round")?, dirty_pages: r.u64("dirty_pages")? },
-            CHANNEL_CLOSED => Self::ChannelClosed { channel: r.u16("channel")? },
-            STATE_CHUNK => {
+            Kind::Agreed => Self::Agreed { greeting: Digest(r.array("greeting")?) },
+            Kind::Registered => Self::Registered,
+            Kind::Ready => Self::Ready,
+            Kind::DataRanges => Self::DataRanges(decode_ranges(&mut r)?),
+            Kind::Round => {
+                Self::Round { round: r.u32("round")?, dirty_pages: r.u64("dirty_pages")? }
+            }
+            Kind::ChannelClosed => Self::ChannelClosed { channel: r.u16("channel")? },
+            Kind::StateChunk => {
                 Self::StateChunk(r.bytes(MAX_STATE_CHUNK_BYTES, "state chunk")?.to_vec())
             }
-            PING => Self::Ping { number: r.u32("number")? },
-            PONG => Self::Pong { number: r.u32("number")? },
-            CALLED_OFF => Self::CalledOff { attempt: r.u32("attempt")? },
-            VERIFY => Self::Verify { attempt: r.u32("attempt")? },
-            VERIFIED => {
+            Kind::Ping => Self::Ping { number: r.u32("number")? },
+            Kind::Pong => Self::Pong { number: r.u32("number")? },
+            Kind::CalledOff => Self::CalledOff { attempt: r.u32("attempt")? },
+            Kind::Verify => Self::Verify { attempt: r.u32("attempt")? },
+            Kind::Verified => {
                 Self::Verified { attempt: r.u32("attempt")?, digest: Digest(r.array("digest")?) }
             }
-            PREPARE => Self::Prepare(Prepare {
+            Kind::Compared => {
+                Self::Compared { attempt: r.u32("attempt")?, digest: Digest(r.array("digest")?) }
+            }
+            Kind::Switchover => Self::Switchover { attempt: r.u32("attempt")? },
+            Kind::Prepare => Self::Prepare(Prepare {
                 attempt: r.u32("attempt")?,
                 state_bytes: r.u64("state_bytes")?,
             }),
-            PREPARED => {
+            Kind::Prepared => {
                 Self::Prepared(Prepared { attempt: r.u32("attempt")?, load_ns: r.u64("load_ns")? })
             }
-            COMMIT => Self::Commit,
-            RESUMED => Self::Resumed { resume_ns: r.u64("resume_ns")? },
-            GAVE_BACK => Self::GaveBack { text: decode_text(&mut r)? },
-            FAILED => {
+            Kind::Commit => Self::Commit,
+            Kind::Resumed => Self::Resumed { resume_ns: r.u64("resume_ns")? },
+            Kind::GaveBack => Self::GaveBack { text: decode_text(&mut r)? },
+            Kind::Failed => {
                 let reason = r.u16("reason")?;
                 let known = FailureReason::ALL.into_iter().find(|known| *known as u16 == reason);
                 Self::Failed {
@@ -387,7 +401,6 @@ impl Message {
                     text: decode_text(&mut r)?,
                 }
             }
-            other => return Err(DecodeError::UnknownType(other)),
         };
         r.end()?;
         Ok(message)
@@ -504,137 +517,4 @@ fn decode_text(r: &mut Reader<'_>) -> Result<String, DecodeError> {
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::memory::PAGE_BYTES;
-
-    fn a_layout() -> impl Strategy<Value = Layout> {
-        prop::collection::vec((0_u64..1000, 1_u64..1000), 1..20).prop_map(|regions| {
-            let mut guest_addr = 0;
-            let regions = regions.into_iter().map(|(gap, pages)| {
-                guest_addr += gap * PAGE_BYTES;
-                let len_bytes = pages * PAGE_BYTES;
-                let region = RegionLayout { guest_addr, len_bytes, backing_page_bytes: PAGE_BYTES };
-                guest_addr += len_bytes;
-                region
-            });
-            Layout::new(regions.collect()).unwrap()
-        })
-    }
-
-    fn a_message() -> impl Strategy<Value = Message> {
-        let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
-        prop_oneof![
-            (1_u16.., any::<(u16, u32, bool)>(), a_layout(), bytes(100), bytes(100)).prop_map(
-                |(newest_version, (channels, page_bytes, verify), layout, d, state_schema)| {
-                    Message::Hello(Hello {
-                        oldest_version: 1,
-                        newest_version,
-                        page_bytes,
-                        channels,
-                        verify,
-                        layout,
-                        description: d,
-                        state_schema,
-                    })
-                }
-            ),
-            any::<(u16, u16, bool, bool)>().prop_map(
-                |(version, channels, memory_zeroed, wants_data_ranges)| {
-                    Message::Welcome(Welcome {
-                        version,
-                        channels,
-                        memory_zeroed,
-                        wants_data_ranges,
-                    })
-                }
-            ),
-            Just(Message::Ready),
-            prop::collection::vec(any::<(u16, u64, u32)>(), 0..30).prop_map(|ranges| {
-                let range = |(region, first_page, pages)| PageRange { region, first_page, pages };
-                Message::DataRanges(ranges.into_iter().map(range).collect())
-            }),
-            any::<(u32, u64)>()
-                .prop_map(|(round, dirty_pages)| Message::Round { round, dirty_pages }),
-            any::<u16>().prop_map(|channel| Message::ChannelClosed { channel }),
-            bytes(3000).prop_map(Message::StateChunk),
-            any::<u32>().prop_map(|number| Message::Ping { number }),
-            any::<u32>().prop_map(|number| Message::Pong { number }),
-            any::<u32>().prop_map(|attempt| Message::CalledOff { attempt }),
-            any::<u32>().prop_map(|attempt| Message::Verify { attempt }),
-            any::<(u32, [u8; 16])>().prop_map(|(attempt, digest)| {
-                Message::Verified { attempt, digest: Digest(digest) }
-            }),
-            any::<(u32, u64)>().prop_map(|(attempt, state_bytes)| {
-                Message::Prepare(Prepare { attempt, state_bytes })
-            }),
-            any::<(u32, u64)>().prop_map(|(attempt, load_ns)| {
-                Message::Prepared(Prepared { attempt, load_ns })
-            }),
-            Just(Message::Commit),
-            any::<u64>().prop_map(|resume_ns| Message::Resumed { resume_ns }),
-            "[a-zäöü ]{0,50}".prop_map(|text| Message::GaveBack { text }),
-            (prop::sample::select(FailureReason::ALL.to_vec()), "[a-zäöü ]{0,50}")
-                .prop_map(|(reason, text)| Message::Failed { reason, text }),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_encoded_is_decoded(message in a_message()) {
-            prop_assert_eq!(Message::decode(&message.encode()).unwrap(), message);
-        }
-
-        #[test]
-        fn any_bytes_are_a_message_or_an_error(
-            kind in 0_u16..26,
-            rest in prop::collection::vec(any::<u8>(), 0..200),
-        ) {
-            let mut bytes = kind.to_le_bytes().to_vec();
-            bytes.extend(rest);
-            // What is accepted is exactly what would be encoded, text aside.
-            if let Ok(message) = Message::decode(&bytes)
-                && !matches!(message, Message::Failed { .. } | Message::GaveBack { .. })
-            {
-                prop_assert_eq!(message.encode(), bytes);
-            }
-        }
-
-        #[test]
-        fn every_cut_and_every_flip_is_survived(
-            message in a_message(),
-            at: prop::sample::Index,
-            flip in 1_u8..,
-        ) {
-            let mut bytes = message.encode();
-            let at = at.index(bytes.len());
-            prop_assert!(Message::decode(&bytes[..at]).is_err());
-            bytes[at] ^= flip;
-            let _ = Message::decode(&bytes);
-            bytes[at] ^= flip;
-            bytes.push(0);
-            prop_assert!(Message::decode(&bytes).is_err());
-        }
-    }
-
-    #[test]
-    fn long_text_is_cut_at_a_character() {
-        let text = "ä".repeat(MAX_TEXT_BYTES);
-        let message = Message::Failed { reason: FailureReason::Host, text };
-        let Message::Failed { text, .. } = Message::decode(&message.encode()).unwrap() else {
-            panic!("another message");
-        };
-        assert_eq!(text, "ä".repeat(MAX_TEXT_BYTES / 2));
-    }
-
-    #[test]
-    fn terminal_escapes_are_taken_out_of_text() {
-        let message = Message::GaveBack { text: "\x1b[2Jgone".into() };
-        assert_eq!(
-            Message::decode(&message.encode()),
-            Ok(Message::GaveBack { text: " [2Jgone".into() })
-        );
-    }
-}
+mod tests;

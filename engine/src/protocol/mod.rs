@@ -2,15 +2,20 @@
 //!
 //! Sans-I/O: messages are encoded to and decoded from byte strings ([`Message`]), and the
 //! handshake is a function of two values ([`negotiate`]). Decoding is total: any bytes give a
-//! message or a [`DecodeError`]. Byte diagrams: `docs/protocol.md`.
+//! message or a [`DecodeError`]. Who may say what and when is a table, which each side holds the
+//! other to ([`Conversation`]). Byte diagrams and the table: `docs/protocol.md`.
 
 mod codec;
+mod conversation;
 mod handshake;
+mod kind;
 mod message;
 
 use thiserror::Error;
 
+pub use conversation::{Conversation, Refusal, Stage, Why, table};
 pub use handshake::{Agreement, Incompatibility, negotiate};
+pub use kind::{Kind, Side};
 pub use message::{
     FailureReason, Hello, MAX_DATA_RANGES, MAX_DESCRIPTION_BYTES, MAX_DEVICE_STATE_BYTES,
     MAX_STATE_CHUNK_BYTES, MAX_STATE_SCHEMA_BYTES, MAX_TEXT_BYTES, Message, Prepare, Prepared,

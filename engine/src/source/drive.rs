@@ -20,7 +20,7 @@ use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::memory::GuestMemory;
 use crate::progress::{Event, GuestAlarm, Phase};
-use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message};
+use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, Side};
 use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
 use crate::stats::{Ending, Statistics};
@@ -46,7 +46,14 @@ pub(super) fn migrate<M: Machine>(
         .and_then(|opened| opened.map_err(|error: TransportError| error.into()))
         .and_then(|(control, interrupter)| {
             let (spawn, shared) = (Arc::clone(&source.common.spawn), Arc::clone(&source.shared));
-            Session::open(control, interrupter, spawn, shared, source.common.timeouts.stall)
+            Session::open(
+                Side::Source,
+                control,
+                interrupter,
+                spawn,
+                shared,
+                source.common.timeouts.stall,
+            )
         });
     let session = match opened {
         Ok(session) => session,
@@ -196,7 +203,11 @@ impl Drive<'_> {
         );
         self.session.send(&Message::Hello(hello.clone()))?;
         let (agreement, wants_data_ranges) = match self.session.next_message(patience)? {
-            Message::Welcome(welcome) => (hello.check(&welcome)?, welcome.wants_data_ranges),
+            Message::Welcome(welcome) => {
+                let agreement = hello.check(&welcome)?;
+                self.session.send(&welcome.agreed(&hello))?;
+                (agreement, welcome.wants_data_ranges)
+            }
             other => return Err(unexpected(&other, "waiting for a welcome")),
         };
         self.emit(&Event::Agreed(agreement))?;
@@ -207,6 +218,13 @@ impl Drive<'_> {
         let registration = self.session.wait_in(|| self.link.register(&self.memory))?;
         self.statistics.registration = registration;
         self.emit(&Event::Registered(registration))?;
+        self.session.send(&Message::Registered)?;
+        let at_most = self.source.common.timeouts.registration(self.memory.layout().len_bytes());
+        let patience = Patience::now("the destination to register guest memory", at_most);
+        match self.session.next_message(patience)? {
+            Message::Registered => {}
+            other => return Err(unexpected(&other, "waiting for the destination's registration")),
+        }
         let channels = self.session.wait_in(|| self.link.open_senders(agreement.channels))?;
         let patience =
             Patience::now("the destination to be ready", self.source.common.timeouts.handshake);

@@ -67,6 +67,9 @@ impl Drive<'_> {
         machine: &mut Guarded<M>,
         agreement: Agreement,
     ) -> Result<Switchover, Error> {
+        // The guest still runs: telling it costs no downtime.
+        let number = self.handover.attempt() + 1;
+        self.session.send(&Message::Switchover { attempt: number })?;
         let settings = *self.convergence.settings();
         let mut attempt = Attempt::begin(self.now(), settings.downtime_limit, settings.bound);
         self.statistics.switchover_attempts += 1;
@@ -239,11 +242,11 @@ impl Drive<'_> {
                 Item::Message(Message::Verified { attempt, digest: there })
                     if attempt == number =>
                 {
-                    return if here == there {
-                        Ok(())
-                    } else {
-                        Err(Error::MemoryDiffers { source_digest: here, destination_digest: there })
-                    };
+                    if here != there {
+                        let (source_digest, destination_digest) = (here, there);
+                        return Err(Error::MemoryDiffers { source_digest, destination_digest });
+                    }
+                    return self.session.send(&Message::Compared { attempt, digest: here });
                 }
                 Item::Message(other) => {
                     self.note_message(&other, "waiting for the destination to compare memory")?;
@@ -290,7 +293,9 @@ impl Drive<'_> {
     /// driver, which may have to call the switchover off.
     fn send_state(&mut self, state: Vec<u8>, prepare: Prepare) -> Result<(), Error> {
         if state.len() <= STATE_AT_ONCE_BYTES {
-            self.session.send(&Message::StateChunk(state))?;
+            if !state.is_empty() {
+                self.session.send(&Message::StateChunk(state))?;
+            }
             return self.session.send(&Message::Prepare(prepare));
         }
         let mut offset = 0;
@@ -323,8 +328,6 @@ impl Drive<'_> {
                     self.handover.handle(SourceInput::GaveBack);
                     return Err(Error::GivenBack { text });
                 }
-                // Asked for before.
-                Item::Message(Message::Pong { .. }) => {}
                 Item::Message(other) => {
                     return Err(unexpected(&other, "waiting for the answer to the commit"));
                 }

@@ -85,7 +85,7 @@ struct Inner {
 }
 
 /// What test machines say of their state: one number.
-const SCHEMA: &[u8] = b"writes: u64";
+pub(crate) const SCHEMA: &[u8] = b"writes: u64";
 
 /// What a test wants a machine to refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

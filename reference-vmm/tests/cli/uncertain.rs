@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use pageferry::memory::GuestMemory;
-use pageferry::protocol::{Message, Prepare, Prepared, Welcome};
+use pageferry::protocol::{Message, Prepare, Prepared, negotiate};
 use pageferry::transport::{ControlChannel, DestinationLink, Interrupt, Link, Received};
 use pageferry::{Error, GuestAtSource, Machine, MachineError, Source};
 use pageferry_rust_vmm::guest_memory;
@@ -39,17 +39,13 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
     let ram = Ram::allocate(&regions, Backing::Memfd).expect("memory");
     let memory: Arc<GuestMemory> =
         Arc::new(guest_memory(Arc::clone(ram.memory())).expect("a layout"));
-    let (version, channels) = (hello.newest_version, hello.channels);
-    say(
-        &mut control,
-        &Message::Welcome(Welcome {
-            version,
-            channels,
-            memory_zeroed: true,
-            wants_data_ranges: false,
-        }),
-    );
+    let channels = hello.channels;
+    let (_, welcome) = negotiate(&hello, channels, false).expect("it fits");
+    say(&mut control, &Message::Welcome(welcome));
+    assert_eq!(hear(&mut control), welcome.agreed(&hello));
     link.register(&memory).expect("register");
+    say(&mut control, &Message::Registered);
+    assert_eq!(hear(&mut control), Message::Registered);
     for mut receiver in link.open_receivers(channels, PATIENCE).expect("channels") {
         // Ends with the link.
         thread::spawn(move || while let Ok(Received::Batch(_)) = receiver.receive() {});
@@ -63,7 +59,10 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
             }
             Message::Commit => return (link, control),
             Message::Ping { number } => say(&mut control, &Message::Pong { number }),
-            Message::Round { .. } | Message::StateChunk(_) | Message::CalledOff { .. } => {}
+            Message::Round { .. }
+            | Message::Switchover { .. }
+            | Message::StateChunk(_)
+            | Message::CalledOff { .. } => {}
             other => panic!("{other:?}"),
         }
     }

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use pageferry::memory::{Layout, RegionLayout};
-use pageferry::protocol::{FailureReason, Hello, Message, PROTOCOL_VERSION, Welcome};
+use pageferry::protocol::{FailureReason, Hello, Message, PROTOCOL_VERSION, Welcome, negotiate};
 use pageferry_tcp::preamble::{Answer, Status, VERSION};
 use rustix::process::Signal;
 
@@ -119,12 +119,8 @@ fn a_destination_that_chooses_a_version_nobody_offered() {
         stream.write_all(&ok_answer()).expect("write");
         let Message::Hello(hello) = receive(&mut stream) else { panic!("no greeting") };
         let version = PROTOCOL_VERSION + 1;
-        let welcome = Welcome {
-            version,
-            channels: hello.channels,
-            memory_zeroed: true,
-            wants_data_ranges: false,
-        };
+        let (_, welcome) = negotiate(&hello, hello.channels, false).expect("it fits");
+        let welcome = Welcome { version, ..welcome }.to(&hello);
         send(&mut stream, &Message::Welcome(welcome).encode());
         let Message::Failed { reason, text } = receive(&mut stream) else { panic!("no failure") };
         assert_eq!(reason, FailureReason::Incompatible);

@@ -15,6 +15,9 @@ pub(crate) struct LinkArgs {
     /// For each step of the handshake, and for opening the data channels [default: 10s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
     pub(crate) handshake_timeout: Option<Duration>,
+    /// For the other side to register each GiB of guest memory, beside the handshake's [default: 5s].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) registration_timeout_per_gib: Option<Duration>,
     /// For any page to land [default: 30s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
     pub(crate) stall_timeout: Option<Duration>,
@@ -112,6 +115,9 @@ impl LinkArgs {
         let defaults = Timeouts::default();
         Timeouts {
             handshake: self.handshake_timeout.unwrap_or(defaults.handshake),
+            registration_per_gib: self
+                .registration_timeout_per_gib
+                .unwrap_or(defaults.registration_per_gib),
             stall: self.stall_timeout.unwrap_or(defaults.stall),
             load: self.load_timeout.unwrap_or(defaults.load),
             commit: self.commit_timeout.unwrap_or(defaults.commit),
@@ -138,6 +144,10 @@ impl LinkArgs {
         };
         let options = [
             ("handshake-timeout", self.handshake_timeout.as_ref().map(time_text)),
+            (
+                "registration-timeout-per-gib",
+                self.registration_timeout_per_gib.as_ref().map(time_text),
+            ),
             ("stall-timeout", self.stall_timeout.as_ref().map(time_text)),
             ("load-timeout", self.load_timeout.as_ref().map(time_text)),
             ("commit-timeout", self.commit_timeout.as_ref().map(time_text)),
@@ -178,14 +188,18 @@ mod tests {
     /// structs are written out, so that one which is new does not compile.
     #[test]
     fn every_setting_arrives_also_by_way_of_a_demo() {
-        let given = "--handshake-timeout 1s --stall-timeout 2s --load-timeout 3s --commit-timeout \
+        let given = "--handshake-timeout 1s --registration-timeout-per-gib 11s --stall-timeout 2s --load-timeout 3s --commit-timeout \
                      4s500ms --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
                      --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M";
         let given: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
         for args in [parsed(&given), parsed(&parsed(&given).to_command_line())] {
             let commit = Duration::from_millis(4500);
             let (handshake, stall, load) = (seconds(1), seconds(2), seconds(3));
-            assert_eq!(args.timeouts(), Timeouts { handshake, stall, load, commit });
+            let registration_per_gib = seconds(11);
+            assert_eq!(
+                args.timeouts(),
+                Timeouts { handshake, registration_per_gib, stall, load, commit }
+            );
             let (idle, interval, probes) = (seconds(8), seconds(9), 10);
             let tcp = TcpOptions {
                 connect_timeout: seconds(5),

@@ -1,0 +1,554 @@
+//! The control protocol as one table: who may say what, and when.
+//!
+//! Each side keeps a [`Conversation`] and shows it every message, those it hears and those it says,
+//! in the order in which it does. What the table has no move for, or what breaks the rule of its
+//! kind, is a [`Refusal`].
+//!
+//! The two sides do not see the same order: what one says crosses what the other says. Two facts make
+//! one table do for both. The source alone moves on from *copying* to the commit; and the destination
+//! answers questions (ping, verify, prepare) in the order they were asked, also those of a switchover
+//! that the source has called off meanwhile.
+
+use std::collections::VecDeque;
+use std::fmt::{self, Write as _};
+
+use thiserror::Error;
+
+use super::kind::{Kind, Side};
+use super::{MAX_DEVICE_STATE_BYTES, Message, Prepared};
+use crate::digest::Digest;
+use crate::memory::{Layout, PageRange, RegionLayout};
+
+/// How far a conversation has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Stage {
+    /// Nothing was said.
+    Silence,
+    /// The source has greeted.
+    Greeted,
+    /// The destination has answered.
+    Welcomed,
+    /// Both register guest memory.
+    Registering,
+    /// The destination still does.
+    SourceRegistered,
+    /// The source still does.
+    DestinationRegistered,
+    /// Data channels are being opened.
+    Opening,
+    /// The source is to say where there is data.
+    Mapping,
+    /// Rounds over a running guest.
+    Copying,
+    /// A switchover began: the last pages.
+    Switching,
+    /// Both take the digest of memory.
+    Comparing,
+    /// The destination has said its digest.
+    Answered,
+    /// Memory is equal.
+    Compared,
+    /// Device state is on its way.
+    Saving,
+    /// The destination loads it.
+    Loading,
+    /// All is loaded.
+    Prepared,
+    /// The guest is the destination's.
+    Committed,
+    /// All was said.
+    Over,
+}
+
+impl Stage {
+    /// All of them, in the order of a migration without trouble.
+    pub const ALL: [Self; 18] = [
+        Self::Silence,
+        Self::Greeted,
+        Self::Welcomed,
+        Self::Registering,
+        Self::SourceRegistered,
+        Self::DestinationRegistered,
+        Self::Opening,
+        Self::Mapping,
+        Self::Copying,
+        Self::Switching,
+        Self::Comparing,
+        Self::Answered,
+        Self::Compared,
+        Self::Saving,
+        Self::Loading,
+        Self::Prepared,
+        Self::Committed,
+        Self::Over,
+    ];
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Silence => "silence",
+            Self::Greeted => "greeted",
+            Self::Welcomed => "welcomed",
+            Self::Registering => "registering",
+            Self::SourceRegistered => "source registered",
+            Self::DestinationRegistered => "destination registered",
+            Self::Opening => "opening",
+            Self::Mapping => "mapping",
+            Self::Copying => "copying",
+            Self::Switching => "switching",
+            Self::Comparing => "comparing",
+            Self::Answered => "answered",
+            Self::Compared => "compared",
+            Self::Saving => "saving",
+            Self::Loading => "loading",
+            Self::Prepared => "prepared",
+            Self::Committed => "committed",
+            Self::Over => "over",
+        })
+    }
+}
+
+/// What one side may say: in which stages, and which one follows.
+pub(super) struct Row {
+    pub(super) kind: Kind,
+    pub(super) by: Side,
+    pub(super) moves: &'static [(Stage, Stage)],
+    /// What must hold beyond that, for people; [`Conversation::check`] holds it.
+    pub(super) rule: &'static str,
+}
+
+macro_rules! row {
+    ($kind:ident, $by:ident, [$($from:ident => $to:ident),+], $rule:literal) => {
+        Row {
+            kind: Kind::$kind,
+            by: Side::$by,
+            moves: &[$((Stage::$from, Stage::$to)),+],
+            rule: $rule,
+        }
+    };
+}
+
+/// The protocol.
+#[rustfmt::skip]
+pub(super) const TABLE: &[Row] = &[
+    row!(Hello, Source, [Silence => Greeted], ""),
+    row!(Welcome, Destination, [Greeted => Welcomed],
+        "the digest of the greeting is the source's own"),
+    row!(Agreed, Source, [Welcomed => Registering],
+        "the digest of the greeting is the destination's own"),
+    row!(Registered, Source,
+        [Registering => SourceRegistered, DestinationRegistered => Opening], ""),
+    row!(Registered, Destination,
+        [Registering => DestinationRegistered, SourceRegistered => Opening], ""),
+    row!(Ready, Destination, [Opening => Copying],
+        "*mapping* follows if the welcome wants data ranges"),
+    row!(DataRanges, Source, [Mapping => Copying],
+        "inside guest memory, ascending, none over another, none empty"),
+    row!(Round, Source, [Copying => Copying, Switching => Switching],
+        "1, 2, 3 …, of no more pages than the guest has"),
+    row!(Ping, Source, [Copying => Copying, Switching => Switching],
+        "1, 2, 3 …; the one before was answered"),
+    row!(Pong, Destination,
+        [Copying => Copying, Switching => Switching, Comparing => Comparing, Saving => Saving,
+         Loading => Loading],
+        "what was asked first and is unanswered is this ping"),
+    row!(ChannelClosed, Destination,
+        [Mapping => Mapping, Copying => Copying, Switching => Switching, Comparing => Comparing,
+         Answered => Answered, Compared => Compared, Saving => Saving, Loading => Loading],
+        "one of the channels, once; never the last"),
+    row!(Switchover, Source, [Copying => Switching], "1, 2, 3 …; after a round"),
+    row!(Verify, Source, [Switching => Comparing],
+        "of this switchover; agreed on in the greeting"),
+    row!(Verified, Destination,
+        [Comparing => Answered, Copying => Copying, Switching => Switching],
+        "what was asked first and is unanswered is this; the stage stays if it was called off"),
+    row!(Compared, Source, [Answered => Compared], "of this switchover"),
+    row!(StateChunk, Source, [Switching => Saving, Compared => Saving, Saving => Saving],
+        "not empty; 256 MiB in all; if agreed on, only once memory was compared"),
+    row!(Prepare, Source, [Switching => Loading, Compared => Loading, Saving => Loading],
+        "of this switchover, and all its device state was sent; if agreed on, only once memory was \
+         compared"),
+    row!(Prepared, Destination,
+        [Loading => Prepared, Copying => Copying, Switching => Switching, Comparing => Comparing,
+         Saving => Saving],
+        "what was asked first and is unanswered is this; the stage stays if it was called off"),
+    row!(CalledOff, Source,
+        [Switching => Copying, Comparing => Copying, Answered => Copying, Compared => Copying,
+         Saving => Copying, Loading => Copying, Prepared => Copying],
+        "of this switchover"),
+    row!(Commit, Source, [Prepared => Committed], ""),
+    row!(Resumed, Destination, [Committed => Over], ""),
+    row!(GaveBack, Destination, [Committed => Over], ""),
+    row!(Failed, Source,
+        [Silence => Silence, Greeted => Greeted, Welcomed => Welcomed, Registering => Registering,
+         SourceRegistered => SourceRegistered, DestinationRegistered => DestinationRegistered,
+         Opening => Opening, Mapping => Mapping, Copying => Copying, Switching => Switching,
+         Comparing => Comparing, Answered => Answered, Compared => Compared, Saving => Saving,
+         Loading => Loading, Prepared => Prepared],
+        "its last word"),
+    row!(Failed, Destination,
+        [Silence => Silence, Greeted => Greeted, Welcomed => Welcomed, Registering => Registering,
+         SourceRegistered => SourceRegistered, DestinationRegistered => DestinationRegistered,
+         Opening => Opening, Mapping => Mapping, Copying => Copying, Switching => Switching,
+         Comparing => Comparing, Answered => Answered, Compared => Compared, Saving => Saving,
+         Loading => Loading, Prepared => Prepared, Committed => Committed],
+        "its last word"),
+];
+
+/// The table as `docs/protocol.md` has it.
+pub fn table() -> String {
+    let mut text = String::from("| message | by | stage | rule |\n|---|---|---|---|\n");
+    for Row { kind, by, moves, rule } in TABLE {
+        let moves: Vec<_> = moves
+            .iter()
+            .map(|(from, to)| if from == to { from.to_string() } else { format!("{from} → {to}") })
+            .collect();
+        let rule = if rule.is_empty() { String::new() } else { format!(" {rule}") };
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "| {kind} | {by} | {} |{rule} |", moves.join(", "));
+    }
+    text
+}
+
+/// The stage that follows by the table alone, if there is one.
+pub(super) fn follows(kind: Kind, by: Side, stage: Stage) -> Option<Stage> {
+    let row = TABLE.iter().find(|row| row.kind == kind && row.by == by)?;
+    row.moves.iter().find(|(from, _)| *from == stage).map(|(_, to)| *to)
+}
+
+/// Why a message has no place in a conversation.
+#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
+#[error("{kind} at the stage {stage}: {why}")]
+pub struct Refusal {
+    /// What it was.
+    pub kind: Kind,
+    /// Whose it was.
+    pub by: Side,
+    /// Where the conversation stood.
+    pub stage: Stage,
+    /// What is wrong with it.
+    pub why: Why,
+}
+
+/// What is wrong with a message.
+#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Why {
+    /// The table has no move for it.
+    #[error("not expected there")]
+    Stage,
+    /// The side had said its last word.
+    #[error("said after its last word")]
+    Ended,
+    /// A number that is not the next one, or not the current one.
+    #[error("number {number} where {due} is due")]
+    Number {
+        /// What it says.
+        number: u32,
+        /// What would do.
+        due: u32,
+    },
+    /// An answer to what was not asked, or not next.
+    #[error("answers what was not asked next")]
+    Unasked,
+    /// A ping while another is unanswered.
+    #[error("another is unanswered")]
+    Unanswered,
+    /// A switchover before any round.
+    #[error("no round was made")]
+    NoRound,
+    /// More pages than the guest has.
+    #[error("{pages} pages of a guest of {all}")]
+    Pages {
+        /// What it says.
+        pages: u64,
+        /// What there is.
+        all: u64,
+    },
+    /// No such channel.
+    #[error("channel {channel} of {channels}")]
+    Channel {
+        /// What it says.
+        channel: u16,
+        /// How many there are.
+        channels: u16,
+    },
+    /// The channel was closed before.
+    #[error("channel {0} was closed before")]
+    ChannelTwice(u16),
+    /// The last channel cannot be done without.
+    #[error("channel {0} is the last one")]
+    LastChannel(u16),
+    /// Ranges that are not ascending and disjoint, or leave guest memory.
+    #[error("ranges that are empty, out of order, over one another or outside guest memory")]
+    Ranges,
+    /// Verification was not agreed on.
+    #[error("verification was not agreed on")]
+    NotAgreed,
+    /// Verification was agreed on, and memory was not compared.
+    #[error("memory was not compared, as was agreed")]
+    NotCompared,
+    /// Device state of no bytes, or of too many.
+    #[error("device state of {0} bytes")]
+    StateBytes(u64),
+    /// The greeting was heard otherwise than it was said.
+    #[error("the greeting was heard otherwise than it was said")]
+    Greeting,
+}
+
+/// What the destination owes an answer to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Question {
+    Ping(u32),
+    Verify(u32),
+    Prepare(u32),
+}
+
+/// One side's account of a conversation. Pure: knows no channel and no clock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conversation {
+    stage: Stage,
+    /// What the greeting settled, once there is one.
+    greeting: Option<Greeting>,
+    rounds: u32,
+    pings: u32,
+    switchovers: u32,
+    state_bytes: u64,
+    closed: Vec<u16>,
+    /// Unanswered, in the order asked.
+    questions: VecDeque<Question>,
+    source_ended: bool,
+    destination_ended: bool,
+}
+
+/// What was said in the greeting, as far as it matters later.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Greeting {
+    layout: Layout,
+    channels: u16,
+    verify: bool,
+    wants_data_ranges: bool,
+    /// Of the hello, then of hello and welcome.
+    digest: Digest,
+}
+
+impl Default for Conversation {
+    fn default() -> Self {
+        Self {
+            stage: Stage::Silence,
+            greeting: None,
+            rounds: 0,
+            pings: 0,
+            switchovers: 0,
+            state_bytes: 0,
+            closed: Vec::new(),
+            questions: VecDeque::new(),
+            source_ended: false,
+            destination_ended: false,
+        }
+    }
+}
+
+impl Conversation {
+    /// Where it stands.
+    pub fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    /// Takes note of a message, unless it has no place here: then nothing changes.
+    pub fn take(&mut self, by: Side, message: &Message) -> Result<(), Refusal> {
+        let (kind, stage) = (message.kind(), self.stage);
+        let refusal = |why| Refusal { kind, by, stage, why };
+        let ended = match by {
+            Side::Source => self.source_ended,
+            Side::Destination => self.destination_ended,
+        };
+        if ended {
+            return Err(refusal(Why::Ended));
+        }
+        let next = follows(kind, by, stage).ok_or_else(|| refusal(Why::Stage))?;
+        self.check(message).map_err(refusal)?;
+        self.stage = next;
+        self.note(by, message, stage);
+        Ok(())
+    }
+
+    /// The rules of [`TABLE`].
+    fn check(&self, message: &Message) -> Result<(), Why> {
+        match message {
+            Message::Welcome(welcome) => {
+                let digest = self.greeting.as_ref().map(|greeting| welcome.digest(greeting.digest));
+                require(digest == Some(welcome.greeting), Why::Greeting)
+            }
+            Message::Agreed { greeting } => {
+                let digest = self.greeting.as_ref().map(|greeting| greeting.digest);
+                require(digest == Some(*greeting), Why::Greeting)
+            }
+            Message::DataRanges(ranges) => require(self.are_in_order(ranges), Why::Ranges),
+            Message::Round { round, dirty_pages } => {
+                next(*round, self.rounds)?;
+                let all = self.pages();
+                require(*dirty_pages <= all, Why::Pages { pages: *dirty_pages, all })
+            }
+            Message::Ping { number } => {
+                next(*number, self.pings)?;
+                let asked = |question: &Question| matches!(question, Question::Ping(_));
+                require(!self.questions.iter().any(asked), Why::Unanswered)
+            }
+            Message::Pong { number } => self.answers(Question::Ping(*number)),
+            Message::ChannelClosed { channel } => self.may_close(*channel),
+            Message::Switchover { attempt } => {
+                next(*attempt, self.switchovers)?;
+                require(self.rounds > 0, Why::NoRound)
+            }
+            Message::Verify { attempt } => {
+                self.is_current(*attempt)?;
+                require(self.verifies(), Why::NotAgreed)
+            }
+            Message::Verified { attempt, .. } => self.answers(Question::Verify(*attempt)),
+            Message::Compared { attempt, .. } | Message::CalledOff { attempt } => {
+                self.is_current(*attempt)
+            }
+            Message::StateChunk(chunk) => {
+                self.is_compared()?;
+                let state_bytes = self.state_bytes + chunk.len() as u64;
+                let fits = !chunk.is_empty() && state_bytes <= MAX_DEVICE_STATE_BYTES;
+                require(fits, Why::StateBytes(state_bytes))
+            }
+            Message::Prepare(prepare) => {
+                self.is_compared()?;
+                self.is_current(prepare.attempt)?;
+                let complete = prepare.state_bytes == self.state_bytes;
+                require(complete, Why::StateBytes(prepare.state_bytes))
+            }
+            Message::Prepared(prepared) => self.answers(Question::Prepare(prepared.attempt)),
+            Message::Hello(_)
+            | Message::Registered
+            | Message::Ready
+            | Message::Commit
+            | Message::Resumed { .. }
+            | Message::GaveBack { .. }
+            | Message::Failed { .. } => Ok(()),
+        }
+    }
+
+    /// What follows from a message that was accepted at the stage `before`.
+    fn note(&mut self, by: Side, message: &Message, before: Stage) {
+        match message {
+            Message::Hello(hello) => {
+                self.greeting = Some(Greeting {
+                    layout: hello.layout.clone(),
+                    channels: hello.channels,
+                    verify: hello.verify,
+                    wants_data_ranges: false,
+                    digest: hello.digest(),
+                });
+            }
+            Message::Welcome(welcome) => {
+                if let Some(greeting) = &mut self.greeting {
+                    greeting.wants_data_ranges = welcome.wants_data_ranges;
+                    greeting.digest = welcome.confirmation(greeting.digest);
+                }
+            }
+            Message::Ready => {
+                if self.greeting.as_ref().is_some_and(|greeting| greeting.wants_data_ranges) {
+                    self.stage = Stage::Mapping;
+                }
+            }
+            Message::Round { round, .. } => self.rounds = *round,
+            Message::Ping { number } => {
+                self.pings = *number;
+                self.questions.push_back(Question::Ping(*number));
+            }
+            Message::Pong { .. } => drop(self.questions.pop_front()),
+            Message::ChannelClosed { channel } => self.closed.push(*channel),
+            Message::Switchover { attempt } => {
+                self.switchovers = *attempt;
+                self.state_bytes = 0;
+            }
+            Message::Verify { attempt } => self.questions.push_back(Question::Verify(*attempt)),
+            Message::Prepare(prepare) => {
+                self.questions.push_back(Question::Prepare(prepare.attempt));
+            }
+            Message::Verified { attempt, .. } | Message::Prepared(Prepared { attempt, .. }) => {
+                self.questions.pop_front();
+                if *attempt != self.switchovers {
+                    // Of one that was called off, in the midst of the next.
+                    self.stage = before;
+                }
+            }
+            Message::StateChunk(chunk) => self.state_bytes += chunk.len() as u64,
+            Message::Failed { .. } => match by {
+                Side::Source => self.source_ended = true,
+                Side::Destination => self.destination_ended = true,
+            },
+            Message::Agreed { .. }
+            | Message::Registered
+            | Message::DataRanges(_)
+            | Message::Compared { .. }
+            | Message::CalledOff { .. }
+            | Message::Commit
+            | Message::Resumed { .. }
+            | Message::GaveBack { .. } => {}
+        }
+    }
+
+    fn verifies(&self) -> bool {
+        self.greeting.as_ref().is_some_and(|greeting| greeting.verify)
+    }
+
+    /// Pages of the guest.
+    fn pages(&self) -> u64 {
+        let regions = self.greeting.iter().flat_map(|greeting| greeting.layout.regions());
+        regions.map(RegionLayout::pages).sum()
+    }
+
+    fn are_in_order(&self, ranges: &[PageRange]) -> bool {
+        let Some(Greeting { layout, .. }) = &self.greeting else { return false };
+        // Where the next one may begin.
+        let mut from = (0, 0);
+        ranges.iter().all(|range| {
+            let region = layout.regions().get(usize::from(range.region));
+            let end = range.first_page.checked_add(u64::from(range.pages));
+            let inside = region.zip(end).is_some_and(|(region, end)| end <= region.pages());
+            let ascends = range.pages > 0 && (range.region, range.first_page) >= from;
+            from = (range.region, end.unwrap_or(u64::MAX));
+            inside && ascends
+        })
+    }
+
+    fn may_close(&self, channel: u16) -> Result<(), Why> {
+        let channels = self.greeting.as_ref().map_or(0, |greeting| greeting.channels);
+        require(channel < channels, Why::Channel { channel, channels })?;
+        require(!self.closed.contains(&channel), Why::ChannelTwice(channel))?;
+        require(self.closed.len() + 1 < usize::from(channels), Why::LastChannel(channel))
+    }
+
+    fn is_current(&self, attempt: u32) -> Result<(), Why> {
+        let (number, due) = (attempt, self.switchovers);
+        require(number == due, Why::Number { number, due })
+    }
+
+    /// Memory was compared, where that was agreed on.
+    fn is_compared(&self) -> Result<(), Why> {
+        require(!(self.verifies() && self.stage == Stage::Switching), Why::NotCompared)
+    }
+
+    fn answers(&self, question: Question) -> Result<(), Why> {
+        require(self.questions.front() == Some(&question), Why::Unasked)
+    }
+}
+
+fn require(holds: bool, why: Why) -> Result<(), Why> {
+    if holds { Ok(()) } else { Err(why) }
+}
+
+fn next(number: u32, last: u32) -> Result<(), Why> {
+    let due = last.saturating_add(1);
+    require(number == due && number != last, Why::Number { number, due })
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -1,0 +1,137 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::memory::PAGE_BYTES;
+
+fn a_layout() -> impl Strategy<Value = Layout> {
+    prop::collection::vec((0_u64..1000, 1_u64..1000), 1..20).prop_map(|regions| {
+        let mut guest_addr = 0;
+        let regions = regions.into_iter().map(|(gap, pages)| {
+            guest_addr += gap * PAGE_BYTES;
+            let len_bytes = pages * PAGE_BYTES;
+            let region = RegionLayout { guest_addr, len_bytes, backing_page_bytes: PAGE_BYTES };
+            guest_addr += len_bytes;
+            region
+        });
+        Layout::new(regions.collect()).unwrap()
+    })
+}
+
+fn a_message() -> impl Strategy<Value = Message> {
+    let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
+    prop_oneof![
+        (1_u16.., any::<(u16, u32, bool)>(), a_layout(), bytes(100), bytes(100)).prop_map(
+            |(newest_version, (channels, page_bytes, verify), layout, d, state_schema)| {
+                Message::Hello(Hello {
+                    oldest_version: 1,
+                    newest_version,
+                    page_bytes,
+                    channels,
+                    verify,
+                    layout,
+                    description: d,
+                    state_schema,
+                })
+            }
+        ),
+        any::<(u16, u16, bool, bool, [u8; 16])>().prop_map(
+            |(version, channels, memory_zeroed, wants_data_ranges, greeting)| {
+                Message::Welcome(Welcome {
+                    version,
+                    channels,
+                    memory_zeroed,
+                    wants_data_ranges,
+                    greeting: Digest(greeting),
+                })
+            }
+        ),
+        any::<[u8; 16]>().prop_map(|greeting| Message::Agreed { greeting: Digest(greeting) }),
+        Just(Message::Registered),
+        Just(Message::Ready),
+        prop::collection::vec(any::<(u16, u64, u32)>(), 0..30).prop_map(|ranges| {
+            let range = |(region, first_page, pages)| PageRange { region, first_page, pages };
+            Message::DataRanges(ranges.into_iter().map(range).collect())
+        }),
+        any::<(u32, u64)>().prop_map(|(round, dirty_pages)| Message::Round { round, dirty_pages }),
+        any::<u16>().prop_map(|channel| Message::ChannelClosed { channel }),
+        bytes(3000).prop_map(Message::StateChunk),
+        any::<u32>().prop_map(|number| Message::Ping { number }),
+        any::<u32>().prop_map(|number| Message::Pong { number }),
+        any::<u32>().prop_map(|attempt| Message::CalledOff { attempt }),
+        any::<u32>().prop_map(|attempt| Message::Verify { attempt }),
+        any::<(u32, [u8; 16])>().prop_map(|(attempt, digest)| {
+            Message::Verified { attempt, digest: Digest(digest) }
+        }),
+        any::<(u32, [u8; 16])>().prop_map(|(attempt, digest)| {
+            Message::Compared { attempt, digest: Digest(digest) }
+        }),
+        any::<u32>().prop_map(|attempt| Message::Switchover { attempt }),
+        any::<(u32, u64)>().prop_map(|(attempt, state_bytes)| {
+            Message::Prepare(Prepare { attempt, state_bytes })
+        }),
+        any::<(u32, u64)>()
+            .prop_map(|(attempt, load_ns)| { Message::Prepared(Prepared { attempt, load_ns }) }),
+        Just(Message::Commit),
+        any::<u64>().prop_map(|resume_ns| Message::Resumed { resume_ns }),
+        "[a-zäöü ]{0,50}".prop_map(|text| Message::GaveBack { text }),
+        (prop::sample::select(FailureReason::ALL.to_vec()), "[a-zäöü ]{0,50}")
+            .prop_map(|(reason, text)| Message::Failed { reason, text }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn what_is_encoded_is_decoded(message in a_message()) {
+        prop_assert_eq!(Message::decode(&message.encode()).unwrap(), message);
+    }
+
+    #[test]
+    fn any_bytes_are_a_message_or_an_error(
+        kind in 0_u16..28,
+        rest in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
+        let mut bytes = kind.to_le_bytes().to_vec();
+        bytes.extend(rest);
+        // What is accepted is exactly what would be encoded, text aside.
+        if let Ok(message) = Message::decode(&bytes)
+            && !matches!(message, Message::Failed { .. } | Message::GaveBack { .. })
+        {
+            prop_assert_eq!(message.encode(), bytes);
+        }
+    }
+
+    #[test]
+    fn every_cut_and_every_flip_is_survived(
+        message in a_message(),
+        at: prop::sample::Index,
+        flip in 1_u8..,
+    ) {
+        let mut bytes = message.encode();
+        let at = at.index(bytes.len());
+        prop_assert!(Message::decode(&bytes[..at]).is_err());
+        bytes[at] ^= flip;
+        let _ = Message::decode(&bytes);
+        bytes[at] ^= flip;
+        bytes.push(0);
+        prop_assert!(Message::decode(&bytes).is_err());
+    }
+}
+
+#[test]
+fn long_text_is_cut_at_a_character() {
+    let text = "ä".repeat(MAX_TEXT_BYTES);
+    let message = Message::Failed { reason: FailureReason::Host, text };
+    let Message::Failed { text, .. } = Message::decode(&message.encode()).unwrap() else {
+        panic!("another message");
+    };
+    assert_eq!(text, "ä".repeat(MAX_TEXT_BYTES / 2));
+}
+
+#[test]
+fn terminal_escapes_are_taken_out_of_text() {
+    let message = Message::GaveBack { text: "\x1b[2Jgone".into() };
+    assert_eq!(
+        Message::decode(&message.encode()),
+        Ok(Message::GaveBack { text: " [2Jgone".into() })
+    );
+}
