@@ -436,7 +436,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Copies pages out of guest memory. A user-space copy of page bytes: nothing on the raw
+    /// Copies pages out of guest memory. What `into` held before is replaced, where
+    /// [`Machine::save`](crate::Machine::save) appends. A user-space copy of page bytes: nothing on the raw
     /// path may call it.
     pub fn copy_out(&self, range: PageRange, into: &mut Vec<u8>) -> Result<(), OutOfRange> {
         let span = self.span(range)?;

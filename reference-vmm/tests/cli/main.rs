@@ -12,6 +12,7 @@ mod refused;
 mod saved;
 mod strangers;
 mod support;
+mod system_calls;
 mod uncertain;
 mod unread;
 mod versions;
