@@ -3,18 +3,15 @@
 
 mod support;
 
-use pageferry::testing::conformance::CASES;
+use pageferry::testing::conformance::run_all;
 use pageferry_rdma::{Mtu, RdmaOptions, RegistrationMode};
 
 fn suite(options: &RdmaOptions) {
     let Some(address) = support::address() else { return };
-    for (name, case) in CASES {
-        eprintln!("conformance: {name}");
-        case(&|| {
-            let (source, destination) = support::linked(&address, options, options);
-            (Box::new(source), Box::new(destination))
-        });
-    }
+    run_all(&|| {
+        let (source, destination) = support::linked(&address, options, options);
+        (Box::new(source), Box::new(destination))
+    });
 }
 
 #[test]

@@ -65,8 +65,7 @@ fn send(world: &World, commands: &Receiver<Command>, done: &Sender<()>) {
                         armed = page + words.len() / STRIPE_WORDS;
                     }
                     on_its_way.push((page, world.guest[page].load(Ordering::SeqCst)));
-                    share.mark_sent(&bits);
-                    share.done();
+                    share.done(bits);
                 }
             }
             Command::Settle => land(world, &mut on_its_way),

@@ -61,6 +61,7 @@ pub struct MemoryDestination {
 struct End {
     control: Option<ControlChannel>,
     memory: Option<Arc<GuestMemory>>,
+    opened: bool,
     stop: Arc<Stop>,
 }
 
@@ -70,14 +71,19 @@ impl End {
         let sender = FrameSender { frames: frames_out, stop: Arc::clone(&stop), broken: false };
         let sender = Box::new(sender);
         let receiver = Box::new(FrameReceiver { frames: frames_in, stop: Arc::clone(&stop) });
-        Self { control: Some(ControlChannel { sender, receiver }), memory: None, stop }
+        let control = Some(ControlChannel { sender, receiver });
+        Self { control, memory: None, opened: false, stop }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
         self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
     }
 
+    /// What data channels need, which are opened once.
     fn memory(&self) -> Result<Arc<GuestMemory>, TransportError> {
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
         self.memory.clone().ok_or(TransportError::OutOfOrder("guest memory is not registered"))
     }
 }
@@ -180,6 +186,7 @@ impl SourceLink for MemorySource {
             send(self.lanes, theirs) -> sent => sent.map_err(|_| lost("open channels"))?,
             recv(self.end.stop.stopped) -> _ => return Err(TransportError::Interrupted),
         }
+        self.end.opened = true;
         Ok(senders)
     }
 }
@@ -226,6 +233,7 @@ impl DestinationLink for MemoryDestination {
         if lanes.len() != usize::from(channels) {
             return Err(TransportError::OutOfOrder("the two sides open different channels"));
         }
+        self.end.opened = true;
         Ok(lanes
             .into_iter()
             .map(|lane| -> Box<dyn PageReceiver> {

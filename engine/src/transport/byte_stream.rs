@@ -63,6 +63,7 @@ pub struct ByteStreamLink<S: ByteStream> {
     name: &'static str,
     control: Option<Arc<S>>,
     data: Vec<Arc<S>>,
+    opened: bool,
     memory: Option<Arc<GuestMemory>>,
     stop: Arc<Stop<S>>,
 }
@@ -74,7 +75,7 @@ impl<S: ByteStream> ByteStreamLink<S> {
         let control = Arc::new(control);
         let data: Vec<Arc<S>> = data.into_iter().map(Arc::new).collect();
         let stop = Stop::of(data.iter().chain([&control]));
-        Self { name, control: Some(control), data, memory: None, stop }
+        Self { name, control: Some(control), data, opened: false, memory: None, stop }
     }
 
     fn take_control(&mut self) -> Result<ControlChannel, TransportError> {
@@ -90,6 +91,9 @@ impl<S: ByteStream> ByteStreamLink<S> {
     fn take_data(&mut self, channels: u16) -> Result<Vec<Pages<S>>, TransportError> {
         let unregistered = TransportError::OutOfOrder("guest memory is not registered");
         let memory = self.memory.as_ref().ok_or(unregistered)?;
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
         if usize::from(channels) > self.data.len() {
             let (size, limit) = (u64::from(channels), self.data.len() as u64);
             return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
@@ -97,6 +101,7 @@ impl<S: ByteStream> ByteStreamLink<S> {
         if self.stop.is_stopped() {
             return Err(TransportError::Interrupted);
         }
+        self.opened = true;
         let streams = self.data.drain(..usize::from(channels));
         let pages = streams.map(|stream| Pages {
             half: Half::new(stream, &self.stop),

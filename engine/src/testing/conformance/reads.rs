@@ -1,28 +1,28 @@
 //! The case of one-sided reads.
 
-use std::thread;
 use std::time::Instant;
 
-use super::{MakePair, REGION_PAGES, SOON, data, drain, open};
+use super::fixture::{REGION_PAGES, data, drain};
+use super::{PROMPT, Trial};
 use crate::memory::PageRange;
 use crate::transport::TransportError;
 
 /// A reader brings the source's pages to their place here and touches nothing else, as long as the
 /// source grants it. Without the capability both sides say that there is no such thing.
-pub fn pages_are_read_where_that_is_possible(make_pair: &MakePair<'_>) {
-    let mut opened = open(make_pair, 1);
+pub(super) fn pages_are_read_where_that_is_possible(trial: &Trial) {
+    let mut opened = trial.open(1);
     let (mut source, mut destination) = (opened.source, opened.destination);
     if !destination.capabilities().one_sided_read {
-        let none = (source.grant_reads().map(drop), destination.open_reader(SOON).map(drop));
+        let none = (source.grant_reads().map(drop), destination.open_reader(PROMPT).map(drop));
         let unsupported = |result| matches!(result, Err(TransportError::Unsupported(_)));
         assert!(unsupported(none.0) && unsupported(none.1));
         return;
     }
     opened.here.fill(7);
-    let (grant, mut reader) = thread::scope(|scope| {
-        let opening = scope.spawn(|| destination.open_reader(SOON));
+    let (grant, mut reader) = trial.watch.together(|crew| {
+        let opening = crew.spawn(|| destination.open_reader(PROMPT));
         let grant = source.grant_reads().expect("reads are granted");
-        (grant, opening.join().expect("no panic").expect("a reader opens"))
+        (grant, opening.join().expect("a reader opens"))
     });
     let range = |region, first_page, pages| PageRange { region, first_page, pages };
     let outside = [range(0, REGION_PAGES[0] - 1, 2), range(3, 0, 1), range(0, u64::MAX, 1)];
@@ -52,8 +52,8 @@ pub fn pages_are_read_where_that_is_possible(make_pair: &MakePair<'_>) {
     // What the source writes is read, also while pages flow.
     opened.here.fill_page(0, 3, 8);
     let (sender, receiver) = (&mut opened.senders[0], &mut opened.receivers[0]);
-    thread::scope(|scope| {
-        scope.spawn(|| drain(receiver));
+    trial.watch.together(|crew| {
+        crew.spawn(|| drain(receiver));
         sender.send(&[data(0, 4, 1)]).expect("a batch goes out");
         reader.read(&[range(0, 3, 1)]).expect("pages are read");
         sender.finish().expect("the channel ends");
@@ -65,6 +65,6 @@ pub fn pages_are_read_where_that_is_possible(make_pair: &MakePair<'_>) {
     drop(grant);
     let began = Instant::now();
     while reader.read(&[range(0, 0, 1)]).is_ok() {
-        assert!(began.elapsed() < SOON, "the grant goes on without the source");
+        assert!(began.elapsed() < PROMPT, "the grant goes on without the source");
     }
 }

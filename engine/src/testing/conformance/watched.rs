@@ -1,0 +1,184 @@
+//! A link of which every operation has a name while it is under way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Pair;
+use super::watch::Watch;
+use crate::memory::{GuestMemory, PageRange};
+use crate::transport::{
+    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
+    Interrupt, Link, PageReader, PageReceiver, PageSender, ReadGrant, Received, Registration, Run,
+    SourceLink, Ticket, TransportError, Watermarks,
+};
+
+pub(super) fn watched((source, destination): Pair, watch: &Arc<Watch>) -> Pair {
+    watch.add([source.interrupter(), destination.interrupter()]);
+    let as_source = Name { of: "the source", watch: Arc::clone(watch) };
+    let as_destination = Name { of: "the destination", watch: Arc::clone(watch) };
+    (
+        Box::new(Watched { inner: source, name: as_source }),
+        Box::new(Watched { inner: destination, name: as_destination }),
+    )
+}
+
+/// Who does something.
+#[derive(Clone)]
+struct Name {
+    of: &'static str,
+    watch: Arc<Watch>,
+}
+
+impl Name {
+    fn on_link<T>(&self, operation: &str, run: impl FnOnce() -> T) -> T {
+        self.watch.operation(|| format!("{}'s {operation}", self.of), run)
+    }
+
+    fn on_channel<T>(&self, channel: usize, operation: &str, run: impl FnOnce() -> T) -> T {
+        let of = self.of;
+        self.watch.operation(|| format!("{of}'s {operation} on channel {channel}"), run)
+    }
+}
+
+struct Watched<L: ?Sized> {
+    inner: Box<L>,
+    name: Name,
+}
+
+impl<L: Link + ?Sized> Link for Watched<L> {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        let ControlChannel { sender, receiver } =
+            self.name.on_link("control", || self.inner.control())?;
+        let name = &self.name;
+        Ok(ControlChannel {
+            sender: Box::new(WatchedControl { inner: sender, name: name.clone() }),
+            receiver: Box::new(WatchedControl { inner: receiver, name: name.clone() }),
+        })
+    }
+
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.name.on_link("register", || self.inner.register(memory))
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+impl SourceLink for Watched<dyn SourceLink> {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let senders = self.name.on_link("open_senders", || self.inner.open_senders(channels))?;
+        Ok((0..)
+            .zip(senders)
+            .map(|(channel, inner)| -> Box<dyn PageSender> {
+                Box::new(WatchedChannel { inner, channel, name: self.name.clone() })
+            })
+            .collect())
+    }
+
+    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
+        self.name.on_link("grant_reads", || self.inner.grant_reads())
+    }
+}
+
+impl DestinationLink for Watched<dyn DestinationLink> {
+    fn open_receivers(
+        &mut self,
+        channels: u16,
+        timeout: Duration,
+    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
+        let Self { inner, name } = self;
+        let receivers =
+            name.on_link("open_receivers", || inner.open_receivers(channels, timeout))?;
+        Ok((0..)
+            .zip(receivers)
+            .map(|(channel, inner)| -> Box<dyn PageReceiver> {
+                Box::new(WatchedChannel { inner, channel, name: name.clone() })
+            })
+            .collect())
+    }
+
+    fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
+        let inner = self.name.on_link("open_reader", || self.inner.open_reader(timeout))?;
+        Ok(Box::new(WatchedControl { inner, name: self.name.clone() }))
+    }
+}
+
+/// A half of the control channel, or a reader.
+struct WatchedControl<C: ?Sized> {
+    inner: Box<C>,
+    name: Name,
+}
+
+impl ControlSender for WatchedControl<dyn ControlSender> {
+    fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
+        self.name.on_link("send of a frame", || self.inner.send(frame, timeout))
+    }
+}
+
+impl ControlReceiver for WatchedControl<dyn ControlReceiver> {
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        self.name.on_link("receive of a frame", || self.inner.receive(timeout))
+    }
+}
+
+impl PageReader for WatchedControl<dyn PageReader> {
+    fn read(&mut self, ranges: &[PageRange]) -> Result<(), TransportError> {
+        self.name.on_link("read", || self.inner.read(ranges))
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+}
+
+/// An end of a data channel.
+struct WatchedChannel<C: ?Sized> {
+    inner: Box<C>,
+    channel: usize,
+    name: Name,
+}
+
+impl PageSender for WatchedChannel<dyn PageSender> {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        self.name.on_channel(self.channel, "send", || self.inner.send(runs))
+    }
+
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        self.name.on_channel(self.channel, "watermarks", || self.inner.watermarks(wait))
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.name.on_channel(self.channel, "finish", || self.inner.finish())
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+impl PageReceiver for WatchedChannel<dyn PageReceiver> {
+    fn receive(&mut self) -> Result<Received, TransportError> {
+        self.name.on_channel(self.channel, "receive", || self.inner.receive())
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
