@@ -3,7 +3,7 @@
 use std::fmt;
 use std::num::{NonZeroU16, NonZeroU64};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -245,6 +245,16 @@ pub(crate) fn check_settings(settings: &Settings) -> Result<(), Error> {
 /// Takes events.
 pub(crate) type EventSink = Box<dyn FnMut(&Event) + Send>;
 
+/// A call that only an interrupt can end, and how long it is given before.
+struct Blocked {
+    interrupt: Arc<dyn Interrupt>,
+    grace: Duration,
+}
+
+/// What a send is given to end by itself when somebody cancels: nearly all do at once, and then the
+/// link is there to say why.
+const SEND_GRACE: Duration = Duration::from_millis(50);
+
 /// What the driver and the handles share.
 pub(crate) struct Shared {
     started: Instant,
@@ -266,7 +276,8 @@ pub(crate) struct Shared {
     peer_ended: AtomicBool,
     wake: (Sender<()>, Receiver<()>),
     /// Set while the driver is inside a call that only an interrupt can end.
-    blocked: Mutex<Option<Arc<dyn Interrupt>>>,
+    blocked: Mutex<Option<Blocked>>,
+    unblocked: Condvar,
 }
 
 impl Shared {
@@ -287,6 +298,7 @@ impl Shared {
             peer_ended: AtomicBool::new(false),
             wake: bounded(1),
             blocked: Mutex::new(None),
+            unblocked: Condvar::new(),
         })
     }
 
@@ -330,9 +342,18 @@ impl Shared {
     }
 
     fn unblock(&self) {
-        if let Some(interrupt) = &*self.blocked.lock().unwrap_or_else(PoisonError::into_inner) {
-            interrupt.interrupt();
+        let blocked = self.blocked.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(grace) = blocked.as_ref().map(|blocked| blocked.grace) else { return };
+        let waited = self.unblocked.wait_timeout_while(blocked, grace, |blocked| blocked.is_some());
+        let (blocked, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if let Some(blocked) = &*blocked {
+            blocked.interrupt.interrupt();
         }
+    }
+
+    fn set_blocked(&self, blocked: Option<Blocked>) {
+        *self.blocked.lock().unwrap_or_else(PoisonError::into_inner) = blocked;
+        self.unblocked.notify_all();
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
@@ -384,19 +405,39 @@ impl Shared {
         interrupt: &Arc<dyn Interrupt>,
         call: impl FnOnce() -> Result<T, TransportError>,
     ) -> Result<T, Error> {
-        let set = |value| *self.blocked.lock().unwrap_or_else(PoisonError::into_inner) = value;
-        set(Some(Arc::clone(interrupt)));
+        let grace = Duration::ZERO;
+        self.set_blocked(Some(Blocked { interrupt: Arc::clone(interrupt), grace }));
         // Over before it began: leave the link alone, the peer should be told why it ends.
         let over = self.check().map(|()| self.has_peer_ended());
         let result = over.and_then(|over| {
             caught("the transport", || if over { Err(TransportError::Interrupted) } else { call() })
         });
-        set(None);
+        self.set_blocked(None);
         let result = result?;
         if matches!(result, Err(TransportError::Interrupted)) {
             self.check()?;
         }
         Ok(result?)
+    }
+
+    /// Runs a send, so that cancelling ends it if it does not end by itself, and the peer's end does.
+    pub(crate) fn while_sending(
+        &self,
+        interrupt: &Arc<dyn Interrupt>,
+        send: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let grace = SEND_GRACE;
+        self.set_blocked(Some(Blocked { interrupt: Arc::clone(interrupt), grace }));
+        // Whoever cancels from here on finds it blocked.
+        let result = self.check().and_then(|()| send());
+        self.set_blocked(None);
+        if matches!(result, Err(Error::Transport(TransportError::Interrupted))) {
+            self.check()?;
+            if self.has_peer_ended() {
+                return Err(Error::Transport(TransportError::Closed));
+            }
+        }
+        result
     }
 
     pub(crate) fn set_phase(&self, phase: Phase) {

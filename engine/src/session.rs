@@ -5,9 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{
-    Receiver, RecvError, RecvTimeoutError, Sender, bounded, never, select_biased, unbounded,
-};
+use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select_biased, unbounded};
 
 use crate::error::Error;
 use crate::host::caught;
@@ -19,6 +17,9 @@ use crate::transport::{ControlChannel, ControlReceiver, ControlSender, Interrupt
 /// How long a side that lost its link waits for the peer's own account of why: the last words
 /// come on the control channel, and data channels break at the same time.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Longer than any wait, short enough for the clock's arithmetic.
+const FAR: Duration = Duration::from_secs(365 * 86_400);
 
 /// Messages that wait for the driver, at most; each has at most half a MiB
 /// ([`MAX_STATE_CHUNK_BYTES`](crate::protocol::MAX_STATE_CHUNK_BYTES)). What more a peer says stays
@@ -189,10 +190,30 @@ impl<R: Send + 'static> Session<R> {
         self.control.bytes.load(Relaxed)
     }
 
-    /// Sends a message, behind all that was sent before.
+    /// Sends a message, behind all that was sent before. Cancelling ends the wait for a link that
+    /// does not take it, and then the link.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
         let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
-        put(&mut **self.take_outlet()?, &talk, message, timeout)
+        let (shared, interrupt) = (Arc::clone(&self.shared), Arc::clone(&self.interrupt));
+        let outlet = self.take_outlet()?;
+        shared.while_sending(&interrupt, || put(&mut **outlet, &talk, message, timeout))
+    }
+
+    /// As [`send`](Self::send), past the point where cancelling means anything.
+    pub(crate) fn send_committed(&mut self, message: &Message) -> Result<(), Error> {
+        self.put_within(message, self.send_timeout)
+    }
+
+    /// Sends this side's last word, if the link takes it soon.
+    pub(crate) fn send_last(&mut self, message: &Message) -> Result<(), Error> {
+        self.put_within(message, LAST_WORDS)
+    }
+
+    fn put_within(&mut self, message: &Message, timeout: Duration) -> Result<(), Error> {
+        let talk = Arc::clone(&self.control);
+        let patience = Patience::now("the transport to send", timeout);
+        self.wait_for_outlet(patience, &never())?;
+        put(&mut **self.outlet()?, &talk, message, timeout)
     }
 
     /// Sends messages by a thread of their own: the driver goes on, however long the link takes. Why
@@ -219,11 +240,19 @@ impl<R: Send + 'static> Session<R> {
 
     /// Waits until all is sent that a thread was to send.
     pub(crate) fn sent_aside(&mut self, patience: Patience) -> Result<(), Error> {
+        let wake = self.shared.wake().clone();
+        self.wait_for_outlet(patience, &wake)
+    }
+
+    fn wait_for_outlet(&mut self, patience: Patience, wake: &Receiver<()>) -> Result<(), Error> {
         let Outlet::Lent(lent) = &self.outlet else { return Ok(()) };
-        let returned = lent.recv_timeout(patience.left());
-        if matches!(returned, Err(RecvTimeoutError::Timeout)) {
-            return Err(patience.error());
-        }
+        let returned = loop {
+            select_biased! {
+                recv(lent) -> returned => break returned,
+                recv(wake) -> _ => self.shared.check()?,
+                default(patience.left()) => return Err(patience.error()),
+            }
+        };
         let (outlet, sent) = returned
             .map_or((Outlet::Gone, Ok(())), |(control, sent)| (Outlet::Here(control), sent));
         self.outlet = outlet;
@@ -232,8 +261,13 @@ impl<R: Send + 'static> Session<R> {
 
     /// Waits until the outlet is here.
     fn take_outlet(&mut self) -> Result<&mut Box<dyn ControlSender>, Error> {
-        // The transport knows when to give up.
-        self.sent_aside(Patience::now("the transport to send", Duration::MAX))?;
+        self.shared.check()?;
+        // Each of its sends is bounded, and cancelling ends the wait.
+        self.sent_aside(Patience::now("the transport to send", FAR))?;
+        self.outlet()
+    }
+
+    fn outlet(&mut self) -> Result<&mut Box<dyn ControlSender>, Error> {
         match &mut self.outlet {
             Outlet::Here(control) => Ok(control),
             _ => Err(Error::Transport(TransportError::Closed)),

@@ -128,7 +128,7 @@ fn tell(session: &mut Session<ReceiverReport>, error: &Error) {
         return;
     }
     let told = Message::Failed { reason: error.reason(), text: error.chain().to_string() };
-    if let Err(unheard) = session.send(&told) {
+    if let Err(unheard) = session.send_last(&told) {
         tracing::debug!(error = %unheard.chain(), "the source could not be told");
     }
 }
@@ -148,7 +148,7 @@ impl Drive {
 
     pub(super) fn decline(mut self, reason: &str) {
         let told = Message::Failed { reason: FailureReason::Declined, text: reason.to_owned() };
-        if let Err(unheard) = self.session.send(&told) {
+        if let Err(unheard) = self.session.send_last(&told) {
             tracing::debug!(error = %unheard.chain(), "the source could not be told");
         }
         self.session.close();
@@ -229,7 +229,7 @@ impl Drive {
                     "that switchover was called off",
                 ));
             }
-            self.session.send(&Message::Prepared(prepared))?;
+            self.session.send_committed(&Message::Prepared(prepared))?;
             self.emit(&Event::Loaded)?;
             match self.await_commit()? {
                 Answer::Commit => return self.take_over(machine),
@@ -367,7 +367,7 @@ impl Drive {
                     return Ok(Answer::CalledOff);
                 }
                 Item::Message(Message::Ping { number }) => {
-                    self.session.send(&Message::Pong { number })?;
+                    self.session.send_committed(&Message::Pong { number })?;
                 }
                 Item::Message(other) => return Err(unexpected(&other, "waiting for the commit")),
                 // Everything has landed; how the data channels end matters no more, unless more
@@ -397,7 +397,7 @@ impl Drive {
         self.handover.handle(DestinationInput::Resumed);
         // The guest is ours and runs, whether the source hears of it or not.
         let resume_ns = nanoseconds(began.elapsed());
-        if let Err(unheard) = self.session.send(&Message::Resumed { resume_ns }) {
+        if let Err(unheard) = self.session.send_committed(&Message::Resumed { resume_ns }) {
             tracing::warn!(error = %unheard.chain(), "the source could not be told that the guest runs");
         }
         self.statistics.downtime.resume = Duration::from_nanos(resume_ns);
@@ -416,7 +416,7 @@ impl Drive {
         };
         self.handover.handle(DestinationInput::ResumeFailed);
         let told = Message::GaveBack { text: error.chain().to_string() };
-        if let Err(unheard) = self.session.send(&told) {
+        if let Err(unheard) = self.session.send_committed(&told) {
             tracing::warn!(error = %unheard.chain(), "the source does not know that it has the guest back");
         }
         error

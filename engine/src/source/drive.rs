@@ -281,7 +281,7 @@ impl Drive<'_> {
         let error = self.session.explain(error);
         if !matches!(error, Error::PeerFailed { .. } | Error::GivenBack { .. }) {
             let told = Message::Failed { reason: error.reason(), text: error.chain().to_string() };
-            if let Err(unheard) = self.session.send(&told) {
+            if let Err(unheard) = self.session.send_last(&told) {
                 tracing::debug!(error = %unheard.chain(), "the destination could not be told");
             }
         }

@@ -316,7 +316,7 @@ impl Drive<'_> {
         self.source.shared.set_phase(Phase::Committed);
         let patience =
             Patience::now("the answer to the commit", self.source.common.timeouts.commit);
-        self.session.send(&Message::Commit)?;
+        self.session.send_committed(&Message::Commit)?;
         self.tell(&Event::Committed);
         loop {
             match self.session.next_committed(patience)? {
