@@ -16,6 +16,7 @@ use crate::hot::{self, HotArgs};
 use crate::latency::{self, LatencyArgs};
 use crate::migrate::{self, MigrateArgs};
 use crate::page::{self, ReportArgs};
+use crate::rearm::{self, RearmArgs};
 use crate::throughput::SideName;
 
 pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -159,6 +160,9 @@ pub(crate) enum Command {
     /// Do what the engine does with dirty bitmaps, and read the same bitmaps.
     #[command(after_long_help = format!("{BITMAP_METHOD}\n\n{BITMAP_EXAMPLES}\n\n{EXIT_CODES}"))]
     Bitmap(BitmapArgs),
+    /// Re-arm KVM's dirty log under a running guest, as a sender does and by bare loops.
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", rearm::METHOD))]
+    Rearm(RearmArgs),
     /// Migrate modelled guests over modelled networks with the engine's own state machines, and
     /// compare estimators and policies.
     #[command(after_long_help = format!("{SIMULATE_METHOD}\n\n{EXIT_CODES}"))]
@@ -203,6 +207,7 @@ impl Command {
             Self::Migrate(args) => args.check(),
             Self::Compare(args) => args.check(),
             Self::DeviceState(_)
+            | Self::Rearm(_)
             | Self::Report(_)
             | Self::Hot(_)
             | Self::Gate(_)

@@ -3,6 +3,7 @@
 //! - `throughput` moves guest memory between two processes of this host, by the engine and by a
 //!   bare loop of system calls in turn, and compares them.
 //! - `runs` sends runs of pages of each length, copied by the kernel and zero-copy.
+//! - `rearm` re-arms KVM's dirty log as a sender does, and by bare loops.
 //! - `bitmap` does what the engine does with dirty bitmaps, and compares it with reading them.
 //! - `latency` measures how long a batch, a page, a control frame and the commit take.
 //! - `migrate` moves guests live, over everything that makes a difference.
@@ -42,6 +43,7 @@ mod page;
 mod page_writes;
 mod perftest;
 mod random;
+mod rearm;
 mod runs;
 mod simulate;
 mod throughput;
@@ -62,6 +64,7 @@ fn main() -> std::process::ExitCode {
         Command::Throughput(args) => throughput::run(&args),
         Command::Runs(args) => runs::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
+        Command::Rearm(args) => rearm::run(&args),
         Command::Latency(args) => latency::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Compare(args) => compare::run(&args),

@@ -186,7 +186,8 @@ fn beside_pagemap_scan_with_writes_by_process_vm_writev() {
         let to = libc::iovec { iov_base: span.addr.cast(), iov_len: READ_BYTES };
         let process = libc::pid_t::try_from(std::process::id()).unwrap();
         // SAFETY: reads `bytes`, and writes to guest memory of that length, which is this process's.
-        let written = unsafe { libc::process_vm_writev(process, &from, 1, &to, 1, 0) };
+        let written =
+            unsafe { libc::process_vm_writev(process, &raw const from, 1, &raw const to, 1, 0) };
         let error = std::io::Error::last_os_error();
         assert_eq!(usize::try_from(written), Ok(READ_BYTES), "{error}");
     });

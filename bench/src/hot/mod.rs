@@ -16,6 +16,7 @@ use crate::links::Way;
 use crate::outcome::{Failure, Outcome};
 use crate::output::line;
 
+pub(crate) use paths::Nobody;
 pub(crate) use transports::BATCHES;
 
 pub(crate) const METHOD: &str = "\

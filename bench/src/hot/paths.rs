@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry::dirty::{DirtyBitmap, runs};
+use pageferry::dirty::{DirtyBitmap, DirtySources, runs};
 use pageferry::ledger::Ledger;
 use pageferry::memory::{GuestMemory, Layout, PAGE_BYTES, PageRange, RegionLayout};
 use pageferry::partition::Partition;
@@ -100,7 +100,8 @@ fn round(
 ) -> impl FnMut() -> Result<Counts, Failure> {
     move || {
         black_box(&ram);
-        black_box(send_round(&memory, &dirty, Box::new(Nowhere(0)), NOWHERE, BATCH_BYTES));
+        let (nobody, nowhere) = (DirtySources::new(Vec::new()), Box::new(Nowhere(0)));
+        black_box(send_round(&memory, &dirty, nobody, nowhere, NOWHERE, BATCH_BYTES));
         Ok(Counts::default())
     }
 }
@@ -119,7 +120,7 @@ const NOWHERE: Capabilities = Capabilities {
 struct Nowhere(Ticket);
 
 /// Nothing waits there.
-struct Nobody;
+pub(crate) struct Nobody;
 
 impl Interrupt for Nobody {
     fn interrupt(&self) {}

@@ -17,6 +17,7 @@ use crate::stats::ChannelGauge;
 use crate::transport::{Capabilities, PageCounts, PageSender};
 
 /// Sends what is dirty, as one round with one channel, and returns the pages that were looked at.
+/// The sources are only asked to re-arm.
 ///
 /// # Panics
 ///
@@ -24,6 +25,7 @@ use crate::transport::{Capabilities, PageCounts, PageSender};
 pub fn send_round(
     memory: &Arc<GuestMemory>,
     dirty: &DirtyBitmap,
+    sources: DirtySources,
     pages: Box<dyn PageSender>,
     capabilities: Capabilities,
     batch_bytes: u64,
@@ -45,7 +47,7 @@ pub fn send_round(
     sender::run(SenderSetup {
         channel: 0,
         memory: Arc::clone(memory),
-        sources: Arc::new(DirtySources::new(Vec::new())),
+        sources: Arc::new(sources),
         pages,
         capabilities,
         batch_bytes,
