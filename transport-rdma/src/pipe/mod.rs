@@ -5,14 +5,14 @@
 //! that is not ready, and one beyond that ends the pipe. The inlet's words are eight bytes: how many
 //! messages it has taken so far, little-endian. They come when half of the room is used up, and at
 //! once after a mark. With the highest bit set a word is a question: nothing was heard for
-//! [`KEEPALIVE`], and the outlet is to send something, a mark if there is nothing else. The queue
-//! pair finds out meanwhile whether the other side is still there.
+//! [`KEEPALIVE`], and the outlet is to send something, an empty message if there is nothing else. The
+//! queue pair finds out meanwhile whether the other side is still there.
 //!
 //! Nobody may be reading words, so no more of them go out than there is room for: one for each
 //! message, and [`QUESTIONS`] after the last one.
 //!
 //! A **mark** is a message without bytes: a write with immediate data that writes nothing, or an
-//! empty send where the provider has no such writes (siw). It arrives after all that was written
+//! empty send where the provider has no such writes (siw), and where the queue pair is not for pages. It arrives after all that was written
 //! before it on the queue pair is in memory, so a mark that was taken says that all of that landed.
 
 mod credits;

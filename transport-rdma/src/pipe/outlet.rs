@@ -106,7 +106,9 @@ impl Outlet {
     pub(crate) fn attend(&mut self) -> Result<(), TransportError> {
         self.pump(None)?;
         if self.credits.owes_answer() && self.has_slot() {
-            self.mark()?;
+            // Empty, and no write: only queue pairs for pages let the other side do that.
+            self.post(Verb::Send, None)?;
+            self.credits.send();
         }
         Ok(())
     }
