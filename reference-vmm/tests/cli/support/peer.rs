@@ -22,9 +22,11 @@ pub(crate) fn dial(address: &str) -> TcpStream {
     stream
 }
 
+const ID: MigrationId = MigrationId([7; 16]);
+
 /// The preamble of a control connection.
 pub(crate) fn control_preamble() -> [u8; PREAMBLE_BYTES] {
-    Preamble { id: MigrationId([7; 16]), kind: Kind::Control }.encode()
+    Preamble { id: ID, kind: Kind::Control }.encode()
 }
 
 pub(crate) fn read_answer(stream: &mut TcpStream) -> Answer {
@@ -82,7 +84,12 @@ pub(crate) fn small_guest() -> GuestConfig {
 
 /// The greeting of a source of [`small_guest`] that a destination would take.
 pub(crate) fn hello(channels: u16) -> Message {
-    let guest = Guest::create(small_guest()).expect("a guest");
+    hello_of(small_guest(), channels)
+}
+
+/// The greeting of a source of any guest.
+pub(crate) fn hello_of(config: GuestConfig, channels: u16) -> Message {
+    let guest = Guest::create(config).expect("a guest");
     let regions = guest.config().regions.iter().map(|(guest_addr, len_bytes)| RegionLayout {
         guest_addr: *guest_addr,
         len_bytes: *len_bytes,
@@ -97,8 +104,13 @@ pub(crate) fn hello(channels: u16) -> Message {
 
 /// A source that was let in and welcomed: its control connection.
 pub(crate) fn welcomed(address: &str, channels: u16) -> TcpStream {
+    welcomed_with(address, &hello(channels))
+}
+
+/// As [`welcomed`], with a greeting.
+pub(crate) fn welcomed_with(address: &str, hello: &Message) -> TcpStream {
     let mut stream = let_in(address);
-    send(&mut stream, &hello(channels).encode());
+    send(&mut stream, &hello.encode());
     let answer = receive(&mut stream);
     assert!(matches!(answer, Message::Welcome(_)), "{answer:?}");
     stream

@@ -131,6 +131,15 @@ impl Process {
         }
     }
 
+    /// The most memory it has had so far, in bytes.
+    pub(crate) fn peak_memory_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("its status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+        kib << 10
+    }
+
     /// Whether it has not ended.
     pub(crate) fn lives(&self) -> bool {
         self.wait_until(Instant::now()).is_none()
