@@ -34,6 +34,8 @@ use crate::{CAPABILITIES, NAME, control};
 pub struct RdmaDestinationLink {
     control: Option<ControlChannel>,
     registered: Option<Arc<Registered>>,
+    /// Whether data channels were opened: once.
+    opened: bool,
     migration: MigrationId,
     mtu: u32,
     workshop: Workshop,
@@ -47,7 +49,7 @@ impl RdmaDestinationLink {
         let outlet = outlet.ok_or(TransportError::OutOfOrder("half of a control channel"))?;
         let mtu = inlet.connection.mtu;
         let control = Some(control::channel(outlet, inlet));
-        Ok(Self { control, registered: None, migration, mtu, workshop, desk })
+        Ok(Self { control, registered: None, opened: false, migration, mtu, workshop, desk })
     }
 
     /// The path MTU that both sides have agreed on, of the control connection.
@@ -114,6 +116,9 @@ impl DestinationLink for RdmaDestinationLink {
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
         let registered = self.registered()?;
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
         for beyond in self.desk.board().set_channels(channels) {
             let what = format!("there are only {channels} data channels");
             tracing::warn!(peer = ?beyond.id.peer(), "refused a connection: {what}");
@@ -124,14 +129,16 @@ impl DestinationLink for RdmaDestinationLink {
         let outlet = self.workshop.accept_outlet(table)?;
         let announcer = Arc::new(Announcer::new(outlet, Arc::clone(&registered)));
         announcer.announce()?;
-        (0..channels)
+        let receivers = (0..channels)
             .map(|channel| -> Result<Box<dyn PageReceiver>, TransportError> {
                 let request = self.take(Purpose::Pages { channel }, deadline, timeout)?;
                 let inlet = self.workshop.accept_inlet(request, RemoteAccess::Write)?;
                 let (registered, announcer) = (Arc::clone(&registered), Arc::clone(&announcer));
                 Ok(Box::new(RdmaPageReceiver::new(inlet, registered, announcer)))
             })
-            .collect()
+            .collect::<Result<_, _>>()?;
+        self.opened = true;
+        Ok(receivers)
     }
 
     fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {

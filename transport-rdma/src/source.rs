@@ -31,6 +31,8 @@ use crate::{CAPABILITIES, NAME, check_libraries, control, first_of};
 pub struct RdmaSourceLink {
     control: Option<ControlChannel>,
     registered: Option<Arc<Registered>>,
+    /// Whether data channels were opened: once.
+    opened: bool,
     migration: MigrationId,
     mtu: u32,
     workshop: Workshop,
@@ -62,7 +64,7 @@ pub fn connect(
     let inlet = workshop.dial_inlet(&preamble(Purpose::ControlBack))?;
     let mtu = outlet.connection.mtu;
     let control = Some(control::channel(outlet, inlet));
-    Ok(RdmaSourceLink { control, registered: None, migration, mtu, workshop })
+    Ok(RdmaSourceLink { control, registered: None, opened: false, migration, mtu, workshop })
 }
 
 impl RdmaSourceLink {
@@ -114,11 +116,14 @@ impl Link for RdmaSourceLink {
 impl SourceLink for RdmaSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         let here = self.registered()?;
+        if self.opened {
+            return Err(TransportError::OutOfOrder("data channels are open"));
+        }
         let preamble = |purpose| self.workshop.preamble(purpose, self.migration);
         let table = self.workshop.dial_inlet(&preamble(Purpose::Table))?;
         let directory = Arc::new(Directory::new(table, here.memory.layout()));
         let slice_bytes = self.workshop.slice_bytes();
-        (0..channels)
+        let senders = (0..channels)
             .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
                 let preamble = preamble(Purpose::Pages { channel });
                 let outlet = self.workshop.dial_outlet(None, &preamble, RemoteAccess::Nothing)?;
@@ -127,7 +132,9 @@ impl SourceLink for RdmaSourceLink {
                     RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
                 Ok(Box::new(sender))
             })
-            .collect()
+            .collect::<Result<_, _>>()?;
+        self.opened = true;
+        Ok(senders)
     }
 
     fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
