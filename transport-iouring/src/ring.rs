@@ -5,11 +5,15 @@
 //! borrowed. A lost link ends them, and an interrupt shuts the socket down, which ends them too.
 //! The exception are notifications of zero-copy sends, which come when the NIC is done; they use
 //! pinned memory only, and the account of them says which batches are not released yet.
+//!
+//! The kernel may take a part of a chain only: where it has no memory for a request, say. What it
+//! took is then waited for, and nothing is handed over any more, neither the rest, which would run
+//! unlinked and out of order and point to what is gone by then, nor another chain.
 #![expect(unsafe_code, reason = "requests are handed to the kernel")]
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::{self, ThreadId};
 use std::time::Duration;
@@ -17,6 +21,7 @@ use std::time::Duration;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue};
 use pageferry::transport::{TransportError, ZeroCopyCounts};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Resource, getrlimit};
 
 use crate::chain::{Chain, ZeroCopySend};
@@ -32,6 +37,8 @@ const MAX_NOTIFICATIONS: usize = 1024;
 
 /// Marks the user data of zero-copy sends; below it are the slot and the step.
 const ZERO_COPY: u64 = 1 << 63;
+/// `IORING_ENTER_GETEVENTS`.
+const ENTER_GETEVENTS: u32 = 1;
 /// `IORING_NOTIF_USAGE_ZC_COPIED`.
 const COPIED: u32 = 1 << 31;
 
@@ -138,6 +145,23 @@ struct Issuer {
 }
 
 impl Issuer {
+    /// Waits for completions, and hands nothing over, whatever is in the submission queue.
+    fn wait(&self, completions: usize) -> io::Result<usize> {
+        let completions = u32::try_from(completions).unwrap_or(u32::MAX);
+        let submitter = self.ring.submitter();
+        // SAFETY: nothing is submitted, and there is no argument.
+        unsafe { submitter.enter::<libc::sigset_t>(0, completions, ENTER_GETEVENTS, None) }
+    }
+
+    /// As [`Self::wait`] for one, at most so long.
+    fn wait_at_most(&self, most: Duration) -> io::Result<()> {
+        let most = rustix::event::Timespec::try_from(most).ok();
+        // SAFETY: the ring, which is held, has it open.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], most.as_ref())?;
+        self.wait(0).map(drop)
+    }
+
     /// Takes all completions that are there. What a step of the running chain came to goes to
     /// `results`; the rest are notifications. Returns how many steps are done.
     fn reap(&mut self, results: &mut [i32], counts: &mut ZeroCopyCounts) -> usize {
@@ -289,40 +313,49 @@ impl Ring {
         // of them are complete; zero-copy sends may read on, from memory that is pinned.
         let pushed = unsafe { issuer.ring.submission().push_multiple(&entries) };
         pushed.map_err(io::Error::other)?;
-        let mut left = steps;
-        let mut first = true;
-        while left > 0 {
+        let (entered, not_taken) = loop {
             self.system_calls += 1;
-            let entered = issuer.ring.submit_and_wait(left);
-            if first {
-                let not_taken = issuer.ring.submission().len();
-                if let Err(error) = &entered
-                    && not_taken == steps
-                {
-                    if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
-                        continue;
-                    }
-                    // The kernel has none of it, and will not get it.
-                    self.broken = true;
-                    return entered.map(|_| &[] as &[i32]);
+            let entered = issuer.ring.submit_and_wait(steps);
+            let not_taken = issuer.ring.submission().len();
+            match &entered {
+                Err(error) if not_taken == steps && passing(error) => {
+                    // Notifications that found no room stand in the way.
+                    issuer.reap(&mut [], &mut self.counts);
+                    thread::yield_now();
                 }
-                if self.setup.sq_poll.is_none() && not_taken > 0 {
-                    // Out of memory in the middle. What is left would run out of order.
-                    self.broken = true;
-                    left -= not_taken;
-                }
-                first = false;
-            } else if let Err(error) = &entered
-                && !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
+                _ => break (entered, not_taken),
+            }
+        };
+        // The kernel's thread, where there is one, takes the rest in its own time, if it lives.
+        let dead = |error: &io::Error| error.raw_os_error() == Some(libc::EOWNERDEAD);
+        let polls = self.setup.sq_poll.is_some() && !entered.as_ref().is_err_and(dead);
+        let never_taken = if polls { 0 } else { not_taken };
+        if never_taken > 0 {
+            self.broken = true;
+            // Ends what waits for the other side.
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+        }
+        let mut left = steps - never_taken;
+        loop {
+            left -= issuer.reap(&mut self.results, &mut self.counts).min(left);
+            if left == 0 {
+                break;
+            }
+            self.system_calls += 1;
+            // The kernel's thread may have to be woken, which this does.
+            let waited = if polls { issuer.ring.submit_and_wait(left) } else { issuer.wait(left) };
+            if let Err(error) = waited
+                && !passing(&error)
             {
                 // It uses memory of ours and cannot be left alone.
                 tracing::error!("failed to wait for requests: {error}");
                 thread::yield_now();
             }
-            left -= issuer.reap(&mut self.results, &mut self.counts).min(left);
         }
         if self.broken {
-            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+            return Err(entered.err().unwrap_or_else(|| {
+                io::Error::other("the kernel took a part of a chain of requests only")
+            }));
         }
         Ok(&self.results)
     }
@@ -355,10 +388,15 @@ impl Ring {
         match &mut self.issuer {
             Some(issuer) if issuer.account.len() > 0 && (!bound || issuer.thread == here) => {
                 issuer.reap(&mut [], &mut self.counts);
-                let most: Timespec = most.into();
-                let args = SubmitArgs::new().timespec(&most);
                 self.system_calls += 1;
-                match issuer.ring.submitter().submit_with_args(1, &args) {
+                let waited = if self.broken {
+                    issuer.wait_at_most(most)
+                } else {
+                    let most: Timespec = most.into();
+                    let args = SubmitArgs::new().timespec(&most);
+                    issuer.ring.submitter().submit_with_args(1, &args).map(drop)
+                };
+                match waited {
                     Err(error) if !passing(&error) => return Err(error),
                     _ => {}
                 }
@@ -387,3 +425,6 @@ impl Drop for Ring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
