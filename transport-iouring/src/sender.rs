@@ -28,6 +28,7 @@ use pageferry::transport::{
     ChannelCounters, Interrupt, PageSender, Run, Ticket, TransportError, Watermarks, ZeroCopyCounts,
 };
 use pageferry_tcp::{DataSocket, ZeroCopy};
+use rustix::io::Errno;
 
 use crate::chain::{Chain, Until};
 use crate::features::Feature;
@@ -167,10 +168,7 @@ impl IoUringPageSender {
         match self.phase {
             Phase::Open => Ok(()),
             Phase::Finished => Err(TransportError::OutOfOrder("the data channel is finished")),
-            Phase::Broken => Err(TransportError::Lost {
-                operation: SENDING,
-                cause: io::ErrorKind::NotConnected.into(),
-            }),
+            Phase::Broken => Err(self.socket.failed(SENDING, Errno::NOTCONN.into())),
         }
     }
 

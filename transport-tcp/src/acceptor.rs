@@ -12,6 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::board::{Bell, Board, Incoming};
 use crate::connection::LinkState;
+use crate::connector::addresses_of;
 use crate::destination::TcpDestinationLink;
 use crate::options::TcpOptions;
 use crate::poll_loop::PollLoop;
@@ -61,7 +62,7 @@ impl TcpAcceptor {
         spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
     ) -> Result<Self, TransportError> {
         let failed = |cause| TransportError::Listen { address: crate::address_text(&addr), cause };
-        let addresses = addr.to_socket_addrs().map_err(failed)?;
+        let addresses = addresses_of(&addr).map_err(failed)?;
         let mut last_error = failed(io::ErrorKind::NotFound.into());
         for address in addresses {
             match listen(address, &options) {

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Interrupt, TransportError, ZeroCopyCounts};
@@ -84,6 +84,7 @@ impl LinkState {
             peer,
             link: Arc::clone(self),
             interrupted: false.into(),
+            end: OnceLock::new(),
             linger: false.into(),
             unreleased: Mutex::default(),
         });
@@ -127,6 +128,9 @@ pub(crate) struct Connection {
     link: Arc<LinkState>,
     /// Alone, whatever became of the link.
     interrupted: AtomicBool,
+    /// How it was lost. The kernel says so once, to whoever asks first, and from then on that the
+    /// stream has ended, or that the pipe is broken.
+    end: OnceLock<Errno>,
     /// Whether bytes that the other side must still get may be under way when the link is
     /// dropped.
     linger: AtomicBool,
@@ -193,20 +197,31 @@ impl Connection {
                     | Errno::NETRESET
             )
         );
-        if lost {
-            TransportError::Lost { operation, cause }
-        } else {
-            TransportError::Io { operation, cause }
+        let Some(errno) = errno.filter(|_| lost) else {
+            return TransportError::Io { operation, cause };
+        };
+        if matches!(errno, Errno::PIPE | Errno::NOTCONN) {
+            return self.lost(operation, cause);
         }
+        let cause = io::Error::from(*self.end.get_or_init(|| errno));
+        TransportError::Lost { operation, cause }
+    }
+
+    /// Whether the kernel has said that the connection broke, and so did not end in order.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.end.get().is_some()
+    }
+
+    fn lost(&self, operation: &'static str, cause: io::Error) -> TransportError {
+        let cause = self.end.get().map_or(cause, |errno| io::Error::from(*errno));
+        TransportError::Lost { operation, cause }
     }
 
     /// What the end of the stream means where more was due.
     pub(crate) fn ended(&self, operation: &'static str) -> TransportError {
         match self.check() {
             Err(interrupted) => interrupted,
-            Ok(()) => {
-                TransportError::Lost { operation, cause: io::ErrorKind::UnexpectedEof.into() }
-            }
+            Ok(()) => self.lost(operation, io::ErrorKind::UnexpectedEof.into()),
         }
     }
 

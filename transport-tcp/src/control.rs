@@ -158,7 +158,7 @@ impl ControlReceiver for TcpControlReceiver {
         let mut flags = RecvFlags::DONTWAIT;
         loop {
             match connection.receive(self.room(), flags) {
-                Ok(0) if self.filled == 0 => {
+                Ok(0) if self.filled == 0 && !connection.is_lost() => {
                     connection.check()?;
                     return Err(TransportError::Closed);
                 }

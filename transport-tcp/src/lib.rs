@@ -59,6 +59,7 @@
 mod acceptor;
 mod board;
 mod connection;
+mod connector;
 mod control;
 mod data_socket;
 mod destination;
@@ -78,6 +79,7 @@ use std::fmt;
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
 
 pub use acceptor::TcpAcceptor;
+pub use connector::TcpConnector;
 pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
 pub use options::{Keepalive, TcpOptions, ZeroCopy};

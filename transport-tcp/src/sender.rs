@@ -234,10 +234,7 @@ impl TcpPageSender {
         match self.phase {
             Phase::Open => Ok(()),
             Phase::Finished => Err(TransportError::OutOfOrder("the data channel is finished")),
-            Phase::Broken => Err(TransportError::Lost {
-                operation: SENDING,
-                cause: io::ErrorKind::NotConnected.into(),
-            }),
+            Phase::Broken => Err(self.connection.failed(SENDING, Errno::NOTCONN.into())),
         }
     }
 

@@ -17,6 +17,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::connection::{Connection, LinkState, close_all, deadline_after};
+use crate::connector::TcpConnector;
 use crate::data_socket::DataSocket;
 use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
@@ -25,42 +26,15 @@ use crate::{CAPABILITIES, NAME, control};
 
 /// Connects to a destination that accepts migrations ([`TcpAcceptor`](crate::TcpAcceptor)).
 ///
-/// Tries the addresses one after another, each for at most [`TcpOptions::connect_timeout`], until
-/// one answers. A refusal is an answer: it is returned as [`TransportError::Refused`].
+/// Tries the addresses of a name one after another, and the next one too when one is silent for a
+/// quarter of a second (RFC 8305, "Happy Eyeballs"); the first that is connected is taken. Each is
+/// given at most [`TcpOptions::connect_timeout`]. A refusal is an answer: it is returned as
+/// [`TransportError::Refused`]. To be able to end it, use [`TcpConnector`].
 pub fn connect(
     addr: impl ToSocketAddrs + fmt::Debug,
     options: TcpOptions,
 ) -> Result<TcpSourceLink, TransportError> {
-    let unreachable =
-        |cause| TransportError::Connect { address: crate::address_text(&addr), cause };
-    let addresses = addr.to_socket_addrs().map_err(unreachable)?;
-    let id = MigrationId::random()
-        .map_err(|cause| TransportError::Io { operation: "make a migration id", cause })?;
-    let state = LinkState::new(|| {});
-    let preamble = Preamble { id, kind: Kind::Control };
-    let mut last_error = None;
-    for peer in addresses {
-        let dialled =
-            Dialled::begin(peer, &preamble, &options, &state).and_then(Dialled::await_answer);
-        match dialled {
-            Ok(control) => {
-                return Ok(TcpSourceLink {
-                    id,
-                    options,
-                    state,
-                    connections: vec![control],
-                    control_taken: false,
-                    memory: None,
-                    opened: false,
-                });
-            }
-            Err(error @ TransportError::Connect { .. }) => last_error = Some(error),
-            Err(error) => return Err(error),
-        }
-    }
-    Err(last_error.unwrap_or_else(|| {
-        unreachable(io::Error::new(io::ErrorKind::NotFound, "the name has no address"))
-    }))
+    TcpConnector::new(options).connect(addr)
 }
 
 /// The source's end of a link over TCP. Made by [`connect()`].
@@ -84,6 +58,23 @@ pub struct TcpSourceLink {
 }
 
 impl TcpSourceLink {
+    pub(crate) fn new(
+        id: MigrationId,
+        options: TcpOptions,
+        state: Arc<LinkState>,
+        control: Arc<Connection>,
+    ) -> Self {
+        Self {
+            id,
+            options,
+            state,
+            connections: vec![control],
+            control_taken: false,
+            memory: None,
+            opened: false,
+        }
+    }
+
     /// The migration, as the destination's logs call it.
     pub fn migration_id(&self) -> MigrationId {
         self.id
@@ -180,8 +171,76 @@ impl Drop for TcpSourceLink {
     }
 }
 
+/// A connection that is being made.
+pub(crate) struct Attempt {
+    pub(crate) connection: Arc<Connection>,
+    pub(crate) deadline: Option<Instant>,
+}
+
+impl Attempt {
+    pub(crate) fn begin(
+        peer: SocketAddr,
+        options: &TcpOptions,
+        state: &Arc<LinkState>,
+    ) -> Result<Self, TransportError> {
+        let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
+        let deadline = deadline_after(Some(options.connect_timeout));
+        let socket = start(peer, options).map_err(failed)?;
+        // Part of the link while it still connects, so that an interrupt ends that too: shutting
+        // down a socket in SYN_SENT aborts the attempt.
+        Ok(Self { connection: state.adopt(socket, peer)?, deadline })
+    }
+
+    fn failed(&self, cause: io::Error) -> TransportError {
+        TransportError::Connect { address: self.connection.peer().to_string(), cause }
+    }
+
+    /// Whether it is connected, once something has happened or its time is over.
+    pub(crate) fn outcome(&self) -> Result<(), TransportError> {
+        self.connection.check()?;
+        if self.connection.wait(PollFlags::OUT, Some(Instant::now()))?.is_empty() {
+            return Err(self.failed(io::ErrorKind::TimedOut.into()));
+        }
+        self.connection.check()?;
+        match self.connection.socket().take_error().map_err(|cause| self.failed(cause))? {
+            Some(cause) => Err(self.failed(cause)),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until it is connected.
+    fn finish(self) -> Result<Self, TransportError> {
+        self.connection.wait(PollFlags::OUT, self.deadline)?;
+        self.outcome()?;
+        Ok(self)
+    }
+
+    /// Says what the connection is for.
+    pub(crate) fn greet(
+        self,
+        preamble: &Preamble,
+        options: &TcpOptions,
+    ) -> Result<Dialled, TransportError> {
+        let socket = self.connection.socket();
+        options.apply_to_path(socket).map_err(|cause| self.failed(cause))?;
+        socket.set_nonblocking(false).map_err(|cause| self.failed(cause))?;
+        // A fresh socket has room for these few bytes, always.
+        let preamble = preamble.encode();
+        match self.connection.send(&preamble, SendFlags::DONTWAIT) {
+            Ok(sent) if sent == preamble.len() => {
+                Ok(Dialled { connection: self.connection, deadline: self.deadline })
+            }
+            Ok(_) => Err(self.failed(io::ErrorKind::WriteZero.into())),
+            Err(errno) => {
+                self.connection.check()?;
+                Err(self.failed(errno.into()))
+            }
+        }
+    }
+}
+
 /// A connection whose preamble is out and whose answer is not there yet.
-struct Dialled {
+pub(crate) struct Dialled {
     connection: Arc<Connection>,
     deadline: Option<Instant>,
 }
@@ -193,34 +252,10 @@ impl Dialled {
         options: &TcpOptions,
         state: &Arc<LinkState>,
     ) -> Result<Self, TransportError> {
-        let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
-        let deadline = deadline_after(Some(options.connect_timeout));
-        let socket = start(peer, options).map_err(failed)?;
-        // Part of the link while it still connects, so that an interrupt ends that too: shutting
-        // down a socket in SYN_SENT aborts the attempt.
-        let connection = state.adopt(socket, peer)?;
-        if connection.wait(PollFlags::OUT, deadline)?.is_empty() {
-            return Err(failed(io::ErrorKind::TimedOut.into()));
-        }
-        connection.check()?;
-        if let Some(cause) = connection.socket().take_error().map_err(failed)? {
-            return Err(failed(cause));
-        }
-        options.apply_to_path(connection.socket()).map_err(failed)?;
-        connection.socket().set_nonblocking(false).map_err(failed)?;
-        // A fresh socket has room for these few bytes, always.
-        let preamble = preamble.encode();
-        match connection.send(&preamble, SendFlags::DONTWAIT) {
-            Ok(sent) if sent == preamble.len() => Ok(Self { connection, deadline }),
-            Ok(_) => Err(failed(io::ErrorKind::WriteZero.into())),
-            Err(errno) => {
-                connection.check()?;
-                Err(failed(errno.into()))
-            }
-        }
+        Attempt::begin(peer, options, state)?.finish()?.greet(preamble, options)
     }
 
-    fn await_answer(self) -> Result<Arc<Connection>, TransportError> {
+    pub(crate) fn await_answer(self) -> Result<Arc<Connection>, TransportError> {
         let Self { connection, deadline } = self;
         let address = || connection.peer().to_string();
         let failed = |cause| TransportError::Connect { address: address(), cause };

@@ -16,7 +16,7 @@ use super::{
     Interrupt, Link, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, Received,
     Registration, Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
 };
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PageRange};
 
 const CAPABILITIES: Capabilities = Capabilities {
     one_sided_write: false,
@@ -27,6 +27,9 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_batch_runs: MAX_BATCH_RUNS,
 };
 
+/// Page bytes are placed in pieces of so many pages, however long a run the other side announces:
+/// what it can have this side allocate is a frame ([`MAX_FRAME_BYTES`]).
+const PIECE_PAGES: u32 = 64;
 /// Most bytes of a write that must end in time.
 const TIMED_WRITE_BYTES: usize = 64 << 10;
 
@@ -197,7 +200,9 @@ struct Half<S> {
     /// Of the whole end, and of this stream alone.
     link_stop: Arc<Stop<S>>,
     stop: Arc<Stop<S>>,
+    /// Cleared once, where it grows; the first `filled` bytes are what was read.
     buffer: Vec<u8>,
+    filled: usize,
     counters: ChannelCounters,
 }
 
@@ -208,6 +213,7 @@ impl<S> Clone for Half<S> {
             link_stop: Arc::clone(&self.link_stop),
             stop: Arc::clone(&self.stop),
             buffer: Vec::new(),
+            filled: 0,
             counters: ChannelCounters::default(),
         }
     }
@@ -217,7 +223,7 @@ impl<S: ByteStream> Half<S> {
     fn new(stream: Arc<S>, link_stop: &Arc<Stop<S>>) -> Self {
         let (link_stop, stop) = (Arc::clone(link_stop), Stop::of([&stream].into_iter()));
         let (buffer, counters) = (Vec::new(), ChannelCounters::default());
-        Self { stream, link_stop, stop, buffer, counters }
+        Self { stream, link_stop, stop, buffer, filled: 0, counters }
     }
 
     /// Once interrupted every operation says so, whatever came of it.
@@ -264,16 +270,17 @@ impl<S: ByteStream> Half<S> {
 
     /// Reads until `buffer` holds `len` bytes; false if the deadline comes first.
     fn fill(&mut self, len: usize, deadline: Option<Instant>) -> Result<bool, TransportError> {
-        while self.buffer.len() < len {
+        if self.buffer.len() < len {
+            self.buffer.resize(len, 0);
+        }
+        while self.filled < len {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 return self.check("", Ok(false));
             }
-            let held = self.buffer.len();
-            self.buffer.resize(len, 0);
-            let read = self.stream.read(&mut self.buffer[held..], left);
+            let read = self.stream.read(&mut self.buffer[self.filled..len], left);
             let more = *read.as_ref().unwrap_or(&0);
-            self.buffer.truncate(held + more);
+            self.filled += more;
             self.counters.wire_bytes += more as u64;
             self.counters.system_calls += 1;
             let result = match read {
@@ -291,8 +298,19 @@ impl<S: ByteStream> Half<S> {
     fn take<const N: usize>(&mut self) -> [u8; N] {
         let mut bytes = [0; N];
         bytes.copy_from_slice(&self.buffer[..N]);
-        self.buffer.drain(..N);
+        self.buffer.copy_within(N..self.filled, 0);
+        self.filled -= N;
         bytes
+    }
+
+    /// What was read and not used.
+    fn held(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
+
+    /// All that was read is used.
+    fn clear(&mut self) {
+        self.filled = 0;
     }
 }
 
@@ -332,7 +350,7 @@ impl<S: ByteStream> ControlReceiver for FrameReceiver<S> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         // What was read stays in the buffer until the frame is whole, so a timeout loses nothing.
         let mut whole = match self.0.fill(LENGTH_BYTES, deadline) {
-            Err(TransportError::Lost { .. }) if self.0.buffer.is_empty() => {
+            Err(TransportError::Lost { .. }) if self.0.held().is_empty() => {
                 return Err(TransportError::Closed);
             }
             filled => filled?,
@@ -351,7 +369,9 @@ impl<S: ByteStream> ControlReceiver for FrameReceiver<S> {
             let (operation, after) = ("receive a frame", timeout.unwrap_or_default());
             return Err(TransportError::TimedOut { operation, after });
         }
-        Ok(std::mem::take(&mut self.0.buffer).split_off(LENGTH_BYTES))
+        let frame = self.0.held()[LENGTH_BYTES..].to_vec();
+        self.0.clear();
+        Ok(frame)
     }
 }
 
@@ -440,30 +460,36 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
         let header = loop {
             self.half.fill(LEAD_BYTES, None)?;
             let mut lead = [0; LEAD_BYTES];
-            lead.copy_from_slice(&self.half.buffer);
+            lead.copy_from_slice(self.half.held());
             match stream::decode_header(&lead, due)? {
                 Header::Batch(header) => break header,
                 Header::End => return Ok(Received::End),
                 Header::AckRequest => {
-                    self.half.buffer.clear();
+                    self.half.clear();
                     self.acknowledge()?;
                 }
             }
         };
         self.half.fill(HEADER_BYTES + header.table_bytes(), None)?;
         let mut runs = Vec::new();
-        let head = std::mem::take(&mut self.half.buffer);
-        let table = &head[HEADER_BYTES..];
+        let table = &self.half.held()[HEADER_BYTES..];
         let counts = stream::decode_table(&header, table, self.memory.layout(), &mut runs)?;
+        self.half.clear();
         for run in runs {
             if run.kind == RunKind::Zero {
                 let half = &self.half;
                 self.memory.fill_zero_while(run.range, || half.check("", Ok(())))?;
                 continue;
             }
-            self.half.fill(self.memory.span(run.range)?.len_bytes, None)?;
-            self.memory.copy_in(run.range, &self.half.buffer)?;
-            self.half.buffer.clear();
+            let mut rest = run.range;
+            while rest.pages > 0 {
+                let piece = PageRange { pages: rest.pages.min(PIECE_PAGES), ..rest };
+                self.half.fill(self.memory.span(piece)?.len_bytes, None)?;
+                self.memory.copy_in(piece, self.half.held())?;
+                self.half.clear();
+                rest.first_page += u64::from(piece.pages);
+                rest.pages -= piece.pages;
+            }
         }
         self.user_copied_bytes += header.payload_bytes;
         self.marks.landed = due;
@@ -481,3 +507,6 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
         Arc::clone(&self.half.stop) as Arc<dyn Interrupt>
     }
 }
+
+#[cfg(test)]
+mod tests;

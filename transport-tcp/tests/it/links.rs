@@ -3,10 +3,10 @@
 use std::net::TcpListener;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::transport::{DestinationLink, Link, Received, SourceLink, TransportError};
-use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+use pageferry_tcp::{TcpAcceptor, TcpConnector, TcpOptions, connect};
 
 use crate::support::memory::guest_memory;
 use crate::support::{Ends, PATIENCE, acceptor, data, pair, raw, until_asleep};
@@ -183,14 +183,27 @@ fn interrupts_end_open_senders() {
     assert!(matches!(source.open_senders(3), Err(TransportError::Interrupted)));
 }
 
-/// A listener whose queue is full ignores further attempts: a connection that hangs in SYN_SENT.
-#[test]
-fn interrupts_end_a_hanging_connection_attempt() {
+fn short_listener() -> TcpListener {
     let listener =
         socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     listener.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     listener.listen(0).unwrap();
-    let listener = TcpListener::from(listener);
+    TcpListener::from(listener)
+}
+
+/// An address that does not answer, for as long as what comes with it lives.
+fn silent() -> (std::net::SocketAddr, (TcpListener, std::net::TcpStream)) {
+    let listener = short_listener();
+    let address = listener.local_addr().unwrap();
+    // The queue has room for one.
+    let fills = std::net::TcpStream::connect(address).unwrap();
+    (address, (listener, fills))
+}
+
+/// A listener whose queue is full ignores further attempts: a connection that hangs in SYN_SENT.
+#[test]
+fn interrupts_end_a_hanging_connection_attempt() {
+    let listener = short_listener();
     let address = listener.local_addr().unwrap();
     let source = thread::spawn(move || connect(address, TcpOptions::default()).unwrap());
     let _control = raw::welcome(&listener);
@@ -198,4 +211,68 @@ fn interrupts_end_a_hanging_connection_attempt() {
     source.register(&guest_memory(&[1])).unwrap();
     let interrupter = source.interrupter();
     interrupted(&*interrupter, || source.open_senders(8));
+}
+
+#[test]
+fn interrupts_end_connect() {
+    let (address, _held) = silent();
+    let options = TcpOptions { connect_timeout: 10 * PATIENCE, ..TcpOptions::default() };
+    let connector = TcpConnector::new(options);
+    let interrupter = connector.interrupter();
+    interrupted(&*interrupter, || connector.connect(address));
+}
+
+/// The second address of a name is tried while the first one is silent, and nothing is said to
+/// those that lose.
+#[test]
+fn a_silent_address_does_not_hold_up_the_next() {
+    let (silent, _held) = silent();
+    let acceptor = acceptor(&TcpOptions::default());
+    let options = TcpOptions { connect_timeout: PATIENCE, ..TcpOptions::default() };
+    let began = Instant::now();
+    let source = connect(&[silent, acceptor.local_addr()][..], options).unwrap();
+    assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
+    assert_eq!(source.peer_addr(), acceptor.local_addr());
+    assert_eq!(acceptor.accept(Some(PATIENCE)).unwrap().peer_addr().ip(), silent.ip());
+}
+
+/// A name whose addresses are all dead says the last one's error.
+#[test]
+fn addresses_that_refuse_are_gone_through_at_once() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let acceptor = acceptor(&TcpOptions::default());
+    let options = TcpOptions::default();
+    connect(&[closed, closed, acceptor.local_addr()][..], options.clone()).unwrap();
+    let error = connect(&[closed, closed][..], options).unwrap_err();
+    assert!(matches!(error, TransportError::Connect { .. }), "{error}");
+}
+
+/// The scope of a link-local address by name, as `ip` and other programs write it.
+#[test]
+fn scopes_have_names() {
+    let error = TcpAcceptor::bind("[fe80::1:2:3%lo]:0", TcpOptions::default()).unwrap_err();
+    // Nobody has that address, but it was understood.
+    let TransportError::Listen { address, cause } = error else { panic!("{error}") };
+    assert!(address.starts_with("[fe80::1:2:3%"), "{address}");
+    assert_eq!(cause.kind(), std::io::ErrorKind::AddrNotAvailable, "{cause}");
+}
+
+/// A connection that timed out says so to everybody who asks, and not that the pipe is broken or
+/// the other side has gone in order.
+#[test]
+fn what_timed_out_stays_timed_out() {
+    let options =
+        TcpOptions { user_timeout: Some(Duration::from_secs(1)), ..TcpOptions::default() };
+    let mut link = pair(&options);
+    let mut here = link.source.control().unwrap();
+    let _there = link.destination.control().unwrap();
+    let frame = vec![1; 1 << 20];
+    // Nobody reads, and nothing makes room: the kernel gives up.
+    let sent = (0..64).find_map(|_| here.sender.send(&frame, 4 * PATIENCE).err()).unwrap();
+    let again = here.sender.send(&frame, PATIENCE).unwrap_err();
+    let received = here.receiver.receive(Some(PATIENCE)).unwrap_err();
+    for error in [sent, again, received] {
+        let TransportError::Lost { cause, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(cause.kind(), std::io::ErrorKind::TimedOut, "{error:?}");
+    }
 }
