@@ -1,7 +1,7 @@
 //! What both drivers do alike: one queue of everything that can happen, fed by the control
 //! channel's thread, the data channels' threads and whoever cancels.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,10 @@ const FAR: Duration = Duration::from_secs(365 * 86_400);
 /// ([`MAX_STATE_CHUNK_BYTES`](crate::protocol::MAX_STATE_CHUNK_BYTES)). What more a peer says stays
 /// with the transport, whose flow control holds it up. Nothing else waits behind messages.
 const WAITING_MESSAGES: usize = 8;
+
+/// What came in time may be looked at for so much longer: a driver that was held up takes what is there,
+/// and a peer that never stops talking does not hold it.
+const OVERTIME: Duration = Duration::from_secs(1);
 
 /// What the threads of a session feed its queue with. `R` is what data channel threads report.
 pub(crate) enum Input<R> {
@@ -62,13 +66,25 @@ impl Patience {
     pub(crate) fn left(&self) -> Duration {
         self.at_most.saturating_sub(self.since.elapsed())
     }
+
+    /// Fails when it is over, however much there is to hear.
+    fn check(&self) -> Result<(), Error> {
+        if self.since.elapsed() <= self.at_most.saturating_add(OVERTIME) {
+            return Ok(());
+        }
+        Err(self.error())
+    }
 }
 
 /// What sends control messages, and where it is.
 enum Outlet {
     Here(Box<dyn ControlSender>),
     /// With a thread that has more to send, and then gives it back.
-    Lent(Receiver<(Box<dyn ControlSender>, Result<(), Error>)>),
+    Lent {
+        returned: Receiver<(Box<dyn ControlSender>, Result<(), Error>)>,
+        /// Set when what is left need not be sent any more.
+        recalled: Arc<AtomicBool>,
+    },
     /// With a thread that panicked.
     Gone,
 }
@@ -223,14 +239,15 @@ impl<R: Send + 'static> Session<R> {
         messages: impl Iterator<Item = Message> + Send + 'static,
     ) -> Result<(), Error> {
         self.take_outlet()?;
-        let (give_back, lent) = bounded(1);
-        let Outlet::Here(mut control) = std::mem::replace(&mut self.outlet, Outlet::Lent(lent))
-        else {
+        let (give_back, returned) = bounded(1);
+        let recalled = Arc::new(AtomicBool::new(false));
+        let lent = Outlet::Lent { returned, recalled: Arc::clone(&recalled) };
+        let Outlet::Here(mut control) = std::mem::replace(&mut self.outlet, lent) else {
             return Err(Error::Transport(TransportError::Closed));
         };
         let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
         self.spawn(ThreadRole::DeviceState, move || {
-            let mut messages = messages;
+            let mut messages = messages.take_while(|_| !recalled.load(Relaxed));
             let sent =
                 messages.try_for_each(|message| put(&mut *control, &talk, &message, timeout));
             // The session may be over.
@@ -245,7 +262,7 @@ impl<R: Send + 'static> Session<R> {
     }
 
     fn wait_for_outlet(&mut self, patience: Patience, wake: &Receiver<()>) -> Result<(), Error> {
-        let Outlet::Lent(lent) = &self.outlet else { return Ok(()) };
+        let Outlet::Lent { returned: lent, .. } = &self.outlet else { return Ok(()) };
         let returned = loop {
             select_biased! {
                 recv(lent) -> returned => break returned,
@@ -257,6 +274,13 @@ impl<R: Send + 'static> Session<R> {
             .map_or((Outlet::Gone, Ok(())), |(control, sent)| (Outlet::Here(control), sent));
         self.outlet = outlet;
         sent
+    }
+
+    /// What a thread is to send and has not begun with is sent no more.
+    pub(crate) fn recall(&self) {
+        if let Outlet::Lent { recalled, .. } = &self.outlet {
+            recalled.store(true, Relaxed);
+        }
     }
 
     /// Waits until the outlet is here.
@@ -278,6 +302,7 @@ impl<R: Send + 'static> Session<R> {
     /// end of patience are errors.
     pub(crate) fn next(&mut self, patience: Patience) -> Result<Item<R>, Error> {
         self.shared.check()?;
+        patience.check()?;
         select_biased! {
             // Raised by whoever ends it now, or long ago and looked at since.
             recv(self.shared.wake()) -> _ => self.next(patience),
@@ -289,6 +314,7 @@ impl<R: Send + 'static> Session<R> {
 
     /// As [`next`](Self::next), past the point where cancelling means anything.
     pub(crate) fn next_committed(&mut self, patience: Patience) -> Result<Item<R>, Error> {
+        patience.check()?;
         select_biased! {
             recv(self.inputs) -> input => refuse_failures(input),
             recv(self.messages) -> input => refuse_failures(input),
@@ -296,9 +322,22 @@ impl<R: Send + 'static> Session<R> {
         }
     }
 
+    /// What has come and was not looked at yet; failures are errors.
+    pub(crate) fn pending(&mut self) -> Result<Option<Item<R>>, Error> {
+        match self.next_committed(Patience::now("nothing", Duration::ZERO)) {
+            Err(Error::TimedOut { .. }) => Ok(None),
+            item => item.map(Some),
+        }
+    }
+
+    /// How much has come and was not looked at yet.
+    pub(crate) fn waiting(&self) -> usize {
+        self.inputs.len() + self.messages.len()
+    }
+
     /// Whether nothing waits for the driver.
     fn is_idle(&self) -> bool {
-        self.inputs.is_empty() && self.messages.is_empty()
+        self.waiting() == 0
     }
 
     /// Waits for a message. Reports that come meanwhile are dropped.
@@ -465,4 +504,51 @@ fn listen<R>(
 pub(crate) fn unexpected(message: &Message, state: &'static str) -> Error {
     tracing::error!(message = %message.kind(), state, "no place for a message that is allowed");
     Error::Internal("a message that is allowed has no place")
+}
+
+#[cfg(all(test, feature = "test-support"))]
+mod tests {
+    use super::*;
+    use crate::testing::memory_transport;
+    use crate::threads::StdThreads;
+    use crate::transport::Link;
+
+    type Wait = fn(&mut Session<u32>, Patience) -> Result<Item<u32>, Error>;
+
+    /// A session over a link whose other end takes frames.
+    fn session() -> (Session<u32>, impl Sized) {
+        let (mut source, mut destination) = memory_transport::pair();
+        let (control, interrupter) = (source.control().unwrap(), source.interrupter());
+        let ControlChannel { sender, receiver: mut theirs } = destination.control().unwrap();
+        std::thread::spawn(move || while theirs.receive(None).is_ok() {});
+        let spawn = Arc::new(StdThreads);
+        let opened = Session::open(
+            Side::Source,
+            control,
+            interrupter,
+            spawn,
+            Shared::new(),
+            Duration::from_secs(9),
+        );
+        (opened.unwrap(), (destination, sender))
+    }
+
+    #[test]
+    fn who_never_stops_talking_does_not_hold_a_driver() {
+        let (mut session, _destination) = session();
+        let feed = session.feed();
+        for wait in [Session::next as Wait, Session::next_committed] {
+            let patience = Patience::now("silence", Duration::from_millis(20));
+            let error = loop {
+                assert!(patience.since.elapsed() < Duration::from_secs(10), "it is held");
+                // There is always something to hear.
+                feed.send(Input::Report(7)).unwrap();
+                match wait(&mut session, patience) {
+                    Ok(_) => {}
+                    Err(error) => break error,
+                }
+            };
+            assert!(matches!(error, Error::TimedOut { what: "silence", .. }), "{error:?}");
+        }
+    }
 }

@@ -125,6 +125,11 @@ impl Crew {
         role: ThreadRole,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
+        // Who has ended keeps its stack until it is joined.
+        let (ended, others) = self.handles.drain(..).partition(JoinHandle::is_finished);
+        self.handles = ended;
+        self.join();
+        self.handles = others;
         self.handles.push(self.spawn.spawn(role, Box::new(body))?);
         Ok(())
     }

@@ -12,8 +12,8 @@ use pageferry::dirty::DirtySources;
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::{
-    Arrived, Departed, Destination, DestinationFailure, Ending, Error, Event, GuestAtSource,
-    Machine, MachineError, Source, SourceFailure, SwitchoverStage,
+    Arrived, Departed, Destination, DestinationFailure, Ending, Error, Event, GuestAtDestination,
+    GuestAtSource, Machine, MachineError, Source, SourceFailure, SwitchoverStage, Timeouts,
 };
 use support::{SharedLog, SoftwareLog, TestMachine};
 
@@ -29,6 +29,8 @@ enum Slow {
     Save,
     Load,
     Release,
+    /// For so long.
+    ReleaseFor(Duration),
 }
 
 /// A machine that takes too long for something so many times, and notes by how much it was slowed
@@ -79,6 +81,9 @@ impl Machine for SlowMachine {
     }
     fn release_resources(&mut self) -> Result<(), MachineError> {
         self.take_time(Slow::Release);
+        if let Slow::ReleaseFor(time) = self.slow {
+            thread::sleep(time);
+        }
         self.inner.release_resources()
     }
     fn reacquire_resources(&mut self) -> Result<(), MachineError> {
@@ -107,6 +112,7 @@ struct Scene {
     padding: usize,
     faults: Faults,
     source: Source,
+    destination: Destination,
     events: Events,
     there_events: Events,
     throttled: Arc<Mutex<Vec<u8>>>,
@@ -132,6 +138,7 @@ impl Scene {
             padding: 0,
             faults: Faults::default(),
             source: Source::new().channels(2).downtime_limit(LIMIT),
+            destination: Destination::new(),
             events: Events::default(),
             there_events: Events::default(),
             throttled: Arc::default(),
@@ -165,8 +172,8 @@ impl Scene {
         let mut theirs = machine(&there, &SoftwareLog::new(&there), 43);
         theirs.inner.contend_with(&mine.inner);
         let hear_there = Arc::clone(&self.there_events);
-        let destination = Destination::new()
-            .on_event(move |event| hear_there.lock().unwrap().push(event.clone()));
+        let destination =
+            self.destination.on_event(move |event| hear_there.lock().unwrap().push(event.clone()));
         let (source, destination) = thread::scope(|scope| {
             let receiving = scope.spawn(|| {
                 let offer = destination.negotiate(Box::new(destination_link)).unwrap();
@@ -245,6 +252,23 @@ fn a_switchover_that_takes_too_long_is_called_off_and_another_follows() {
         assert_eq!(departed.statistics.convergence, Ending::Converged);
         assert!(departed.statistics.predicted_downtime.is_some());
     }
+}
+
+/// A destination that waits no longer for the commit says so, and a source that has not committed hears
+/// it: its guest is its own, however long it took to release what it held.
+#[test]
+fn a_destination_that_waited_too_long_gets_no_commit() {
+    let patience = Duration::from_millis(200);
+    let mut scene = Scene::new(Slow::ReleaseFor(10 * patience), 0).on_event(|_| {});
+    scene.source = scene.source.policy(Policy::KeepTrying).bound(Bound::BestEffort);
+    let timeouts = Timeouts { commit: patience, ..Timeouts::default() };
+    scene.destination = scene.destination.timeouts(timeouts);
+    let outcome = scene.play();
+    let theirs = outcome.destination.as_ref().expect_err("it has waited for the commit");
+    assert_eq!(theirs.guest, GuestAtDestination::Uncertain);
+    let error = outcome.expect_kept();
+    assert!(matches!(error, Error::PeerFailed { .. }), "{error:?}");
+    assert!(error.to_string().contains("the commit"), "{error}");
 }
 
 /// However little is hoped for after a load that took too long, the error names what it took.

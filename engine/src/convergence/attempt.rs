@@ -10,7 +10,8 @@ pub enum Bound {
     /// does the migration.
     #[default]
     Strict,
-    /// A switchover that has begun is finished, however long it takes.
+    /// A switchover that has begun is finished, however long it takes; unless a channel is lost and the
+    /// destination does not say at once that it is closed, since then it may be the link.
     BestEffort,
 }
 

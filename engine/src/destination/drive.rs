@@ -434,6 +434,8 @@ impl Drive {
         });
         match self.handover.state() {
             DestinationState::Uncertain => {
+                // A source that has not committed yet keeps its guest then.
+                tell(&mut self.session, &error);
                 let error = Error::UncertainDestination(Box::new(error));
                 Err((error, GuestAtDestination::Uncertain))
             }

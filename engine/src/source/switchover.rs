@@ -183,6 +183,14 @@ impl Drive<'_> {
         if attempt.overruns(self.now(), after) {
             return Ok(Some(Overdue::at(SwitchoverStage::Commit)));
         }
+        // And so may the destination's word that it has failed, or waits no longer.
+        for _ in 0..self.session.waiting() {
+            match self.session.pending()? {
+                Some(Item::Message(message)) => self.note_message(&message, "about to commit")?,
+                Some(Item::Report(report)) => self.late.push_back(report),
+                None => break,
+            }
+        }
         let resume = self.commit()?;
         let lap = watch.lap();
         self.statistics.downtime.resume = resume.min(lap);
@@ -210,6 +218,8 @@ impl Drive<'_> {
         self.statistics.downtime = Downtime::default();
         let now = self.now();
         self.convergence.called_off(now);
+        // Nobody needs the rest of the device state, and nobody waits for it.
+        self.session.recall();
         let number = self.handover.attempt();
         let action = self.handover.handle(SourceInput::CalledOff);
         debug_assert_eq!(action, SourceAction::SendCalledOff(number));
@@ -261,15 +271,20 @@ impl Drive<'_> {
         let state_bytes = state.len() as u64;
         let number = self.handover.attempt();
         self.send_state(state, Prepare { attempt: number, state_bytes })?;
-        let load = self.source.common.timeouts.load;
-        let patience = Patience::now("the destination to load the guest", load);
         let due = attempt.due(self.convergence.after_commit()).and_then(|due| self.instant(due));
         let is_over = |due: Option<Instant>| due.is_some_and(|due| Instant::now() >= due);
-        loop {
-            let left = due.map(|due| due.saturating_duration_since(Instant::now()));
-            let patience = left.filter(|left| *left < patience.left()).map_or(patience, |left| {
+        let load = self.source.common.timeouts.load;
+        let in_time = due.map(|due| due.saturating_duration_since(Instant::now()));
+        let patience = match in_time {
+            Some(left) if left < load => {
                 Patience::now("the destination to load the guest in time", left)
-            });
+            }
+            _ => Patience::now("the destination to load the guest", load),
+        };
+        loop {
+            if is_over(due) {
+                return Ok(None);
+            }
             match self.session.next(patience) {
                 Ok(Item::Message(Message::Prepared(prepared))) if prepared.attempt == number => {
                     // Who answers what has not gone out yet must not have the commit wait for it.

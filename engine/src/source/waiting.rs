@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::drive::Drive;
 use crate::error::Error;
+use crate::handover::SourceState;
 use crate::progress::Event;
 use crate::protocol::Message;
 use crate::sender::SenderReport;
@@ -16,6 +17,10 @@ const TICK: Duration = Duration::from_millis(10);
 
 /// How long senders have to end their channels in order once nothing depends on it any more.
 const FINISH: Duration = Duration::from_secs(1);
+
+/// How long a guest may stand still for the destination's word that a lost channel is closed there. It
+/// may be the link that is lost, so the guest goes on, whatever the bound, and the word is awaited then.
+const CLOSING: Duration = Duration::from_millis(200);
 
 /// What senders are to report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,15 +140,15 @@ impl Drive<'_> {
             match self.next_item(until) {
                 Ok(Item::Report(report)) => self.take_report(waiting, report)?,
                 Ok(Item::Message(message)) => self.note_message(&message, "sending pages")?,
-                Err(Error::TimedOut { what, .. }) => {
-                    let mark = self.progress_mark();
-                    if mark != waiting.mark {
-                        (waiting.mark, waiting.progressed) = (mark, Instant::now());
-                    } else if waiting.progressed.elapsed() >= stall {
-                        return Err(Error::TimedOut { what, after: stall });
-                    }
-                }
+                Err(Error::TimedOut { .. }) => {}
                 Err(error) => return Err(error),
+            }
+            // Whatever is heard: a peer that talks and lands nothing makes no progress.
+            let mark = self.progress_mark();
+            if mark != waiting.mark {
+                (waiting.mark, waiting.progressed) = (mark, Instant::now());
+            } else if waiting.progressed.elapsed() >= stall {
+                return Err(Error::TimedOut { what: "pages to land", after: stall });
             }
             let (now, landed) = (self.now(), self.channels.landed());
             self.convergence.landed(now, &landed);
@@ -166,7 +171,10 @@ impl Drive<'_> {
             {
                 return Err(error);
             }
-            let over = until.is_some_and(|until| Instant::now() >= until);
+            let over = until.is_some_and(|until| Instant::now() >= until)
+                || (self.handover.state() == SourceState::Stopped
+                    && !waiting.unclosed.is_empty()
+                    && waiting.progressed.elapsed() >= CLOSING);
             if over && (!waiting.missing.is_empty() || !waiting.unclosed.is_empty()) {
                 return Ok(false);
             }

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::convergence::Rehearsal;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
@@ -118,6 +118,10 @@ pub(crate) struct TestMachine {
     lock: Lock,
     /// What it was given to tell that the guest has ended.
     pub(crate) alarm: Arc<Mutex<Option<GuestAlarm>>>,
+    /// Since when it stands still, and how long it did at most after it had run.
+    stands_since: Option<Instant>,
+    pub(crate) longest_standstill: Duration,
+    pub(crate) resumed_at: Option<Instant>,
     /// How often it was let run.
     pub(crate) resumes: u32,
     pub(crate) loaded: Option<u64>,
@@ -151,6 +155,9 @@ impl TestMachine {
             panics: false,
             lock,
             alarm: Arc::default(),
+            stands_since: None,
+            longest_standstill: Duration::ZERO,
+            resumed_at: None,
             resumes: 0,
             loaded: None,
             state_bytes: 8,
@@ -236,6 +243,7 @@ impl Machine for TestMachine {
     fn pause(&mut self) -> Result<(), MachineError> {
         self.refuse(Refuse::Pause)?;
         self.set_running(false);
+        self.stands_since = Some(Instant::now());
         Ok(())
     }
 
@@ -245,6 +253,9 @@ impl Machine for TestMachine {
         self.resumes += 1;
         assert!(self.holds_lock(), "resumed without the lock");
         self.set_running(true);
+        self.resumed_at = Some(Instant::now());
+        let stood = self.stands_since.take().map(|since| since.elapsed()).unwrap_or_default();
+        self.longest_standstill = self.longest_standstill.max(stood);
         Ok(())
     }
 

@@ -1,0 +1,277 @@
+//! A destination that talks and does nothing, and one that says nothing more.
+
+mod support;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry::convergence::Bound;
+use pageferry::dirty::DirtySources;
+use pageferry::memory::GuestMemory;
+use pageferry::protocol::Message;
+use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::transport::{
+    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, Interrupt, Link, PageSender,
+    Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
+};
+use pageferry::{Blame, Destination, Event, GuestAtSource, Machine, Source, Timeouts};
+use support::{SharedLog, SoftwareLog, TestMachine};
+
+/// How long it keeps silent: so that the source has always something to hear.
+const SILENCE: Duration = Duration::ZERO;
+
+/// A link whose other end takes all, has nothing land, and says *pong* all the time.
+struct Chatty(Box<dyn SourceLink>);
+
+impl Link for Chatty {
+    fn name(&self) -> &'static str {
+        "chatty"
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        let ControlChannel { sender, receiver } = self.0.control()?;
+        Ok(ControlChannel { sender, receiver: Box::new(Chatter { inner: receiver, frames: 0 }) })
+    }
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.0.register(memory)
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.0.interrupter()
+    }
+}
+
+impl SourceLink for Chatty {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let senders = self.0.open_senders(channels)?.into_iter();
+        Ok(senders.map(|inner| Box::new(Sink { inner, sent: 0 }) as _).collect())
+    }
+}
+
+struct Chatter {
+    inner: Box<dyn ControlReceiver>,
+    frames: u32,
+}
+
+impl ControlReceiver for Chatter {
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        // Once the greetings are over, which a pong has no place in.
+        if self.frames < GREETINGS {
+            self.frames += 1;
+            return self.inner.receive(timeout);
+        }
+        match self.inner.receive(Some(SILENCE)) {
+            Err(TransportError::TimedOut { .. }) => Ok(Message::Pong { number: u32::MAX }.encode()),
+            heard => heard,
+        }
+    }
+}
+
+/// What the destination says before the first round: *welcome*, *registered*, *ready*.
+const GREETINGS: u32 = 3;
+
+/// A link that breaks as soon as the guest was paused, without another word of the other side.
+struct Deaf {
+    inner: Box<dyn SourceLink>,
+    broken: Arc<AtomicBool>,
+}
+
+impl Link for Deaf {
+    fn name(&self) -> &'static str {
+        "deaf"
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        let ControlChannel { sender, receiver } = self.inner.control()?;
+        let receiver = Box::new(DeafReceiver { inner: receiver, broken: Arc::clone(&self.broken) });
+        Ok(ControlChannel { sender, receiver })
+    }
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.inner.register(memory)
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+impl SourceLink for Deaf {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let senders = self.inner.open_senders(channels)?.into_iter();
+        let broken = &self.broken;
+        let sender = |inner| Box::new(BreakingSender { inner, broken: Arc::clone(broken) }) as _;
+        Ok(senders.map(sender).collect())
+    }
+}
+
+struct DeafReceiver {
+    inner: Box<dyn ControlReceiver>,
+    broken: Arc<AtomicBool>,
+}
+
+impl ControlReceiver for DeafReceiver {
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        loop {
+            let heard = self.inner.receive(timeout);
+            if !self.broken.load(Ordering::SeqCst)
+                || matches!(heard, Err(TransportError::Interrupted))
+            {
+                return heard;
+            }
+        }
+    }
+}
+
+struct BreakingSender {
+    inner: Box<dyn PageSender>,
+    broken: Arc<AtomicBool>,
+}
+
+impl BreakingSender {
+    fn check(&self) -> Result<(), TransportError> {
+        if self.broken.load(Ordering::SeqCst) {
+            let cause = io::ErrorKind::ConnectionReset.into();
+            return Err(TransportError::Lost { operation: "keep a link", cause });
+        }
+        Ok(())
+    }
+}
+
+impl PageSender for BreakingSender {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        self.check()?;
+        self.inner.send(runs)
+    }
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        self.check()?;
+        self.inner.watermarks(wait)
+    }
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.inner.finish()
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+/// The source waits a second for the other side's account of why, and its guest does not: by the guest's
+/// own clock.
+#[test]
+fn a_guest_does_not_wait_for_last_words() {
+    (1..=3).for_each(lose_the_link_of);
+}
+
+fn lose_the_link_of(channels: u16) {
+    let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
+    (0..500).for_each(|page| here.fill_page(0, page, 1));
+    let (source_link, destination_link) = memory_transport::pair();
+    let log = SoftwareLog::new(&here);
+    let mut mine = TestMachine::new(&here, &log, 10, 42);
+    mine.resume().unwrap();
+    let mut theirs = TestMachine::new(&there, &SoftwareLog::new(&there), 10, 43);
+    theirs.contend_with(&mine);
+    let broken = Arc::new(AtomicBool::new(false));
+    let (breaking, dirtied) = (Arc::clone(&broken), Arc::clone(&log));
+    let timeouts = Timeouts { handshake: Duration::from_secs(2), ..Timeouts::default() };
+    let source = Source::new().channels(channels).timeouts(timeouts);
+    let source = source.downtime_limit(Duration::from_secs(5)).bound(Bound::BestEffort);
+    let source = source.on_event(move |event| {
+        if matches!(event, Event::GuestPaused) {
+            // So that there is something to send over it.
+            dirtied.mark(0, 7);
+            breaking.store(true, Ordering::SeqCst);
+        }
+    });
+    let (failure, took) = thread::scope(|scope| {
+        scope.spawn(|| {
+            let offer = Destination::new().negotiate(Box::new(destination_link)).unwrap();
+            offer.receive(theirs, there.memory()).map(drop)
+        });
+        let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
+        let link = Box::new(Deaf { inner: Box::new(source_link), broken });
+        let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("it broke");
+        (failure, Instant::now())
+    });
+    assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
+    assert_eq!(failure.error.blame(), Blame::Transport, "{failure:?}");
+    let machine = &failure.machine;
+    let waited = took.saturating_duration_since(machine.resumed_at.expect("it was resumed"));
+    assert!(waited >= Duration::from_millis(900), "nobody waited for last words: {waited:?}");
+    let stood = machine.longest_standstill;
+    let most = Duration::from_millis(800);
+    assert!(stood > Duration::ZERO && stood < most, "{channels} channels: {stood:?}");
+    machine.await_writes();
+}
+
+struct Sink {
+    inner: Box<dyn PageSender>,
+    sent: Ticket,
+}
+
+impl PageSender for Sink {
+    fn send(&mut self, _: &[Run]) -> Result<Ticket, TransportError> {
+        self.sent += 1;
+        Ok(self.sent)
+    }
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        thread::sleep(wait.unwrap_or_default());
+        Ok(Watermarks { released: self.sent, landed: 0 })
+    }
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+    fn finish(&mut self) -> Result<(), TransportError> {
+        Ok(())
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+#[test]
+fn a_peer_that_talks_and_lands_nothing_is_given_up() {
+    let stall = Duration::from_millis(300);
+    let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
+    (0..500).for_each(|page| here.fill_page(0, page, 1));
+    let (source_link, destination_link) = memory_transport::pair();
+    let log = SoftwareLog::new(&here);
+    let mut mine = TestMachine::new(&here, &log, 10, 42);
+    mine.resume().unwrap();
+    let mut theirs = TestMachine::new(&there, &SoftwareLog::new(&there), 10, 43);
+    theirs.contend_with(&mine);
+    let source = Source::new().timeouts(Timeouts { stall, ..Timeouts::default() });
+    // Should it be held all the same, that is no hang.
+    let handle = source.handle();
+    let began = Instant::now();
+    let failure = thread::scope(|scope| {
+        let (over, ended) = crossbeam_channel::bounded::<()>(0);
+        scope.spawn(move || {
+            if ended.recv_timeout(Duration::from_secs(20)).is_err_and(|error| error.is_timeout()) {
+                handle.cancel();
+            }
+        });
+        scope.spawn(|| {
+            let offer = Destination::new().negotiate(Box::new(destination_link)).unwrap();
+            offer.receive(theirs, there.memory()).map(drop)
+        });
+        let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
+        let link = Box::new(Chatty(Box::new(source_link)));
+        let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("nothing landed");
+        drop(over);
+        failure
+    });
+    assert!(began.elapsed() < Duration::from_secs(5), "{failure:?}");
+    assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
+    // Either its chatter is refused, or its time is up.
+    let said = failure.error.to_string();
+    assert!(said.contains("pages to land") || said.contains("pong"), "{said}");
+    failure.machine.await_writes();
+}
