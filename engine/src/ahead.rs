@@ -168,7 +168,7 @@ mod tests {
                 let armed = &armed.lock().unwrap().1;
                 let words = &armed.region_words(stripe.region)[stripe.first_word..];
                 assert!(words.iter().zip(&bits).all(|(armed, dirty)| armed & dirty == *dirty));
-                share.done(bits);
+                share.done();
             }
         }
         drop((shares, loan));
@@ -189,10 +189,10 @@ mod tests {
         let (loan, mut shares) = ledger.lend(&Partition::new(&layout, 1));
         let mut ahead = Ahead::new();
         ahead.begin();
-        let (stripe, bits) = shares[0].next_dirty().unwrap();
+        let (stripe, _) = shares[0].next_dirty().unwrap();
         ahead.rearm(stripe, &shares[0], &sources).unwrap();
         assert_eq!(armed.lock().unwrap().1, left, "all at once");
-        shares[0].done(bits);
+        shares[0].done();
         left.region_words_mut(0)[0] = 0;
         drop(shares);
         let ledger = loan.take_back().unwrap();

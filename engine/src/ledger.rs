@@ -12,6 +12,21 @@
 //! sent has landed, the driver [takes the ledger back](Loan::take_back) and lends it anew. What
 //! the old owner of a stripe sent has landed before the new one sends, so the newest bytes win
 //! also across channels.
+//!
+//! # What may hold data
+//!
+//! A page that is zero is not mentioned to a destination that knows it to be zero. So there is an
+//! invariant, whatever fails and whoever owns a stripe next:
+//!
+//! > **sent ⊇ all pages that may hold data at the destination.**
+//!
+//! - A page is marked ([`Share::mark_sent`]) *before* it becomes part of a batch, in the ledger
+//!   itself: a batch that fills up goes out in the middle of a stripe, and what follows may fail.
+//! - Nothing takes a mark away: the mention that a page is zero may be lost with its channel.
+//! - The marks go with the ledger, through every epoch; nobody keeps them anywhere else.
+//! - A page is left out unmentioned, as zero or as a hole of a file, only if it is not marked.
+//!
+//! Marks too many cost a few bytes; one too few, and a page keeps its old bytes for ever.
 #![expect(unsafe_code, reason = "threads write to words of one bitmap, each to its own")]
 
 use std::ops::Range;
@@ -39,6 +54,12 @@ impl Ledger {
         Self { dirty: DirtyBitmap::all(layout), sent: DirtyBitmap::new(layout) }
     }
 
+    /// Whether a page may hold data at the destination.
+    #[cfg(test)]
+    pub(crate) fn is_marked(&self, region: u16, page: u64) -> bool {
+        self.sent.get(region, page)
+    }
+
     /// Lends it: one share for each channel of the partition, in order.
     ///
     /// # Panics
@@ -59,6 +80,7 @@ impl Ledger {
                 piece: 0,
                 next: 0,
                 passed: 0,
+                given: partition.count(channel),
                 clean: true,
                 current: None,
             })
@@ -99,6 +121,8 @@ pub struct Share {
     next: u32,
     /// Stripes looked at.
     passed: usize,
+    /// All stripes of the channel.
+    given: usize,
     /// Whether the range before this one ended with clean stripes.
     clean: bool,
     /// The stripe that was given last, one of the channel's.
@@ -171,14 +195,21 @@ impl Share {
         })
     }
 
-    /// All pages of the stripe that was given last are on their way, or need not be; `sent` says
-    /// which of them may hold data at the destination from now on.
-    pub fn done(&mut self, sent: StripeBits) {
+    /// Pages of the stripe that was given last are about to go out as data: they may hold data at
+    /// the destination from now on, whatever becomes of the stripe.
+    pub fn mark_sent(&mut self, pages: &StripeBits) {
+        let Some(number) = self.current else { return };
+        let mut sent = self.sent();
+        sent.iter_mut().zip(pages).for_each(|(sent, pages)| *sent |= pages);
+        // SAFETY: `current` is a stripe of my channel's.
+        unsafe { self.table.sent.put(number, sent) };
+    }
+
+    /// All pages of the stripe that was given last are on their way, or need not be.
+    pub fn done(&mut self) {
         let Some(number) = self.current.take() else { return };
         // SAFETY: `current` is a stripe of my channel's.
         unsafe { self.table.dirty.put(number, [0; STRIPE_WORDS]) };
-        // SAFETY: as above.
-        unsafe { self.table.sent.put(number, sent) };
     }
 
     /// Whether the driver wants the ledger back.
@@ -188,7 +219,7 @@ impl Share {
 
     /// Stripes of mine behind me, and all of them.
     pub fn progress(&self) -> (usize, usize) {
-        (self.passed, self.partition.count(self.channel))
+        (self.passed, self.given)
     }
 }
 
@@ -310,7 +341,9 @@ mod tests {
         let (stripe, dirty) = shares[1].next_dirty().unwrap();
         assert_eq!((stripe.first_page(), dirty), (512, [u64::MAX; 8]));
         assert_eq!(shares[1].sent(), [0; 8]);
-        shares[1].done([1; 8]);
+        shares[1].mark_sent(&[1; 8]);
+        shares[1].mark_sent(&[2; 8]);
+        shares[1].done();
         // Given, and not done.
         assert_eq!(shares[1].next_dirty().unwrap().0.first_page(), 3 * 512);
         assert_eq!(shares[1].progress(), (2, 3));
@@ -319,12 +352,22 @@ mod tests {
         let ledger = loan.take_back().unwrap();
         assert_eq!(ledger.dirty.count(), 4 * 512 + 3);
         // What was sent is known to whoever owns the stripe next.
-        let (_loan, mut shares) = ledger.lend(&Partition::new(&layout, 1));
+        let (loan, mut shares) = ledger.lend(&Partition::new(&layout, 1));
         assert_eq!(shares[0].next_dirty().unwrap().0.first_page(), 0);
         assert_eq!(shares[0].next_dirty().unwrap().0.first_page(), 2 * 512);
         assert_eq!(shares[0].sent(), [0; 8]);
+        // Marked, and not done: both last.
+        shares[0].mark_sent(&[4; 8]);
         let seen: Vec<_> = std::iter::from_fn(|| shares[0].next_dirty()).collect();
         assert_eq!(seen.last().unwrap().1, [0b111, 0, 0, 0, 0, 0, 0, 0]);
+        drop(shares);
+        let mut ledger = loan.take_back().unwrap();
+        let marked = |stripe: usize| ledger.sent.region_words(0)[8 * stripe..][..8].to_vec();
+        assert_eq!((marked(0), marked(1), marked(2)), (vec![0; 8], vec![3; 8], vec![4; 8]));
+        ledger.dirty.fill();
+        let (_loan, mut shares) = ledger.lend(&Partition::new(&layout, 2));
+        assert_eq!(shares[1].next_dirty().unwrap().0.first_page(), 512);
+        assert_eq!(shares[1].sent(), [3; 8]);
     }
 
     #[test]
@@ -352,7 +395,7 @@ mod tests {
         assert_eq!(ahead(3, 100), (2, 24, vec![(0, 8), (16, 1)]));
         assert_eq!(ahead(10, 39), (2, 24, vec![(0, 8), (16, 1)]));
         assert_eq!(ahead(0, 0), (1, 8, vec![(0, 8)]));
-        shares[0].done([0; 8]);
+        shares[0].done();
         shares[1].next_dirty().unwrap();
         assert_eq!(shares[1].look_ahead(10, 100, &mut words), 2);
         // To the end of the region, and no further.

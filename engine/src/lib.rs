@@ -51,4 +51,4 @@ pub use error::{Blame, Chain, Error, UNCERTAIN_AT_DESTINATION, UNCERTAIN_AT_SOUR
 pub use machine::{Machine, MachineError};
 pub use progress::{Event, GuestAlarm, MigrationHandle, Phase, Progress, SwitchoverStage};
 pub use source::{Departed, GuestAtSource, Source, SourceFailure};
-pub use stats::{Downtime, Ending, Statistics};
+pub use stats::{Downtime, Ending, MAX_ROUNDS_KEPT, Statistics};

@@ -42,8 +42,16 @@ impl Stripe {
 #[derive(Debug, Clone)]
 pub struct Partition {
     regions: Arc<[RegionStripes]>,
-    /// For each channel the numbers of its stripes over all regions, ascending.
-    owned: Arc<[Vec<Range<u32>>]>,
+    owned: Arc<[Owned]>,
+}
+
+/// What a channel owns.
+#[derive(Debug, Clone, Default)]
+struct Owned {
+    /// The numbers of its stripes over all regions, ascending.
+    stripes: Vec<Range<u32>>,
+    /// How many these are: there may be as many ranges as stripes.
+    count: usize,
 }
 
 #[derive(Debug)]
@@ -91,12 +99,14 @@ impl Partition {
         let dirty_count = dirty_count.unwrap_or(u32::MAX);
         let mut dirty_to = Dealer::new(weights, dirty_count);
         let mut clean_to = Dealer::new(weights, count - dirty_count);
-        let mut owned: Vec<Vec<Range<u32>>> = vec![Vec::new(); weights.len()];
+        let mut owned = vec![Owned::default(); weights.len()];
         for (number, is_dirty) in (0..count).zip(is_dirty) {
             let to = if is_dirty { dirty_to.next() } else { clean_to.next() };
-            match owned[to].last_mut().filter(|last| last.end == number) {
+            let Owned { stripes, count } = &mut owned[to];
+            *count += 1;
+            match stripes.last_mut().filter(|last| last.end == number) {
                 Some(last) => last.end = number + 1,
-                None => owned[to].push(number..number + 1),
+                None => stripes.push(number..number + 1),
             }
         }
         Self { regions, owned: owned.into() }
@@ -114,17 +124,17 @@ impl Partition {
 
     /// The numbers of a channel's stripes, ascending.
     pub(crate) fn owned(&self, channel: u16) -> &[Range<u32>] {
-        self.owned.get(usize::from(channel)).map_or(&[], Vec::as_slice)
+        self.owned.get(usize::from(channel)).map_or(&[], |owned| owned.stripes.as_slice())
     }
 
     /// Number of stripes of a channel.
     pub(crate) fn count(&self, channel: u16) -> usize {
-        self.owned(channel).iter().map(ExactSizeIterator::len).sum()
+        self.owned.get(usize::from(channel)).map_or(0, |owned| owned.count)
     }
 
     /// Number of stripes of all channels.
     pub(crate) fn total(&self) -> usize {
-        (0..self.channels()).map(|channel| self.count(channel)).sum()
+        self.owned.iter().map(|owned| owned.count).sum()
     }
 
     /// A stripe by its number over all regions.
@@ -222,6 +232,7 @@ mod tests {
                     prop_assert!(mine.iter().all(|word| *word == 0), "two owners");
                     mine.fill(u64::MAX);
                 }
+                prop_assert_eq!(counts.iter().sum::<u32>() as usize, partition.count(channel));
                 // Dealt out as wanted, to a turn or two.
                 for (count, stripes) in
                     counts.into_iter().zip([all_stripes - dirty_stripes, dirty_stripes])

@@ -377,20 +377,24 @@ impl Shared {
         self.stands_still.store(stands_still, Ordering::Relaxed);
     }
 
-    /// Whether the bandwidth limit applies: not to what the guest stands still for.
-    pub(crate) fn limits_bandwidth(&self) -> bool {
-        !self.stands_still.load(Ordering::Relaxed)
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Takes the link for page bytes; returns how long to wait before using it.
-    pub(crate) fn take_bandwidth(&self, bytes: u64) -> Duration {
-        let now_ns = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.limiter.take(now_ns, bytes)
+    /// The bandwidth limit, if one applies: none does to what the guest stands still for.
+    fn limit(&self) -> Option<&Limiter> {
+        (!self.stands_still.load(Ordering::Relaxed)).then_some(&self.limiter)
     }
 
-    /// Most page bytes to send at a time under the bandwidth limit.
+    /// Takes the link for page bytes, if it is their turn. If not, for how long that is so as things
+    /// are: ask again soon, since the host may change its mind.
+    pub(crate) fn take_bandwidth(&self, bytes: u64) -> Result<(), Duration> {
+        self.limit().map_or(Ok(()), |limit| limit.take(self.now_ns(), bytes))
+    }
+
+    /// Most page bytes to send at a time.
     pub(crate) fn bandwidth_at_a_time(&self) -> u64 {
-        self.limiter.at_a_time()
+        self.limit().map_or(u64::MAX, Limiter::at_a_time)
     }
 
     /// Becomes ready when cancelled.

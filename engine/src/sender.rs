@@ -49,10 +49,6 @@ const REAP_EVERY_BYTES: u64 = 4 << 20;
 /// How often a waiting sender looks for commands and cancelling.
 const GLANCE: Duration = Duration::from_micros(500);
 
-/// Longest wait for a batch under the bandwidth limit, so that a limit near zero that is lifted
-/// again does not hold a sender for good.
-const LONGEST_TURN: Duration = Duration::from_secs(1);
-
 /// What the driver tells a sender.
 pub(crate) enum Command {
     /// Send what is dirty in your share, and drop it.
@@ -212,12 +208,12 @@ impl SenderThread {
             // Re-arm, then read: a write from here on shows in the next harvest.
             self.ahead.rearm(stripe, share, &self.setup.sources)?;
             if first_look {
-                self.skip_holes(stripe, &mut dirty[..stripe.words]);
+                self.skip_holes(stripe, &mut dirty[..stripe.words], &share.sent());
             }
             // Until it is done the whole stripe stays dirty: what fails in the middle is sent
             // once more, by whoever gets it.
-            let sent = self.send_stripe(stripe, &dirty, share.sent())?;
-            share.done(sent);
+            self.send_stripe(stripe, &dirty, share)?;
+            share.done();
             let (done, given) = share.progress();
             self.gauge().stripes_done.store(done as u64, Ordering::Relaxed);
             self.gauge().stripes_given.store(given as u64, Ordering::Relaxed);
@@ -233,8 +229,9 @@ impl SenderThread {
     /// would allocate them. After the re-arm: who writes from now on is in the next harvest.
     ///
     /// Only runs of data are remembered from one stripe to the next, never holes: a hole seen
-    /// before this stripe's re-arm may have been written since.
-    fn skip_holes(&mut self, stripe: Stripe, dirty: &mut [u64]) {
+    /// before this stripe's re-arm may have been written since. And a page that may hold data at the
+    /// destination is never left out.
+    fn skip_holes(&mut self, stripe: Stripe, dirty: &mut [u64], sent: &StripeBits) {
         let begin = stripe.first_page();
         let end = begin + dirty.len() as u64 * WORD_PAGES;
         let mut page = begin;
@@ -248,8 +245,9 @@ impl SenderThread {
             let hole_end = data.as_ref().map_or(end, |data| data.start);
             let mut holes = 0;
             for hole in page..hole_end {
-                let word = &mut dirty[word_index(hole - begin)];
-                let mask = 1 << (hole % WORD_PAGES);
+                let index = word_index(hole - begin);
+                let word = &mut dirty[index];
+                let mask = (1 << (hole % WORD_PAGES)) & !sent[index];
                 holes += u64::from(*word & mask != 0);
                 *word &= !mask;
             }
@@ -261,14 +259,13 @@ impl SenderThread {
         }
     }
 
-    /// Puts the dirty pages of a stripe into batches. Returns which of its pages may hold data at
-    /// the destination from now on; those of `sent` did before.
+    /// Puts the dirty pages of a stripe into batches, the one that the share gave last.
     fn send_stripe(
         &mut self,
         stripe: Stripe,
         dirty: &StripeBits,
-        mut sent: StripeBits,
-    ) -> Result<StripeBits, Error> {
+        share: &mut Share,
+    ) -> Result<(), Error> {
         for run in runs(dirty) {
             let mut bit = run.start;
             while bit < run.end {
@@ -278,7 +275,9 @@ impl SenderThread {
                 let these = bits_of(bit..bit + pages);
                 if zero {
                     self.gauge().zero_pages.fetch_add(pages, Ordering::Relaxed);
-                    // Only pages that may hold data there are mentioned.
+                    // Only pages that may hold data there are mentioned. They stay marked: a mention
+                    // may be lost with its channel.
+                    let sent = share.sent();
                     let mentioned =
                         std::array::from_fn::<_, STRIPE_WORDS, _>(|i| sent[i] & these[i]);
                     for run in runs(&mentioned) {
@@ -286,16 +285,16 @@ impl SenderThread {
                         let pages = run.end - run.start;
                         self.append(stripe.region, first_page, pages, RunKind::Zero)?;
                     }
-                    // And are again: a mention may be lost with its channel.
                 } else {
                     self.gauge().data_pages.fetch_add(pages, Ordering::Relaxed);
+                    // Before: part of the run may be out when what follows fails.
+                    share.mark_sent(&these);
                     self.append(stripe.region, page, pages, RunKind::Data)?;
-                    sent.iter_mut().zip(these).for_each(|(sent, these)| *sent |= these);
                 }
                 bit += pages;
             }
         }
-        Ok(sent)
+        Ok(())
     }
 
     /// Adds pages to the batch, to its last run if they continue that one. Sends batches as they
@@ -345,10 +344,7 @@ impl SenderThread {
 
     /// Page bytes that the batch may still take; an empty batch takes a page, whatever the limit.
     fn room_bytes(&self) -> u64 {
-        let mut most_bytes = self.max_batch_bytes;
-        if self.setup.shared.limits_bandwidth() {
-            most_bytes = most_bytes.min(self.setup.shared.bandwidth_at_a_time());
-        }
+        let most_bytes = self.max_batch_bytes.min(self.setup.shared.bandwidth_at_a_time());
         let least_bytes = if self.batch_pages.data == 0 { PAGE_BYTES } else { 0 };
         most_bytes.saturating_sub(self.batch_pages.data_bytes()).max(least_bytes)
     }
@@ -364,9 +360,7 @@ impl SenderThread {
         {
             self.reap(Some(GLANCE))?;
         }
-        if self.setup.shared.limits_bandwidth() {
-            self.wait_for_bandwidth()?;
-        }
+        self.wait_for_bandwidth()?;
         let ticket = self.setup.pages.send(&self.batch)?;
         // As long as any batch can be: none grows in the middle of a round.
         let most_runs = self.max_batch_runs;
@@ -382,13 +376,14 @@ impl SenderThread {
         self.reap(None)
     }
 
-    /// Waits for the batch's turn under the bandwidth limit.
+    /// Waits for the batch's turn under the bandwidth limit, and looks often: the limit may be raised
+    /// or lifted meanwhile.
     fn wait_for_bandwidth(&mut self) -> Result<(), Error> {
-        let wait = self.setup.shared.take_bandwidth(self.batch_pages.data_bytes());
-        let turn = Instant::now() + wait.min(LONGEST_TURN);
-        while let Some(wait) = turn.checked_duration_since(Instant::now()) {
-            if wait.is_zero() {
-                break;
+        let bytes = self.batch_pages.data_bytes();
+        while let Err(wait) = self.setup.shared.take_bandwidth(bytes) {
+            if self.in_flight.is_empty() {
+                // It is the host that wants it so slow, not the other side that stalls.
+                self.gauge().held_back.fetch_add(1, Ordering::Relaxed);
             }
             std::thread::sleep(wait.min(GLANCE));
             self.reap(None)?;

@@ -89,8 +89,11 @@ pub struct Statistics {
     pub setup: Duration,
     /// From the first page to the last one landed.
     pub transfer: Duration,
-    /// The rounds; the last one with the guest paused.
+    /// The rounds, the last one with the guest paused. Of more than [`MAX_ROUNDS_KEPT`] the first
+    /// one, and those that came last.
     pub rounds: Vec<RoundStatistics>,
+    /// How many rounds there were.
+    pub round_count: u32,
     /// Pages sent, by kind. `zero` counts all found to be zero, also those never mentioned on
     /// the wire.
     pub pages: PageCounts,
@@ -110,7 +113,7 @@ pub struct Statistics {
     pub registered_on_the_way: Registration,
     /// At the destination: memory populated ahead of the data.
     pub populated: Populated,
-    /// Pages the guest dirtied a second, in the last full round.
+    /// Pages the guest dirtied a second, between the last two harvests of a running guest.
     pub dirty_pages_per_second: f64,
     /// Page bytes that landed a second, as the switchover was decided on it.
     pub bytes_per_second: f64,
@@ -149,7 +152,20 @@ pub enum Ending {
     GaveUp,
 }
 
+/// Most rounds of which figures are kept. A guest that does not converge may make thousands a
+/// minute, for as long as the host likes.
+pub const MAX_ROUNDS_KEPT: usize = 1024;
+
 impl Statistics {
+    pub(crate) fn add_round(&mut self, round: RoundStatistics) {
+        if self.rounds.len() == MAX_ROUNDS_KEPT {
+            // The first one moved all memory, and tells most.
+            self.rounds.remove(1);
+        }
+        self.rounds.push(round);
+        self.round_count = self.round_count.saturating_add(1);
+    }
+
     /// Adds up what the channels did.
     pub(crate) fn take_from(&mut self, gauges: &[CachePadded<ChannelGauge>], control_bytes: u64) {
         let mut counters = ChannelCounters::default();
@@ -182,6 +198,8 @@ pub(crate) struct ChannelGauge {
     pub(crate) landed_bytes: AtomicU64,
     /// Pages that were mentioned as zero, and are so at the destination.
     pub(crate) landed_zero_pages: AtomicU64,
+    /// Counts up while nothing is sent because of the bandwidth limit, and nothing is to land.
+    pub(crate) held_back: AtomicU64,
     pub(crate) wire_bytes: AtomicU64,
     pub(crate) user_copied_bytes: AtomicU64,
     pub(crate) system_calls: AtomicU64,
@@ -264,5 +282,22 @@ impl ChannelGauge {
             zero: self.zero_pages.load(Relaxed),
             encoded: 0,
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_are_counted_and_the_first_and_the_last_are_kept() {
+        let mut statistics = Statistics::default();
+        for number in 0..5000 {
+            statistics.add_round(RoundStatistics { dirty_pages: number, ..Default::default() });
+        }
+        assert_eq!(statistics.round_count, 5000);
+        let kept: Vec<_> = statistics.rounds.iter().map(|round| round.dirty_pages).collect();
+        assert_eq!((kept.len(), kept[0], kept[1]), (MAX_ROUNDS_KEPT, 0, 3977));
+        assert_eq!(kept.last(), Some(&4999));
     }
 }

@@ -5,10 +5,10 @@ mod support;
 use std::num::{NonZeroU16, NonZeroU64};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::convergence::{Bound, Forecast, Policy, Rehearsal, Term, Throttling};
-use pageferry::dirty::DirtySources;
+use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::{
@@ -341,6 +341,70 @@ fn too_fast(policy: Policy) -> Scene {
             (0..WORKING_SET).for_each(|page| log.mark(0, page));
         }
     })
+}
+
+/// A guest that dirties so many pages a second, by the time from one harvest to the next.
+struct Steady(Mutex<Instant>);
+
+const STEADY_PAGES_PER_SECOND: f64 = 50_000.0;
+
+impl DirtySource for Steady {
+    fn name(&self) -> &'static str {
+        "steady"
+    }
+    fn start(&self) -> Result<(), DirtyError> {
+        *self.0.lock().unwrap() = Instant::now();
+        Ok(())
+    }
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
+        let mut since = self.0.lock().unwrap();
+        let now = Instant::now();
+        let seconds = (now - *since).as_secs_f64();
+        *since = now;
+        let pages = (0..PAGES).take_while(|page| *page as f64 <= seconds * STEADY_PAGES_PER_SECOND);
+        pages.for_each(|page| into.set(0, page));
+        Ok(())
+    }
+    fn rearm(&self, _region: u16, _first_page: u64, _words: &[u64]) -> Result<(), DirtyError> {
+        Ok(())
+    }
+    fn put_back(&self, _pages: &DirtyBitmap) -> Result<(), DirtyError> {
+        Ok(())
+    }
+    fn stop(&self) -> Result<(), DirtyError> {
+        Ok(())
+    }
+}
+
+/// Rounds are over in no time, and most of the pages are written in the rests between them.
+#[test]
+fn a_guest_is_not_faster_than_it_is_because_rounds_are_short() {
+    let memory = TestMemory::new(&[PAGES]);
+    let there = TestMemory::new(&[PAGES]);
+    let (here_link, there_link) = memory_transport::pair();
+    let log = SoftwareLog::new(&memory);
+    let failure = thread::scope(|scope| {
+        scope.spawn(|| {
+            let offer = Destination::new().negotiate(Box::new(there_link)).unwrap();
+            let log = SoftwareLog::new(&there);
+            let result = offer.receive(TestMachine::new(&there, &log, 1, 1), there.memory());
+            assert!(result.is_err());
+        });
+        let mut machine = TestMachine::new(&memory, &log, 1, 1);
+        machine.resume().unwrap();
+        let dirty = DirtySources::new(vec![Box::new(Steady(Mutex::new(Instant::now())))]);
+        Source::new()
+            .downtime_limit(Duration::ZERO)
+            .policy(Policy::KeepTrying)
+            .deadline(Duration::from_millis(300))
+            .migrate(machine, memory.memory(), dirty, Box::new(here_link))
+            .unwrap_err()
+    });
+    assert!(matches!(failure.error, Error::NotConverging { .. }), "{:?}", failure.error);
+    let statistics = &failure.statistics;
+    assert!(statistics.round_count > 2, "{statistics:?}");
+    let ratio = statistics.dirty_pages_per_second / STEADY_PAGES_PER_SECOND;
+    assert!((0.5..=1.5).contains(&ratio), "{ratio} of the true rate");
 }
 
 fn forecasts(events: &[Event]) -> Vec<Forecast> {

@@ -6,6 +6,7 @@
 //! bitmaps. The tracker is as unforgiving as its contract allows: it reports a write only to a
 //! page that was armed.
 
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -17,11 +18,13 @@ use pageferry::memory::GuestMemory;
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::{
-    Capabilities, ChannelCounters, ControlChannel, DestinationLink, Interrupt, Link, PageReceiver,
-    PageSender, Received, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
+    Capabilities, ChannelCounters, ControlChannel, DestinationLink, Interrupt, Link, MigrationId,
+    PageReceiver, PageSender, Received, Registration, Run, SourceLink, Ticket, TransportError,
+    Watermarks,
 };
 use pageferry::{Destination, Machine, MachineError, Source};
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
 /// Small enough that pages are written many times, in several stripes and two regions.
 const REGION_PAGES: [u64; 2] = [1100, 70];
@@ -183,6 +186,7 @@ impl DirtySource for Tracker {
 struct Stepping {
     inner: Box<dyn SourceLink>,
     guest: Arc<Guest>,
+    batch_pages: u64,
 }
 
 impl Link for Stepping {
@@ -191,8 +195,7 @@ impl Link for Stepping {
     }
 
     fn capabilities(&self) -> Capabilities {
-        // Batches of a few pages, so that there are many.
-        Capabilities { max_batch_bytes: 16 * 4096, ..self.inner.capabilities() }
+        Capabilities { max_batch_bytes: self.batch_pages * 4096, ..self.inner.capabilities() }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
@@ -379,16 +382,37 @@ fn some_stalls() -> impl Strategy<Value = Vec<Stall>> {
     prop_oneof![4 => Just(Vec::new()), 1 => prop::collection::vec(stall, 1..3)]
 }
 
-/// Migrates the guest of a script over a link with faults. Returns the first of [`PAGES`] that
-/// does not hold its newest bytes, and whether memory is the same otherwise.
-fn play(
+/// What makes batches short, so that a stripe is sent in several.
+#[derive(Debug, Clone, Copy)]
+struct LinkLimits {
+    batch_pages: u64,
+    /// Page bytes a second.
+    limit: Option<NonZeroU64>,
+}
+
+const SHORT_BATCHES: LinkLimits = LinkLimits { batch_pages: 16, limit: None };
+
+/// A guest's script, and what happens to its link meanwhile.
+#[derive(Debug, Clone)]
+struct Migration {
     script: Vec<Vec<Write>>,
     stalls: Vec<Stall>,
     channels: u16,
-    faults: Faults,
+    /// A channel that is lost, once so many pages have gone out on it.
+    lose_channel: Option<(u16, u64)>,
+    reorder_depth: usize,
     late_channel: Option<u16>,
+    link: LinkLimits,
     seed: u64,
-) -> (Option<(u16, u64)>, bool) {
+}
+
+/// Returns the first of [`PAGES`] that does not hold its newest bytes at the destination, and whether
+/// memory is the same otherwise.
+fn play(migration: Migration) -> (Option<(u16, u64)>, bool) {
+    let Migration { script, stalls, channels, reorder_depth, late_channel, link, seed, .. } =
+        migration;
+    let lose_channel = migration.lose_channel.map(|(channel, pages)| (channel, pages * 4096));
+    let faults = Faults { lose_channel, reorder_depth, ..Faults::default() };
     let (stalled, wanted) = (!stalls.is_empty(), stalls.len());
     let guest = Guest::new(script, stalls);
     // Something to send between the pages of the script.
@@ -396,9 +420,10 @@ fn play(
     PAGES.iter().enumerate().for_each(|(index, _)| write(&guest.memory, index, 0));
     let there = TestMemory::new(&REGION_PAGES);
     let (here_link, there_link) = memory_transport::pair();
-    let link = Stepping {
+    let stepping = Stepping {
         inner: Box::new(FaultySource::new(Box::new(here_link), faults, seed)),
         guest: Arc::clone(&guest),
+        batch_pages: link.batch_pages,
     };
     let there_link: Box<dyn DestinationLink> = match late_channel {
         Some(channel) => Box::new(Late { inner: Box::new(there_link), channel }),
@@ -417,10 +442,11 @@ fn play(
             // Rounds for as long as the script goes on.
             Source::new().downtime_limit(Duration::from_millis(1)).bound(Bound::BestEffort)
         };
+        source.handle().limit_bandwidth(link.limit);
         let departed = source
             .channels(channels)
             .max_rounds(10_000)
-            .migrate(Scripted(Arc::clone(&guest)), guest.memory.memory(), dirty, Box::new(link))
+            .migrate(Scripted(Arc::clone(&guest)), guest.memory.memory(), dirty, Box::new(stepping))
             .unwrap();
         receiving.join().unwrap();
         // Stalls are noticed; one switchover may have those of several channels.
@@ -442,8 +468,17 @@ fn play(
 fn what_is_written_after_a_switchover_was_called_off_is_not_lost() {
     let script = vec![vec![(6, false), (0, false), (9, true)]; 3000];
     for stalls in [vec![Stall::Pages], vec![Stall::Release], vec![Stall::Release, Stall::Pages]] {
-        let faults = Faults { lose_channel: Some((1, 40 * 4096)), ..Faults::default() };
-        assert_eq!(play(script.clone(), stalls, 3, faults, None, 1), (None, true));
+        let migration = Migration {
+            script: script.clone(),
+            stalls,
+            channels: 3,
+            lose_channel: Some((1, 40)),
+            reorder_depth: 0,
+            late_channel: None,
+            link: SHORT_BATCHES,
+            seed: 1,
+        };
+        assert_eq!(play(migration), (None, true));
     }
 }
 
@@ -451,31 +486,84 @@ fn what_is_written_after_a_switchover_was_called_off_is_not_lost() {
 /// while its first owner's batches are still under way.
 #[test]
 fn what_a_former_owner_sent_does_not_land_on_newer_bytes() {
-    let script = vec![vec![(6, false)]; 2000];
-    let faults = Faults { lose_channel: Some((1, 0)), ..Faults::default() };
-    assert_eq!(play(script, Vec::new(), 3, faults, Some(2), 1), (None, true));
+    let migration = Migration {
+        script: vec![vec![(6, false)]; 2000],
+        stalls: Vec::new(),
+        channels: 3,
+        lose_channel: Some((1, 0)),
+        reorder_depth: 0,
+        late_channel: Some(2),
+        link: SHORT_BATCHES,
+        seed: 1,
+    };
+    assert_eq!(play(migration), (None, true));
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 100,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    })]
-    #[test]
-    fn the_destination_ends_with_the_newest_bytes(
-        script in a_script(),
-        stalls in some_stalls(),
-        channels in 1_u16..5,
-        lose_channel in prop::option::of((0_u16..2, 0_u64..20)),
-        reorder_depth in 0_usize..4,
-        late_channel in prop::option::of(0_u16..4),
-        seed: u64,
-    ) {
-        let lose_channel = lose_channel
-            .filter(|_| channels > 1)
-            .map(|(channel, pages)| (channel, pages * 4096));
-        let faults = Faults { lose_channel, reorder_depth, ..Faults::default() };
-        prop_assert_eq!(play(script, stalls, channels, faults, late_channel, seed), (None, true));
-    }
+/// A channel is lost, mostly in the middle of a stripe: each has some 30 pages to be sent in each of
+/// its stripes, and it is known from few pages on in the first one.
+fn a_loss() -> impl Strategy<Value = (u16, u64)> {
+    (0_u16..3, prop_oneof![2 => 0_u64..20, 3 => 0_u64..200, 1 => 0_u64..500])
+}
+
+fn some_limits() -> impl Strategy<Value = LinkLimits> {
+    let batch_pages = prop::sample::select(vec![1, 3, 16, 16, 128]);
+    let limit = prop_oneof![3 => Just(None), 1 => Just(NonZeroU64::new(64 << 20))];
+    (batch_pages, limit).prop_map(|(batch_pages, limit)| LinkLimits { batch_pages, limit })
+}
+
+fn a_migration() -> impl Strategy<Value = Migration> {
+    let faults = (prop::option::weighted(0.7, a_loss()), 0_usize..4, some_limits());
+    let late_channel = prop::option::weighted(0.2, 0_u16..4);
+    (a_script(), some_stalls(), 1_u16..5, faults, late_channel, any::<u64>()).prop_map(
+        |(script, stalls, channels, (lose_channel, reorder_depth, link), late_channel, seed)| {
+            // The only channel cannot be made up for.
+            let lose_channel = lose_channel.filter(|_| channels > 1);
+            Migration {
+                script,
+                stalls,
+                channels,
+                lose_channel,
+                reorder_depth,
+                late_channel,
+                link,
+                seed,
+            }
+        },
+    )
+}
+
+/// `PAGEFERRY_CASES` migrations (a night's worth: 20,000 or more), by `PAGEFERRY_TEST_SEED`. They
+/// mostly wait, so many go on at once.
+#[test]
+fn the_destination_ends_with_the_newest_bytes() {
+    const AT_ONCE: u32 = 16;
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
+    let cases = number("PAGEFERRY_CASES").unwrap_or(1000);
+    let seed = number("PAGEFERRY_TEST_SEED").unwrap_or_else(|| {
+        let id = MigrationId::random().expect("random bytes");
+        u64::from_le_bytes(id.0[..8].try_into().expect("eight bytes"))
+    });
+    eprintln!("newest bytes: {cases} cases, PAGEFERRY_TEST_SEED={seed}");
+    let play_some = |part: u32| {
+        let config = ProptestConfig {
+            cases: u32::try_from(cases).expect("fewer cases").div_ceil(AT_ONCE),
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        };
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        bytes[8..12].copy_from_slice(&part.to_le_bytes());
+        let random = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+        let mut runner = TestRunner::new_with_rng(config, random);
+        let result = runner.run(&a_migration(), |migration| {
+            prop_assert_eq!(play(migration), (None, true));
+            Ok(())
+        });
+        result.unwrap_or_else(|failure| panic!("PAGEFERRY_TEST_SEED={seed}: {failure}"));
+    };
+    thread::scope(|scope| {
+        for part in 0..AT_ONCE {
+            scope.spawn(move || play_some(part));
+        }
+    });
 }

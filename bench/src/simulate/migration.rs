@@ -62,6 +62,7 @@ pub(super) fn migrate(scenario: Scenario, settings: Settings, method: Method) ->
         unsent: Vec::new(),
         scenario,
         now: 0.0,
+        harvested: 0.0,
         slowed: 0.0,
         throttle_percent: 0,
     };
@@ -77,6 +78,8 @@ struct World {
     scenario: Scenario,
     convergence: Convergence,
     now: f64,
+    /// When memory was harvested last.
+    harvested: f64,
     /// Page bytes, by channel.
     landed: Vec<f64>,
     /// Pages to send, by class.
@@ -125,6 +128,7 @@ impl World {
         };
         self.rehearse();
         self.unsent = self.scenario.guest.harvest();
+        self.harvested = self.now;
         loop {
             let verdict = match self.round() {
                 Verdict::Approach { .. } => self.approach(),
@@ -203,12 +207,17 @@ impl World {
     fn round(&mut self) -> Verdict {
         let began = self.now;
         let pages: f64 = self.unsent.iter().sum();
+        let since = self.harvested;
         self.exchange();
         self.begin_sending();
         self.send(pages, f64::INFINITY, true);
         self.harvest();
         let dirty_pages = counts(&self.unsent);
-        let round = Round { took: time(self.now - began), dirty_pages: &dirty_pages };
+        let round = Round {
+            took: time(self.now - began),
+            dirtied_for: time(self.harvested - since),
+            dirty_pages: &dirty_pages,
+        };
         let verdict = self.convergence.round_ended(time(self.now), round);
         if let Verdict::Iterate { .. } = verdict {
             let rest = self.convergence.rest(time(self.now - began));

@@ -83,6 +83,9 @@ const TURNS: u32 = 40;
 pub struct Round<'a> {
     /// From its beginning until the harvest after it.
     pub took: Duration,
+    /// How long the guest had to dirty the pages: from the harvest before it to the one after it.
+    /// That is longer than the round where there is a rest between rounds.
+    pub dirtied_for: Duration,
     /// Pages that are dirty now, by [parts of memory](HEAT_PARTS).
     pub dirty_pages: &'a [u64],
 }
@@ -304,7 +307,7 @@ impl Convergence {
     /// decided once they have landed.
     pub fn round_ended(&mut self, now: Duration, round: Round<'_>) -> Verdict {
         self.rounds += 1;
-        self.dirty.learn(round.took, round.dirty_pages);
+        self.dirty.learn(round.dirtied_for, round.dirty_pages);
         if self.sent_once.is_none() {
             self.sent_once = Some((now, round.took));
         }

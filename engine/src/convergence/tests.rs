@@ -44,7 +44,8 @@ impl Scene {
         }
         self.now += MS;
         let took = self.now.saturating_sub(began);
-        self.convergence.round_ended(self.now, Round { took, dirty_pages: &[dirty] })
+        self.convergence
+            .round_ended(self.now, Round { took, dirtied_for: took, dirty_pages: &[dirty] })
     }
 }
 

@@ -65,7 +65,8 @@ fn send(world: &World, commands: &Receiver<Command>, done: &Sender<()>) {
                         armed = page + words.len() / STRIPE_WORDS;
                     }
                     on_its_way.push((page, world.guest[page].load(Ordering::SeqCst)));
-                    share.done(bits);
+                    share.mark_sent(&bits);
+                    share.done();
                 }
             }
             Command::Settle => land(world, &mut on_its_way),

@@ -78,6 +78,7 @@ pub(super) fn migrate<M: Machine>(
         convergence: Convergence::new(source.shared.settings()),
         steering: Steering::default(),
         clock: Instant::now(),
+        harvested: Instant::now(),
         stop: Arc::new(AtomicBool::new(false)),
         statistics,
         source: &mut source,
@@ -127,6 +128,8 @@ pub(super) struct Drive<'a> {
     pub(super) steering: Steering,
     /// What `now` is counted from.
     clock: Instant,
+    /// When the trackers were asked last, or began.
+    pub(super) harvested: Instant,
     stop: Arc<AtomicBool>,
     pub(super) statistics: Statistics,
 }
@@ -144,6 +147,7 @@ impl Drive<'_> {
         self.tracking = true;
         self.statistics.setup = started.elapsed();
         self.clock = Instant::now();
+        self.harvested = self.clock;
         loop {
             self.pre_copy(machine)?;
             match self.switch_over(machine, agreement)? {

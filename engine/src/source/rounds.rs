@@ -67,11 +67,14 @@ impl Drive<'_> {
 
     /// Decides what follows a round, and with how many pages.
     fn judge(&mut self, began: &RoundBegan) -> Result<(Verdict, u64), Error> {
+        // Not since the round began: what is written between rounds comes with the next one.
+        let since = self.harvested;
         let mut dirty_pages = self.harvest()?;
         let parts = self.channels.dirty()?.counts(HEAT_PARTS);
         let took = began.at.elapsed();
         let now = self.now();
-        let round = Round { took, dirty_pages: &parts };
+        let dirtied_for = self.harvested.saturating_duration_since(since);
+        let round = Round { took, dirtied_for, dirty_pages: &parts };
         let mut verdict = self.convergence.round_ended(now, round);
         if let Verdict::Approach { .. } = verdict {
             // The link is empty, so an answer comes as fast as it will when it matters.
@@ -80,8 +83,9 @@ impl Drive<'_> {
             dirty_pages = self.harvest()?;
             verdict = self.convergence.decide(self.now(), dirty_pages);
         }
-        if !took.is_zero() {
-            self.statistics.dirty_pages_per_second = dirty_pages as f64 / took.as_secs_f64();
+        let dirtied_for = self.harvested.saturating_duration_since(since);
+        if !dirtied_for.is_zero() {
+            self.statistics.dirty_pages_per_second = dirty_pages as f64 / dirtied_for.as_secs_f64();
         }
         self.statistics.bytes_per_second =
             self.convergence.bandwidth().bytes_per_second().unwrap_or(0.0);
@@ -89,7 +93,7 @@ impl Drive<'_> {
     }
 
     fn number_of_rounds(&self) -> u32 {
-        u32::try_from(self.statistics.rounds.len()).unwrap_or(u32::MAX)
+        self.statistics.round_count
     }
 
     /// Asks the trackers what was written, on top of what is to be sent already. Returns the
@@ -99,6 +103,7 @@ impl Drive<'_> {
         let dirty = self.channels.dirty()?;
         caught(DIRTY_SOURCES, || self.dirty.harvest(dirty))??;
         let pages = dirty.count();
+        self.harvested = began;
         self.convergence.learn_harvest(began.elapsed());
         Ok(pages)
     }
@@ -124,7 +129,7 @@ impl Drive<'_> {
             landed_bytes: self.channels.landed().iter().sum::<u64>() - began.landed_bytes,
             took: began.at.elapsed(),
         };
-        self.statistics.rounds.push(statistics);
+        self.statistics.add_round(statistics);
         statistics
     }
 }

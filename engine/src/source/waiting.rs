@@ -262,7 +262,11 @@ impl Drive<'_> {
         let marks = self.channels.gauges.iter().map(|gauge| {
             let landed_bytes = gauge.landed_bytes.load(Ordering::Relaxed);
             let landed_zero_pages = gauge.landed_zero_pages.load(Ordering::Relaxed);
-            gauge.pages().total().wrapping_add(landed_bytes).wrapping_add(landed_zero_pages)
+            let held_back = gauge.held_back.load(Ordering::Relaxed);
+            let looked_at = gauge.pages().total();
+            [looked_at, landed_bytes, landed_zero_pages, held_back]
+                .into_iter()
+                .fold(0, u64::wrapping_add)
         });
         marks.fold(0, u64::wrapping_add)
     }

@@ -73,7 +73,7 @@ pub(crate) struct Report {
     pub(crate) throttle_max_percent: u8,
     /// "converged", "throttled", "gave-up", or "undecided"; the source knows.
     pub(crate) convergence: Option<String>,
-    pub(crate) rounds: usize,
+    pub(crate) rounds: u32,
     pub(crate) pages: PagesReport,
     pub(crate) bytes_on_wire: u64,
     pub(crate) user_copied_bytes: u64,
@@ -188,7 +188,7 @@ impl Report {
             called_off_ms: ms(statistics.called_off),
             throttle_max_percent: statistics.throttle_max_percent,
             convergence: None,
-            rounds: statistics.rounds.len(),
+            rounds: statistics.round_count,
             pages: PagesReport {
                 data: statistics.pages.data,
                 zero: statistics.pages.zero,
