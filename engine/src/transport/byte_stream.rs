@@ -92,6 +92,9 @@ impl<S: ByteStream> ByteStreamLink<S> {
     }
 
     fn take_data(&mut self, channels: u16) -> Result<Vec<Pages<S>>, TransportError> {
+        if self.stop.is_stopped() {
+            return Err(TransportError::Interrupted);
+        }
         let unregistered = TransportError::OutOfOrder("guest memory is not registered");
         let memory = self.memory.as_ref().ok_or(unregistered)?;
         if self.opened {
@@ -100,9 +103,6 @@ impl<S: ByteStream> ByteStreamLink<S> {
         if usize::from(channels) > self.data.len() {
             let (size, limit) = (u64::from(channels), self.data.len() as u64);
             return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
-        }
-        if self.stop.is_stopped() {
-            return Err(TransportError::Interrupted);
         }
         self.opened = true;
         let streams = self.data.drain(..usize::from(channels));
