@@ -56,6 +56,11 @@ impl Limiter {
         self.bytes_per_second.store(bytes_per_second, Relaxed);
     }
 
+    /// The limit.
+    pub(crate) fn get(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new(self.bytes_per_second.load(Relaxed))
+    }
+
     /// Most bytes to send at a time, so that the limit is kept over short times too: what the
     /// limit allows in 5 ms.
     pub(crate) fn at_a_time(&self) -> u64 {

@@ -196,6 +196,12 @@ impl MigrationHandle {
         self.shared.change(|settings| settings.deadline = deadline);
     }
 
+    /// Page bytes a second to expect while the guest stands still
+    /// ([`Settings::switchover_bandwidth`]), from the next decision on.
+    pub fn set_switchover_bandwidth(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.shared.change(|settings| settings.switchover_bandwidth = bytes_per_second);
+    }
+
     /// What is set.
     pub fn settings(&self) -> Settings {
         self.shared.settings()
@@ -384,6 +390,11 @@ impl Shared {
     /// The bandwidth limit, if one applies: none does to what the guest stands still for.
     fn limit(&self) -> Option<&Limiter> {
         (!self.stands_still.load(Ordering::Relaxed)).then_some(&self.limiter)
+    }
+
+    /// The bandwidth limit that holds just now, in page bytes a second.
+    pub(crate) fn bandwidth_limit(&self) -> Option<NonZeroU64> {
+        self.limit().and_then(Limiter::get)
     }
 
     /// Takes the link for page bytes, if it is their turn. If not, for how long that is so as things

@@ -330,12 +330,17 @@ fn a_destination_that_is_always_too_slow_leaves_the_guest_at_the_source() {
     assert!(matches!(error, Error::NotConverging { .. }), "{error:?}");
 }
 
-/// A guest that dirties the same pages in every round, over a link of 4 MiB/s.
+/// A guest that dirties the same pages in every round, over a link of 4 MiB/s, also while the guest
+/// stands still.
 fn too_fast(policy: Policy) -> Scene {
     let mut scene = Scene::new(Slow::Save, 0);
     let log = Arc::clone(&scene.log);
     scene.source.handle().limit_bandwidth(NonZeroU64::new(4 << 20));
-    scene.source = scene.source.policy(policy).downtime_limit(Duration::from_millis(40));
+    scene.source = scene
+        .source
+        .policy(policy)
+        .downtime_limit(Duration::from_millis(40))
+        .switchover_bandwidth(NonZeroU64::new(4 << 20).unwrap());
     scene.on_event(move |event| {
         if matches!(event, Event::RoundStarted { .. }) {
             (0..WORKING_SET).for_each(|page| log.mark(0, page));
@@ -405,6 +410,20 @@ fn a_guest_is_not_faster_than_it_is_because_rounds_are_short() {
     assert!(statistics.round_count > 2, "{statistics:?}");
     let ratio = statistics.dirty_pages_per_second / STEADY_PAGES_PER_SECOND;
     assert!((0.5..=1.5).contains(&ratio), "{ratio} of the true rate");
+}
+
+/// The limit does not hold while the guest stands still: what remains is through in no time then, and
+/// nobody has to be slowed down for it.
+#[test]
+fn a_guest_is_not_slowed_down_for_a_bandwidth_limit() {
+    let mut scene = too_fast(Policy::Throttle(Throttling::default()));
+    scene.source.handle().set_switchover_bandwidth(None);
+    // What remains takes twice as long by the bandwidth limit.
+    scene.source = scene.source.downtime_limit(Duration::from_millis(100));
+    let outcome = scene.play();
+    assert!(outcome.throttled.is_empty(), "{:?}", outcome.throttled);
+    let (departed, _, _) = outcome.expect_moved();
+    assert_eq!(departed.statistics.convergence, Ending::Converged);
 }
 
 fn forecasts(events: &[Event]) -> Vec<Forecast> {

@@ -70,6 +70,7 @@ impl Contender {
         let deadline = Some(Duration::from_secs_f64(least_seconds.max(30.0)));
         Settings {
             max_rounds: 200,
+            switchover_bandwidth: None,
             downtime_limit,
             bound: self.bound,
             policy: self.policy,

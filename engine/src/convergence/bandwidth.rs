@@ -110,6 +110,13 @@ impl Bandwidth {
         self.last = (now, landed.to_vec());
     }
 
+    /// What has landed up to now does not count.
+    pub(super) fn skip(&mut self, now: Duration, landed: &[u64]) {
+        self.last.0 = now;
+        self.last.1.clear();
+        self.last.1.extend_from_slice(landed);
+    }
+
     fn last_of(&self, channel: usize) -> u64 {
         self.last.1.get(channel).copied().unwrap_or(0)
     }

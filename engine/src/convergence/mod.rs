@@ -14,11 +14,13 @@ mod attempt;
 mod bandwidth;
 mod dirty_rate;
 mod estimate;
+mod link;
 mod policy;
 mod prediction;
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 pub use attempt::{Attempt, Bound};
@@ -30,6 +32,7 @@ pub use prediction::{Prediction, Rehearsal, Term};
 
 use crate::memory::PAGE_BYTES;
 use estimate::{NEVER, from_seconds};
+use link::Link;
 use prediction::Terms;
 
 /// Parts of guest memory whose dirty pages are counted apart.
@@ -163,7 +166,7 @@ pub struct Convergence {
     method: Method,
     /// How many uncertainties count.
     caution: f64,
-    bandwidth: Bandwidth,
+    link: Link,
     dirty: DirtyRate,
     terms: Terms,
     rounds: u32,
@@ -196,7 +199,7 @@ impl Convergence {
             settings,
             method,
             caution: if method.cautious { CAUTION } else { 0.0 },
-            bandwidth: Bandwidth::new(method.averaging),
+            link: Link::new(method.averaging),
             dirty: DirtyRate::default(),
             terms: Terms::default(),
             rounds: 0,
@@ -232,12 +235,18 @@ impl Convergence {
     /// A round begins with `pages` to send.
     pub fn round_began(&mut self, now: Duration, landed: &[u64], pages: u64) {
         let round_trip = self.terms.round_trip.estimate().expected;
-        self.bandwidth.round_began(now, landed, pages.saturating_mul(PAGE_BYTES), round_trip);
+        self.link.round_began(now, landed, pages.saturating_mul(PAGE_BYTES), round_trip);
     }
 
     /// Page bytes that have landed on each channel since the migration began.
     pub fn landed(&mut self, now: Duration, landed: &[u64]) {
-        self.bandwidth.sample(now, landed);
+        self.link.sample(now, landed);
+    }
+
+    /// Page bytes a second that the host allows just now; `None` if as many as the link carries. It
+    /// allows all of them while the guest stands still.
+    pub fn set_bandwidth_limit(&mut self, limit: Option<NonZeroU64>) {
+        self.link.set_limit(limit);
     }
 
     /// A message and its answer took so long.
@@ -286,9 +295,8 @@ impl Convergence {
     /// load: what that tells of the round trip.
     pub fn learn_state_exchange(&mut self, took: Duration) {
         let way = self
-            .bandwidth
-            .bytes_per_second()
-            .map_or(Duration::ZERO, |rate| from_seconds(self.terms.state_bytes as f64 / rate));
+            .switchover_bandwidth(Duration::MAX)
+            .map_or(Duration::ZERO, |(rate, _)| from_seconds(self.terms.state_bytes as f64 / rate));
         self.terms.round_trip.learn(took.saturating_sub(way));
     }
 
@@ -345,20 +353,25 @@ impl Convergence {
 
     /// The downtime to expect with so many pages to send; `None` before anything has landed.
     pub fn predict(&self, now: Duration, pages: u64) -> Option<Prediction> {
-        match self.bandwidth.bytes_per_second() {
-            Some(rate) if rate > 0.0 => {
-                Some(self.terms.predict(pages, rate, self.bandwidth.deviation(now)))
-            }
+        match self.switchover_bandwidth(now) {
+            Some((rate, deviation)) => Some(self.terms.predict(pages, rate, deviation)),
             // Memory was all zero, and nothing is to be sent.
             _ if pages == 0 => Some(self.terms.predict(0, f64::INFINITY, 0.0)),
             _ => None,
         }
     }
 
+    /// Page bytes a second while the guest stands still, and how far off that may be.
+    fn switchover_bandwidth(&self, now: Duration) -> Option<(f64, f64)> {
+        let may_try = self.settings.bound == Bound::Strict;
+        self.link.of_switchover(now, self.settings.switchover_bandwidth, may_try)
+    }
+
     /// What takes longest of a downtime with so many pages to send, and all of that downtime, by what
     /// was seen of each term last: why it does not converge.
     pub fn at_fault(&self, pages: u64) -> (Term, Duration, Duration) {
-        let rate = self.bandwidth.bytes_per_second().unwrap_or(if pages == 0 { 1.0 } else { 0.0 });
+        let nothing = if pages == 0 { 1.0 } else { 0.0 };
+        let rate = self.switchover_bandwidth(Duration::MAX).map_or(nothing, |(rate, _)| rate);
         let seen = self.terms.seen(pages, rate);
         let all = seen.iter().fold(Duration::ZERO, |all, (_, took)| all.saturating_add(*took));
         let worst = seen.into_iter().max_by_key(|(_, took)| *took);
@@ -399,7 +412,7 @@ impl Convergence {
 
     /// Page bytes that land a second, if any did.
     pub fn bandwidth(&self) -> &Bandwidth {
-        &self.bandwidth
+        self.link.now()
     }
 
     /// How the guest dirties its memory.
@@ -431,7 +444,7 @@ impl Convergence {
                     return total.expected <= limit;
                 }
                 let before_commit = prediction.before_commit().expected;
-                !self.bandwidth.slumps(now)
+                !self.link.now().slumps(now)
                     && total.upper(self.caution) <= limit
                     && before_commit.saturating_add(self.after_commit()) <= limit
             }
@@ -502,7 +515,7 @@ impl Convergence {
 
     /// Follows rounds that get shorter to where they no longer do.
     fn forecast(&self, now: Duration, pages: u64) -> Option<Forecast> {
-        let bytes_per_second = self.bandwidth.bytes_per_second().filter(|rate| *rate > 0.0)?;
+        let bytes_per_second = self.bandwidth().bytes_per_second().filter(|rate| *rate > 0.0)?;
         if self.dirty.rounds() < TELLING_ROUNDS {
             return None;
         }
@@ -514,6 +527,9 @@ impl Convergence {
         for _ in 0..TURNS {
             sending = time(self.dirty.pages_after(sending + between)).min(sending);
         }
+        // What is left then goes out while the guest stands still.
+        let (at_last, _) = self.switchover_bandwidth(now)?;
+        let sending = from_seconds(sending.as_secs_f64() * bytes_per_second / at_last);
         let rest = self.predict(now, 0)?.total().expected;
         let least = rest.saturating_add(sending);
         let limit = self.settings.downtime_limit;

@@ -1,5 +1,6 @@
 //! What the host wants: how long the guest may stand still, and what to do if that is not met.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use super::attempt::Bound;
@@ -70,6 +71,10 @@ pub struct Settings {
     pub deadline: Option<Duration>,
     /// Rounds to try, whatever the policy.
     pub max_rounds: u32,
+    /// Page bytes a second to expect while the guest stands still, when no bandwidth limit holds.
+    /// `None`: what was seen without a limit. If there always was one a strict switchover expects
+    /// 10 Gb/s, and one by best effort no more than the limit.
+    pub switchover_bandwidth: Option<NonZeroU64>,
 }
 
 impl Default for Settings {
@@ -81,6 +86,7 @@ impl Default for Settings {
             policy: Policy::Throttle(Throttling::default()),
             deadline: None,
             max_rounds: u32::MAX,
+            switchover_bandwidth: None,
         }
     }
 }

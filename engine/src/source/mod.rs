@@ -8,6 +8,7 @@ mod switchover;
 mod waiting;
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -182,6 +183,14 @@ impl Source {
     #[must_use]
     pub fn max_rounds(self, rounds: u32) -> Self {
         self.shared.change(|settings| settings.max_rounds = rounds);
+        self
+    }
+
+    /// Page bytes a second to expect while the guest stands still, where a bandwidth limit says
+    /// nothing about that ([`Settings::switchover_bandwidth`](crate::convergence::Settings)).
+    #[must_use]
+    pub fn switchover_bandwidth(self, bytes_per_second: NonZeroU64) -> Self {
+        self.shared.change(|settings| settings.switchover_bandwidth = Some(bytes_per_second));
         self
     }
 

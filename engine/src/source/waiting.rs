@@ -151,6 +151,7 @@ impl Drive<'_> {
                 return Err(Error::TimedOut { what: "pages to land", after: stall });
             }
             let (now, landed) = (self.now(), self.channels.landed());
+            self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
             self.convergence.landed(now, &landed);
             if waiting.awaited == Awaited::Shares && !waiting.missing.is_empty() && !waiting.fenced
             {

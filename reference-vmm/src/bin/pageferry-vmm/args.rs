@@ -228,6 +228,10 @@ pub(crate) struct MigrationArgs {
     /// Page bytes a second over all channels, while the guest runs [default: as fast as it goes].
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub(crate) bandwidth_limit: Option<NonZeroU64>,
+    /// Page bytes a second to expect while the guest stands still, when no bandwidth limit holds
+    /// [default: what was seen without one; if there always was one, 10 Gb/s].
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub(crate) switchover_bandwidth: Option<NonZeroU64>,
     /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
     #[arg(long, value_name = "CPUS", value_delimiter = ',')]
     pub(crate) pin: Vec<usize>,

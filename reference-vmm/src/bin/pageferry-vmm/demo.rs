@@ -122,6 +122,9 @@ fn source_args(
     if let Some(limit) = migration.bandwidth_limit {
         option("bandwidth-limit", limit.to_string());
     }
+    if let Some(expected) = migration.switchover_bandwidth {
+        option("switchover-bandwidth", expected.to_string());
+    }
     if !migration.pin.is_empty() {
         option("pin", cpu_list(&migration.pin));
     }

@@ -102,6 +102,7 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
             Wish::Interrupt | Wish::Quit => return Ok(last),
             Wish::Cancel
             | Wish::Limit(_)
+            | Wish::SwitchoverBandwidth(_)
             | Wish::DowntimeLimit(_)
             | Wish::DowntimeBound(_)
             | Wish::NotConverging(_)
@@ -167,6 +168,7 @@ fn steer(handle: &MigrationHandle, wish: &Wish) {
             handle.cancel();
         }
         Wish::Limit(limit) => handle.limit_bandwidth(*limit),
+        Wish::SwitchoverBandwidth(expected) => handle.set_switchover_bandwidth(*expected),
         Wish::DowntimeLimit(limit) => handle.set_downtime_limit(*limit),
         Wish::DowntimeBound(bound) => handle.set_bound((*bound).into()),
         Wish::NotConverging(policy) => {
@@ -206,6 +208,7 @@ fn migrate(
     };
     let handle = source.handle();
     handle.limit_bandwidth(migration.bandwidth_limit);
+    handle.set_switchover_bandwidth(migration.switchover_bandwidth);
     handle.set_deadline(migration.deadline);
     let watch = Watch::start(handle.clone())?;
     let recorder = args.timeline.then(|| Recorder::start(handle.clone())).transpose()?;

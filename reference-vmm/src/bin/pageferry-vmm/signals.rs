@@ -28,6 +28,8 @@ pub(crate) enum Wish {
     Status,
     /// Limit the bandwidth of the migration under way, or lift the limit.
     Limit(Option<NonZeroU64>),
+    /// To expect so many page bytes a second while the guest stands still.
+    SwitchoverBandwidth(Option<NonZeroU64>),
     /// Limit its downtime.
     DowntimeLimit(Duration),
     /// Say what that means once the guest is paused.
@@ -99,6 +101,10 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         (Some("status"), None) => Wish::Status,
         (Some("limit"), Some("off")) => Wish::Limit(None),
         (Some("limit"), Some(rate)) => Wish::Limit(Some(args::rate(rate)?)),
+        (Some("switchover-bandwidth"), Some("off")) => Wish::SwitchoverBandwidth(None),
+        (Some("switchover-bandwidth"), Some(rate)) => {
+            Wish::SwitchoverBandwidth(Some(args::rate(rate)?))
+        }
         (Some("downtime-limit"), Some(limit)) => Wish::DowntimeLimit(args::time(limit)?),
         (Some("downtime-bound"), Some(bound)) => {
             Wish::DowntimeBound(BoundChoice::from_str(bound, false)?)
@@ -137,6 +143,8 @@ mod tests {
         assert_eq!(parse("limit off"), Ok(Some(Wish::Limit(None))));
         assert_eq!(parse("limit 1M"), Ok(Some(Wish::Limit(NonZeroU64::new(1 << 20)))));
         assert!(parse("limit fast").is_err() && parse("limit 0").is_err());
+        let expected = Wish::SwitchoverBandwidth(NonZeroU64::new(1 << 30));
+        assert_eq!(parse("switchover-bandwidth 1G"), Ok(Some(expected)));
         let limit = Wish::DowntimeLimit(Duration::from_millis(20));
         assert_eq!(parse("downtime-limit 20ms"), Ok(Some(limit)));
         assert!(parse("downtime-limit 20").is_err() && parse("downtime-limit").is_err());

@@ -1,0 +1,166 @@
+//! How fast pages land while the guest runs, and how fast they will once it stands still.
+//!
+//! A bandwidth limit holds for the first alone, and what was measured under it says little about the
+//! second.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use super::bandwidth::{Averaging, Bandwidth};
+
+/// What a link is taken to carry that was never seen without its limit: 10 Gb/s, in bytes. If that is
+/// too much, a strict switchover is called off in time, and has shown how much it is.
+const ASSUMED: f64 = 1.25e9;
+/// How far off that may be, as a share of it.
+const ASSUMED_DEVIATION: f64 = 0.5;
+
+/// How far off the host's own figure may be.
+const GIVEN_DEVIATION: f64 = 0.1;
+
+/// Who sends less than that share of the limit is held by the link, and not by the limit.
+const HELD: f64 = 0.8;
+
+/// Two measures of a link: what a limit lets through, and what it carries.
+#[derive(Debug, Clone)]
+pub(super) struct Link {
+    limited: Bandwidth,
+    free: Bandwidth,
+    /// Page bytes a second, if that is what is sent by just now.
+    limit: Option<NonZeroU64>,
+}
+
+impl Link {
+    pub(super) fn new(averaging: Averaging) -> Self {
+        let unknown = Bandwidth::new(averaging);
+        Self { limited: unknown.clone(), free: unknown, limit: None }
+    }
+
+    /// What holds from now on.
+    pub(super) fn set_limit(&mut self, limit: Option<NonZeroU64>) {
+        self.limit = limit;
+    }
+
+    pub(super) fn round_began(
+        &mut self,
+        now: Duration,
+        landed: &[u64],
+        bytes: u64,
+        round_trip: Duration,
+    ) {
+        self.limited.round_began(now, landed, bytes, round_trip);
+        self.free.round_began(now, landed, bytes, round_trip);
+    }
+
+    pub(super) fn sample(&mut self, now: Duration, landed: &[u64]) {
+        let (measured, other) = match self.limit {
+            Some(_) => (&mut self.limited, &mut self.free),
+            None => (&mut self.free, &mut self.limited),
+        };
+        measured.sample(now, landed);
+        other.skip(now, landed);
+    }
+
+    /// As it is just now. A limit that has just been lifted is all that is known.
+    pub(super) fn now(&self) -> &Bandwidth {
+        let nothing_else = self.free.bytes_per_second().is_none();
+        if self.limit.is_some() || nothing_else { &self.limited } else { &self.free }
+    }
+
+    /// Page bytes a second that will land while the guest stands still, and how far off that may be
+    /// as a share of it: by the host's figure if it has one. `may_try` is whether it does no harm to
+    /// expect too much.
+    pub(super) fn of_switchover(
+        &self,
+        now: Duration,
+        given: Option<NonZeroU64>,
+        may_try: bool,
+    ) -> Option<(f64, f64)> {
+        if let Some(given) = given {
+            return Some((given.get() as f64, GIVEN_DEVIATION));
+        }
+        let measured = self.now();
+        let rate = measured.bytes_per_second().filter(|rate| *rate > 0.0)?;
+        let deviation = measured.deviation(now);
+        match (self.limit, self.free.bytes_per_second()) {
+            (Some(limit), Some(free)) if rate >= limit.get() as f64 * HELD && free > rate => {
+                Some((free, self.free.deviation(now)))
+            }
+            (Some(limit), None) if rate >= limit.get() as f64 * HELD && may_try => {
+                Some((rate.max(ASSUMED), ASSUMED_DEVIATION))
+            }
+            _ => Some((rate, deviation)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const SOME: NonZeroU64 = NonZeroU64::new(123).unwrap();
+
+    /// A link, its time, and what has landed.
+    struct Seen(Link, Duration, u64);
+
+    impl Seen {
+        fn nothing() -> Self {
+            Self(Link::new(Averaging::default()), Duration::ZERO, 0)
+        }
+
+        /// A second at so many MB/s, under a limit of so many.
+        fn at(mut self, rate: u64, limit: Option<u64>) -> Self {
+            let Self(link, now, landed) = &mut self;
+            link.set_limit(limit.and_then(|limit| NonZeroU64::new(limit * 1_000_000)));
+            link.round_began(*now, &[*landed], u64::MAX, Duration::ZERO);
+            for _ in 0..100 {
+                *now += 10 * MS;
+                *landed += rate * 10_000;
+                link.sample(*now, &[*landed]);
+            }
+            self
+        }
+
+        /// MB/s to expect of a switchover.
+        fn expected(&self, given: Option<NonZeroU64>, may_try: bool) -> Option<f64> {
+            let expected = self.0.of_switchover(self.1, given, may_try);
+            expected.map(|(rate, _)| (rate / 1e6).round())
+        }
+    }
+
+    #[test]
+    fn without_a_limit_it_is_what_was_measured() {
+        assert_eq!(Seen::nothing().expected(None, true), None);
+        assert_eq!(Seen::nothing().at(300, None).expected(None, true), Some(300.0));
+        let given = NonZeroU64::new(2_000_000);
+        assert_eq!(Seen::nothing().at(300, None).expected(given, true), Some(2.0));
+        assert_eq!(Seen::nothing().expected(Some(SOME), false), Some(0.0));
+    }
+
+    #[test]
+    fn under_a_limit_it_is_what_was_measured_without() {
+        let seen = Seen::nothing().at(300, None).at(20, Some(20));
+        assert_eq!(seen.expected(None, false), Some(300.0));
+        assert!((seen.0.now().bytes_per_second().unwrap() - 20e6).abs() < 1e6);
+        // The limit is no longer what holds it back.
+        assert_eq!(
+            seen.at(200, Some(1000)).expected(None, true).map(|rate| rate < 250.0),
+            Some(true)
+        );
+    }
+
+    #[test]
+    fn where_there_always_was_a_limit_the_link_may_be_tried() {
+        let seen = Seen::nothing().at(20, Some(20));
+        assert_eq!(seen.expected(None, true), Some(1250.0));
+        assert_eq!(seen.expected(None, false), Some(20.0));
+        assert_eq!(Seen::nothing().at(20, Some(100)).expected(None, true), Some(20.0));
+        // What the switchover showed that was called off, and then the limit again.
+        let seen = seen.at(90, None).at(20, Some(20));
+        assert_eq!(seen.expected(None, true), Some(90.0));
+        // Lifted just now.
+        let mut seen = Seen::nothing().at(20, Some(20));
+        seen.0.set_limit(None);
+        assert_eq!(seen.expected(None, true), Some(20.0));
+    }
+}
