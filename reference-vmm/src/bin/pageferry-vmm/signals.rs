@@ -119,7 +119,8 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         _ => {
             return Err(format!(
                 "\"{line}\" is not known here; try migrate [ADDR], cancel, limit SIZE|off, \
-                 switchover-bandwidth RATE|off, downtime-limit TIME, downtime-bound strict|best-effort, not-converging POLICY, \
+                 switchover-bandwidth SIZE|off, downtime-limit TIME, \
+                 downtime-bound strict|best-effort, not-converging POLICY, \
                  channels N, status, quit"
             ));
         }
