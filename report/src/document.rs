@@ -246,6 +246,9 @@ pub struct Migration {
     pub downtime_ms: f64,
     /// Its parts.
     pub downtime: Downtime,
+    /// How long it stood still besides, until memory was compared on both sides.
+    #[serde(default)]
+    pub verify_ms: f64,
     /// What it was to be at most.
     pub downtime_limit_ms: f64,
     /// Bits on the wire a second, in 10⁹.
@@ -298,6 +301,7 @@ impl Migration {
                 commit: ms(downtime.commit),
                 resume: ms(downtime.resume),
             },
+            verify_ms: ms(downtime.verify),
             throughput_gbps: statistics.throughput_gbps(),
             dirty_pages_per_second: statistics.dirty_pages_per_second,
             data_pages: statistics.pages.data,

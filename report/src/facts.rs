@@ -14,6 +14,9 @@ pub struct TransportFacts {
     pub can: String,
     /// Whether it is available.
     pub available: bool,
+    /// Whether it is not since something failed; else this machine does not have it, or forbids it.
+    #[serde(default)]
+    pub failed: bool,
 }
 
 /// The machine. What it does not tell is an empty text or 0.

@@ -1,6 +1,7 @@
 //! What a migration does over time: looked at now and then from a thread of its own, so that the
 //! migration pays nothing for it.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -13,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use crate::document::ms;
 
 /// How often one looks at first.
-const INTERVAL: Duration = Duration::from_millis(5);
+const INTERVAL: Duration = Duration::from_millis(2);
+
+/// A look that took longer, since the thread had to wait for a CPU, is of no known moment.
+const LONGEST_LOOK: Duration = Duration::from_micros(500);
 
 /// Samples to keep. When there are more, every second one is dropped, and one looks half as often.
 const MOST_SAMPLES: usize = 2000;
@@ -103,7 +107,11 @@ fn watch(handle: &MigrationHandle, began: Instant, stop: &AtomicBool) -> Vec<Sam
     let mut interval = INTERVAL;
     loop {
         let last = stop.load(Ordering::Relaxed);
-        series.add(began.elapsed(), &handle.progress());
+        let before = began.elapsed();
+        let progress = handle.progress();
+        // The last one is right whenever it was: nothing changes any more.
+        let after = if last { before } else { began.elapsed() };
+        series.add(before..=after, &progress);
         if last {
             return series.samples;
         }
@@ -123,7 +131,12 @@ struct Series {
 }
 
 impl Series {
-    fn add(&mut self, at: Duration, progress: &Progress) {
+    /// Adds what was seen at some moment of that time.
+    fn add(&mut self, time: RangeInclusive<Duration>, progress: &Progress) {
+        let (at, end) = time.into_inner();
+        if end.saturating_sub(at) > LONGEST_LOOK {
+            return;
+        }
         let looked_at = progress.pages.total();
         if progress.round != self.round.0 {
             self.round = (progress.round, looked_at);
@@ -157,6 +170,16 @@ mod tests {
         let mut series = Series { samples: (0..5).map(sample).collect(), round: (0, 0) };
         series.thin_out();
         assert_eq!(series.samples, [0, 2, 4].map(sample));
+    }
+
+    #[test]
+    fn a_look_that_took_long_is_no_sample() {
+        let progress = pageferry::Source::new().handle().progress();
+        let mut series = Series::default();
+        let [begin, end, late] = [10_000, 10_100, 14_000].map(Duration::from_micros);
+        series.add(begin..=late, &progress);
+        series.add(begin..=end, &progress);
+        assert_eq!(series.samples.iter().map(|it| it.ms).collect::<Vec<_>>(), [10.0]);
     }
 
     #[test]

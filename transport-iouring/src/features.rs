@@ -47,6 +47,18 @@ impl Feature {
     fn bit(self) -> u8 {
         1 << self as u8
     }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::SubmitAll => "requests submitted past a bad one",
+            Self::CoopTaskrun => "completions without interrupts",
+            Self::SingleIssuer => "rings of one thread",
+            Self::DeferTaskrun => "completions worked on when waited for",
+            Self::SendZc => "zero-copy sends",
+            Self::ReportUsage => "word of what the kernel copied after all",
+            Self::CloneBuffers => "guest memory registered once for all rings",
+        }
+    }
 }
 
 /// A set of features.
@@ -102,6 +114,15 @@ impl fmt::Debug for Features {
         f.debug_set()
             .entries(Feature::ALL.into_iter().filter(|feature| self.has(*feature)))
             .finish()
+    }
+}
+
+/// In words, one after the other.
+impl fmt::Display for Features {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = Feature::ALL.into_iter().filter(|feature| self.has(*feature));
+        let words: Vec<_> = all.map(Feature::words).collect();
+        f.write_str(&words.join(", "))
     }
 }
 
@@ -210,6 +231,14 @@ mod tests {
         assert!(!bare.has(Feature::DeferTaskrun) && bare.has(Feature::SendZc));
         let plain = all.without(Features::none().with(Feature::SendZc)).consistent();
         assert!(!plain.has(Feature::ReportUsage) && plain.has(Feature::CloneBuffers));
+    }
+
+    #[test]
+    fn features_are_said_in_words() {
+        let features = Features::none().with(Feature::CloneBuffers).with(Feature::SendZc);
+        let words = "zero-copy sends, guest memory registered once for all rings";
+        assert_eq!(features.to_string(), words);
+        assert_eq!(Features::none().to_string(), "");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use maud::{Markup, html};
 
+use super::throughput::throughput;
 use crate::document::Migration;
 use crate::plot::{Axis, Lines, Series, Share, Stack, bytes, duration_ns, figure, number, stacks};
 
@@ -9,10 +10,6 @@ use crate::plot::{Axis, Lines, Series, Share, Stack, bytes, duration_ns, figure,
 const OPEN: usize = 2;
 
 const MIB: f64 = (1_u32 << 20) as f64;
-
-/// Slices of a migration's time over which throughput is averaged, at most. Landings are noted a
-/// few megabytes at a time.
-const SLICES: f64 = 60.0;
 
 /// A table, and the downtimes with their parts.
 pub(super) fn overview(migrations: &[Migration]) -> Markup {
@@ -23,7 +20,13 @@ pub(super) fn overview(migrations: &[Migration]) -> Markup {
     html! {
         @if !migrations.is_empty() {
             h2 { "Downtime" }
-            p { "How long the guest stood still, by the parts that make it up." }
+            p {
+                "How long the guest stood still, by the parts that make it up."
+                @if migrations.iter().any(|each| each.verify_ms > 0.0) {
+                    " With verification it stood still for longer, until memory was compared on both "
+                    "sides: that is not counted as downtime, but part of the longest gap."
+                }
+            }
             (figure("downtime", "Downtime of each migration", &legend, Share::All, |width| {
                 stacks(&rows, &Axis::linear(longest, width.units / 130.0, number), "ms", width)
             }))
@@ -70,7 +73,12 @@ fn row(each: &Migration) -> Markup {
             td.n { (each.rounds.len()) }
             td.n { (number(each.throughput_gbps)) }
             td.n { (milliseconds(Some(each.downtime_ms))) }
-            td.n { (milliseconds(each.heartbeat_gap_ms)) }
+            td.n {
+                (milliseconds(each.heartbeat_gap_ms))
+                @if let Some(verify_ms) = verification(each) {
+                    ", " (milliseconds(Some(verify_ms))) " of it verification"
+                }
+            }
             td.n { (milliseconds(each.cpu_ms)) }
             td.n { (bytes(each.wire_bytes as f64)) }
             td {
@@ -84,6 +92,12 @@ fn row(each: &Migration) -> Markup {
             }
         }
     }
+}
+
+/// How much of the longest gap was spent on comparing memory.
+fn verification(each: &Migration) -> Option<f64> {
+    let gap_ms = each.heartbeat_gap_ms?;
+    (each.verify_ms > 0.0 && gap_ms >= each.verify_ms).then_some(each.verify_ms)
 }
 
 /// Each over time.
@@ -116,11 +130,16 @@ fn over_time(index: usize, migration: &Migration) -> Markup {
         .iter()
         .map(|sample| (sample.ms, sample.remaining_bytes as f64 / MIB))
         .collect();
+    let heartbeat = "The guest's longest heartbeat gap, ms";
+    let heartbeat = match verification(migration) {
+        Some(ms) => format!("{heartbeat}; {} were verification", duration_ns(ms * 1e6)),
+        None => heartbeat.to_owned(),
+    };
     let plots = [
         ("throughput", "Throughput, Gb/s", 0, throughput(migration)),
         ("dirty-rate", "Pages the guest wrote a second", 1, dirty_rate(migration)),
         ("remaining", "Left of the round, MiB", 2, remaining),
-        ("heartbeat", "The guest's longest heartbeat gap, ms", 4, gaps(migration)),
+        ("heartbeat", heartbeat.as_str(), 4, gaps(migration)),
     ];
     html! {
         @for (name, caption, color, points) in plots {
@@ -147,26 +166,6 @@ fn over_time(index: usize, migration: &Migration) -> Markup {
     }
 }
 
-/// Gigabits that landed a second, in slices of time.
-fn throughput(migration: &Migration) -> Vec<(f64, f64)> {
-    let samples = &migration.samples;
-    let Some(last) = samples.last() else { return Vec::new() };
-    let slice_ms = (last.ms / SLICES).max(5.0);
-    let mut from = samples[0];
-    let mut points = vec![(from.ms, 0.0)];
-    for sample in samples {
-        let took_ms = sample.ms - from.ms;
-        if took_ms >= slice_ms {
-            let bytes = sample.landed_bytes.saturating_sub(from.landed_bytes) as f64;
-            // A step: the mean of the slice from its beginning to its end.
-            let gbps = bytes * 8.0 / took_ms / 1e6;
-            points.extend([(from.ms, gbps), (sample.ms, gbps)]);
-            from = *sample;
-        }
-    }
-    points
-}
-
 /// What each round found the guest to have written during the round before.
 fn dirty_rate(migration: &Migration) -> Vec<(f64, f64)> {
     let steps = migration.rounds.windows(2).flat_map(|pair| {
@@ -190,4 +189,36 @@ fn gaps(migration: &Migration) -> Vec<(f64, f64)> {
         end = gap.ms;
     }
     points
+}
+
+#[cfg(test)]
+mod tests {
+    use std::slice::from_ref;
+
+    use super::*;
+    use crate::document::Gap;
+    use crate::recorder::Sample;
+
+    #[test]
+    fn a_gap_says_how_much_of_it_was_verification() {
+        let sample = Sample { ms: 1.0, landed_bytes: 1, remaining_bytes: 0 };
+        let gap = Gap { ms: 300.0, gap_ms: 160.0 };
+        let migration = Migration {
+            samples: vec![sample],
+            heartbeat_gap_ms: Some(gap.gap_ms),
+            heartbeat_gaps: vec![gap],
+            ..Migration::default()
+        };
+        let plain = overview(from_ref(&migration)).into_string();
+        assert!(!plain.contains("verification"), "{plain}");
+        let migration = Migration { verify_ms: 140.0, ..migration };
+        let page = overview(from_ref(&migration)).into_string();
+        assert!(page.contains("160 ms, 140 ms of it verification"), "{page}");
+        assert!(page.contains("not counted as downtime"), "{page}");
+        let page = each(from_ref(&migration)).into_string();
+        assert!(page.contains("heartbeat gap, ms; 140 ms were verification"), "{page}");
+        // Another gap than the one in which memory was compared.
+        let shorter = Migration { heartbeat_gap_ms: Some(60.0), ..migration };
+        assert!(!overview(&[shorter]).into_string().contains("of it verification"));
+    }
 }

@@ -3,11 +3,12 @@
 mod comparison;
 mod latency;
 mod migration;
+mod throughput;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::document::{Document, Kind, median};
-use crate::facts::Facts;
+use crate::facts::{Facts, TransportFacts};
 use crate::plot::{bytes, duration_ns, number};
 
 const STYLE: &str = include_str!("style.css");
@@ -105,12 +106,21 @@ fn facts(document: &Document) -> Markup {
                     @for transport in &facts.transports {
                         tr {
                             th { "transport " (transport.name) }
-                            td { span.bad[!transport.available] { (transport.can) } }
+                            td { span class=(class(transport)) { (transport.can) } }
                         }
                     }
                 }
             }
         }
+    }
+}
+
+/// What a machine does not have is no failure.
+fn class(transport: &TransportFacts) -> &'static str {
+    match transport {
+        TransportFacts { available: true, .. } => "",
+        TransportFacts { failed: true, .. } => "bad",
+        _ => "absent",
     }
 }
 
@@ -129,6 +139,31 @@ fn zero_copy(document: &Document) -> String {
         (sent, copied) => {
             let (sent, copied) = (bytes(sent as f64), bytes(copied as f64));
             format!("{sent}, and the kernel copied {copied} of it after all")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_failed_is_red() {
+        let mut document = Document::new(Kind::Demo, Facts::default());
+        document.facts.transports = serde_json::from_value(serde_json::json!([
+            {"name": "tcp", "available": true, "can": "sendmsg"},
+            {"name": "rdma", "available": false, "can": "no RDMA device"},
+            {"name": "iouring", "available": false, "failed": true, "can": "failed to set up a ring"},
+        ]))
+        .unwrap();
+        let page = facts(&document).into_string();
+        for (class, can) in
+            [("", "sendmsg"), ("absent", "no RDMA device"), ("bad", "failed to set up a ring")]
+        {
+            assert!(
+                page.contains(&format!("<span class=\"{class}\">{can}</span>")),
+                "{can}: {page}"
+            );
         }
     }
 }

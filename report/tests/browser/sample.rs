@@ -30,11 +30,14 @@ pub(crate) fn document() -> Document {
         kernel: "6.0".to_owned(),
         memory_bytes: 8 << 30,
         thp: "madvise".to_owned(),
-        transports: vec![TransportFacts {
-            name: "tcp".to_owned(),
-            can: "sendmsg".to_owned(),
-            available: true,
-        }],
+        transports: [("tcp", "sendmsg", true), ("rdma", "no RDMA device", false)]
+            .map(|(name, can, available)| TransportFacts {
+                name: name.to_owned(),
+                can: can.to_owned(),
+                available,
+                failed: false,
+            })
+            .into(),
         ..Facts::default()
     };
     let mut document = Document::new(Kind::Report, facts);
@@ -106,6 +109,7 @@ fn migration(transport: &str, guest_load: u16, host_load: u16) -> Migration {
             commit: 2.0,
             resume: 1.0,
         },
+        verify_ms: 0.2,
         throughput_gbps: 24.0,
         wire_bytes: 500 << 20,
         rounds: [(1, 10.0, 131_072), (2, 120.0, 16_384), (3, 165.0, 4096)].map(round).into(),
