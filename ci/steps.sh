@@ -1,0 +1,124 @@
+# How ci/test runs its steps, and what it says of them: sourced by it, after ci/lib.sh.
+
+# run_steps STEP...: one after the other. A+B is several at once, for what leaves a CPU idle. However it
+# ends, $out/summary.json and a table say what ran, for how long, and what was skipped and why.
+run_steps() {
+    local step each began
+    # Words, as they come from the command line or the default.
+    # shellcheck disable=SC2068
+    for step in $@; do
+        for each in ${step//+/ }; do
+            declare -F "step_$each" >/dev/null || fail "there is no step $each"
+        done
+    done
+    trap summarize EXIT
+    # shellcheck disable=SC2068
+    for step in $@; do
+        began=$SECONDS
+        echo "ci: $step"
+        case $step in
+        *+*) at_once ${step//+/ } ;;
+        *) one "$step" ;;
+        esac
+        echo "ci: $step done in $((SECONDS - began)) s"
+    done
+    running=()
+}
+
+# What summarize tells, a line a step: name, seconds, passed, skipped.
+ran=()
+# The steps that have not come to an end.
+running=()
+all_began=$SECONDS
+
+one() {
+    local began=$SECONDS passed_before=$passed skipped_before=${#skips[@]}
+    running=("$1")
+    "step_$1"
+    running=()
+    ran+=("$1 $((SECONDS - began)) $((passed - passed_before)) $((${#skips[@]} - skipped_before))")
+}
+
+# at_once STEP...: what they print comes one after the other. The first has the CPUs that it wants.
+at_once() {
+    local step failed=() counted processes=()
+    running=("$@")
+    # Each is a process group, so that a signal ends all of it.
+    set -m
+    trap 'kill -- "${processes[@]/#/-}" 2>/dev/null || true; exit 130' INT TERM
+    for step; do
+        (
+            trap - EXIT
+            [ "$step" = "$1" ] || renice -n 19 -p "$BASHPID" >/dev/null
+            began=$SECONDS passed=0 skips=()
+            "step_$step"
+            echo "ci: $step took $((SECONDS - began)) s"
+            printf '%s\n' "$((SECONDS - began))" "$passed" "${skips[@]}" >"$out/$step.counted"
+        ) </dev/null >"$out/$step.output" 2>&1 &
+        processes+=($!)
+    done
+    set +m
+    for step; do
+        if ! wait "${processes[0]}"; then
+            failed+=("$step")
+        fi
+        processes=("${processes[@]:1}")
+        cat "$out/$step.output"
+        [[ " ${failed[*]} " != *" $step "* ]] || continue
+        mapfile -t counted <"$out/$step.counted"
+        count_passed "${counted[1]}"
+        skips+=("${counted[@]:2}")
+        ran+=("$step ${counted[0]} ${counted[1]} $((${#counted[@]} - 2))")
+    done
+    trap - INT TERM
+    running=("${failed[@]}")
+    [ ${#failed[@]} = 0 ] || fail "failed: ${failed[*]}"
+}
+
+# json_string TEXT
+json_string() {
+    local text=${1//\\/\\\\}
+    text=${text//\"/\\\"}
+    printf '"%s"' "$(tr -d '\000-\037' <<<"$text")"
+}
+
+# Before the shell ends, whatever ended it.
+summarize() {
+    local status=$? line step seconds count skipped separator=''
+    local outcome=passed
+    [ "$status" = 0 ] || outcome=failed
+    {
+        printf '{"outcome":"%s","seconds":%d,"passed":%d,"steps":[' \
+            "$outcome" "$((SECONDS - all_began))" "$passed"
+        for line in "${ran[@]}"; do
+            read -r step seconds count skipped <<<"$line"
+            printf '%s{"step":"%s","outcome":"passed","seconds":%d,"passed":%d,"skipped":%d}' \
+                "$separator" "$step" "$seconds" "$count" "$skipped"
+            separator=,
+        done
+        for step in "${running[@]}"; do
+            printf '%s{"step":"%s","outcome":"failed"}' "$separator" "$step"
+            separator=,
+        done
+        printf '],"skipped":['
+        separator=''
+        for line in "${skips[@]}"; do
+            printf '%s%s' "$separator" "$(json_string "$line")"
+            separator=,
+        done
+        printf ']}\n'
+    } >"$out/summary.json"
+    printf '%-18s %8s %8s %8s\n' step seconds passed skipped
+    for line in "${ran[@]}"; do
+        # Words.
+        # shellcheck disable=SC2086
+        printf '%-18s %8s %8s %8s\n' $line
+    done
+    for step in "${running[@]}"; do
+        printf '%-18s %8s\n' "$step" FAILED
+    done
+    for line in "${skips[@]}"; do
+        echo "skipped: $line"
+    done
+    echo "total: $passed passed, ${#running[@]} failed, ${#skips[@]} skipped"
+}
