@@ -11,7 +11,7 @@ fn functions(folder: &Path, found: &mut BTreeSet<String>) {
         let name = path.file_name().unwrap().to_str().unwrap();
         if path.is_dir() && name != "target" && !name.starts_with('.') {
             functions(&path, found);
-        } else if name.ends_with(".rs") {
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
             let source = fs::read_to_string(&path).unwrap();
             let names = source.split("fn ").skip(1).filter_map(|rest| rest.split_once('('));
             found.extend(names.map(|(name, _)| name.to_owned()));
