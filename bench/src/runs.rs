@@ -97,6 +97,8 @@ fn take(address: &str, memory: &Arc<GuestMemory>) -> Result<Outcome, Failure> {
     say!("listening on {}", acceptor.local_addr());
     loop {
         let mut link = acceptor.accept(None)?;
+        // Whose source has greeted is served to its end.
+        link.control()?.receiver.receive(Some(PATIENCE))?;
         link.register(memory)?;
         let mut receivers = link.open_receivers(1, PATIENCE)?;
         while let Received::Batch(_) = receivers[0].receive()? {}
@@ -137,6 +139,7 @@ fn send(
 ) -> Result<Sample, Failure> {
     let rings = Rings::new(way.options())?;
     let mut link = rings.source_link(connect_when_free(address)?);
+    link.control()?.sender.send(b"runs", PATIENCE)?;
     link.register(memory)?;
     let mut senders = link.open_senders(1)?;
     let sender = &mut *senders[0];

@@ -44,7 +44,12 @@ pub(crate) struct Ahead {
 
 impl Ahead {
     pub(crate) fn new() -> Self {
-        Self { most_pages: STRIPE_PAGES, armed: (0, 0..0), last: None, words: Vec::new() }
+        Self {
+            most_pages: STRIPE_PAGES,
+            armed: (0, 0..0),
+            last: None,
+            words: Vec::with_capacity(MOST_WORDS),
+        }
     }
 
     /// A share begins: nothing of it is armed.

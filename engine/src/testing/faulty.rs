@@ -36,6 +36,9 @@ pub struct Faults {
     pub cut_after_page_bytes: Option<u64>,
     /// Break the link once so many control frames have gone out.
     pub cut_after_frames: Option<u64>,
+    /// Break the link instead of sending a control message of this type: its first two bytes, see
+    /// `docs/protocol.md`.
+    pub cut_before_message: Option<u16>,
 }
 
 /// A source's end that misbehaves.
@@ -68,12 +71,17 @@ impl Trouble {
         });
         spent.map(drop).map_err(|_| {
             left.store(0, Ordering::SeqCst);
-            self.interrupt.interrupt();
-            TransportError::Lost {
-                operation: "survive an injected fault",
-                cause: io::ErrorKind::ConnectionReset.into(),
-            }
+            self.cut()
         })
+    }
+
+    /// Breaks the link.
+    fn cut(&self) -> TransportError {
+        self.interrupt.interrupt();
+        TransportError::Lost {
+            operation: "survive an injected fault",
+            cause: io::ErrorKind::ConnectionReset.into(),
+        }
     }
 }
 
@@ -104,6 +112,7 @@ impl Link for FaultySource {
             inner: sender,
             delay_at_most: self.faults.delay_at_most,
             stall: self.faults.stall_frame,
+            cut_before: self.faults.cut_before_message,
             random: Random::new(self.random.next_u64()),
             trouble: Arc::clone(&self.trouble),
         };
@@ -170,6 +179,7 @@ struct FaultyControl {
     inner: Box<dyn ControlSender>,
     delay_at_most: Duration,
     stall: Option<(usize, Duration)>,
+    cut_before: Option<u16>,
     random: Random,
     trouble: Arc<Trouble>,
 }
@@ -177,6 +187,9 @@ struct FaultyControl {
 impl ControlSender for FaultyControl {
     fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         self.trouble.spend(&self.trouble.frames_left, 1)?;
+        if self.cut_before.is_some_and(|message| frame.starts_with(&message.to_le_bytes())) {
+            return Err(self.trouble.cut());
+        }
         delay(&mut self.random, self.delay_at_most);
         if let Some((_, stall)) = self.stall.take_if(|(bytes, _)| frame.len() > *bytes) {
             std::thread::sleep(stall);
