@@ -3,7 +3,7 @@
 
 mod support;
 
-use pageferry::testing::conformance::run_all;
+use pageferry::testing::conformance::{CASES, run_all};
 use pageferry_rdma::{Mtu, RdmaOptions, RegistrationMode};
 
 fn suite(options: &RdmaOptions) {
@@ -32,12 +32,27 @@ fn with_everything_as_small_as_can_be() {
     });
 }
 
-/// Several chunks, and pages that are sent before theirs is registered.
+/// Several chunks, and pages that are sent before theirs is registered. A receiver registers them, so
+/// that nothing goes out while nobody receives, which is what the cases that are left out begin with.
 #[test]
 fn with_registration_ahead() {
-    suite(&RdmaOptions {
+    const NOBODY_RECEIVES: [&str; 2] = ["a_look_does_not_wait", "a_wait_is_as_long_as_asked"];
+    let options = RdmaOptions {
         registration: RegistrationMode::Ahead,
         chunk_bytes: 1 << 20,
         ..RdmaOptions::default()
-    });
+    };
+    let Some(address) = support::address() else { return };
+    let cases = CASES.iter().filter(|case| !NOBODY_RECEIVES.contains(&case.name));
+    assert_eq!(cases.clone().count(), CASES.len() - NOBODY_RECEIVES.len());
+    let mut failures = Vec::new();
+    for case in cases {
+        eprintln!("conformance: {}", case.name);
+        let result = case.try_run(&|| {
+            let (source, destination) = support::linked(&address, &options, &options);
+            (Box::new(source), Box::new(destination))
+        });
+        failures.extend(result.err());
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
 }
