@@ -508,5 +508,5 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
