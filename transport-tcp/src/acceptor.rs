@@ -10,7 +10,7 @@ use std::time::Duration;
 use pageferry::transport::{Interrupt, TransportError};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::board::{Bell, Board, Incoming};
+use crate::board::{Bell, Board};
 use crate::connection::LinkState;
 use crate::connector::addresses_of;
 use crate::destination::TcpDestinationLink;
@@ -94,14 +94,8 @@ impl TcpAcceptor {
                 board.wake_all();
             }
         });
-        let (id, Incoming { socket, peer }) = self.desk.board.next_migration(timeout, &state)?;
-        match state.adopt(socket, peer) {
-            Ok(control) => Ok(TcpDestinationLink::new(id, Arc::clone(&self.desk), state, control)),
-            Err(error) => {
-                self.desk.board.end_migration();
-                Err(error)
-            }
-        }
+        let (id, control) = self.desk.board.next_migration(timeout, &state)?;
+        Ok(TcpDestinationLink::new(id, Arc::clone(&self.desk), state, control))
     }
 
     /// A handle that ends [`TcpAcceptor::accept`], now and later, with

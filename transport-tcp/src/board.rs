@@ -14,7 +14,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
 
 use crate::MAX_CHANNELS;
-use crate::connection::{LinkState, deadline_after, lock};
+use crate::connection::{Connection, LinkState, deadline_after, lock};
 use crate::preamble::{Answer, Kind, Preamble, Status};
 
 /// A connection from outside.
@@ -234,12 +234,13 @@ impl Board {
         }
     }
 
-    /// Waits for a control connection, which `link` is going to have.
+    /// Waits for a control connection, and gives it to `link`, which is new. From then on whoever
+    /// displaces it interrupts the link.
     pub(crate) fn next_migration(
         &self,
         timeout: Option<Duration>,
         link: &Arc<LinkState>,
-    ) -> Result<(MigrationId, Incoming), TransportError> {
+    ) -> Result<(MigrationId, Arc<Connection>), TransportError> {
         let deadline = deadline_after(timeout);
         let mut state = lock(&self.state);
         loop {
@@ -251,8 +252,11 @@ impl Board {
                 state.current = None;
             }
             if let Some(current) = &mut state.current
-                && let Some(control) = current.control.take()
+                && let Some(Incoming { socket, peer }) = current.control.take()
             {
+                // With the lock held nobody displaces it yet. An interrupt that came first would be
+                // this call's error, and not the link's.
+                let control = link.adopt(socket, peer)?;
                 current.link = Arc::downgrade(link);
                 return Ok((current.id, control));
             }

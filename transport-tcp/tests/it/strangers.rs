@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -157,6 +158,44 @@ fn whoever_speaks_first_is_the_source() {
         let mut control = destination.control().unwrap();
         assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"hello");
     });
+}
+
+/// Found by a flood: it ended a `receive` as if somebody had interrupted it.
+#[test]
+fn who_is_displaced_as_it_is_accepted_ends_its_link_and_not_the_acceptor() {
+    const SOURCES: usize = 4;
+    const TIMES: usize = 300;
+    let acceptor = acceptor(&TcpOptions::default());
+    let (left, failed) = (AtomicUsize::new(SOURCES), AtomicBool::new(false));
+    let (mut accepted, mut error) = (0, None);
+    thread::scope(|scope| {
+        for _ in 0..SOURCES {
+            scope.spawn(|| {
+                for _ in (0..TIMES).take_while(|_| !failed.load(Ordering::Relaxed)) {
+                    // May be told that another one is being served.
+                    if let Ok(mut source) = connect(acceptor.local_addr(), TcpOptions::default()) {
+                        let _ = source.control().unwrap().sender.send(b"hello", PATIENCE);
+                    }
+                }
+                if left.fetch_sub(1, Ordering::SeqCst) == 1 {
+                    acceptor.interrupter().interrupt();
+                }
+            });
+        }
+        while left.load(Ordering::SeqCst) > 0 {
+            match acceptor.accept(Some(PATIENCE)) {
+                Ok(_) => accepted += 1,
+                Err(TransportError::Interrupted) if left.load(Ordering::SeqCst) == 0 => {}
+                Err(other) => {
+                    failed.store(true, Ordering::Relaxed);
+                    error = Some(other);
+                    break;
+                }
+            }
+        }
+    });
+    assert!(error.is_none(), "after {accepted} sources: {error:?}");
+    assert!(accepted > 0);
 }
 
 #[test]
