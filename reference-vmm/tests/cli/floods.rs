@@ -1,18 +1,24 @@
 //! Peers that say more than anybody could want: a process that listens to them needs little more
 //! memory than one that does not, and serves others meanwhile.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::protocol::Message;
-use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Status};
+use pageferry::memory::PageRange;
+use pageferry::protocol::{FailureReason, Hello, MAX_DATA_RANGES, Message, negotiate};
+use pageferry::transport::stream::{ACK_BYTES, encode_batch};
+use pageferry::transport::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, Run, RunKind};
+use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, PREAMBLE_BYTES, Status};
 
-use crate::support::peer::{control_preamble, hello, listen, ok_answer, receive, take};
+use crate::support::peer::{
+    Opened, control_preamble, frame, guest_of, hello, hello_of, listen, ok_answer, receive, send,
+    take, try_open, try_receive,
+};
 use crate::support::process::Process;
-use crate::support::sides::{destination, source_that_stays};
+use crate::support::sides::{SMALL_BYTES, destination, source_that_stays};
 
 /// More than a process that is idle has, at most.
 const MOST_MORE_BYTES: u64 = 64 << 20;
@@ -53,24 +59,22 @@ fn flooded(flood: impl Fn(&AtomicBool) -> u64 + Sync, meanwhile: impl FnOnce()) 
 
 /// Writes until the other side has had enough, or time is over.
 fn pour(stream: &mut TcpStream, bytes: &[u8], over: &AtomicBool) -> u64 {
+    pour_for(FLOOD, stream, bytes, over)
+}
+
+fn pour_for(time: Duration, stream: &mut TcpStream, bytes: &[u8], over: &AtomicBool) -> u64 {
     stream.set_write_timeout(Some(Duration::from_millis(100))).expect("set a timeout");
-    let until = Instant::now() + FLOOD;
+    let until = Instant::now() + time;
     let mut sent = 0;
     while !over.load(Ordering::Relaxed) && Instant::now() < until {
         match stream.write(bytes) {
             // A part of a frame is as good as a frame: nobody has to take either.
             Ok(written) => sent += written as u64,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(_) => break,
         }
     }
     sent
-}
-
-fn frame(message: &Message) -> Vec<u8> {
-    let message = message.encode();
-    let length = u32::try_from(message.len()).expect("a short frame").to_le_bytes();
-    [&length[..], &message].concat()
 }
 
 /// A guest gets from a source to a destination that others disturb, soon.
@@ -88,7 +92,7 @@ fn assert_gets_in(source: &mut Process, address: &str) {
 }
 
 /// What a process needs beyond `idle_bytes` is little.
-fn assert_needs_little(process: &Process, idle_bytes: u64) {
+fn assert_needs_little(process: &mut Process, idle_bytes: u64) {
     let more = process.peak_memory_bytes().saturating_sub(idle_bytes);
     assert!(more < MOST_MORE_BYTES, "{} MiB more than idle", more >> 20);
 }
@@ -103,7 +107,7 @@ fn assert_destination_stands(more: &[&str], flood: impl Fn(&str, &AtomicBool) ->
         || {
             let until = Instant::now() + FLOOD;
             while Instant::now() < until && destination.lives() {
-                assert_needs_little(&destination, idle_bytes);
+                assert_needs_little(&mut destination, idle_bytes);
                 thread::yield_now();
             }
             assert_gets_in(&mut source, &address);
@@ -168,6 +172,177 @@ fn half_open_connections_at_a_destination() {
     });
 }
 
+/// What a small guest of the tests has: all of it fits into one batch of zero pages.
+const PAGES: u32 = 16 << 10;
+
+/// Gets the place of the one before, which has just left.
+fn open_soon(address: &str, hello: &Hello) -> Opened {
+    let began = Instant::now();
+    loop {
+        match try_open(address, hello) {
+            Ok(opened) => return opened,
+            Err(error) => assert!(began.elapsed() < SOON, "{error}"),
+        }
+    }
+}
+
+/// What a source sends, over and over; or once, if it may not.
+struct Flood {
+    bytes: Vec<u8>,
+    against_the_rules: bool,
+}
+
+/// Hears that it is thrown out, or is.
+fn assert_thrown_out(control: &mut TcpStream) {
+    control.set_read_timeout(Some(SOON)).expect("set a timeout");
+    match try_receive(control) {
+        Ok(Message::Failed {
+            reason: FailureReason::PeerMisbehaved | FailureReason::Transport,
+            ..
+        }) => {}
+        Err(error) if error.kind() != ErrorKind::WouldBlock => {}
+        other => panic!("not thrown out: {other:?}"),
+    }
+}
+
+/// Sources that are as good as any until they flood: they have the place until they break a rule or
+/// leave, and then the next one has it, whatever they have left in the queues of their sockets. The
+/// destination has the memory that they may write to, [`PAGES`], and little more.
+fn assert_destination_stands_sources(
+    more: &[&str],
+    guest_bytes: u64,
+    floods: &[Flood],
+    way: impl Fn(&mut Opened) -> &mut TcpStream,
+) {
+    let (mut destination, address) = destination(more);
+    let idle_bytes = destination.peak_memory_bytes() + SMALL_BYTES;
+    let mut source = source_that_stays(&["--workload=idle"]);
+    let hello = hello_of(guest_of(guest_bytes), 1);
+    let (until, never) = (Instant::now() + FLOOD, AtomicBool::new(false));
+    let (mut sent, mut last) = (0, None);
+    for flood in floods.iter().cycle() {
+        drop(last.take());
+        let mut opened = open_soon(&address, &hello);
+        if flood.against_the_rules {
+            // Once, for nothing else is to be what it is thrown out for. It may not even take it all.
+            let _ = way(&mut opened).write_all(&flood.bytes);
+            sent += flood.bytes.len() as u64;
+            assert_thrown_out(&mut opened.control);
+        } else {
+            sent += pour_for(FLOOD / 8, way(&mut opened), &flood.bytes, &never);
+        }
+        assert_needs_little(&mut destination, idle_bytes);
+        last = Some(opened);
+        if Instant::now() >= until {
+            break;
+        }
+    }
+    eprintln!("{} KiB went out", sent >> 10);
+    source.say(format!("migrate {address}"));
+    drop(last);
+    if source.await_report().text("outcome") != "completed" {
+        assert_gets_in(&mut source, &address);
+    }
+    assert_needs_little(&mut destination, idle_bytes);
+    source.finish().assert_status(0);
+    destination.finish().report(0).assert_arrived();
+}
+
+fn range(first_page: u32, pages: u32) -> PageRange {
+    PageRange { region: 0, first_page: first_page.into(), pages }
+}
+
+fn zero_run(first_page: u32, pages: u32) -> Run {
+    Run { range: range(first_page, pages), kind: RunKind::Zero }
+}
+
+/// Each batch is 128 bytes or 8 KiB, and 64 MiB to zero: a queue of a socket holds an hour of that.
+/// Who comes next does not wait for it.
+#[test]
+fn zero_runs_at_a_destination() {
+    let most = u32::try_from(MAX_BATCH_ZERO_PAGES).expect("few");
+    assert_eq!(most, PAGES);
+    let runs = u32::try_from(MAX_BATCH_RUNS).expect("few");
+    let (each, all) = (PAGES / runs, vec![zero_run(0, PAGES)]);
+    let pieces: Vec<_> = (0..runs).map(|run| zero_run(run * each, each)).collect();
+    let the_same: Vec<_> = (0..runs).map(|_| zero_run(0, PAGES)).collect();
+    let flood = |runs: &[Run], against_the_rules| {
+        let batch = |ticket| {
+            let mut batch = Vec::new();
+            encode_batch(ticket, runs, false, &mut batch);
+            batch
+        };
+        let batches = if against_the_rules { 1 } else { 2000 };
+        Flood { bytes: (1..=batches).flat_map(batch).collect(), against_the_rules }
+    };
+    let floods = [
+        flood(&all, false),
+        flood(&pieces, false),
+        flood(&the_same, true),
+        flood(&[&all[..], &all[..]].concat(), true),
+    ];
+    assert_destination_stands_sources(&[], SMALL_BYTES, &floods, |opened| &mut opened.data[0]);
+}
+
+/// Each range is of one page, and there are as many as one message may have; more messages are against
+/// the rules, and so are ranges over others, of which each is all memory.
+#[test]
+fn data_ranges_at_a_destination() {
+    const ALL: u32 = 512 << 10;
+    let most = u32::try_from(MAX_DATA_RANGES).expect("few");
+    assert_eq!(most, PAGES);
+    let flood = |of: &dyn Fn(u32) -> PageRange, times| {
+        let ranges = (0..most).map(of).collect();
+        let bytes = frame(&Message::DataRanges(ranges)).repeat(times);
+        Flood { bytes, against_the_rules: true }
+    };
+    let floods = [flood(&|page| range(page, 1), 10), flood(&|_| range(0, ALL), 1)];
+    assert_destination_stands_sources(
+        &["--populate=2"],
+        u64::from(ALL) * 4096,
+        &floods,
+        |opened| &mut opened.control,
+    );
+}
+
+/// The next connection of a source, its preamble answered.
+fn take_next(listener: &TcpListener) -> TcpStream {
+    let (mut stream, _) = listener.accept().expect("accept");
+    stream.read_exact(&mut [0; PREAMBLE_BYTES]).expect("read the preamble");
+    stream.write_all(&ok_answer()).expect("answer");
+    stream
+}
+
+/// What a destination has to say on a data channel is how much has landed, as often as it is asked.
+#[test]
+fn acknowledgements_at_a_source() {
+    let mut source = source_that_stays(&["--workload=idle", "--channels=1"]);
+    let idle_bytes = source.peak_memory_bytes();
+    let (listener, address) = listen();
+    source.say(format!("migrate {address}"));
+    let mut control = take_next(&listener);
+    let Message::Hello(hello) = receive(&mut control) else { panic!("no greeting") };
+    let (_, welcome) = negotiate(&hello, 1, false).expect("it fits");
+    send(&mut control, &Message::Welcome(welcome).encode());
+    assert_eq!(receive(&mut control), welcome.agreed(&hello));
+    send(&mut control, &Message::Registered.encode());
+    assert_eq!(receive(&mut control), Message::Registered);
+    let mut data = take_next(&listener);
+    send(&mut control, &Message::Ready.encode());
+    let nothing = [0; ACK_BYTES].repeat(100_000);
+    let sent = pour(&mut data, &nothing, &AtomicBool::new(false));
+    eprintln!("{} KiB went out", sent >> 10);
+    assert_needs_little(&mut source, idle_bytes);
+    // Not held up by what is still to be read.
+    source.say("cancel");
+    let report = source.await_report();
+    assert_eq!(report.text("guest_at"), "source");
+    let (mut destination, address) = destination(&[]);
+    assert_gets_in(&mut source, &address);
+    source.finish().assert_status(0);
+    destination.finish().report(0).assert_arrived();
+}
+
 /// A destination that answers the greeting of a source with a flood.
 #[test]
 fn control_frames_at_a_source() {
@@ -181,7 +356,7 @@ fn control_frames_at_a_source() {
         stream.write_all(&ok_answer()).expect("answer");
         assert!(matches!(receive(&mut stream), Message::Hello(_)));
         pour(&mut stream, &flood, &AtomicBool::new(false));
-        assert_needs_little(&source, idle_bytes);
+        assert_needs_little(&mut source, idle_bytes);
         drop(stream);
         let report = source.await_report();
         assert_eq!((report.text("outcome"), report.text("guest_at")), ("failed", "source"));

@@ -1,8 +1,9 @@
 //! Peers that are no `pageferry-vmm`: they speak the wire format byte by byte.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pageferry::memory::{Layout, RegionLayout};
 use pageferry::protocol::{Hello, Message};
@@ -22,7 +23,8 @@ pub(crate) fn dial(address: &str) -> TcpStream {
     stream
 }
 
-const ID: MigrationId = MigrationId([7; 16]);
+const ID_BYTE: u8 = 7;
+const ID: MigrationId = MigrationId([ID_BYTE; 16]);
 
 /// The preamble of a control connection.
 pub(crate) fn control_preamble() -> [u8; PREAMBLE_BYTES] {
@@ -68,9 +70,14 @@ pub(crate) fn let_in(address: &str) -> TcpStream {
 
 /// A guest as the reference VMM would describe it: small, and of threads.
 pub(crate) fn small_guest() -> GuestConfig {
+    guest_of(16 << 20)
+}
+
+/// The same with more memory.
+pub(crate) fn guest_of(memory_bytes: u64) -> GuestConfig {
     GuestConfig {
         kind: GuestKind::Process,
-        regions: Ram::pc_regions(16 << 20),
+        regions: Ram::pc_regions(memory_bytes),
         backing: Backing::Anonymous,
         vcpus: 1,
         workload: WorkloadConfig {
@@ -84,11 +91,11 @@ pub(crate) fn small_guest() -> GuestConfig {
 
 /// The greeting of a source of [`small_guest`] that a destination would take.
 pub(crate) fn hello(channels: u16) -> Message {
-    hello_of(small_guest(), channels)
+    Message::Hello(hello_of(small_guest(), channels))
 }
 
 /// The greeting of a source of any guest.
-pub(crate) fn hello_of(config: GuestConfig, channels: u16) -> Message {
+pub(crate) fn hello_of(config: GuestConfig, channels: u16) -> Hello {
     let guest = Guest::create(config).expect("a guest");
     let regions = guest.config().regions.iter().map(|(guest_addr, len_bytes)| RegionLayout {
         guest_addr: *guest_addr,
@@ -99,7 +106,7 @@ pub(crate) fn hello_of(config: GuestConfig, channels: u16) -> Message {
     let description = serde_json::to_vec(guest.config()).expect("a description");
     let mut hello = Hello::new(layout, channels, false, description);
     hello.state_schema = guest.schema().expect("a schema").to_json().into();
-    Message::Hello(hello)
+    hello
 }
 
 /// A source that was let in and welcomed: its control connection.
@@ -116,7 +123,53 @@ pub(crate) fn welcomed_with(address: &str, hello: &Message) -> TcpStream {
     stream
 }
 
+/// A source whose data channels are open, and that has sent no page yet.
+pub(crate) struct Opened {
+    pub(crate) control: TcpStream,
+    pub(crate) data: Vec<TcpStream>,
+}
+
+/// Comes that far, unless it is turned away, or the destination is gone.
+pub(crate) fn try_open(address: &str, hello: &Hello) -> io::Result<Opened> {
+    /// Several at once are different migrations.
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let id = MigrationId((u128::from(ID_BYTE) << 120 | u128::from(number)).to_be_bytes());
+    let connect = |kind| {
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(&Preamble { id, kind }.encode())?;
+        let mut answer = [0; ANSWER_BYTES];
+        stream.read_exact(&mut answer)?;
+        match Answer::decode(&answer).map_err(io::Error::other)? {
+            Answer { status: Status::Ok, .. } => Ok(stream),
+            refused => Err(io::Error::other(format!("{refused:?}"))),
+        }
+    };
+    let mut control = connect(Kind::Control)?;
+    control.write_all(&frame(&Message::Hello(hello.clone())))?;
+    let welcome = match try_receive(&mut control)? {
+        Message::Welcome(welcome) => welcome,
+        other => return Err(io::Error::other(format!("{other:?}"))),
+    };
+    for message in [welcome.agreed(hello), Message::Registered] {
+        control.write_all(&frame(&message))?;
+    }
+    assert_eq!(try_receive(&mut control)?, Message::Registered);
+    let data = (0..hello.channels).map(|channel| connect(Kind::Data { channel }));
+    let data = data.collect::<io::Result<_>>()?;
+    assert_eq!(try_receive(&mut control)?, Message::Ready);
+    Ok(Opened { control, data })
+}
+
 /// A message as a control frame.
+pub(crate) fn frame(message: &Message) -> Vec<u8> {
+    let message = message.encode();
+    let length = u32::try_from(message.len()).expect("a short frame").to_le_bytes();
+    [&length[..], &message].concat()
+}
+
+/// Sends a control frame.
 pub(crate) fn send(stream: &mut TcpStream, frame: &[u8]) {
     let length = u32::try_from(frame.len()).expect("a short frame").to_le_bytes();
     stream.write_all(&[&length[..], frame].concat()).expect("send a frame");
@@ -124,11 +177,15 @@ pub(crate) fn send(stream: &mut TcpStream, frame: &[u8]) {
 
 /// The next message on a control connection.
 pub(crate) fn receive(stream: &mut TcpStream) -> Message {
+    try_receive(stream).expect("a message")
+}
+
+pub(crate) fn try_receive(stream: &mut TcpStream) -> io::Result<Message> {
     let mut length = [0; 4];
-    stream.read_exact(&mut length).expect("read a length");
+    stream.read_exact(&mut length)?;
     let mut frame = vec![0; u32::from_le_bytes(length) as usize];
-    stream.read_exact(&mut frame).expect("read a frame");
-    Message::decode(&frame).expect("a message")
+    stream.read_exact(&mut frame)?;
+    Message::decode(&frame).map_err(io::Error::other)
 }
 
 /// A port that nobody listens on, and nobody can as long as this lives. With its address.

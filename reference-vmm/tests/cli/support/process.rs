@@ -131,12 +131,15 @@ impl Process {
         }
     }
 
-    /// The most memory it has had so far, in bytes.
-    pub(crate) fn peak_memory_bytes(&self) -> u64 {
+    /// The most memory it has had so far, in bytes. It has to be alive: who has ended has none.
+    pub(crate) fn peak_memory_bytes(&mut self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("its status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
-        let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+        let Some(peak) = status.lines().find_map(|line| line.strip_prefix("VmHWM:")) else {
+            let (ended, _) = self.end();
+            panic!("the {} has ended: {ended}", self.name);
+        };
+        let kib: u64 = peak.trim().trim_end_matches(" kB").parse().expect("a number");
         kib << 10
     }
 

@@ -6,6 +6,9 @@ use super::process::Process;
 /// Of a guest that is small and quick to move.
 pub(crate) const SMALL: &[&str] = &["--memory", "64M", "--working-set", "8M", "--backing", "memfd"];
 
+/// The memory of such a guest.
+pub(crate) const SMALL_BYTES: u64 = 64 << 20;
+
 /// Of a guest that dirties a lot in each of the first rounds, since they move so much.
 pub(crate) const BUSY: &[&str] = &["--memory=256M", "--working-set=192M", "--backing=memfd"];
 
