@@ -3,14 +3,10 @@
 use std::fmt;
 
 use super::codec::{Reader, Writer};
-use super::{DecodeError, Kind, speaks_ours};
+use super::{DecodeError, Hello, Kind, Welcome};
 use crate::digest::Digest;
-use crate::memory::{Layout, MAX_REGIONS, PageRange, RegionLayout};
+use crate::memory::PageRange;
 
-/// Most bytes of the description a host may send along with the greeting.
-pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;
-/// Most bytes of a machine's description of its device state.
-pub const MAX_STATE_SCHEMA_BYTES: usize = 256 << 10;
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
 /// Most ranges in one [`Message::DataRanges`].
@@ -19,10 +15,6 @@ pub const MAX_DATA_RANGES: usize = 16 << 10;
 pub const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;
 /// Most bytes of an error's text; what is longer is cut.
 pub const MAX_TEXT_BYTES: usize = 1024;
-
-const MAGIC: [u8; 8] = *b"PGFERRY\n";
-
-const FLAG_VERIFY: u8 = 1;
 
 /// Everything the two sides say. "S→D" is source to destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,73 +114,6 @@ pub enum Message {
         /// For people.
         text: String,
     },
-}
-
-/// The source's greeting.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hello {
-    /// Oldest protocol version it speaks.
-    pub oldest_version: u16,
-    /// Newest protocol version it speaks.
-    pub newest_version: u16,
-    /// Page size of dirty tracking and transfer, in bytes.
-    pub page_bytes: u32,
-    /// Data channels wanted.
-    pub channels: u16,
-    /// Whether memory is to be compared by digest before the commit.
-    pub verify: bool,
-    /// The guest's memory map.
-    pub layout: Layout,
-    /// What the source's VMM tells the destination's: how to build the machine. Opaque here.
-    pub description: Vec<u8>,
-    /// What the source's machine says of the device state it will save. Opaque here.
-    pub state_schema: Vec<u8>,
-}
-
-/// The destination's answer to the greeting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Welcome {
-    /// The protocol version both will speak from now on.
-    pub version: u16,
-    /// Data channels agreed on: as wanted.
-    pub channels: u16,
-    /// Whether destination memory is all zero, so that zero pages need not be sent.
-    pub memory_zeroed: bool,
-    /// Whether the source is to say where there may be data ([`Message::DataRanges`]).
-    pub wants_data_ranges: bool,
-    /// The digest of the greeting as the destination knows it: of the hello it heard, and of this
-    /// answer, in which this digest itself is zero ([`Welcome::to`]).
-    pub greeting: Digest,
-}
-
-impl Hello {
-    /// Of all its bytes.
-    pub(super) fn digest(&self) -> Digest {
-        Digest::of_bytes(&[&Message::Hello(self.clone()).encode()])
-    }
-}
-
-impl Welcome {
-    /// With the digest of the greeting that `hello` began.
-    #[must_use]
-    pub fn to(self, hello: &Hello) -> Self {
-        Self { greeting: self.digest(hello.digest()), ..self }
-    }
-
-    /// The digest of the greeting up to this answer, to a hello of that digest.
-    pub(super) fn digest(&self, hello: Digest) -> Digest {
-        Self { greeting: Digest::default(), ..*self }.confirmation(hello)
-    }
-
-    /// The digest of the whole greeting, as the source confirms it, after a hello of that digest.
-    pub(super) fn confirmation(&self, hello: Digest) -> Digest {
-        Digest::of_bytes(&[&hello.0, &Message::Welcome(*self).encode()])
-    }
-
-    /// The source's confirmation of this answer to `hello`.
-    pub fn agreed(&self, hello: &Hello) -> Message {
-        Message::Agreed { greeting: self.confirmation(hello.digest()) }
-    }
 }
 
 /// The source has sent everything.
@@ -302,14 +227,8 @@ impl Message {
         let mut w = Writer::default();
         w.u16(self.kind() as u16);
         match self {
-            Self::Hello(hello) => encode_hello(hello, &mut w),
-            Self::Welcome(welcome) => {
-                w.u16(welcome.version);
-                w.u16(welcome.channels);
-                w.u8(u8::from(welcome.memory_zeroed));
-                w.u8(u8::from(welcome.wants_data_ranges));
-                w.array(&welcome.greeting.0);
-            }
+            Self::Hello(hello) => hello.encode(&mut w),
+            Self::Welcome(welcome) => welcome.encode(&mut w),
             Self::Agreed { greeting } => w.array(&greeting.0),
             Self::Registered | Self::Ready | Self::Commit => {}
             Self::DataRanges(ranges) => encode_ranges(ranges, &mut w),
@@ -350,14 +269,8 @@ impl Message {
         let mut r = Reader::new(bytes);
         let number = r.u16("type")?;
         let message = match Kind::of(number).ok_or(DecodeError::UnknownType(number))? {
-            Kind::Hello => Self::Hello(decode_hello(&mut r)?),
-            Kind::Welcome => Self::Welcome(Welcome {
-                version: r.u16("version")?,
-                channels: r.u16("channels")?,
-                memory_zeroed: decode_bool(&mut r, "memory_zeroed")?,
-                wants_data_ranges: decode_bool(&mut r, "wants_data_ranges")?,
-                greeting: Digest(r.array("greeting")?),
-            }),
+            Kind::Hello => Self::Hello(Hello::decode(&mut r)?),
+            Kind::Welcome => Self::Welcome(Welcome::decode(&mut r)?),
             Kind::Agreed => Self::Agreed { greeting: Digest(r.array("greeting")?) },
             Kind::Registered => Self::Registered,
             Kind::Ready => Self::Ready,
@@ -431,73 +344,6 @@ fn decode_ranges(r: &mut Reader<'_>) -> Result<Vec<PageRange>, DecodeError> {
         })
     };
     (0..count).map(range).collect()
-}
-
-fn encode_hello(hello: &Hello, w: &mut Writer) {
-    // Magic and version range stay where they are in every version to come.
-    w.array(&MAGIC);
-    w.u16(hello.oldest_version);
-    w.u16(hello.newest_version);
-    w.u32(hello.page_bytes);
-    w.u16(hello.channels);
-    w.u8(if hello.verify { FLAG_VERIFY } else { 0 });
-    let regions = hello.layout.regions();
-    w.u32(u32::try_from(regions.len()).unwrap_or(u32::MAX));
-    for region in regions {
-        w.u64(region.guest_addr);
-        w.u64(region.len_bytes);
-        w.u64(region.backing_page_bytes);
-    }
-    w.bytes(&hello.description, MAX_DESCRIPTION_BYTES);
-    w.bytes(&hello.state_schema, MAX_STATE_SCHEMA_BYTES);
-}
-
-fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
-    let magic = r.array("magic")?;
-    if magic != MAGIC {
-        return Err(DecodeError::BadMagic(magic));
-    }
-    let oldest_version = r.u16("oldest_version")?;
-    let newest_version = r.u16("newest_version")?;
-    if !speaks_ours(oldest_version, newest_version) {
-        // What follows is laid out in a way we do not know.
-        return Err(DecodeError::Version { oldest: oldest_version, newest: newest_version });
-    }
-    let page_bytes = r.u32("page_bytes")?;
-    let channels = r.u16("channels")?;
-    let flags = r.u8("flags")?;
-    if flags & !FLAG_VERIFY != 0 {
-        return Err(DecodeError::UnknownValue { field: "flags", value: u64::from(flags) });
-    }
-    let regions = (0..r.count(MAX_REGIONS, "regions")?)
-        .map(|_| {
-            Ok(RegionLayout {
-                guest_addr: r.u64("guest_addr")?,
-                len_bytes: r.u64("len_bytes")?,
-                backing_page_bytes: r.u64("backing_page_bytes")?,
-            })
-        })
-        .collect::<Result<Vec<_>, DecodeError>>()?;
-    let description = r.bytes(MAX_DESCRIPTION_BYTES, "description")?.to_vec();
-    let state_schema = r.bytes(MAX_STATE_SCHEMA_BYTES, "state_schema")?.to_vec();
-    Ok(Hello {
-        oldest_version,
-        newest_version,
-        page_bytes,
-        channels,
-        verify: flags & FLAG_VERIFY != 0,
-        layout: Layout::new(regions)?,
-        description,
-        state_schema,
-    })
-}
-
-fn decode_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, DecodeError> {
-    match r.u8(field)? {
-        0 => Ok(false),
-        1 => Ok(true),
-        other => Err(DecodeError::UnknownValue { field, value: u64::from(other) }),
-    }
 }
 
 fn encode_text(text: &str, w: &mut Writer) {

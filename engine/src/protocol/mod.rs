@@ -7,20 +7,23 @@
 
 mod codec;
 mod conversation;
+mod greeting;
 mod handshake;
 mod kind;
 mod message;
+mod table;
 
 use thiserror::Error;
 
-pub use conversation::{Conversation, Refusal, Stage, Why, table};
+pub use conversation::{Conversation, Refusal, Why};
+pub use greeting::{Hello, MAX_DESCRIPTION_BYTES, MAX_STATE_SCHEMA_BYTES, Welcome};
 pub use handshake::{Agreement, Incompatibility, negotiate};
 pub use kind::{Kind, Side};
 pub use message::{
-    FailureReason, Hello, MAX_DATA_RANGES, MAX_DESCRIPTION_BYTES, MAX_DEVICE_STATE_BYTES,
-    MAX_STATE_CHUNK_BYTES, MAX_STATE_SCHEMA_BYTES, MAX_TEXT_BYTES, Message, Prepare, Prepared,
-    Welcome,
+    FailureReason, MAX_DATA_RANGES, MAX_DEVICE_STATE_BYTES, MAX_STATE_CHUNK_BYTES, MAX_TEXT_BYTES,
+    Message, Prepare, Prepared,
 };
+pub use table::{Stage, table};
 
 use crate::memory::LayoutError;
 

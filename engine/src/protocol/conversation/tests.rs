@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
-use super::super::{FailureReason, Hello, Prepare, Welcome, negotiate};
+use super::super::table::TABLE;
+use super::super::{FailureReason, Hello, Prepare, Welcome, negotiate, table};
 use super::*;
 use crate::memory::PAGE_BYTES;
 use crate::protocol::MAX_STATE_CHUNK_BYTES;

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::memory::PAGE_BYTES;
+use crate::memory::{Layout, PAGE_BYTES, RegionLayout};
 
 fn a_layout() -> impl Strategy<Value = Layout> {
     prop::collection::vec((0_u64..1000, 1_u64..1000), 1..20).prop_map(|regions| {

@@ -1,0 +1,168 @@
+//! The greeting: what the two sides say of themselves, and the digests by which each knows that the other
+//! heard it right. Whether they fit is decided by [`negotiate`](super::negotiate).
+
+use super::codec::{Reader, Writer};
+use super::{DecodeError, Message, speaks_ours};
+use crate::digest::Digest;
+use crate::memory::{Layout, MAX_REGIONS, RegionLayout};
+
+/// Most bytes of the description a host may send along with the greeting.
+pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;
+/// Most bytes of a machine's description of its device state.
+pub const MAX_STATE_SCHEMA_BYTES: usize = 256 << 10;
+
+const MAGIC: [u8; 8] = *b"PGFERRY\n";
+
+const FLAG_VERIFY: u8 = 1;
+
+/// The source's greeting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Oldest protocol version it speaks.
+    pub oldest_version: u16,
+    /// Newest protocol version it speaks.
+    pub newest_version: u16,
+    /// Page size of dirty tracking and transfer, in bytes.
+    pub page_bytes: u32,
+    /// Data channels wanted.
+    pub channels: u16,
+    /// Whether memory is to be compared by digest before the commit.
+    pub verify: bool,
+    /// The guest's memory map.
+    pub layout: Layout,
+    /// What the source's VMM tells the destination's: how to build the machine. Opaque here.
+    pub description: Vec<u8>,
+    /// What the source's machine says of the device state it will save. Opaque here.
+    pub state_schema: Vec<u8>,
+}
+
+/// The destination's answer to the greeting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Welcome {
+    /// The protocol version both will speak from now on.
+    pub version: u16,
+    /// Data channels agreed on: as wanted.
+    pub channels: u16,
+    /// Whether destination memory is all zero, so that zero pages need not be sent.
+    pub memory_zeroed: bool,
+    /// Whether the source is to say where there may be data ([`Message::DataRanges`]).
+    pub wants_data_ranges: bool,
+    /// The digest of the greeting as the destination knows it: of the hello it heard, and of this
+    /// answer, in which this digest itself is zero ([`Welcome::to`]).
+    pub greeting: Digest,
+}
+
+impl Hello {
+    /// Of all its bytes.
+    pub(super) fn digest(&self) -> Digest {
+        Digest::of_bytes(&[&Message::Hello(self.clone()).encode()])
+    }
+
+    pub(super) fn encode(&self, w: &mut Writer) {
+        // Magic and version range stay where they are in every version to come.
+        w.array(&MAGIC);
+        w.u16(self.oldest_version);
+        w.u16(self.newest_version);
+        w.u32(self.page_bytes);
+        w.u16(self.channels);
+        w.u8(if self.verify { FLAG_VERIFY } else { 0 });
+        let regions = self.layout.regions();
+        w.u32(u32::try_from(regions.len()).unwrap_or(u32::MAX));
+        for region in regions {
+            w.u64(region.guest_addr);
+            w.u64(region.len_bytes);
+            w.u64(region.backing_page_bytes);
+        }
+        w.bytes(&self.description, MAX_DESCRIPTION_BYTES);
+        w.bytes(&self.state_schema, MAX_STATE_SCHEMA_BYTES);
+    }
+
+    pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let magic = r.array("magic")?;
+        if magic != MAGIC {
+            return Err(DecodeError::BadMagic(magic));
+        }
+        let oldest_version = r.u16("oldest_version")?;
+        let newest_version = r.u16("newest_version")?;
+        if !speaks_ours(oldest_version, newest_version) {
+            // What follows is laid out in a way we do not know.
+            return Err(DecodeError::Version { oldest: oldest_version, newest: newest_version });
+        }
+        let page_bytes = r.u32("page_bytes")?;
+        let channels = r.u16("channels")?;
+        let flags = r.u8("flags")?;
+        if flags & !FLAG_VERIFY != 0 {
+            return Err(DecodeError::UnknownValue { field: "flags", value: u64::from(flags) });
+        }
+        let regions = (0..r.count(MAX_REGIONS, "regions")?)
+            .map(|_| {
+                Ok(RegionLayout {
+                    guest_addr: r.u64("guest_addr")?,
+                    len_bytes: r.u64("len_bytes")?,
+                    backing_page_bytes: r.u64("backing_page_bytes")?,
+                })
+            })
+            .collect::<Result<Vec<_>, DecodeError>>()?;
+        let description = r.bytes(MAX_DESCRIPTION_BYTES, "description")?.to_vec();
+        let state_schema = r.bytes(MAX_STATE_SCHEMA_BYTES, "state_schema")?.to_vec();
+        Ok(Self {
+            oldest_version,
+            newest_version,
+            page_bytes,
+            channels,
+            verify: flags & FLAG_VERIFY != 0,
+            layout: Layout::new(regions)?,
+            description,
+            state_schema,
+        })
+    }
+}
+
+impl Welcome {
+    /// With the digest of the greeting that `hello` began.
+    #[must_use]
+    pub fn to(self, hello: &Hello) -> Self {
+        Self { greeting: self.digest(hello.digest()), ..self }
+    }
+
+    /// The digest of the greeting up to this answer, to a hello of that digest.
+    pub(super) fn digest(&self, hello: Digest) -> Digest {
+        Self { greeting: Digest::default(), ..*self }.confirmation(hello)
+    }
+
+    /// The digest of the whole greeting, as the source confirms it, after a hello of that digest.
+    pub(super) fn confirmation(&self, hello: Digest) -> Digest {
+        Digest::of_bytes(&[&hello.0, &Message::Welcome(*self).encode()])
+    }
+
+    /// The source's confirmation of this answer to `hello`.
+    pub fn agreed(&self, hello: &Hello) -> Message {
+        Message::Agreed { greeting: self.confirmation(hello.digest()) }
+    }
+
+    pub(super) fn encode(&self, w: &mut Writer) {
+        w.u16(self.version);
+        w.u16(self.channels);
+        w.u8(u8::from(self.memory_zeroed));
+        w.u8(u8::from(self.wants_data_ranges));
+        w.array(&self.greeting.0);
+    }
+
+    pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            version: r.u16("version")?,
+            channels: r.u16("channels")?,
+            memory_zeroed: decode_bool(r, "memory_zeroed")?,
+            wants_data_ranges: decode_bool(r, "wants_data_ranges")?,
+            greeting: Digest(r.array("greeting")?),
+        })
+    }
+}
+
+fn decode_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, DecodeError> {
+    match r.u8(field)? {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(DecodeError::UnknownValue { field, value: u64::from(other) }),
+    }
+}
