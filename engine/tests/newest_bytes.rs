@@ -22,7 +22,7 @@ use pageferry::transport::{
     PageReceiver, PageSender, Received, Registration, Run, SourceLink, Ticket, TransportError,
     Watermarks,
 };
-use pageferry::{Destination, Machine, MachineError, Source};
+use pageferry::{Destination, Machine, MachineError, Source, Timeouts};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
@@ -400,6 +400,8 @@ struct Migration {
     channels: u16,
     /// A channel that is lost, once so many pages have gone out on it.
     lose_channel: Option<(u16, u64)>,
+    /// Whether nobody is told: it falls silent.
+    silently: bool,
     reorder_depth: usize,
     late_channel: Option<u16>,
     link: LinkLimits,
@@ -412,7 +414,17 @@ fn play(migration: Migration) -> (Option<(u16, u64)>, bool) {
     let Migration { script, stalls, channels, reorder_depth, late_channel, link, seed, .. } =
         migration;
     let lose_channel = migration.lose_channel.map(|(channel, pages)| (channel, pages * 4096));
-    let faults = Faults { lose_channel, reorder_depth, ..Faults::default() };
+    let faults = Faults { reorder_depth, ..Faults::default() };
+    let (faults, timeouts) = if migration.silently {
+        // Half of it passes before a silent channel is closed.
+        let stall = Duration::from_secs(6);
+        (
+            Faults { silent_channel: lose_channel, ..faults },
+            Timeouts { stall, ..Timeouts::default() },
+        )
+    } else {
+        (Faults { lose_channel, ..faults }, Timeouts::default())
+    };
     let (stalled, wanted) = (!stalls.is_empty(), stalls.len());
     let guest = Guest::new(script, stalls);
     // Something to send between the pages of the script.
@@ -445,6 +457,7 @@ fn play(migration: Migration) -> (Option<(u16, u64)>, bool) {
         source.handle().limit_bandwidth(link.limit);
         let departed = source
             .channels(channels)
+            .timeouts(timeouts)
             .max_rounds(10_000)
             .migrate(Scripted(Arc::clone(&guest)), guest.memory.memory(), dirty, Box::new(stepping))
             .unwrap();
@@ -473,6 +486,7 @@ fn what_is_written_after_a_switchover_was_called_off_is_not_lost() {
             stalls,
             channels: 3,
             lose_channel: Some((1, 40)),
+            silently: false,
             reorder_depth: 0,
             late_channel: None,
             link: SHORT_BATCHES,
@@ -480,6 +494,23 @@ fn what_is_written_after_a_switchover_was_called_off_is_not_lost() {
         };
         assert_eq!(play(migration), (None, true));
     }
+}
+
+/// The same where a channel falls silent, so that nobody but the source can know.
+#[test]
+fn what_a_silent_channel_had_under_way_is_not_lost() {
+    let migration = Migration {
+        script: vec![vec![(6, false), (0, false), (9, true)]; 3000],
+        stalls: vec![Stall::Release],
+        channels: 3,
+        lose_channel: Some((1, 40)),
+        silently: true,
+        reorder_depth: 0,
+        late_channel: Some(2),
+        link: SHORT_BATCHES,
+        seed: 1,
+    };
+    assert_eq!(play(migration), (None, true));
 }
 
 /// The third page of a stripe that changes hands between two channels when a third one is lost,
@@ -491,6 +522,7 @@ fn what_a_former_owner_sent_does_not_land_on_newer_bytes() {
         stalls: Vec::new(),
         channels: 3,
         lose_channel: Some((1, 0)),
+        silently: false,
         reorder_depth: 0,
         late_channel: Some(2),
         link: SHORT_BATCHES,
@@ -512,16 +544,26 @@ fn some_limits() -> impl Strategy<Value = LinkLimits> {
 }
 
 fn a_migration() -> impl Strategy<Value = Migration> {
-    let faults = (prop::option::weighted(0.7, a_loss()), 0_usize..4, some_limits());
+    // Mostly not silent, since that costs time.
+    let loss = (prop::option::weighted(0.7, a_loss()), prop::bool::weighted(0.04));
+    let faults = (loss, 0_usize..4, some_limits());
     let late_channel = prop::option::weighted(0.2, 0_u16..4);
     (a_script(), some_stalls(), 1_u16..5, faults, late_channel, any::<u64>()).prop_map(
-        |(script, stalls, channels, (lose_channel, reorder_depth, link), late_channel, seed)| {
+        |(
+            script,
+            stalls,
+            channels,
+            ((lose_channel, silently), reorder_depth, link),
+            late_channel,
+            seed,
+        )| {
             // The only channel cannot be made up for.
             let lose_channel = lose_channel.filter(|_| channels > 1);
             Migration {
                 script,
                 stalls,
                 channels,
+                silently: silently && lose_channel.is_some(),
                 lose_channel,
                 reorder_depth,
                 late_channel,

@@ -1,6 +1,7 @@
 //! The destination's driver.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use crate::receiver::{self, ReceiverReport};
 use crate::session::{Item, Patience, Session, unexpected};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{DestinationLink, TransportError};
+use crate::transport::{DestinationLink, Interrupt, TransportError};
 
 /// Waiting for the source while it sends pages: it decides how long that takes, and a dead link
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
@@ -50,6 +51,8 @@ pub(super) struct Drive {
     digest: Option<Digest>,
     /// Whether the source's was the same.
     verified: bool,
+    /// To end a channel here, and whether the source has asked for that.
+    receivers: Vec<(Arc<dyn Interrupt>, bool)>,
     /// Reports that came when they did not matter. They do once a switchover is called off.
     late: VecDeque<ReceiverReport>,
     started: Instant,
@@ -95,6 +98,7 @@ pub(super) fn negotiate(
                 gauges,
                 digest: None,
                 verified: false,
+                receivers: Vec::new(),
                 late: VecDeque::new(),
                 started,
                 statistics: Statistics::default(),
@@ -253,6 +257,7 @@ impl Drive {
             self.link.open_receivers(self.agreement.channels, self.timeouts.handshake)
         })?;
         for (channel, pages) in (0..).zip(channels) {
+            self.receivers.push((caught("the transport", || pages.interrupter())?, false));
             let gauges = Arc::clone(&self.gauges);
             let feed = self.session.feed();
             self.session.spawn(ThreadRole::Receiver(channel), move || {
@@ -284,6 +289,7 @@ impl Drive {
                 Item::Message(Message::Ping { number }) => {
                     self.session.send(&Message::Pong { number })?;
                 }
+                Item::Message(Message::CloseChannel { channel }) => self.close(channel),
                 Item::Message(Message::CalledOff { attempt }) => {
                     // In the middle of its state, or before.
                     state.clear();
@@ -300,6 +306,7 @@ impl Drive {
                 Item::Message(Message::Prepare(prepare)) => return Ok((prepare, state)),
                 Item::Message(other) => return Err(unexpected(&other, "pages were coming in")),
                 Item::Report(ReceiverReport::Failed { channel, error }) => {
+                    let error = self.explain(channel, error);
                     // The thread that placed what came on it is through, so nothing lands later.
                     let closed = Message::ChannelClosed { channel };
                     let others = self.agreement.channels - self.statistics.lost_channels - 1;
@@ -316,6 +323,25 @@ impl Drive {
                 Item::Report(ReceiverReport::Ended) => {}
             }
         }
+    }
+
+    /// Lets nothing more of a channel land. Its thread reports when it is through.
+    fn close(&mut self, channel: u16) {
+        if let Some((interrupt, asked)) = self.receivers.get_mut(usize::from(channel)) {
+            *asked = true;
+            interrupt.interrupt();
+        }
+    }
+
+    /// Why a channel ended: the interrupt alone does not say.
+    fn explain(&self, channel: u16, error: Error) -> Error {
+        let asked = self.receivers.get(usize::from(channel)).is_some_and(|(_, asked)| *asked);
+        if !asked || !matches!(error, Error::Transport(TransportError::Interrupted)) {
+            return error;
+        }
+        let (operation, cause) =
+            ("receive on a channel that the source gives up", io::ErrorKind::ConnectionReset);
+        Error::Transport(TransportError::Lost { operation, cause: cause.into() })
     }
 
     /// The source lets the guest go on.

@@ -72,8 +72,8 @@ pub enum Why {
         /// How many there are.
         channels: u16,
     },
-    /// The channel was closed before.
-    #[error("channel {0} was closed before")]
+    /// The side has named the channel before.
+    #[error("channel {0} was named before")]
     ChannelTwice(u16),
     /// The last channel cannot be done without.
     #[error("channel {0} is the last one")]
@@ -113,6 +113,8 @@ pub struct Conversation {
     pings: u32,
     switchovers: u32,
     state_bytes: u64,
+    /// Channels that the source wants closed, and those that the destination has closed.
+    unwanted: Vec<u16>,
     closed: Vec<u16>,
     /// Unanswered, in the order asked.
     questions: VecDeque<Question>,
@@ -140,6 +142,7 @@ impl Default for Conversation {
             pings: 0,
             switchovers: 0,
             state_bytes: 0,
+            unwanted: Vec::new(),
             closed: Vec::new(),
             questions: VecDeque::new(),
             source_ended: false,
@@ -195,7 +198,9 @@ impl Conversation {
                 require(!self.questions.iter().any(asked), Why::Unanswered)
             }
             Message::Pong { number } => self.answers(Question::Ping(*number)),
-            Message::ChannelClosed { channel } => self.may_close(*channel),
+            // The destination may have closed it, or another one: what it said is on its way.
+            Message::CloseChannel { channel } => self.may_close(*channel, &self.unwanted),
+            Message::ChannelClosed { channel } => self.may_close(*channel, &self.closed),
             Message::Switchover { attempt } => {
                 next(*attempt, self.switchovers)?;
                 require(self.rounds > 0, Why::NoRound)
@@ -260,6 +265,7 @@ impl Conversation {
                 self.questions.push_back(Question::Ping(*number));
             }
             Message::Pong { .. } => drop(self.questions.pop_front()),
+            Message::CloseChannel { channel } => self.unwanted.push(*channel),
             Message::ChannelClosed { channel } => self.closed.push(*channel),
             Message::Switchover { attempt } => {
                 self.switchovers = *attempt;
@@ -316,11 +322,12 @@ impl Conversation {
         })
     }
 
-    fn may_close(&self, channel: u16) -> Result<(), Why> {
+    /// Whether a side may name this channel after others.
+    fn may_close(&self, channel: u16, before: &[u16]) -> Result<(), Why> {
         let channels = self.greeting.as_ref().map_or(0, |greeting| greeting.channels);
         require(channel < channels, Why::Channel { channel, channels })?;
-        require(!self.closed.contains(&channel), Why::ChannelTwice(channel))?;
-        require(self.closed.len() + 1 < usize::from(channels), Why::LastChannel(channel))
+        require(!before.contains(&channel), Why::ChannelTwice(channel))?;
+        require(before.len() + 1 < usize::from(channels), Why::LastChannel(channel))
     }
 
     fn is_current(&self, attempt: u32) -> Result<(), Why> {

@@ -40,6 +40,7 @@ pub enum Kind {
     DataRanges = 13,
     Agreed = 14,
     Registered = 15,
+    CloseChannel = 16,
     Ping = 20,
     Pong = 21,
     CalledOff = 22,
@@ -51,7 +52,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, by their numbers.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Hello,
         Self::Welcome,
         Self::Ready,
@@ -67,6 +68,7 @@ impl Kind {
         Self::DataRanges,
         Self::Agreed,
         Self::Registered,
+        Self::CloseChannel,
         Self::Ping,
         Self::Pong,
         Self::CalledOff,
@@ -100,6 +102,7 @@ impl fmt::Display for Kind {
             Self::DataRanges => "data ranges",
             Self::Agreed => "agreed",
             Self::Registered => "registered",
+            Self::CloseChannel => "close channel",
             Self::Ping => "ping",
             Self::Pong => "pong",
             Self::CalledOff => "called off",

@@ -43,6 +43,12 @@ pub enum Message {
         /// Pages dirty at its beginning.
         dirty_pages: u64,
     },
+    /// S→D: a data channel is lost here, or moves nothing while others do. Let nothing more of it land,
+    /// and say so.
+    CloseChannel {
+        /// Which one.
+        channel: u16,
+    },
     /// D→S: a data channel is lost, and nothing that was sent on it lands any more.
     ChannelClosed {
         /// Which one.
@@ -204,6 +210,7 @@ impl Message {
             Self::Ready => Kind::Ready,
             Self::DataRanges(_) => Kind::DataRanges,
             Self::Round { .. } => Kind::Round,
+            Self::CloseChannel { .. } => Kind::CloseChannel,
             Self::ChannelClosed { .. } => Kind::ChannelClosed,
             Self::Switchover { .. } => Kind::Switchover,
             Self::StateChunk(_) => Kind::StateChunk,
@@ -236,7 +243,7 @@ impl Message {
                 w.u32(*round);
                 w.u64(*dirty_pages);
             }
-            Self::ChannelClosed { channel } => w.u16(*channel),
+            Self::CloseChannel { channel } | Self::ChannelClosed { channel } => w.u16(*channel),
             Self::StateChunk(bytes) => w.bytes(bytes, MAX_STATE_CHUNK_BYTES),
             Self::Ping { number } | Self::Pong { number } => w.u32(*number),
             Self::Switchover { attempt }
@@ -278,6 +285,7 @@ impl Message {
             Kind::Round => {
                 Self::Round { round: r.u32("round")?, dirty_pages: r.u64("dirty_pages")? }
             }
+            Kind::CloseChannel => Self::CloseChannel { channel: r.u16("channel")? },
             Kind::ChannelClosed => Self::ChannelClosed { channel: r.u16("channel")? },
             Kind::StateChunk => {
                 Self::StateChunk(r.bytes(MAX_STATE_CHUNK_BYTES, "state chunk")?.to_vec())

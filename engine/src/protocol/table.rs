@@ -144,6 +144,8 @@ pub(super) const TABLE: &[Row] = &[
         [Copying => Copying, Switching => Switching, Comparing => Comparing, Saving => Saving,
          Loading => Loading],
         "what was asked first and is unanswered is this ping"),
+    row!(CloseChannel, Source, [Copying => Copying, Switching => Switching],
+        "one of the channels, once; never all of them"),
     row!(ChannelClosed, Destination,
         [Mapping => Mapping, Copying => Copying, Switching => Switching, Comparing => Comparing,
          Answered => Answered, Compared => Compared, Saving => Saving, Loading => Loading],

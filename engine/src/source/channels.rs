@@ -15,13 +15,15 @@ use crate::memory::Layout;
 use crate::partition::Partition;
 use crate::sender::Command;
 use crate::stats::ChannelGauge;
-use crate::transport::Run;
+use crate::transport::{Interrupt, Run};
 
 pub(super) struct Channels {
     layout: Layout,
     pub(super) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
     /// `None` for a channel that is lost.
     commands: Vec<Option<Sender<Command>>>,
+    /// To end a channel here.
+    interrupts: Vec<Arc<dyn Interrupt>>,
     partition: Partition,
     /// 0 for a channel that is lost, or not to be used.
     weights: Vec<u32>,
@@ -41,6 +43,7 @@ impl Channels {
         Self {
             gauges: Arc::new(ChannelGauge::for_channels(channels)),
             commands: Vec::new(),
+            interrupts: Vec::new(),
             partition: Partition::new(&layout, channels),
             weights,
             ledger: Some(Ledger::new(&layout)),
@@ -53,8 +56,9 @@ impl Channels {
     }
 
     /// Adds the thread of the next channel.
-    pub(super) fn add(&mut self, commands: Sender<Command>) {
+    pub(super) fn add(&mut self, commands: Sender<Command>, interrupt: Arc<dyn Interrupt>) {
         self.commands.push(Some(commands));
+        self.interrupts.push(interrupt);
     }
 
     /// Where threads leave what they had taken and not landed.
@@ -188,6 +192,13 @@ impl Channels {
         let ledger = self.ledger.as_ref().ok_or_else(|| Error::Internal("the ledger is lent"))?;
         self.partition = Partition::weighted(&self.layout, &self.weights, &ledger.dirty);
         Ok(())
+    }
+
+    /// Ends a channel here: its thread reports that it failed.
+    pub(super) fn interrupt(&self, channel: u16) {
+        if let Some(interrupt) = self.interrupts.get(usize::from(channel)) {
+            interrupt.interrupt();
+        }
     }
 
     /// A channel is gone, and another is there: its stripes go to the others.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::unbounded;
 
 use super::channels::Channels;
+use super::closing::Closing;
 use super::steering::Steering;
 use super::switchover::Switchover;
 use super::{Departed, GuestAtSource, Source, SourceFailure};
@@ -73,7 +74,7 @@ pub(super) fn migrate<M: Machine>(
         may_be_released: false,
         must_resume: false,
         channels: Channels::new(memory.layout().clone(), source.channels),
-        closed_there: vec![false; usize::from(source.channels)],
+        closing: Closing::new(source.channels),
         late: VecDeque::new(),
         convergence: Convergence::new(source.shared.settings()),
         steering: Steering::default(),
@@ -120,8 +121,7 @@ pub(super) struct Drive<'a> {
     pub(super) may_be_released: bool,
     /// Whether the guest may stand still outside of a switchover.
     pub(super) must_resume: bool,
-    /// Channels that the destination has closed: nothing of them lands any more.
-    pub(super) closed_there: Vec<bool>,
+    pub(super) closing: Closing,
     /// Reports that came while nobody waited for any.
     pub(super) late: VecDeque<SenderReport>,
     pub(super) convergence: Convergence,
@@ -234,6 +234,7 @@ impl Drive<'_> {
         }
         for (channel, pages) in (0..).zip(channels) {
             let (commands, theirs) = unbounded();
+            let interrupt = caught("the transport", || pages.interrupter())?;
             let setup = SenderSetup {
                 channel,
                 memory: Arc::clone(&self.memory),
@@ -249,7 +250,7 @@ impl Drive<'_> {
                 leftovers: self.channels.leftovers(),
             };
             self.session.spawn(ThreadRole::Sender(channel), move || sender::run(setup))?;
-            self.channels.add(commands);
+            self.channels.add(commands, interrupt);
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The source's embedding API.
 
 mod channels;
+mod closing;
 mod drive;
 mod rounds;
 mod steering;

@@ -1,8 +1,8 @@
 //! Waiting for senders, for as long as it takes or until the guest has stood still for too long.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::closing::Moved;
 use super::drive::Drive;
 use crate::error::Error;
 use crate::handover::SourceState;
@@ -45,8 +45,9 @@ pub(super) struct Waiting {
     fenced: bool,
     /// Better weights, if there are some.
     weights: Option<Vec<u32>>,
-    /// Changes with progress, and when it did so last.
-    mark: u64,
+    /// What each channel has done.
+    moved: Vec<Moved>,
+    /// When any of them moved last, or was lost.
     progressed: Instant,
 }
 
@@ -69,7 +70,7 @@ impl Drive<'_> {
             last: Instant::now(),
             fenced: false,
             weights: None,
-            mark: self.progress_mark(),
+            moved: self.channels.gauges.iter().map(|gauge| Moved::new(gauge)).collect(),
             progressed: Instant::now(),
         }
     }
@@ -144,12 +145,14 @@ impl Drive<'_> {
                 Err(error) => return Err(error),
             }
             // Whatever is heard: a peer that talks and lands nothing makes no progress.
-            let mark = self.progress_mark();
-            if mark != waiting.mark {
-                (waiting.mark, waiting.progressed) = (mark, Instant::now());
+            let seen = waiting.moved.iter_mut().zip(&*self.channels.gauges);
+            if seen.map(|(moved, gauge)| moved.look(gauge)).fold(false, |any, moved| any | moved) {
+                waiting.progressed = Instant::now();
             } else if waiting.progressed.elapsed() >= stall {
                 return Err(Error::TimedOut { what: "pages to land", after: stall });
             }
+            // The other half is for what they leave to others.
+            self.close_silent(&waiting.missing, &waiting.moved, stall / 2)?;
             let (now, landed) = (self.now(), self.channels.landed());
             self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
             self.convergence.landed(now, &landed);
@@ -163,7 +166,7 @@ impl Drive<'_> {
                     self.channels.ask_back();
                 }
             }
-            waiting.unclosed.retain(|(channel, _)| !self.closed_there[usize::from(*channel)]);
+            waiting.unclosed.retain(|(channel, _)| !self.closing.is_done(*channel));
             // Until the destination says so, what the lost channel sent may land on top of what
             // another sends from now on.
             if waiting.missing.is_empty()
@@ -205,6 +208,7 @@ impl Drive<'_> {
                 }
             }
             SenderReport::Failed { channel, error } => {
+                let error = self.closing.explain(channel, error);
                 if !is_lost(&error) || self.channels.live() < 2 {
                     return Err(error);
                 }
@@ -215,7 +219,8 @@ impl Drive<'_> {
                 self.statistics.lost_channels += 1;
                 self.emit(&Event::ChannelLost { channel })?;
                 waiting.unclosed.push((channel, error));
-                (waiting.mark, waiting.progressed) = (self.progress_mark(), Instant::now());
+                waiting.progressed = Instant::now();
+                self.close_channel(channel)?;
             }
             SenderReport::Finished => {}
         }
@@ -229,10 +234,7 @@ impl Drive<'_> {
         state: &'static str,
     ) -> Result<(), Error> {
         match message {
-            Message::ChannelClosed { channel } => {
-                let closed = self.closed_there.get_mut(usize::from(*channel));
-                *closed.ok_or_else(|| unexpected(message, state))? = true;
-            }
+            Message::ChannelClosed { channel } if self.note_closed(*channel) => {}
             Message::Pong { number } => self.take_pong(*number),
             // Of a switchover that was called off: too late, and still good to know.
             Message::Prepared(prepared) if self.was_called_off(prepared.attempt) => {
@@ -256,19 +258,5 @@ impl Drive<'_> {
                 _ => {}
             }
         }
-    }
-
-    /// Changes whenever any sender gets anywhere.
-    fn progress_mark(&self) -> u64 {
-        let marks = self.channels.gauges.iter().map(|gauge| {
-            let landed_bytes = gauge.landed_bytes.load(Ordering::Relaxed);
-            let landed_zero_pages = gauge.landed_zero_pages.load(Ordering::Relaxed);
-            let held_back = gauge.held_back.load(Ordering::Relaxed);
-            let looked_at = gauge.pages().total();
-            [looked_at, landed_bytes, landed_zero_pages, held_back]
-                .into_iter()
-                .fold(0, u64::wrapping_add)
-        });
-        marks.fold(0, u64::wrapping_add)
     }
 }

@@ -6,8 +6,8 @@
 //! own tests.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::Random;
@@ -28,6 +28,9 @@ pub struct Faults {
     pub reorder_depth: usize,
     /// Break this data channel, and no other, once so many page bytes have gone out on it.
     pub lose_channel: Option<(u16, u64)>,
+    /// Once so many page bytes have gone out on this data channel, take no more of it and let nothing
+    /// land: as a path that swallows packets, also those that tell the other side of its end.
+    pub silent_channel: Option<(u16, u64)>,
     /// Let each batch of this data channel take so much longer.
     pub slow_channel: Option<(u16, Duration)>,
     /// Hold up the first control frame of more than so many bytes, once, for so long.
@@ -61,6 +64,8 @@ struct Trouble {
     page_bytes_left: AtomicU64,
     frames_left: AtomicU64,
     interrupt: Arc<dyn Interrupt>,
+    /// Channels that have fallen silent and ended here. Their other sides see nothing of it.
+    swallowed: Mutex<Vec<Box<dyn PageSender>>>,
 }
 
 impl Trouble {
@@ -92,6 +97,7 @@ impl FaultySource {
             page_bytes_left: AtomicU64::new(faults.cut_after_page_bytes.unwrap_or(u64::MAX)),
             frames_left: AtomicU64::new(faults.cut_after_frames.unwrap_or(u64::MAX)),
             interrupt: inner.interrupter(),
+            swallowed: Mutex::default(),
         });
         Self { inner, faults, random: Random::new(seed), trouble, memory: None }
     }
@@ -146,6 +152,10 @@ impl SourceLink for FaultySource {
                         .faults
                         .lose_channel
                         .and_then(|lost| (lost.0 == channel).then_some(lost.1)),
+                    bytes_to_silence: self
+                        .faults
+                        .silent_channel
+                        .and_then(|silent| (silent.0 == channel).then_some(silent.1)),
                     slow_by: self
                         .faults
                         .slow_channel
@@ -204,6 +214,8 @@ struct FaultySender {
     interrupt: Arc<dyn Interrupt>,
     /// Until the channel is to be lost.
     page_bytes_left: Option<u64>,
+    /// Until the channel falls silent.
+    bytes_to_silence: Option<u64>,
     slow_by: Option<Duration>,
     faults: Faults,
     random: Random,
@@ -238,6 +250,22 @@ impl FaultySender {
         Ok(())
     }
 
+    /// Counts down to the silence of the channel, and waits in it for the interrupt.
+    fn fall_silent(&mut self, bytes: u64) -> Result<(), TransportError> {
+        let Some(left) = &mut self.bytes_to_silence else { return Ok(()) };
+        *left = left.saturating_sub(bytes);
+        while self.is_silent() {
+            // Nothing of it lands; but it says when it was interrupted.
+            self.inner()?.watermarks(None)?;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    fn is_silent(&self) -> bool {
+        self.bytes_to_silence == Some(0)
+    }
+
     /// Gives held batches to the transport, oldest first, until `keep` are left.
     fn let_go(&mut self, keep: usize) -> Result<(), TransportError> {
         while self.held.len() > keep {
@@ -247,6 +275,7 @@ impl FaultySender {
                 let bytes: u64 = piece.iter().map(Run::payload_bytes).sum();
                 self.trouble.spend(&self.trouble.page_bytes_left, bytes)?;
                 self.spend(bytes)?;
+                self.fall_silent(bytes)?;
                 delay(&mut self.random, self.faults.delay_at_most);
                 last = self.inner()?.send(&piece)?;
             }
@@ -297,6 +326,16 @@ impl PageSender for FaultySender {
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
         Arc::clone(&self.interrupt)
+    }
+}
+
+impl Drop for FaultySender {
+    fn drop(&mut self) {
+        if self.is_silent()
+            && let Some(inner) = self.inner.take()
+        {
+            self.trouble.swallowed.lock().unwrap_or_else(PoisonError::into_inner).push(inner);
+        }
     }
 }
 

@@ -139,6 +139,7 @@ fn fitting(kind: Kind, conversation: &Conversation) -> Message {
         Kind::Round => round(conversation.rounds + 1),
         Kind::Ping => Message::Ping { number: conversation.pings + 1 },
         Kind::Pong => Message::Pong { number: conversation.pings },
+        Kind::CloseChannel => Message::CloseChannel { channel: 0 },
         Kind::ChannelClosed => Message::ChannelClosed { channel: 2 },
         Kind::Switchover => Message::Switchover { attempt: attempt + 1 },
         Kind::Verify => Message::Verify { attempt },
@@ -260,6 +261,15 @@ fn what_was_never_sensible_is_refused() {
     let one_left = [copying, vec![closed(2), closed(0)]].concat();
     refused(&one_left, D, closed(0).1, Why::ChannelTwice(0));
     refused(&one_left, D, closed(1).1, Why::LastChannel(1));
+
+    let close = |channel| (S, Message::CloseChannel { channel });
+    refused(&opening(false, true)[..6].to_vec(), S, close(0).1, Why::Stage);
+    refused(&switching, S, close(3).1, Why::Channel { channel: 3, channels: 3 });
+    let one_wanted = [switching, vec![close(2), close(0)]].concat();
+    refused(&one_wanted, S, close(2).1, Why::ChannelTwice(2));
+    refused(&one_wanted, S, close(1).1, Why::LastChannel(1));
+    // They may cross: the destination had closed these by itself.
+    after(&[one_left, vec![close(2), close(1)]].concat());
 
     let failing = [opening(false, false), vec![(S, failed())]].concat();
     refused(&failing, S, round(2), Why::Ended);

@@ -53,6 +53,7 @@ fn a_message() -> impl Strategy<Value = Message> {
             Message::DataRanges(ranges.into_iter().map(range).collect())
         }),
         any::<(u32, u64)>().prop_map(|(round, dirty_pages)| Message::Round { round, dirty_pages }),
+        any::<u16>().prop_map(|channel| Message::CloseChannel { channel }),
         any::<u16>().prop_map(|channel| Message::ChannelClosed { channel }),
         bytes(3000).prop_map(Message::StateChunk),
         any::<u32>().prop_map(|number| Message::Ping { number }),

@@ -34,6 +34,8 @@ struct Source {
     unanswered: bool,
     attempt: u32,
     state_bytes: u64,
+    /// Channels it wants closed.
+    unwanted: Vec<u16>,
     failed: bool,
 }
 
@@ -56,6 +58,10 @@ impl Source {
             may.push(round(self.rounds + 1));
             if !self.unanswered {
                 may.push(Message::Ping { number: self.pings + 1 });
+            }
+            if self.unwanted.len() < 2 {
+                let wanted = (0..CHANNELS).filter(|channel| !self.unwanted.contains(channel));
+                may.extend(wanted.map(|channel| Message::CloseChannel { channel }));
             }
         }
         if self.doing == Doing::Copying && self.rounds > 0 {
@@ -100,6 +106,7 @@ impl Source {
                 (self.attempt, self.state_bytes) = (*attempt, 0);
                 self.doing = Doing::LastPages;
             }
+            Message::CloseChannel { channel } => self.unwanted.push(*channel),
             Message::Verify { .. } => self.doing = Doing::AwaitingDigest,
             Message::Compared { .. } => self.doing = Doing::Saving,
             Message::StateChunk(chunk) => {
@@ -249,6 +256,7 @@ fn sides(verify: bool, ranges: bool) -> (Source, Destination) {
         unanswered: false,
         attempt: 0,
         state_bytes: 0,
+        unwanted: Vec::new(),
         failed: false,
     };
     (source, Destination { verify, ranges, ..Destination::default() })
@@ -286,7 +294,9 @@ fn universe(verify: bool, ranges: bool) -> Vec<(Side, Message)> {
         all.extend((0..4).map(|chunks| prepare(attempt, 3 * chunks)));
         all.push(prepared(attempt));
     }
-    all.extend((0..=CHANNELS).map(|channel| Message::ChannelClosed { channel }));
+    for channel in 0..=CHANNELS {
+        all.extend([Message::CloseChannel { channel }, Message::ChannelClosed { channel }]);
+    }
     all.into_iter().flat_map(|message| [(S, message.clone()), (D, message)]).collect()
 }
 

@@ -1,6 +1,9 @@
 //! Whole migrations over the in-memory transport: with a guest that writes all the time, with
 //! every kind of trouble, and with machines that refuse.
 
+mod channels;
+mod scene;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::num::NonZeroU64;
@@ -12,160 +15,9 @@ use pageferry::dirty::{DirtyBitmap, DirtySources};
 use pageferry::protocol::{FailureReason, Incompatibility, MAX_DEVICE_STATE_BYTES};
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::transport::{DestinationLink, SourceLink};
-use pageferry::{
-    Arrived, Blame, Departed, Destination, DestinationFailure, Error, Event, GuestAlarm,
-    GuestAtDestination, GuestAtSource, Phase, Source, SourceFailure, Timeouts,
-};
-use support::{Refuse, SharedLog, SoftwareLog, TestMachine};
-
-const REGION_PAGES: [u64; 2] = [3000, 700];
-const WORKING_SET: u64 = 500;
-
-type SourceResult = Result<Departed<TestMachine>, Box<SourceFailure<TestMachine>>>;
-type DestinationResult =
-    Result<Result<Arrived<TestMachine>, Box<DestinationFailure<TestMachine>>>, Error>;
-
-struct Scene {
-    here: TestMemory,
-    there: TestMemory,
-    log: Arc<SoftwareLog>,
-    source_refuses: Refuse,
-    source_state_bytes: u64,
-    destination_refuses: Refuse,
-    source: Source,
-    /// What the machine at the source is given.
-    alarm: Arc<Mutex<Option<GuestAlarm>>>,
-    destination: Destination,
-}
-
-struct Outcome {
-    source: SourceResult,
-    destination: DestinationResult,
-    here: TestMemory,
-    there: TestMemory,
-    log: Arc<SoftwareLog>,
-}
-
-fn timeouts() -> Timeouts {
-    Timeouts { stall: Duration::from_secs(5), ..Timeouts::default() }
-}
-
-impl Scene {
-    fn new() -> Self {
-        let here = TestMemory::new(&REGION_PAGES);
-        // Part of memory holds data, part is zero.
-        (0..2000).for_each(|page| here.fill_page(0, page, 1));
-        (100..200).for_each(|page| here.fill_page(1, page, 1));
-        let log = SoftwareLog::new(&here);
-        Self {
-            there: TestMemory::new(&REGION_PAGES),
-            log,
-            here,
-            source_refuses: Refuse::Nothing,
-            source_state_bytes: 8,
-            destination_refuses: Refuse::Nothing,
-            source: Source::new()
-                .verify(true)
-                .channels(3)
-                .downtime_limit(Duration::from_secs(2))
-                .timeouts(timeouts()),
-            alarm: Arc::default(),
-            destination: Destination::new().timeouts(timeouts()),
-        }
-    }
-
-    fn play(self, wrap: impl FnOnce(Box<dyn SourceLink>) -> Box<dyn SourceLink>) -> Outcome {
-        let (source_link, destination_link) = memory_transport::pair();
-        self.play_over(wrap(Box::new(source_link)), Box::new(destination_link))
-    }
-
-    fn play_over(
-        self,
-        source_link: Box<dyn SourceLink>,
-        destination_link: Box<dyn DestinationLink>,
-    ) -> Outcome {
-        let Self {
-            here,
-            there,
-            log,
-            source_refuses,
-            source_state_bytes,
-            destination_refuses,
-            source,
-            alarm,
-            destination,
-        } = self;
-        let their_log = SoftwareLog::new(&there);
-        let mut machine = TestMachine::new(&here, &log, WORKING_SET, 42);
-        pageferry::Machine::resume(&mut machine).unwrap();
-        machine.await_writes();
-        machine.refuse = source_refuses;
-        machine.state_bytes = source_state_bytes;
-        machine.alarm = alarm;
-        let mut theirs = TestMachine::new(&there, &their_log, WORKING_SET, 43);
-        theirs.refuse = destination_refuses;
-        theirs.contend_with(&machine);
-        let (source, destination) = thread::scope(|scope| {
-            let receiving = scope.spawn(|| {
-                let offer = destination.negotiate(destination_link)?;
-                Ok(offer.receive(theirs, there.memory()))
-            });
-            let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&log)))]);
-            let source = source.migrate(machine, here.memory(), dirty, source_link);
-            (source, receiving.join().expect("the destination does not panic"))
-        });
-        Outcome { source, destination, here, there, log }
-    }
-}
-
-impl Outcome {
-    /// The guest left, and memory was equal at the handover (by digest, so that the guest could
-    /// run on at once).
-    fn expect_moved(self) -> (Departed<TestMachine>, Arrived<TestMachine>) {
-        let (here, there) = (self.here.clone(), self.there.clone());
-        let moved = self.expect_moved_without_reading();
-        // Pages the guest does not write are equal still.
-        for (region, pages) in [(0, WORKING_SET..REGION_PAGES[0]), (1, 0..REGION_PAGES[1])] {
-            for page in pages {
-                assert!(here.read(region, page) == there.read(region, page));
-            }
-        }
-        moved
-    }
-
-    fn expect_moved_without_reading(self) -> (Departed<TestMachine>, Arrived<TestMachine>) {
-        let departed = self.source.expect("the source hands over");
-        let arrived = self.destination.expect("the greeting fits").expect("the guest arrives");
-        assert!(arrived.verified);
-        assert!(arrived.machine.is_running() && !departed.machine.is_running());
-        arrived.machine.await_writes();
-        assert_eq!(arrived.machine.loaded, Some(departed.machine.writes()));
-        assert!(arrived.machine.holds_lock() && !departed.machine.holds_lock());
-        (departed, arrived)
-    }
-
-    /// The guest stayed, runs, and everything was cleaned up.
-    fn expect_kept(self) -> (Error, Option<Error>) {
-        let failure = self.source.expect_err("the source keeps its guest");
-        assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
-        assert!(failure.machine.is_running() && failure.machine.holds_lock());
-        failure.machine.await_writes();
-        assert!(!self.log.tracking.load(std::sync::atomic::Ordering::SeqCst));
-        // All threads are gone, so nobody holds memory but this test and the guest.
-        assert_eq!(Arc::strong_count(self.here.memory()), 2);
-        let destination = match self.destination {
-            Ok(Ok(_)) => panic!("a second guest runs at the destination"),
-            Ok(Err(failure)) => {
-                assert_ne!(failure.guest, GuestAtDestination::Uncertain, "{failure:?}");
-                assert!(!failure.machine.is_running());
-                Some(failure.error)
-            }
-            Err(error) => Some(error),
-        };
-        (failure.error, destination)
-    }
-}
+use pageferry::{Blame, Error, Event, GuestAtDestination, GuestAtSource, Phase, Source};
+use scene::{REGION_PAGES, Scene, WORKING_SET};
+use support::{Refuse, SoftwareLog, TestMachine};
 
 #[test]
 fn a_busy_guest_moves_with_any_number_of_channels() {
@@ -235,68 +87,6 @@ fn trouble_within_the_contract_is_survived() {
         };
         Scene::new().play(|link| Box::new(FaultySource::new(link, faults, seed))).expect_moved();
     }
-}
-
-#[test]
-fn a_lost_channel_is_made_up_for_by_the_others() {
-    for (seed, pages) in (0..).zip([0, 1, 200, 400]) {
-        let events = Arc::new(Mutex::new(Vec::new()));
-        let sink = Arc::clone(&events);
-        let mut scene = Scene::new();
-        scene.source = scene.source.on_event(move |event| {
-            if let Event::ChannelLost { channel } = event {
-                sink.lock().unwrap().push(*channel);
-            }
-        });
-        // What the lost channel sent last may land late.
-        let faults = Faults {
-            lose_channel: Some((1, pages * 4096)),
-            delay_at_most: Duration::from_millis(1),
-            reorder_depth: 4,
-            ..Faults::default()
-        };
-        let wrap =
-            |link| -> Box<dyn SourceLink> { Box::new(FaultySource::new(link, faults, seed)) };
-        let (departed, arrived) = scene.play(wrap).expect_moved();
-        assert_eq!(*events.lock().unwrap(), [1]);
-        assert_eq!(departed.statistics.lost_channels, 1);
-        assert_eq!(arrived.statistics.lost_channels, 1);
-    }
-}
-
-#[test]
-fn the_last_channel_cannot_be_made_up_for() {
-    let mut scene = Scene::new();
-    scene.source = scene.source.channels(1);
-    let faults = Faults { lose_channel: Some((0, 1000 * 4096)), ..Faults::default() };
-    let outcome = scene.play(|link| Box::new(FaultySource::new(link, faults, 1)));
-    let not_landed = outcome.log.put_back.lock().unwrap().count();
-    let (error, _) = outcome.expect_kept();
-    // By this side's account, or by the destination's if it was heard first.
-    assert!(matches!(error.blame(), Blame::Transport | Blame::PeerFailed), "{error:?}");
-    assert!(not_landed >= 1100, "{not_landed}");
-}
-
-#[test]
-fn a_channel_that_lags_is_given_less() {
-    let weights = Arc::new(Mutex::new(Vec::new()));
-    let sink = Arc::clone(&weights);
-    let mut scene = Scene::new();
-    (scene.here, scene.there) = (TestMemory::new(&[20_000]), TestMemory::new(&[20_000]));
-    (0..10_000).for_each(|page| scene.here.fill_page(0, page, 1));
-    scene.log = SoftwareLog::new(&scene.here);
-    scene.source = scene.source.channels(2).on_event(move |event| {
-        if let Event::Rebalanced { weights } = event {
-            sink.lock().unwrap().push(weights.clone());
-        }
-    });
-    let faults =
-        Faults { slow_channel: Some((1, Duration::from_millis(200))), ..Faults::default() };
-    let outcome = scene.play(|link| Box::new(FaultySource::new(link, faults, 1)));
-    let (departed, _) = outcome.expect_moved_without_reading();
-    let weights = weights.lock().unwrap();
-    assert!(!weights.is_empty() && weights[0][1] < weights[0][0], "{weights:?}");
-    assert_eq!(departed.statistics.rebalances as usize, weights.len());
 }
 
 #[test]
