@@ -103,7 +103,9 @@ impl<'a> Chain<'a> {
 
     /// Cancels the receive before it, which must be linked to it, when the time is over.
     pub(crate) fn time_out(&mut self, after: Duration) {
-        self.add(Work::LinkTimeout(after.into()));
+        /// The kernel refuses what it cannot count.
+        const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+        self.add(Work::LinkTimeout(after.min(LONGEST).into()));
     }
 
     /// Sends what the vectors cover, all of it.

@@ -42,6 +42,9 @@ use crate::vectors::{Outgoing, ZeroCopyRuns};
 const ACKS_AT_ONCE: usize = 64;
 /// A queue that has waited for so long is handed over at the next look.
 const STALE: Duration = Duration::from_millis(1);
+/// How long a wait for notifications lasts before it looks whether it is to go on: an interrupt ends
+/// requests on the socket only.
+const TURN: Duration = Duration::from_millis(50);
 /// How long a finished channel waits for notifications before it takes its memory back.
 const LINGER: Duration = Duration::from_secs(2);
 /// The same of a channel that was lost or reset.
@@ -440,7 +443,7 @@ impl PageSender for IoUringPageSender {
             if self.acknowledged < self.wire_sent {
                 self.await_acks(left)?;
             } else {
-                let waited = self.ring.await_notification(left);
+                let waited = self.ring.await_notification(left.min(TURN));
                 waited.map_err(|cause| self.socket.failed(AWAITING_RELEASE, cause))?;
             }
             self.socket.check()?;

@@ -1,6 +1,8 @@
 //! What the conformance suite does not see: registration and its cost, zero-copy and its trial,
 //! system calls, links that break with requests under way, and io_uring refused.
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,6 +17,7 @@ use pageferry_iouring::{
     Feature, IoUringDestinationLink, IoUringOptions, IoUringSourceLink, Rings, Unavailable,
     ZeroCopy,
 };
+use pageferry_tcp::preamble::{Answer, PREAMBLE_BYTES, Status};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -70,6 +73,16 @@ fn settle(sender: &mut Box<dyn PageSender>, ticket: u64) {
     let began = Instant::now();
     while sender.watermarks(Some(Duration::from_millis(10))).expect("watermarks").landed < ticket {
         assert!(began.elapsed() < SOON, "batch {ticket} never landed");
+    }
+}
+
+/// Waits until a thread of this process sleeps in the kernel.
+fn until_asleep(thread: rustix::process::Pid) {
+    let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+    // "tid (name) state …"; the name may hold anything, so look from its end.
+    let sleeps = |stat: &str| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"));
+    while !sleeps(&std::fs::read_to_string(&path).expect("the thread is there")) {
+        thread::yield_now();
     }
 }
 
@@ -129,7 +142,8 @@ fn many_batches_are_few_system_calls() {
         for batch in 0..batches {
             last = opened.sender.send(&[data(batch * 256, 256)]).expect("a batch goes out");
         }
-        settle(&mut opened.sender, last);
+        // As long as it takes: a wait that is over before anything has come is a call too.
+        while opened.sender.watermarks(Some(Duration::MAX)).expect("watermarks").landed < last {}
         opened.sender.finish().expect("the channel ends");
     });
     assert_eq!(opened.here.first_difference(&opened.there), None);
@@ -213,6 +227,56 @@ fn a_channel_may_change_threads() {
         }
     }
     assert_eq!(opened.here.first_difference(&opened.there), None);
+}
+
+/// A destination that acknowledges what it never reads, and ends its direction: what is missing are
+/// notifications, and they do not come.
+#[test]
+fn a_wait_for_releases_is_as_long_as_asked_and_ends_with_an_interrupt() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port of loopback");
+    // Less than a batch. Connections get it from their listener.
+    rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 4 << 10).expect("a small buffer");
+    let address = listener.local_addr().expect("bound");
+    let welcome = || {
+        let (mut stream, _) = listener.accept().expect("the source comes");
+        stream.read_exact(&mut [0; PREAMBLE_BYTES]).expect("a preamble");
+        let answer = Answer { status: Status::Ok, reason: String::new() };
+        stream.write_all(&answer.encode()).expect("it is let in");
+        stream
+    };
+    let options = IoUringOptions { zero_copy: ZeroCopy::On, ..IoUringOptions::default() };
+    let rings = Rings::new(options).expect("this kernel has io_uring");
+    let tcp = TcpOptions { send_buffer_bytes: Some(1 << 20), ..TcpOptions::default() };
+    let here = TestMemory::new(&[64]);
+    let (source, mut sender, (_control, mut pages)) = thread::scope(|scope| {
+        let peer = scope.spawn(|| (welcome(), welcome()));
+        let mut source = rings.source_link(connect(address, tcp).expect("it is let in"));
+        source.register(here.memory()).expect("memory registers");
+        let sender = source.open_senders(1).expect("a channel opens").remove(0);
+        (source, sender, peer.join().expect("no panic"))
+    });
+    pages.write_all(&1_u64.to_le_bytes()).expect("the batch is acknowledged");
+    pages.shutdown(Shutdown::Write).expect("its direction is over");
+    assert_eq!(sender.send(&[data(0, 64)]).expect("a batch goes out"), 1);
+    sender.finish().expect("the kernel has all");
+
+    let wait = Duration::from_millis(200);
+    let began = Instant::now();
+    let marks = sender.watermarks(Some(wait)).expect("it is not lost");
+    assert!(began.elapsed() >= wait, "{:?}", began.elapsed());
+    assert_eq!((marks.released, marks.landed), (0, 0), "the kernel has not let go of it");
+    let interrupter = source.interrupter();
+    let waiting = rustix::thread::gettid();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            until_asleep(waiting);
+            interrupter.interrupt();
+        });
+        let began = Instant::now();
+        let result = sender.watermarks(Some(SOON));
+        assert!(matches!(result, Err(TransportError::Interrupted)), "{result:?}");
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    });
 }
 
 #[test]

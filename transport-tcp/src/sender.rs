@@ -29,7 +29,7 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
-use crate::connection::{Connection, LINGER, deadline_after};
+use crate::connection::{Connection, LINGER, deadline_after, is_past};
 use crate::options::TcpOptions;
 use crate::raw_io::GuestVectors;
 use crate::zero_copy::ZeroCopier;
@@ -333,8 +333,13 @@ impl PageSender for TcpPageSender {
             }
             let waited = self.send_owed().and_then(|()| self.wait(deadline));
             match waited {
-                Ok(true) => {}
-                Ok(false) => break,
+                // After a hang-up this may go on: waits are over at once, and neither the time nor
+                // an interrupt shows elsewhere.
+                Ok(true) if !is_past(deadline) => self.connection.check()?,
+                Ok(_) => {
+                    self.take_news(true)?;
+                    break;
+                }
                 Err(error) => {
                     self.take_news(true)?;
                     if self.has_news() {

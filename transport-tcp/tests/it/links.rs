@@ -1,7 +1,6 @@
 //! Finding each other, limits of time, and interrupts.
 
 use std::net::TcpListener;
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,25 +8,7 @@ use pageferry::transport::{DestinationLink, Link, Received, SourceLink, Transpor
 use pageferry_tcp::{TcpAcceptor, TcpConnector, TcpOptions, connect};
 
 use crate::support::memory::guest_memory;
-use crate::support::{Ends, PATIENCE, acceptor, data, pair, raw, until_asleep};
-
-/// Runs `blocking` in a thread, waits until it sleeps, interrupts it, and hands out its result.
-fn interrupted<T: Send>(
-    interrupter: &dyn pageferry::transport::Interrupt,
-    blocking: impl FnOnce() -> Result<T, TransportError> + Send,
-) {
-    thread::scope(|scope| {
-        let (announce, announced) = mpsc::channel();
-        let thread = scope.spawn(move || {
-            announce.send(rustix::thread::gettid()).unwrap();
-            blocking().err()
-        });
-        until_asleep(announced.recv().unwrap());
-        interrupter.interrupt();
-        let error = thread.join().unwrap().expect("it was interrupted");
-        assert!(matches!(error, TransportError::Interrupted), "{error}");
-    });
-}
+use crate::support::{Ends, PATIENCE, acceptor, data, interrupted, pair, raw};
 
 #[test]
 fn nobody_there_is_a_connect_error_with_the_address() {

@@ -1,16 +1,23 @@
 //! Zero-copy sends. On loopback the kernel copies every one of them when it delivers it, and says
 //! so; until then it reads guest memory, as it would for a NIC.
 
+use std::io::Write;
+use std::net::{Shutdown, TcpListener};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use pageferry::transport::{
     Capabilities, Link, PageSender, Received, SourceLink, TransportError, ZeroCopyCounts,
 };
-use pageferry_tcp::{TcpOptions, ZeroCopy};
+use pageferry_tcp::{TcpOptions, ZeroCopy, connect};
+use socket2::SockRef;
 
 use crate::support::memory::{assert_same, fill, guest_memory};
-use crate::support::{Ends, Pair, Random, data, drain, log, pair, pair_at, until_landed, zero};
+use crate::support::{
+    Ends, PATIENCE, Pair, Random, data, drain, interrupted, log, pair, pair_at, raw, until_landed,
+    zero,
+};
 
 fn options(zero_copy: ZeroCopy) -> TcpOptions {
     TcpOptions { zero_copy, ..TcpOptions::default() }
@@ -218,4 +225,35 @@ fn landed_waits_for_released() {
     });
     let source: &mut dyn SourceLink = &mut link.source;
     assert!(source.capabilities().zero_copy);
+}
+
+/// A destination that acknowledges what it never reads and ends its direction: both directions are
+/// over, and the kernel still has what was sent. `poll` does not wait on such a connection.
+#[test]
+fn a_wait_for_releases_is_as_long_as_asked_after_a_hang_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // Less than a batch. Connections get it from their listener.
+    SockRef::from(&listener).set_recv_buffer_size(4 << 10).unwrap();
+    let address = listener.local_addr().unwrap();
+    let options = TcpOptions { send_buffer_bytes: Some(1 << 20), ..options(ZeroCopy::On) };
+    let from = guest_memory(&[64]);
+    let (source, mut sender, (_control, mut pages)) = thread::scope(|scope| {
+        let peer = scope.spawn(|| (raw::welcome(&listener).0, raw::welcome(&listener).0));
+        let mut source = connect(address, options).unwrap();
+        source.register(&from).unwrap();
+        let sender = source.open_senders(1).unwrap().remove(0);
+        (source, sender, peer.join().unwrap())
+    });
+    let ticket = sender.send(&[data(0, 0, 64)]).unwrap();
+    pages.write_all(&ticket.to_le_bytes()).unwrap();
+    pages.shutdown(Shutdown::Write).unwrap();
+    sender.finish().unwrap();
+
+    let wait = Duration::from_millis(50);
+    let began = Instant::now();
+    let marks = sender.watermarks(Some(wait)).unwrap();
+    assert!(began.elapsed() >= wait, "{:?}", began.elapsed());
+    assert_eq!((marks.released, marks.landed), (0, 0), "the kernel has not let go of it");
+    let interrupter = source.interrupter();
+    interrupted(&*interrupter, || sender.watermarks(Some(PATIENCE)));
 }

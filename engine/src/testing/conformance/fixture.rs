@@ -14,7 +14,7 @@ pub(super) type Sender = Box<dyn PageSender>;
 pub(super) type Receiver = Box<dyn PageReceiver>;
 
 /// As long as any wait may be: who waits it out has not noticed something else.
-pub(super) const VERY_LONG: Duration = Duration::from_secs(24 * 60 * 60);
+pub(super) const VERY_LONG: Duration = Duration::MAX;
 
 pub(super) const REGION_PAGES: [u64; 3] = [700, 1, 1300];
 

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use pageferry::memory::{GuestMemory, PageRange};
 use pageferry::transport::{
-    DestinationLink, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink, Ticket,
+    DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
+    Ticket, TransportError,
 };
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 
@@ -131,4 +132,22 @@ pub(crate) fn until_asleep(thread: rustix::process::Pid) {
         }
         std::thread::yield_now();
     }
+}
+
+/// Runs `blocking` in a thread, waits until it sleeps, interrupts it, and hands out its result.
+pub(crate) fn interrupted<T: Send>(
+    interrupter: &dyn Interrupt,
+    blocking: impl FnOnce() -> Result<T, TransportError> + Send,
+) {
+    std::thread::scope(|scope| {
+        let (announce, announced) = std::sync::mpsc::channel();
+        let thread = scope.spawn(move || {
+            announce.send(rustix::thread::gettid()).unwrap();
+            blocking().err()
+        });
+        until_asleep(announced.recv().unwrap());
+        interrupter.interrupt();
+        let error = thread.join().unwrap().expect("it was interrupted");
+        assert!(matches!(error, TransportError::Interrupted), "{error}");
+    });
 }
