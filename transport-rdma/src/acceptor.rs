@@ -1,12 +1,13 @@
 //! The destination's listener.
 
+use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pageferry::transport::{Interrupt, TransportError};
+use pageferry::transport::{Interrupt, TransportError, addresses};
 
 use crate::addresses::advise;
 use crate::board::Board;
@@ -47,7 +48,10 @@ pub struct RdmaAcceptor {
 impl RdmaAcceptor {
     /// Listens on the first of the addresses that can be had. Port 0 lets the kernel choose one, see
     /// [`RdmaAcceptor::local_addr`].
-    pub fn bind(address: impl ToSocketAddrs, options: RdmaOptions) -> Result<Self, TransportError> {
+    pub fn bind(
+        address: impl ToSocketAddrs + fmt::Debug,
+        options: RdmaOptions,
+    ) -> Result<Self, TransportError> {
         Self::bind_with(address, options, |body| {
             thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(body)
         })
@@ -56,18 +60,17 @@ impl RdmaAcceptor {
     /// As [`RdmaAcceptor::bind`], for a host that wants to start the acceptor's thread itself (to put a
     /// seccomp filter on it first, say). The thread must run what it is given to its end.
     pub fn bind_with(
-        address: impl ToSocketAddrs,
+        address: impl ToSocketAddrs + fmt::Debug,
         options: RdmaOptions,
         spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
     ) -> Result<Self, TransportError> {
-        let failed = |address: Option<SocketAddr>, cause| TransportError::Listen {
-            address: address.map_or_else(|| "?".to_owned(), |address| address.to_string()),
-            cause,
-        };
-        let addresses = address.to_socket_addrs().map_err(|cause| failed(None, cause))?;
-        let mut last_error = failed(None, io::ErrorKind::NotFound.into());
-        for address in addresses {
-            check_libraries().map_err(|unavailable| failed(Some(address), unavailable.into()))?;
+        let text = addresses::text(&address);
+        let failed =
+            |address: &str, cause| TransportError::Listen { address: address.to_owned(), cause };
+        let found = addresses::resolve(&address).map_err(|cause| failed(&text, cause))?;
+        check_libraries().map_err(|unavailable| failed(&text, unavailable.into()))?;
+        let mut last_error = failed(&text, io::ErrorKind::NotFound.into());
+        for address in found {
             check_device(&options, &address.to_string())?;
             match listen(address) {
                 Ok((listener, local_addr)) => {
@@ -77,7 +80,7 @@ impl RdmaAcceptor {
                         })?;
                     return Ok(Self { desk: Arc::new(desk), local_addr });
                 }
-                Err(cause) => last_error = failed(Some(address), advise(cause)),
+                Err(cause) => last_error = failed(&address.to_string(), advise(cause)),
             }
         }
         Err(last_error)

@@ -10,6 +10,7 @@ use pageferry::transport::{MigrationId, Registration, TransportError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::addresses::advise;
+use crate::after;
 use crate::cm::{Event, Id, PathSettings, READS_AT_ONCE, RemoteAccess};
 use crate::connection::Connection;
 use crate::memory::Registered;
@@ -115,78 +116,133 @@ fn check_port(options: &RdmaOptions, context: Context, port: u8) -> io::Result<(
     Ok((limits, options.mtu.map_or(most, |wanted| wanted.encoded().min(most))))
 }
 
-/// Finds the way to an address, from the address of the GID that is asked for.
-fn resolve(
+/// The search for the way to an address, from the address of the GID that is asked for.
+#[derive(Debug)]
+pub(crate) struct Search {
+    pub(crate) id: Id,
     address: SocketAddr,
-    options: &RdmaOptions,
-    state: &LinkState,
-) -> Result<Id, TransportError> {
-    let id = resolve_from(None, address, options, state)?;
-    let Some(index) = options.gid_index else { return Ok(id) };
-    let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
-    let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-    let wanted = context.gid_address(id.port(), index).map_err(failed)?;
-    match wanted.filter(|wanted| id.local().is_none_or(|local| local.ip() != *wanted)) {
-        Some(IpAddr::V6(ip)) => {
-            // A link-local one is of the same interface as the destination's.
-            let scope = if let SocketAddr::V6(to) = address { to.scope_id() } else { 0 };
-            let from = SocketAddrV6::new(ip, 0, 0, scope).into();
-            resolve_from(Some(from), address, options, state)
+    from: Option<SocketAddr>,
+    /// Whether the device is known, and the route looked for.
+    has_device: bool,
+}
+
+/// How far a search is.
+#[derive(Debug)]
+pub(crate) enum Found {
+    NotYet(Search),
+    Way(Id),
+}
+
+impl Search {
+    pub(crate) fn begin(
+        address: SocketAddr,
+        options: &RdmaOptions,
+    ) -> Result<Self, TransportError> {
+        Self::begin_from(None, address, options)
+    }
+
+    fn begin_from(
+        from: Option<SocketAddr>,
+        address: SocketAddr,
+        options: &RdmaOptions,
+    ) -> Result<Self, TransportError> {
+        let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
+        let id = Id::new().map_err(failed)?;
+        if let Some(class) = options.traffic_class {
+            id.set_traffic_class(class).map_err(failed)?;
         }
-        Some(ip) => resolve_from(Some(SocketAddr::new(ip, 0)), address, options, state),
-        None => Ok(id),
+        let search = Self { id, address, from, has_device: false };
+        search
+            .id
+            .resolve_address(from, address, options.connect_timeout)
+            .map_err(|cause| search.no_way(cause))?;
+        Ok(search)
+    }
+
+    /// Takes in what happened to its id.
+    pub(crate) fn go_on(
+        mut self,
+        event: Event,
+        options: &RdmaOptions,
+    ) -> Result<Found, TransportError> {
+        match event {
+            Event::AddressResolved if !self.has_device => {
+                // Loopback addresses come that far, without a device.
+                let asked = self.id.resolve_route(options.connect_timeout);
+                asked.map_err(|cause| self.no_way(cause))?;
+                self.has_device = true;
+                Ok(Found::NotYet(self))
+            }
+            Event::RouteResolved if self.has_device => match self.other_from(options)? {
+                None => Ok(Found::Way(self.id)),
+                from => Self::begin_from(from, self.address, options).map(Found::NotYet),
+            },
+            Event::Failed { what, cause } => {
+                let explain = |cause: io::Error| {
+                    self.failed(io::Error::new(cause.kind(), format!("{what}: {cause}")))
+                };
+                Err(explain(if self.has_device { cause } else { self.explained(cause) }))
+            }
+            other => Err(self.failed(io::Error::other(format!("unexpected {other:?}")))),
+        }
+    }
+
+    /// The address of the GID that is asked for, where the way found is from another one.
+    fn other_from(&self, options: &RdmaOptions) -> Result<Option<SocketAddr>, TransportError> {
+        let Some(index) = options.gid_index.filter(|_| self.from.is_none()) else {
+            return Ok(None);
+        };
+        let context =
+            self.id.context().ok_or_else(|| self.failed(io::ErrorKind::NotFound.into()))?;
+        let wanted =
+            context.gid_address(self.id.port(), index).map_err(|cause| self.failed(cause))?;
+        let here = self.id.local().map(|local| local.ip());
+        Ok(wanted.filter(|wanted| here != Some(*wanted)).map(|wanted| match wanted {
+            IpAddr::V6(ip) => {
+                // A link-local one is of the same interface as the destination's.
+                let scope = if let SocketAddr::V6(to) = self.address { to.scope_id() } else { 0 };
+                SocketAddrV6::new(ip, 0, 0, scope).into()
+            }
+            IpAddr::V4(_) => SocketAddr::new(wanted, 0),
+        }))
+    }
+
+    fn failed(&self, cause: io::Error) -> TransportError {
+        TransportError::Connect { address: self.address.to_string(), cause }
+    }
+
+    fn no_way(&self, cause: io::Error) -> TransportError {
+        self.failed(self.explained(cause))
+    }
+
+    fn explained(&self, cause: io::Error) -> io::Error {
+        match self.from {
+            Some(from) => {
+                io::Error::new(cause.kind(), format!("from {}, the GID's: {cause}", from.ip()))
+            }
+            None => advise(cause),
+        }
     }
 }
 
-fn resolve_from(
-    from: Option<SocketAddr>,
+/// Finds the way to an address.
+pub(crate) fn resolve(
     address: SocketAddr,
     options: &RdmaOptions,
     state: &LinkState,
 ) -> Result<Id, TransportError> {
-    let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
-    let no_way = |cause: io::Error| match from {
-        Some(from) => {
-            io::Error::new(cause.kind(), format!("from {}, the GID's: {cause}", from.ip()))
-        }
-        None => advise(cause),
-    };
-    let id = Id::new().map_err(failed)?;
-    if let Some(class) = options.traffic_class {
-        id.set_traffic_class(class).map_err(failed)?;
-    }
-    let within = options.connect_timeout;
-    id.resolve_address(from, address, within).map_err(|cause| failed(no_way(cause)))?;
-    for step in 0..2 {
-        match event(&id, state, Instant::now() + within, "find the way to the destination")? {
-            Event::AddressResolved if step == 0 => {
-                // Loopback addresses come that far, without a device.
-                id.resolve_route(within).map_err(|cause| failed(no_way(cause)))?;
-            }
-            Event::RouteResolved if step == 1 => {}
-            Event::Failed { what, cause } => {
-                let cause = if step == 0 { no_way(cause) } else { cause };
-                return Err(failed(io::Error::new(cause.kind(), format!("{what}: {cause}"))));
-            }
-            other => return Err(failed(io::Error::other(format!("unexpected {other:?}")))),
+    let deadline = after(options.connect_timeout);
+    let mut search = Search::begin(address, options)?;
+    loop {
+        let event = event(&search.id, state, deadline, "find the way to the destination")?;
+        match search.go_on(event, options)? {
+            Found::NotYet(next) => search = next,
+            Found::Way(id) => return Ok(id),
         }
     }
-    Ok(id)
 }
 
 impl Workshop {
-    /// For a source: finds the device that leads to an address.
-    pub(crate) fn towards(
-        address: SocketAddr,
-        options: RdmaOptions,
-        state: Arc<LinkState>,
-    ) -> Result<(Self, Id), TransportError> {
-        check_device(&options, &address.to_string())?;
-        let id = resolve(address, &options, &state)?;
-        let workshop = Self::at(&id, address, options, state)?;
-        Ok((workshop, id))
-    }
-
     /// For the device of an id.
     pub(crate) fn at(
         id: &Id,
@@ -197,9 +253,14 @@ impl Workshop {
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
         let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         let (limits, mtu) = check_port(&options, context, id.port()).map_err(failed)?;
-        state.watch(context, id.port(), options.patience()).map_err(failed)?;
         let pd = ProtectionDomain::new(context).map_err(failed)?;
         Ok(Self { options, state, pd, limits, mtu, peer })
+    }
+
+    /// From here on the link notices what happens to the device.
+    pub(crate) fn watch(&self, id: &Id) -> Result<(), TransportError> {
+        let (context, patience) = (self.pd.context(), self.options.patience());
+        self.state.watch(context, id.port(), patience).map_err(self.failed())
     }
 
     /// What a connection of this purpose says.
@@ -259,42 +320,73 @@ impl Workshop {
         Inlet::new(self.prepare(id, (ACKS, RECEIVES), path)?, &self.pd)
     }
 
-    /// At the source: a connection that says so, into which the source puts messages.
-    pub(crate) fn dial_outlet(
+    /// At the source: asks for a connection that says so, into which the source puts messages.
+    pub(crate) fn ask_for_outlet(
         &self,
-        id: Option<Id>,
+        id: Id,
         say: &[u8],
         remote_access: RemoteAccess,
     ) -> Result<Outlet, TransportError> {
         let path = self.path(remote_access, self.mtu);
-        let mut outlet = self.outlet(self.way(id)?, path)?;
-        self.dial(&mut outlet.connection, say, path)?;
+        let outlet = self.outlet(id, path)?;
+        self.ask(&outlet.connection, say, path)?;
+        Ok(outlet)
+    }
+
+    /// At the source: a connection that says so, into which the source puts messages.
+    pub(crate) fn dial_outlet(
+        &self,
+        say: &[u8],
+        remote_access: RemoteAccess,
+    ) -> Result<Outlet, TransportError> {
+        let mut outlet = self.ask_for_outlet(self.way()?, say, remote_access)?;
+        self.await_answer(&mut outlet.connection, remote_access)?;
         Ok(outlet)
     }
 
     /// At the source: a connection that says so, into which the destination puts messages.
     pub(crate) fn dial_inlet(&self, say: &[u8]) -> Result<Inlet, TransportError> {
         let path = self.path(RemoteAccess::Nothing, self.mtu);
-        let mut inlet = self.inlet(self.way(None)?, path)?;
-        self.dial(&mut inlet.connection, say, path)?;
+        let mut inlet = self.inlet(self.way()?, path)?;
+        self.ask(&inlet.connection, say, path)?;
+        self.await_answer(&mut inlet.connection, RemoteAccess::Nothing)?;
         Ok(inlet)
     }
 
-    fn way(&self, id: Option<Id>) -> Result<Id, TransportError> {
-        id.map_or_else(|| resolve(self.peer, &self.options, &self.state), Ok)
+    fn way(&self) -> Result<Id, TransportError> {
+        resolve(self.peer, &self.options, &self.state)
     }
 
-    fn dial(
+    fn ask(
         &self,
-        connection: &mut Connection,
+        connection: &Connection,
         say: &[u8],
         path: PathSettings,
     ) -> Result<(), TransportError> {
+        connection.id.connect(&connection.qp, path, say).map_err(self.failed())
+    }
+
+    fn await_answer(
+        &self,
+        connection: &mut Connection,
+        remote_access: RemoteAccess,
+    ) -> Result<(), TransportError> {
+        let deadline = after(self.options.connect_timeout);
+        let answer = event(&connection.id, &self.state, deadline, "connect")?;
+        self.take_answer(connection, remote_access, answer)
+    }
+
+    /// Takes in what came of asking for a connection; connected after it.
+    pub(crate) fn take_answer(
+        &self,
+        connection: &mut Connection,
+        remote_access: RemoteAccess,
+        answer: Event,
+    ) -> Result<(), TransportError> {
         let failed = self.failed();
+        let path = self.path(remote_access, self.mtu);
         let (id, qp) = (&connection.id, &connection.qp);
-        id.connect(qp, path, say).map_err(&failed)?;
-        let deadline = Instant::now() + self.options.connect_timeout;
-        match event(id, &self.state, deadline, "connect")? {
+        match answer {
             Event::Accepted { said } => {
                 let mtu = decode_acceptance(&said, path.mtu)
                     .ok_or(TransportError::Violation("an acceptance that makes no sense"))?;
@@ -399,7 +491,7 @@ impl Workshop {
     }
 
     fn await_source(&self, connection: &Connection) -> Result<(), TransportError> {
-        let deadline = Instant::now() + self.options.connect_timeout;
+        let deadline = after(self.options.connect_timeout);
         match event(&connection.id, &self.state, deadline, "accept a connection")? {
             Event::Established => Ok(()),
             other => Err(self.failed()(io::Error::new(

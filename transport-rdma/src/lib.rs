@@ -45,6 +45,7 @@ mod announce;
 mod board;
 mod cm;
 mod connection;
+mod connector;
 mod control;
 mod destination;
 mod dial;
@@ -68,13 +69,14 @@ mod verbs;
 mod zeros;
 
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::{Duration, Instant};
 
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS};
 use thiserror::Error;
 
 pub use acceptor::RdmaAcceptor;
 pub use addresses::{DeviceAddress, addresses};
+pub use connector::RdmaConnector;
 pub use destination::RdmaDestinationLink;
 pub use options::{Mtu, RdmaOptions, RegistrationMode};
 pub use source::{RdmaSourceLink, connect};
@@ -130,8 +132,11 @@ pub fn available() -> Result<(), Unavailable> {
     }
 }
 
-fn first_of(address: impl ToSocketAddrs) -> io::Result<SocketAddr> {
-    address.to_socket_addrs()?.next().ok_or_else(|| io::ErrorKind::NotFound.into())
+/// When so much time will be over; at the latest when the clock still counts.
+fn after(time: Duration) -> Instant {
+    const VERY_LONG: Duration = Duration::from_secs(1 << 32);
+    let now = Instant::now();
+    now.checked_add(time).unwrap_or(now + VERY_LONG)
 }
 
 fn check_libraries() -> Result<(), Unavailable> {

@@ -61,8 +61,9 @@ impl Arrival {
         let state = LinkState::new(wake).map_err(failed)?;
         let migration = request.preamble.migration;
         let workshop = Workshop::at(&request.id, peer, options.clone(), state)?;
+        workshop.watch(&request.id)?;
         let inlet = workshop.begin_inlet(request, RemoteAccess::Nothing)?;
-        let deadline = Instant::now() + options.connect_timeout;
+        let deadline = crate::after(options.connect_timeout);
         Ok(Self { migration, inlet, outlet: None, deadline, workshop })
     }
 

@@ -10,6 +10,7 @@ use pageferry::transport::{
     TransportError, Watermarks,
 };
 
+use crate::after;
 use crate::announce::Directory;
 use crate::dial::LINGER;
 use crate::memory::{Registered, transfers};
@@ -150,7 +151,7 @@ impl RdmaPageSender {
         self.sent += 1;
         self.last_requests.push_back((self.sent, self.outlet.posted()));
         if self.unmarked_bytes >= MARK_EVERY_BYTES {
-            self.mark()?;
+            self.mark(None)?;
         }
         if let Some((region, page)) = last_page {
             // While the NIC is busy with what was posted.
@@ -163,7 +164,7 @@ impl RdmaPageSender {
     fn await_zeroed(&mut self, range: &PageRange) -> Result<(), TransportError> {
         let Some(number) = self.zeroing.mentioned_by(range) else { return Ok(()) };
         // Messages are acknowledged now and then, marks at once.
-        self.mark()?;
+        self.mark(None)?;
         while self.outlet.taken() < number {
             self.outlet.pump(Some(Instant::now() + LINGER))?;
         }
@@ -171,8 +172,9 @@ impl RdmaPageSender {
         Ok(())
     }
 
-    fn mark(&mut self) -> Result<(), TransportError> {
-        let number = self.outlet.mark()?;
+    /// Waits for a credit, at most until `deadline`.
+    fn mark(&mut self, deadline: Option<Instant>) -> Result<(), TransportError> {
+        let number = self.outlet.mark(deadline)?;
         self.pending.push_back((self.sent, number));
         self.unmarked_bytes = 0;
         Ok(())
@@ -191,11 +193,17 @@ impl RdmaPageSender {
         self.zeroing.forget(taken);
     }
 
-    fn await_landing(&mut self, deadline: Instant) -> Result<(), TransportError> {
+    fn await_landing(&mut self, wait: Duration) -> Result<(), TransportError> {
         let before = self.marks.landed;
+        let deadline = after(wait);
         if self.pending.back().is_none_or(|(ticket, _)| *ticket < self.sent) {
-            self.mark()?;
+            match self.mark(Some(deadline)) {
+                // Marks before this one are not answered, and there is no credit for it.
+                Err(TransportError::TimedOut { .. }) => {}
+                marked => marked?,
+            }
         }
+        self.advance();
         while self.marks.landed == before && Instant::now() < deadline {
             self.outlet.pump(Some(deadline))?;
             self.advance();
@@ -224,7 +232,7 @@ impl PageSender for RdmaPageSender {
                 && sender.marks.landed < sender.sent
                 && sender.phase == Phase::Open
             {
-                sender.await_landing(Instant::now() + wait)?;
+                sender.await_landing(wait)?;
             }
             Ok(sender.marks)
         })

@@ -1,5 +1,6 @@
 //! The source's end of a link.
 
+use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 
@@ -11,15 +12,15 @@ use pageferry::transport::{
 
 use crate::announce::{Directory, tell_all};
 use crate::cm::RemoteAccess;
+use crate::connector::{Connected, RdmaConnector};
 use crate::dial::Workshop;
 use crate::memory::Registered;
 use crate::options::{Mtu, RdmaOptions};
 use crate::preamble::Purpose;
 use crate::reader::RdmaReadGrant;
 use crate::sender::RdmaPageSender;
-use crate::state::LinkState;
 use crate::verbs::Access;
-use crate::{CAPABILITIES, NAME, check_libraries, control, first_of};
+use crate::{CAPABILITIES, NAME, control};
 
 /// The source's end of a link over RDMA.
 ///
@@ -43,31 +44,28 @@ pub struct RdmaSourceLink {
 /// The address tells which device is used, unless one is asked for by [`RdmaOptions::device`];
 /// then it must be that one's.
 ///
-/// Of a name with several addresses the first is taken.
+/// Tries the addresses of a name one after another, and the next one too when one is silent for a
+/// quarter of a second; the first that is connected is taken. Each is given at most
+/// [`RdmaOptions::connect_timeout`]. A refusal is an answer: it is returned as
+/// [`TransportError::Refused`]. To be able to end it, use [`RdmaConnector`].
 pub fn connect(
-    address: impl ToSocketAddrs,
+    address: impl ToSocketAddrs + fmt::Debug,
     options: RdmaOptions,
 ) -> Result<RdmaSourceLink, TransportError> {
-    let unknown = |cause| TransportError::Connect { address: String::from("?"), cause };
-    let address = first_of(address).map_err(unknown)?;
-    check_libraries().map_err(|unavailable| TransportError::Connect {
-        address: address.to_string(),
-        cause: unavailable.into(),
-    })?;
-    let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
-    let state = LinkState::new(|| {}).map_err(failed)?;
-    let migration = MigrationId::random().map_err(failed)?;
-    let (workshop, id) = Workshop::towards(address, options, state)?;
-    let preamble = |purpose| workshop.preamble(purpose, migration);
-    let outlet =
-        workshop.dial_outlet(Some(id), &preamble(Purpose::Control), RemoteAccess::Nothing)?;
-    let inlet = workshop.dial_inlet(&preamble(Purpose::ControlBack))?;
-    let mtu = outlet.connection.mtu;
-    let control = Some(control::channel(outlet, inlet));
-    Ok(RdmaSourceLink { control, registered: None, opened: false, migration, mtu, workshop })
+    RdmaConnector::new(options)?.connect(address)
 }
 
 impl RdmaSourceLink {
+    /// Of a destination that has let in the first control connection.
+    pub(crate) fn new(connected: Connected) -> Result<Self, TransportError> {
+        let Connected { workshop, migration, outlet } = connected;
+        workshop.watch(&outlet.connection.id)?;
+        let inlet = workshop.dial_inlet(&workshop.preamble(Purpose::ControlBack, migration))?;
+        let mtu = outlet.connection.mtu;
+        let control = Some(control::channel(outlet, inlet));
+        Ok(Self { control, registered: None, opened: false, migration, mtu, workshop })
+    }
+
     /// What this migration is called on the wire.
     pub fn migration_id(&self) -> MigrationId {
         self.migration
@@ -126,7 +124,7 @@ impl SourceLink for RdmaSourceLink {
         let senders = (0..channels)
             .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
                 let preamble = preamble(Purpose::Pages { channel });
-                let outlet = self.workshop.dial_outlet(None, &preamble, RemoteAccess::Nothing)?;
+                let outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Nothing)?;
                 let (here, directory) = (Arc::clone(&here), Arc::clone(&directory));
                 let sender =
                     RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
@@ -142,7 +140,7 @@ impl SourceLink for RdmaSourceLink {
         // The destination may ask for any page.
         registered.all_now()?;
         let preamble = self.workshop.preamble(Purpose::Reads, self.migration);
-        let mut outlet = self.workshop.dial_outlet(None, &preamble, RemoteAccess::Read)?;
+        let mut outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Read)?;
         tell_all(&mut outlet, &registered)?;
         Ok(Box::new(RdmaReadGrant::new(outlet, registered)))
     }

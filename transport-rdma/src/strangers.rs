@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use pageferry::transport::{Link, MigrationId, TransportError};
 
-use crate::cm::{Id, RemoteAccess};
-use crate::dial::Workshop;
+use crate::cm::RemoteAccess;
+use crate::dial::{Workshop, resolve};
 use crate::pipe::{ACKS, Inlet, KEEPALIVE, Message, Outlet, RECEIVES};
 use crate::preamble::Purpose;
 use crate::state::LinkState;
@@ -37,16 +37,18 @@ fn acceptor() -> Option<RdmaAcceptor> {
 }
 
 /// Somebody who is about to connect, and can say anything.
-fn stranger(to: SocketAddr) -> (Workshop, Id) {
-    let state = LinkState::new(|| {}).expect("an event counter");
-    Workshop::towards(to, RdmaOptions::default(), state).expect("a way")
+fn stranger(to: SocketAddr) -> Workshop {
+    let (options, state) =
+        (RdmaOptions::default(), LinkState::new(|| {}).expect("an event counter"));
+    let id = resolve(to, &options, &state).expect("a way");
+    Workshop::at(&id, to, options, state).expect("a device")
 }
 
 /// Says something; why it was refused.
 fn refused(to: SocketAddr, say: impl Fn(&Workshop) -> Vec<u8>) -> String {
-    let (workshop, id) = stranger(to);
+    let workshop = stranger(to);
     let said = say(&workshop);
-    match workshop.dial_outlet(Some(id), &said, RemoteAccess::Nothing) {
+    match workshop.dial_outlet(&said, RemoteAccess::Nothing) {
         Err(TransportError::Refused { reason, .. }) => reason,
         other => panic!("not refused: {other:?}"),
     }
@@ -58,16 +60,16 @@ fn preamble(purpose: Purpose, migration: MigrationId) -> impl Fn(&Workshop) -> V
 
 /// One half of a control channel, and nobody behind it.
 fn half(to: SocketAddr, migration: MigrationId) -> Outlet {
-    half_by(&stranger(to).0, migration)
+    half_by(&stranger(to), migration)
 }
 
 fn half_by(workshop: &Workshop, migration: MigrationId) -> Outlet {
     let say = workshop.preamble(Purpose::Control, migration);
-    workshop.dial_outlet(None, &say, RemoteAccess::Nothing).expect("accepted")
+    workshop.dial_outlet(&say, RemoteAccess::Nothing).expect("accepted")
 }
 
 fn other_half(to: SocketAddr, migration: MigrationId) -> Inlet {
-    let (workshop, _) = stranger(to);
+    let workshop = stranger(to);
     let say = workshop.preamble(Purpose::ControlBack, migration);
     workshop.dial_inlet(&say).expect("accepted")
 }
@@ -209,21 +211,20 @@ fn a_second_source_is_told_to_come_later_and_data_channels_must_be_free() {
     assert_eq!(busy.to_string(), format!("refused by {to}: another migration is being served"));
     let ours = destination.migration_id();
     assert_eq!(ours, source.migration_id());
-    let (workshop, id) = stranger(to);
+    let workshop = stranger(to);
     let channel = workshop.preamble(Purpose::Pages { channel: 0 }, ours);
     thread::scope(|scope| {
         // Nobody takes it.
-        let waiting =
-            scope.spawn(|| workshop.dial_outlet(Some(id), &channel, RemoteAccess::Nothing));
+        let waiting = scope.spawn(|| workshop.dial_outlet(&channel, RemoteAccess::Nothing));
         let taken = preamble(Purpose::Pages { channel: 0 }, ours);
         let began = Instant::now();
         loop {
-            let (workshop, id) = stranger(to);
+            let workshop = stranger(to);
             // The one above may not have come yet; a second one waits no longer than it.
             let second = RdmaOptions { connect_timeout: GETS_IN / 5, ..workshop.options.clone() };
             let workshop = Workshop { options: second, ..workshop };
             let said = taken(&workshop);
-            match workshop.dial_outlet(Some(id), &said, RemoteAccess::Nothing) {
+            match workshop.dial_outlet(&said, RemoteAccess::Nothing) {
                 Err(TransportError::Refused { reason, .. }) => {
                     assert_eq!(reason, "data channel 0 is connected already");
                     break;
@@ -294,7 +295,7 @@ fn a_source_that_floods_is_told_off_and_costs_no_more_than_its_credits() {
     let Some(acceptor) = acceptor() else { return };
     let to = acceptor.local_addr();
     let migration = MigrationId([3; 16]);
-    let (workshop, _) = stranger(to);
+    let workshop = stranger(to);
     let (mut outlet, _inlet) = (half_by(&workshop, migration), other_half(to, migration));
     let mut link = acceptor.accept(Some(SOON)).expect("it came");
     let mut control = link.control().expect("once");

@@ -7,12 +7,11 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pageferry::transport::{Interrupt, TransportError};
+use pageferry::transport::{Interrupt, TransportError, addresses};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::board::{Bell, Board};
 use crate::connection::LinkState;
-use crate::connector::addresses_of;
 use crate::destination::TcpDestinationLink;
 use crate::options::TcpOptions;
 use crate::poll_loop::PollLoop;
@@ -61,10 +60,10 @@ impl TcpAcceptor {
         options: TcpOptions,
         spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
     ) -> Result<Self, TransportError> {
-        let failed = |cause| TransportError::Listen { address: crate::address_text(&addr), cause };
-        let addresses = addresses_of(&addr).map_err(failed)?;
+        let failed = |cause| TransportError::Listen { address: addresses::text(&addr), cause };
+        let found = addresses::resolve(&addr).map_err(failed)?;
         let mut last_error = failed(io::ErrorKind::NotFound.into());
-        for address in addresses {
+        for address in found {
             match listen(address, &options) {
                 Ok((listener, local_addr)) => {
                     let desk = Desk::open(listener, options, spawn).map_err(|cause| {

@@ -1,4 +1,4 @@
-//! How a source reaches a destination: which addresses a name has, and which of them answers.
+//! How a source reaches a destination: which of a name's addresses answers.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, MigrationId, TransportError};
+use pageferry::transport::{Interrupt, MigrationId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -19,22 +19,6 @@ use crate::source::{Attempt, TcpSourceLink};
 /// How long an address may be silent before the next one is tried too: the connection attempt
 /// delay of RFC 8305.
 const STAGGER: Duration = Duration::from_millis(250);
-
-/// The addresses of a name. Names of IPv6 scopes may be in brackets, `[fe80::1%eth0]:7400`, where
-/// the standard library takes numbers only.
-pub(crate) fn addresses_of(
-    addr: &(impl ToSocketAddrs + fmt::Debug),
-) -> io::Result<Vec<SocketAddr>> {
-    let text = crate::address_text(addr);
-    let scoped = text.strip_prefix('[').and_then(|rest| rest.split_once("]:"));
-    if let Some((host, port)) = scoped
-        && host.contains('%')
-        && let Ok(port) = port.parse::<u16>()
-    {
-        return Ok((host, port).to_socket_addrs()?.collect());
-    }
-    Ok(addr.to_socket_addrs()?.collect())
-}
 
 /// Connects, and can be told to stop.
 ///
@@ -75,19 +59,18 @@ impl TcpConnector {
     ) -> Result<TcpSourceLink, TransportError> {
         let Self { options, state } = self;
         let unreachable =
-            |cause| TransportError::Connect { address: crate::address_text(&addr), cause };
-        let addresses = addresses_of(&addr).map_err(unreachable)?;
+            |cause| TransportError::Connect { address: addresses::text(&addr), cause };
+        let found = addresses::resolve(&addr).map_err(unreachable)?;
         let id = MigrationId::random()
             .map_err(|cause| TransportError::Io { operation: "make a migration id", cause })?;
         let preamble = Preamble { id, kind: Kind::Control };
-        let nobody = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         let mut race = Race {
             options: &options,
             state: &state,
-            waiting: addresses.into(),
+            waiting: found.into(),
             attempts: Vec::new(),
             next_start: Instant::now(),
-            last_error: unreachable(nobody),
+            last_error: unreachable(io::ErrorKind::NotFound.into()),
         };
         loop {
             let answer = race

@@ -74,8 +74,6 @@ mod sender;
 mod source;
 mod zero_copy;
 
-use std::fmt;
-
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
 
 pub use acceptor::TcpAcceptor;
@@ -106,9 +104,4 @@ fn check_channels(channels: u16) -> Result<(), TransportError> {
         return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
     }
     Ok(())
-}
-
-/// An address as its owner wrote it, for an error; without the quotes of a string.
-fn address_text(addr: &impl fmt::Debug) -> String {
-    format!("{addr:?}").trim_matches('"').to_owned()
 }

@@ -16,6 +16,7 @@
 //! Every transport passes the conformance suite (`pageferry::testing::conformance`, behind the
 //! feature `test-support`).
 
+pub mod addresses;
 mod batch;
 pub mod byte_stream;
 pub mod stream;

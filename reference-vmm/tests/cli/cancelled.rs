@@ -1,9 +1,13 @@
 //! Ctrl-C and what comes of it, at every stage and on each side.
 
+use std::thread;
+use std::time::Instant;
+
 use rustix::process::Signal;
 
+use crate::support::PATIENCE;
 use crate::support::host::guest_kind;
-use crate::support::peer::{let_in, listen, take};
+use crate::support::peer::{is_being_dialled, let_in, listen, silent, take};
 use crate::support::process::Process;
 use crate::support::sides::{
     BUSY, SMALL, TIGHT, destination, source, source_that_stays, under_way,
@@ -54,6 +58,29 @@ fn while_the_destination_does_not_answer() {
     let _control = take(&listener);
     source.signal(Signal::INT);
     source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+}
+
+/// The attempt ends too, and not only the wait for it.
+#[test]
+fn while_the_address_is_silent() {
+    for wish in ["cancel", "Ctrl-C"] {
+        let (address, _held) = silent();
+        let mut source = source_that_stays(&[]);
+        source.say(format!("migrate {address}"));
+        let deadline = Instant::now() + PATIENCE;
+        while !is_being_dialled(&address) {
+            assert!(Instant::now() < deadline, "nobody connects");
+            thread::yield_now();
+        }
+        match wish {
+            "cancel" => source.say(wish),
+            _ => source.signal(Signal::INT),
+        }
+        assert_eq!(source.await_report().text("outcome"), "cancelled");
+        assert!(!is_being_dialled(&address), "after {wish} it is still connecting");
+        source.signal(Signal::INT);
+        source.finish().assert_status(3);
+    }
 }
 
 #[test]

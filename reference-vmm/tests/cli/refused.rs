@@ -25,6 +25,9 @@ fn addresses_that_are_none() {
     for address in ["nonsense", "127.0.0.1:port", "127.0.0.1:99999", &unknown] {
         assert_fails(address, &["failed to connect to", address]);
     }
+    // It could be an address of eight groups as well.
+    assert_fails("fe80::1:7400", &["in brackets before its port: [fe80::1]:7400"]);
+    assert_fails("[fe80::1%no-such0]:7400", &["is there a network interface no-such0?"]);
 }
 
 #[test]

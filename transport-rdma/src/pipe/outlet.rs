@@ -212,10 +212,10 @@ impl Outlet {
         Ok(self.has_room_at_once() && self.has_slot())
     }
 
-    /// Sends a mark; returns its number as a message. Waits for a credit.
-    pub(crate) fn mark(&mut self) -> Result<u64, TransportError> {
+    /// Sends a mark; returns its number as a message. Waits for a credit, at most until `deadline`.
+    pub(crate) fn mark(&mut self, deadline: Option<Instant>) -> Result<u64, TransportError> {
         self.pump(None)?;
-        self.pump_until(None, |outlet| outlet.credits.has_credit() && outlet.has_slot())?;
+        self.pump_until(deadline, |outlet| outlet.credits.has_credit() && outlet.has_slot())?;
         let verb =
             if self.immediate { Verb::WriteWithImmediate { immediate: 0 } } else { Verb::Send };
         self.post(verb, None)?;

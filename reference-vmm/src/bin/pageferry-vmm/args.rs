@@ -271,7 +271,7 @@ pub(crate) struct DemoArgs {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
-    /// Where a `pageferry-vmm receive` listens: HOST:PORT.
+    /// Where a `pageferry-vmm receive` listens: HOST:PORT, [IPV6]:PORT, [IPV6%INTERFACE]:PORT.
     #[arg(long, value_name = "ADDR")]
     pub(crate) migrate_to: Option<String>,
     /// How long the guest runs before it is migrated.

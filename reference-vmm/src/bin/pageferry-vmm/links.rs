@@ -6,8 +6,8 @@ use std::sync::Arc;
 use pageferry::transport::{DestinationLink, Interrupt, SourceLink, TransportError};
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
-use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions, RegistrationMode};
-use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink, connect};
+use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaConnector, RdmaOptions, RegistrationMode};
+use pageferry_tcp::{TcpAcceptor, TcpConnector, TcpOptions};
 
 #[cfg(feature = "rdma")]
 use crate::args::RdmaRegistration;
@@ -28,6 +28,15 @@ pub(crate) enum Acceptor {
     Tcp(TcpAcceptor),
     #[cfg(feature = "rdma")]
     Rdma(RdmaAcceptor),
+}
+
+/// A link that is to be made.
+#[derive(Debug)]
+pub(crate) enum Connector {
+    Tcp(TcpConnector),
+    IoUring(Rings, TcpConnector),
+    #[cfg(feature = "rdma")]
+    Rdma(RdmaConnector),
 }
 
 impl Transport {
@@ -142,15 +151,13 @@ impl Chosen {
         }
     }
 
-    pub(crate) fn connect(&self, address: &str) -> Result<Box<dyn SourceLink>, TransportError> {
-        let by_tcp = |options: &TcpOptions| -> Result<TcpSourceLink, TransportError> {
-            connect(address, options.clone())
-        };
+    /// What makes one link, and can be told to stop.
+    pub(crate) fn connector(self) -> Result<Connector, TransportError> {
         Ok(match self {
-            Self::Tcp(options) => Box::new(by_tcp(options)?),
-            Self::IoUring(rings, options) => Box::new(rings.source_link(by_tcp(options)?)),
+            Self::Tcp(options) => Connector::Tcp(TcpConnector::new(options)),
+            Self::IoUring(rings, options) => Connector::IoUring(rings, TcpConnector::new(options)),
             #[cfg(feature = "rdma")]
-            Self::Rdma(options) => Box::new(pageferry_rdma::connect(address, options.clone())?),
+            Self::Rdma(options) => Connector::Rdma(RdmaConnector::new(options)?),
         })
     }
 
@@ -185,6 +192,26 @@ impl Chosen {
                 (link.peer_addr(), Box::new(link))
             }
         })
+    }
+}
+
+impl Connector {
+    pub(crate) fn connect(self, address: &str) -> Result<Box<dyn SourceLink>, TransportError> {
+        Ok(match self {
+            Self::Tcp(tcp) => Box::new(tcp.connect(address)?),
+            Self::IoUring(rings, tcp) => Box::new(rings.source_link(tcp.connect(address)?)),
+            #[cfg(feature = "rdma")]
+            Self::Rdma(rdma) => Box::new(rdma.connect(address)?),
+        })
+    }
+
+    /// Ends the attempt, or the link that came of it.
+    pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
+        match self {
+            Self::Tcp(tcp) | Self::IoUring(_, tcp) => tcp.interrupter(),
+            #[cfg(feature = "rdma")]
+            Self::Rdma(rdma) => rdma.interrupter(),
+        }
     }
 }
 

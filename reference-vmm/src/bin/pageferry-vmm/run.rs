@@ -298,19 +298,20 @@ fn cpu_time() -> Duration {
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// Connects. Who cancels meanwhile need not wait for a host that does not answer.
+/// Connects, on a thread of its own so that wishes are heard meanwhile.
 fn connect_to(
     address: &str,
     chosen: Chosen,
     handle: &MigrationHandle,
     wishes: &Receiver<Wish>,
 ) -> std::result::Result<Box<dyn SourceLink>, pageferry::Error> {
+    let connector = chosen.connector()?;
+    let interrupter = connector.interrupter();
     let (done, connected) = bounded(1);
     let address = address.to_owned();
-    // It ends by itself once it has connected or timed out.
     thread::spawn(move || {
-        // By then nobody may be listening any more.
-        let _ = done.send(chosen.connect(&address));
+        // After an interrupt nobody listens.
+        let _ = done.send(connector.connect(&address));
     });
     loop {
         select! {
@@ -321,6 +322,8 @@ fn connect_to(
             recv(wishes) -> wish => if let Ok(wish) = wish {
                 steer(handle, &wish);
                 if matches!(wish, Wish::Interrupt | Wish::Cancel) {
+                    // The thread is not waited for: it may be looking up a name.
+                    interrupter.interrupt();
                     return Err(pageferry::Error::Cancelled);
                 }
             }

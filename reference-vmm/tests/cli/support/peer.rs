@@ -48,6 +48,32 @@ pub(crate) fn listen() -> (TcpListener, String) {
     (listener, address)
 }
 
+/// An address that does not answer, for as long as what comes with it lives: the queue of its
+/// listener has room for one, and is full.
+pub(crate) fn silent() -> (String, (TcpListener, TcpStream)) {
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).expect("bind");
+    rustix::net::listen(&socket, 0).expect("listen");
+    let listener = TcpListener::from(socket);
+    let address = listener.local_addr().expect("an address").to_string();
+    let fills = dial(&address);
+    (address, (listener, fills))
+}
+
+/// Whether somebody is connecting to an address and has no answer yet.
+pub(crate) fn is_being_dialled(address: &str) -> bool {
+    const SYN_SENT: &str = "02";
+    let SocketAddr::V4(address) = address.parse().expect("an address") else { panic!("IPv4") };
+    // As a number in the machine's order, and a port.
+    let remote = u32::from_ne_bytes(address.ip().octets());
+    let remote = format!("{remote:08X}:{:04X}", address.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("connections");
+    table.lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields.get(2) == Some(&&*remote) && fields.get(3) == Some(&SYN_SENT)
+    })
+}
+
 /// The control connection of a source, its preamble read and not answered.
 pub(crate) fn take(listener: &TcpListener) -> TcpStream {
     let (mut stream, _) = listener.accept().expect("accept");

@@ -1,6 +1,8 @@
 //! What the conformance suite does not see: registration and its cost, what is refused, peers that
 //! die, and that nothing is left behind. Like the suite, where there is an RDMA device.
 
+mod connecting;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::error::Error;
@@ -110,6 +112,41 @@ fn expect_resources(before: &str) {
         assert!(began.elapsed() < SOON, "left behind: {} instead of {before}", resources());
         thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Nobody receives, so marks are not answered: after 32 of them there is no credit for another.
+#[test]
+fn a_wait_is_as_long_as_asked_without_a_credit_for_a_mark() {
+    let (_alone, Some(address)) = (alone(), address()) else { return };
+    let mut opened = open(&address, RegistrationMode::AtStart, RegistrationMode::AtStart);
+    opened.here.fill(3);
+    let sender = &mut opened.sender;
+    thread::scope(|scope| {
+        let interrupter = sender.interrupter();
+        let (done, waited) = std::sync::mpsc::channel();
+        scope.spawn(move || {
+            for page in 0..40 {
+                sender.send(&[data(page, 1)]).expect("a batch goes out");
+                sender.watermarks(Some(Duration::from_millis(1))).expect("it is not lost");
+            }
+            // The other end may have given up waiting.
+            let _ = done.send(());
+        });
+        if waited.recv_timeout(SOON).is_err() {
+            interrupter.interrupt();
+            panic!("a wait of a millisecond went on");
+        }
+    });
+    thread::scope(|scope| {
+        scope.spawn(|| drain(&mut opened.receiver));
+        settle(&mut opened.sender, 40);
+        // As long as there is, and no longer than there is something to wait for.
+        assert_eq!(opened.sender.watermarks(Some(Duration::MAX)).expect("watermarks").landed, 40);
+        opened.sender.send(&[data(0, 1)]).expect("a batch goes out");
+        assert_eq!(opened.sender.watermarks(Some(Duration::MAX)).expect("watermarks").landed, 41);
+        opened.sender.finish().expect("the channel ends");
+    });
+    assert_eq!(opened.here.first_difference(&opened.there), Some((0, 40)));
 }
 
 #[test]
