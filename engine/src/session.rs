@@ -276,6 +276,11 @@ impl<R: Send + 'static> Session<R> {
         sent
     }
 
+    /// Whether a thread still has to send what it was given.
+    pub(crate) fn is_sending_aside(&self) -> bool {
+        matches!(&self.outlet, Outlet::Lent { returned, .. } if returned.is_empty())
+    }
+
     /// What a thread is to send and has not begun with is sent no more.
     pub(crate) fn recall(&self) {
         if let Outlet::Lent { recalled, .. } = &self.outlet {

@@ -73,6 +73,11 @@ impl Learned {
         self.recent.push_back(seen);
     }
 
+    /// It has taken so long and is not over: nothing to learn from, but it was seen to take that long.
+    pub(super) fn goes_on(&mut self, so_far: Duration) {
+        self.seen = Some(self.seen.unwrap_or(0.0).max(so_far.as_secs_f64()));
+    }
+
     /// Hopes that it takes less than was seen, where nothing will be seen unless it is tried.
     pub(super) fn hope(&mut self, share: f64) {
         self.mean *= share;
@@ -82,7 +87,12 @@ impl Learned {
 
     /// What it took last; before it was seen for the first time what was assumed.
     pub fn last(&self) -> Duration {
-        from_seconds(self.seen.unwrap_or(self.mean))
+        self.seen().unwrap_or(from_seconds(self.mean))
+    }
+
+    /// What it took last, if it was seen.
+    pub(super) fn seen(&self) -> Option<Duration> {
+        self.seen.map(from_seconds)
     }
 
     /// Whether it was ever seen.

@@ -286,6 +286,12 @@ impl Convergence {
         self.terms.load.learn(took);
     }
 
+    /// Device state has been with the destination for so long, and is not loaded: nobody waits for it
+    /// any more, but if that is the last of it, it is why.
+    pub fn load_goes_on(&mut self, so_far: Duration) {
+        self.terms.load.goes_on(so_far);
+    }
+
     /// Releasing host resources took so long.
     pub fn learn_release(&mut self, took: Duration) {
         self.terms.release.learn(took);

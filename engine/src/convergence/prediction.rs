@@ -221,7 +221,7 @@ impl Terms {
     pub(super) fn seen(&self, pages: u64, bytes_per_second: f64) -> [(Term, Duration); 9] {
         let sending = |bytes: u64| from_seconds(bytes as f64 / bytes_per_second);
         let final_pages = sending(pages.saturating_mul(PAGE_BYTES));
-        let load = if self.load.is_known() { self.load.last() } else { self.load().expected };
+        let load = self.load.seen().unwrap_or_else(|| self.load().expected);
         [
             (Term::Pause, self.pause.last()),
             (Term::FinalHarvest, self.harvest.last().saturating_mul(2)),
@@ -291,6 +291,20 @@ mod tests {
         let seen = terms.seen(0, 1e9);
         let worst = seen.iter().max_by_key(|(_, took)| *took).unwrap();
         assert_eq!(*worst, (Term::Load, 5000 * MS));
+    }
+
+    #[test]
+    fn a_load_that_goes_on_was_seen_and_is_not_expected() {
+        let mut terms = Terms::default();
+        let expected = terms.load();
+        terms.load.goes_on(250 * MS);
+        assert_eq!(terms.load(), expected);
+        let load = |terms: &Terms| terms.seen(0, 1e9)[5];
+        assert_eq!(load(&terms), (Term::Load, 250 * MS));
+        // Once it is over, what goes on next takes no less.
+        terms.load.learn(5000 * MS);
+        terms.load.goes_on(250 * MS);
+        assert_eq!(load(&terms), (Term::Load, 5000 * MS));
     }
 
     #[test]

@@ -152,6 +152,10 @@ impl Drive<'_> {
             return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
         }
         let Some(prepared) = self.prepare(state, attempt)? else {
+            // Unless it is the link that takes so long.
+            if !self.session.is_sending_aside() {
+                self.convergence.load_goes_on(watch.lap());
+            }
             return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
         };
         let lap = watch.lap();
