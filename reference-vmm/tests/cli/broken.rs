@@ -2,7 +2,48 @@
 
 use rustix::process::Signal;
 
+use crate::support::proxy::{Trouble, proxy};
+use crate::support::report::Report;
 use crate::support::sides::{BUSY, destination, source, source_of, under_way};
+
+/// A side that has lost its link waits so long for the other one's word why: longer than a guest
+/// may stand still for a peer that does not do its part.
+const LAST_WORDS_MS: f64 = 1000.0;
+
+/// By the guest's own clock.
+fn assert_never_stood_still(report: &Report) {
+    let gap_ms = report.number("heartbeat_gap_ms");
+    eprintln!("the guest stood still for {gap_ms} ms at most");
+    assert!(gap_ms < LAST_WORDS_MS, "{report:?}");
+}
+
+/// The link of a guest that stands still has trouble: it goes on at once.
+fn assert_goes_on(trouble: Trouble, why: &[&str]) {
+    let (_destination, address) = destination(&[]);
+    let mut source = source(&["--stall-timeout=3s", "--dirty-rate=20000"]);
+    let beats = source.beats();
+    source.say(format!("migrate {}", proxy(&address, trouble)));
+    source.await_message("guest paused at the source");
+    let report = source.finish().report(1);
+    report.assert_kept("failed", why, beats);
+    assert_never_stood_still(&report);
+}
+
+#[test]
+fn the_link_is_cut_while_the_guest_stands_still() {
+    assert_goes_on(Trouble::Cut, &["the transport failed"]);
+}
+
+#[test]
+fn data_channels_are_cut_while_the_guest_stands_still_and_nobody_says_why() {
+    // Lost or timed out: by which channel has something to send.
+    assert_goes_on(Trouble::DataCut, &[]);
+}
+
+#[test]
+fn the_link_is_silent_while_the_guest_stands_still() {
+    assert_goes_on(Trouble::Silence, &["timed out after 3s"]);
+}
 
 #[test]
 fn the_destination_is_killed() {
@@ -11,6 +52,7 @@ fn the_destination_is_killed() {
     assert!(destination.finish().reports.is_empty());
     let report = source.finish().report(1);
     report.assert_kept("failed", &["the transport failed"], beats);
+    assert_never_stood_still(&report);
     assert!(report.count("bytes_on_wire") > 0, "{report:?}");
 }
 
@@ -29,7 +71,9 @@ fn the_destination_stands_still_and_the_source_is_told_to_stop() {
     let (mut source, mut destination, beats) = under_way(&[]);
     destination.stop();
     source.signal(Signal::INT);
-    source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+    let report = source.finish().report(3);
+    report.assert_kept("cancelled", &["cancelled"], beats);
+    assert_never_stood_still(&report);
     destination.signal(Signal::CONT);
     destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
 }
@@ -39,7 +83,9 @@ fn the_destination_stands_still() {
     let more = ["--dirty-rate=100000", "--stall-timeout=10s"];
     let (mut source, destination, beats) = under_way(&more);
     destination.stop();
-    source.finish().report(1).assert_kept("failed", &["timed out after 10s"], beats);
+    let report = source.finish().report(1);
+    report.assert_kept("failed", &["timed out after 10s"], beats);
+    assert_never_stood_still(&report);
 }
 
 #[test]

@@ -110,6 +110,9 @@ fn a_bandwidth_limit_is_kept_and_can_be_lifted() {
     source.await_message("no migration is under way");
     source.say("migrate");
     destination.await_message("a source connected");
+    // Nothing is slow without a word.
+    source.await_message("round 1 goes on: ");
+    destination.await_message("round 1 goes on: ");
     source.say("limit 8M");
     source.say("limit fast");
     source.await_message("a size is like");

@@ -4,14 +4,16 @@ use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
-use pageferry::{Event, MigrationHandle, Phase};
+use pageferry::{Event, MigrationHandle, Phase, Progress};
 
 const TICK: Duration = Duration::from_millis(50);
+/// How long a round goes on until it is said how fast, and again. So nothing is slow without a word.
+const PACE: Duration = Duration::from_secs(5);
 
 /// Watches until dropped.
 pub(crate) struct Watch {
@@ -46,7 +48,7 @@ impl Watch {
         let bar = self.bar.clone();
         move |event| {
             if let Some(line) = line(event) {
-                if bar.is_hidden() { say!("{line}") } else { bar.println(line) }
+                tell(&bar, &line);
             }
         }
     }
@@ -63,10 +65,52 @@ impl Drop for Watch {
     }
 }
 
+fn tell(bar: &ProgressBar, line: &str) {
+    if bar.is_hidden() { say!("{line}") } else { bar.println(line) }
+}
+
+/// How fast a round goes that goes on.
+struct Pace {
+    since: Instant,
+    round: u32,
+    landed_bytes: u64,
+}
+
+impl Pace {
+    fn new(progress: &Progress) -> Self {
+        let &Progress { round, landed_bytes, .. } = progress;
+        Self { since: Instant::now(), round, landed_bytes }
+    }
+
+    /// What there is to say of it now.
+    fn line(&mut self, progress: &Progress) -> Option<String> {
+        if progress.phase != Phase::PreCopy || progress.round != self.round {
+            *self = Self::new(progress);
+        }
+        let (took, before) = (self.since.elapsed(), self.landed_bytes);
+        if took < PACE {
+            return None;
+        }
+        *self = Self::new(progress);
+        let landed_bytes = self.landed_bytes.saturating_sub(before);
+        Some(format!(
+            "round {} goes on: {} landed in the last {} s, {:.3} Gb/s",
+            self.round,
+            HumanBytes(landed_bytes),
+            took.as_secs(),
+            landed_bytes as f64 * 8.0 / took.as_secs_f64() / 1e9,
+        ))
+    }
+}
+
 fn draw(bar: &ProgressBar, handle: &MigrationHandle, stop: &AtomicBool) {
     let mut round = (0, 0);
+    let mut pace = Pace::new(&handle.progress());
     while !stop.load(Ordering::Relaxed) {
         let progress = handle.progress();
+        if let Some(line) = pace.line(&progress) {
+            tell(bar, &line);
+        }
         let looked_at = progress.pages.total();
         if progress.round != round.0 {
             // Pages looked at before this round began.

@@ -4,6 +4,7 @@ pub(crate) mod host;
 pub(crate) mod lines;
 pub(crate) mod peer;
 pub(crate) mod process;
+pub(crate) mod proxy;
 pub(crate) mod report;
 pub(crate) mod sides;
 

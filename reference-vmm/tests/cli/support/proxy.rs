@@ -1,0 +1,115 @@
+//! A link through which everything goes until the guest stands still, and then something happens to it.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use pageferry::protocol::Message;
+use pageferry_tcp::preamble::{ANSWER_BYTES, Kind, PREAMBLE_BYTES, Preamble};
+
+use super::peer::{frame, try_receive};
+
+/// What happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// All connections are cut.
+    Cut,
+    /// Those of the data channels are. On the other one nothing comes any more.
+    DataCut,
+    /// Nothing gets through any more, and nobody is told.
+    Silence,
+}
+
+struct Link {
+    trouble: Trouble,
+    /// Whether it has happened.
+    over: AtomicBool,
+    /// Both ends of each connection, and what it is for: open for as long as the test's process is there.
+    connections: Mutex<Vec<([TcpStream; 2], Kind)>>,
+}
+
+/// Listens for a source on its way to `destination`. With its own address.
+pub(crate) fn proxy(destination: &str, trouble: Trouble) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let address = listener.local_addr().expect("an address").to_string();
+    let destination = destination.to_owned();
+    let link = Link { trouble, over: AtomicBool::new(false), connections: Mutex::default() };
+    let link = Arc::new(link);
+    thread::spawn(move || {
+        for source in listener.incoming().map_while(Result::ok) {
+            // What cannot be passed on is not: the source sees it.
+            let _ = link.connect(source, &destination);
+        }
+    });
+    address
+}
+
+impl Link {
+    /// Connects a source with the destination.
+    fn connect(self: &Arc<Self>, mut source: TcpStream, destination: &str) -> io::Result<()> {
+        let mut there = TcpStream::connect(destination)?;
+        let mut bytes = [0; PREAMBLE_BYTES];
+        source.read_exact(&mut bytes)?;
+        there.write_all(&bytes)?;
+        let kind = Preamble::decode(&bytes).map_err(io::Error::other)?.kind;
+        let mut answer = [0; ANSWER_BYTES];
+        there.read_exact(&mut answer)?;
+        source.write_all(&answer)?;
+        let ends = [source.try_clone()?, there.try_clone()?];
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner).push((ends, kind));
+        let (from_there, to_source) = (there.try_clone()?, source.try_clone()?);
+        let link = Arc::clone(self);
+        thread::spawn(move || link.pass(from_there, to_source));
+        let link = Arc::clone(self);
+        thread::spawn(move || match kind {
+            Kind::Control => drop(link.pass_until_it_stands_still(source, there)),
+            Kind::Data { .. } => link.pass(source, there),
+        });
+        Ok(())
+    }
+
+    /// Passes on what comes, and its end.
+    fn pass(&self, mut from: TcpStream, mut to: TcpStream) {
+        let mut bytes = vec![0; 256 << 10];
+        loop {
+            let read = from.read(&mut bytes).unwrap_or(0);
+            if self.over.load(Ordering::Relaxed) {
+                return;
+            }
+            if read == 0 || to.write_all(&bytes[..read]).is_err() {
+                // Fails if it is gone altogether.
+                let _ = to.shutdown(Shutdown::Write);
+                return;
+            }
+        }
+    }
+
+    /// The last pages go out once the guest stands still: that is announced as a round of its own.
+    fn pass_until_it_stands_still(&self, mut from: TcpStream, mut to: TcpStream) -> io::Result<()> {
+        let mut switching = false;
+        loop {
+            let Ok(message) = try_receive(&mut from) else { return to.shutdown(Shutdown::Write) };
+            if switching && matches!(message, Message::Round { .. }) {
+                break;
+            }
+            switching = matches!(message, Message::Switchover { .. });
+            to.write_all(&frame(&message))?;
+        }
+        self.over.store(true, Ordering::Relaxed);
+        let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        for (ends, kind) in &*connections {
+            let cut = match self.trouble {
+                Trouble::Cut => true,
+                Trouble::DataCut => *kind != Kind::Control,
+                Trouble::Silence => false,
+            };
+            for end in ends.iter().filter(|_| cut) {
+                // It may be gone already.
+                let _ = end.shutdown(Shutdown::Both);
+            }
+        }
+        Ok(())
+    }
+}
