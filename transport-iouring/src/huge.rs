@@ -1,50 +1,23 @@
 //! Whether guest memory lies in huge pages.
-//!
-//! The layout of the call is that of linux/fs.h of Linux 6.7, the same on all architectures.
 #![expect(unsafe_code, reason = "a system call on address ranges of this process")]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use linux_raw_sys::general::{PAGE_IS_HUGE, page_region, pm_scan_arg};
 use rustix::ioctl::{Opcode, opcode};
 
-const PAGE_IS_HUGE: u64 = 1 << 6;
-
-#[repr(C)]
-struct PmScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-const PAGEMAP_SCAN: Opcode = opcode::read_write::<PmScanArg>(b'f', 16);
+const PAGEMAP_SCAN: Opcode = opcode::read_write::<pm_scan_arg>(b'f', 16);
 
 /// Whether any of the pages that are there is a huge one. Fails where the kernel (before Linux
 /// 6.7), a file system that is not mounted or a filter does not tell.
 pub(crate) fn any_in(ranges: impl Iterator<Item = (usize, usize)>) -> io::Result<bool> {
     let pagemap = File::open("/proc/self/pagemap")?;
     for (addr, len_bytes) in ranges {
-        let mut found = [PageRegion::default()];
-        let mut scan = PmScanArg {
-            size: size_of::<PmScanArg>() as u64,
+        let mut found = [page_region { start: 0, end: 0, categories: 0 }];
+        let mut scan = pm_scan_arg {
+            size: size_of::<pm_scan_arg>() as u64,
             flags: 0,
             start: addr as u64,
             end: (addr + len_bytes) as u64,
@@ -53,9 +26,9 @@ pub(crate) fn any_in(ranges: impl Iterator<Item = (usize, usize)>) -> io::Result
             vec_len: 1,
             max_pages: 1,
             category_inverted: 0,
-            category_mask: PAGE_IS_HUGE,
+            category_mask: PAGE_IS_HUGE.into(),
             category_anyof_mask: 0,
-            return_mask: PAGE_IS_HUGE,
+            return_mask: PAGE_IS_HUGE.into(),
         };
         // SAFETY: the opcode reads and writes a pm_scan_arg, and writes at most one entry to
         // `vec`, which is ours to write. Nothing is protected or changed.

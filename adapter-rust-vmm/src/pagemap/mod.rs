@@ -25,7 +25,7 @@ use crate::carry::CarryOver;
 use crate::misuse::{MisuseError, dirty_error};
 use crate::process::{addresses, call_ranges};
 use crate::uffd;
-use ioctl::PageRegion;
+use linux_raw_sys::general::page_region;
 
 /// Name of the source in messages and statistics.
 const NAME: &str = "pagemap scan";
@@ -163,7 +163,7 @@ struct Active {
     uffd: OwnedFd,
     pagemap: File,
     /// Where the kernel writes what it found.
-    runs: Vec<PageRegion>,
+    runs: Vec<page_region>,
 }
 
 impl PagemapScan {
@@ -258,7 +258,8 @@ impl Active {
         let pagemap = File::open("/proc/self/pagemap").map_err(PagemapError::OpenPagemap)?;
         ioctl::scan_and_protect(&pagemap, &(0..0), &mut []).map_err(PagemapError::NoScan)?;
         let uffd = open_userfaultfd()?;
-        Ok(Self { uffd, pagemap, runs: vec![PageRegion::default(); RUNS] })
+        let none = page_region { start: 0, end: 0, categories: 0 };
+        Ok(Self { uffd, pagemap, runs: vec![none; RUNS] })
     }
 
     /// Adds the written pages of a part of `region` to its words.
