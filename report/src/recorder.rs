@@ -22,6 +22,9 @@ const LONGEST_LOOK: Duration = Duration::from_micros(500);
 /// Samples to keep. When there are more, every second one is dropped, and one looks half as often.
 const MOST_SAMPLES: usize = 2000;
 
+/// Rounds to keep. When there are more, every second one is dropped, and of those that follow as many.
+const MOST_ROUNDS: usize = 2000;
+
 /// A moment.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
@@ -33,14 +36,14 @@ pub struct Sample {
     pub remaining_bytes: u64,
 }
 
-/// The beginning of a round.
+/// The beginning of a round. Of very many some are left out.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Round {
     /// Its number, from 1.
     pub round: u32,
     /// When, from the beginning of the migration.
     pub ms: f64,
-    /// Pages that were dirty.
+    /// Pages that were dirty; those of the rounds that are left out before it count.
     pub dirty_pages: u64,
 }
 
@@ -49,7 +52,7 @@ pub struct Round {
 pub struct Recorder {
     began: Instant,
     stop: Arc<AtomicBool>,
-    rounds: Arc<Mutex<Vec<Round>>>,
+    rounds: Arc<Mutex<Rounds>>,
     thread: Option<JoinHandle<Vec<Sample>>>,
 }
 
@@ -75,7 +78,7 @@ impl Recorder {
         move |event| {
             if let Event::RoundStarted { round, dirty_pages } = *event {
                 let round = Round { round, ms: ms(began.elapsed()), dirty_pages };
-                rounds.lock().unwrap_or_else(PoisonError::into_inner).push(round);
+                rounds.lock().unwrap_or_else(PoisonError::into_inner).add(round);
             }
         }
     }
@@ -83,8 +86,8 @@ impl Recorder {
     /// Ends, and returns what there was to see.
     pub fn finish(mut self) -> (Vec<Round>, Vec<Sample>) {
         let samples = self.join();
-        let rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        (rounds, samples)
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        (std::mem::take(&mut rounds.kept), samples)
     }
 
     fn join(&mut self) -> Vec<Sample> {
@@ -120,6 +123,38 @@ fn watch(handle: &MigrationHandle, began: Instant, stop: &AtomicBool) -> Vec<Sam
             interval *= 2;
         }
         thread::park_timeout(interval);
+    }
+}
+
+/// Rounds as far as they are kept: the first, the newest, and one in so many between.
+#[derive(Debug)]
+struct Rounds {
+    kept: Vec<Round>,
+    one_in: u32,
+}
+
+impl Default for Rounds {
+    fn default() -> Self {
+        Self { kept: Vec::new(), one_in: 1 }
+    }
+}
+
+impl Rounds {
+    fn add(&mut self, mut round: Round) {
+        if let [.., before, last] = self.kept[..]
+            && last.round.saturating_sub(before.round) < self.one_in
+        {
+            // It was the newest, and is one of those between.
+            round.dirty_pages = round.dirty_pages.saturating_add(last.dirty_pages);
+            self.kept.pop();
+        }
+        self.kept.push(round);
+        if self.kept.len() > MOST_ROUNDS {
+            self.one_in = self.one_in.saturating_mul(2);
+            for round in std::mem::take(&mut self.kept) {
+                self.add(round);
+            }
+        }
     }
 }
 
@@ -170,6 +205,24 @@ mod tests {
         let mut series = Series { samples: (0..5).map(sample).collect(), round: (0, 0) };
         series.thin_out();
         assert_eq!(series.samples, [0, 2, 4].map(sample));
+    }
+
+    #[test]
+    fn rounds_without_number_take_little_room_and_say_all_that_was_written() {
+        let mut rounds = Rounds::default();
+        for number in 1..=1_000_000 {
+            rounds.add(Round { round: number, ms: number.into(), dirty_pages: 3 });
+            assert!(rounds.kept.len() <= MOST_ROUNDS);
+            assert_eq!(rounds.kept.last().unwrap().round, number);
+        }
+        let kept = &rounds.kept;
+        assert!(kept.len() > MOST_ROUNDS / 3, "{}", kept.len());
+        assert_eq!(kept[0], Round { round: 1, ms: 1.0, dirty_pages: 3 });
+        // As many pages a second as if all had been kept.
+        for pair in kept.windows(2) {
+            let between = f64::from(pair[1].round - pair[0].round);
+            assert!((pair[1].dirty_pages as f64 / between - 3.0).abs() < 1e-9, "{pair:?}");
+        }
     }
 
     #[test]

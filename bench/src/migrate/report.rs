@@ -23,7 +23,7 @@ pub(super) fn print(document: &Document, json: bool) -> Result<(), Failure> {
         let mut cells = vec![Cell::new(each.setting.title())];
         let figures = [
             format!("{:.1} ms", each.total_ms),
-            each.rounds.len().to_string(),
+            each.rounds.last().map_or(0, |last| last.round).to_string(),
             format!("{:.2}", each.throughput_gbps),
             format!("{:.2} ms", each.downtime_ms),
             each.heartbeat_gap_ms.map_or_else(|| "-".to_owned(), |gap| format!("{gap:.1} ms")),

@@ -71,7 +71,7 @@ fn row(each: &Migration, verified: bool) -> Markup {
         tr {
             td.wide-text { (each.setting.title()) }
             td.n { (milliseconds(Some(each.total_ms))) }
-            td.n { (each.rounds.len()) }
+            td.n { (each.rounds.last().map_or(0, |last| last.round)) }
             td.n { (number(each.throughput_gbps)) }
             td.n { (milliseconds(Some(each.downtime_ms))) }
             @if verified { td.n { (milliseconds(compared(each))) } }
