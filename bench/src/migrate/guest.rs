@@ -96,4 +96,12 @@ impl Machine for LoadedGuest {
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         self.machine.load(state)
     }
+
+    fn release_resources(&mut self) -> Result<(), MachineError> {
+        self.machine.release_resources()
+    }
+
+    fn reacquire_resources(&mut self) -> Result<(), MachineError> {
+        self.machine.reacquire_resources()
+    }
 }
