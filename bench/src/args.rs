@@ -1,7 +1,6 @@
 //! The command line.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::MAX_CHANNELS;
@@ -17,6 +16,7 @@ use crate::latency::{self, LatencyArgs};
 use crate::migrate::{self, MigrateArgs};
 use crate::page::{self, ReportArgs};
 use crate::rearm::{self, RearmArgs};
+use crate::simulate::{self, SimulateArgs};
 use crate::throughput::SideName;
 
 pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -122,24 +122,6 @@ What is measured:
   stream, checksum included, and decoded to a new device; and the same bytes are copied. Each of
   these takes fresh memory from the allocator. Figures are medians of the samples.";
 
-const SIMULATE_METHOD: &str = "\
-Example:
-  pageferry-bench simulate --html simulated.html
-
-What is simulated:
-  Each scenario is drawn from a seed: a guest (1 GiB to 16 TiB; its pages are written evenly, hot and
-  cold, in bursts or in phases), a link (1 to 400 Gb/s, round trips of 0.05 to 100 ms, jitter,
-  episodes of loss, a slow channel, a step to another speed), two hosts (what pausing, harvesting,
-  saving, loading and resuming cost) and a downtime limit (20 ms to 1 s). Estimators and policies
-  migrate the same scenarios. No thread and no clock is in it: the same seed gives the same figures
-  anywhere, but for elapsed_ms.
-
-  left             the guest runs at the destination (slowed: it was throttled on the way)
-  called off       switchovers given up in time: the guest went on at the source
-  over the limit   downtimes longer than allowed
-  error            how far the prediction was from the downtime
-  effort           total time, as a multiple of sending everything once";
-
 /// Measures the pageferry live-migration engine.
 #[derive(Debug, Parser)]
 #[command(version, after_long_help = format!("{THROUGHPUT_EXAMPLES}\n\n{EXIT_CODES}"))]
@@ -165,7 +147,7 @@ pub(crate) enum Command {
     Rearm(RearmArgs),
     /// Migrate modelled guests over modelled networks with the engine's own state machines, and
     /// compare estimators and policies.
-    #[command(after_long_help = format!("{SIMULATE_METHOD}\n\n{EXIT_CODES}"))]
+    #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", simulate::METHOD))]
     Simulate(SimulateArgs),
     /// Save and load the device state of a guest, and encode and decode that of a large device.
     #[command(after_long_help = format!("{DEVICE_STATE_METHOD}\n\n{EXIT_CODES}"))]
@@ -429,22 +411,6 @@ pub(crate) struct DeviceStateArgs {
     /// How often each is measured.
     #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) samples: u16,
-    /// Print one JSON object and nothing else on stdout.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct SimulateArgs {
-    /// How many scenarios.
-    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub(crate) scenarios: u32,
-    /// Seed of the first; each further one has the next.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Write plots to this file, a page that needs nothing else.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) html: Option<PathBuf>,
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,

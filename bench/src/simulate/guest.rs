@@ -60,6 +60,13 @@ impl Guest {
         self.classes.iter().map(|class| class.pages).sum()
     }
 
+    /// Those that are ever written.
+    #[cfg(test)]
+    pub(super) fn written_pages(&self) -> f64 {
+        let written = self.classes.iter().filter(|class| class.writes_per_second > 0.0);
+        written.map(|class| class.pages).sum()
+    }
+
     pub(super) fn throttle(&mut self, percent: u8) {
         self.speed = 1.0 - f64::from(percent) / 100.0;
     }

@@ -126,6 +126,7 @@ impl World {
             throttle_percent: 0,
             slowed: 0.0,
         };
+        self.convergence.set_bandwidth_limit(self.scenario.bandwidth_limit);
         self.rehearse();
         self.unsent = self.scenario.guest.harvest();
         self.harvested = self.now;
@@ -266,6 +267,9 @@ impl World {
             // A slow channel takes part of the bandwidth along, as stripes are dealt out by speed.
             let (sent, took) = self.scenario.network.send(self.now, left / speed, most);
             let sent = (sent * speed).min(left);
+            // What the host does not allow yet waits.
+            let allowed = self.scenario.bandwidth_limit.filter(|_| running);
+            let took = allowed.map_or(took, |limit| took.max(sent / limit.get() as f64));
             left -= sent;
             self.scenario.guest.send(sent / PAGE_BYTES);
             if running {
@@ -311,6 +315,8 @@ impl World {
         let state_bytes = counts(&[hosts.state_bytes])[0];
         self.convergence.learn_save(state_bytes, time(saved - self.now));
         self.begin_sending();
+        // It is asked for again as pages land.
+        self.convergence.set_bandwidth_limit(None);
         if !self.send(pages, due, false) {
             return self.call_off(began);
         }
@@ -347,6 +353,7 @@ impl World {
     }
 
     fn call_off(&mut self, began: f64) -> Switchover {
+        self.convergence.set_bandwidth_limit(self.scenario.bandwidth_limit);
         let resume = self.draw(self.scenario.hosts.resume);
         self.now += resume;
         self.convergence.called_off(time(self.now));

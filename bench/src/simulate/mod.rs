@@ -1,6 +1,7 @@
 //! `simulate`: the engine's own state machines in a model of guest, network and hosts, by the
 //! thousand.
 
+mod args;
 mod contenders;
 mod dice;
 mod guest;
@@ -14,12 +15,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
+pub(crate) use args::{METHOD, SimulateArgs};
 use contenders::{ALL, Contender};
 use migration::{Outcome, migrate};
 use report::Report;
 use scenario::Scenario;
 
-use crate::args::SimulateArgs;
 use crate::outcome::{Failure, Outcome as Ended};
 
 /// Runs all scenarios with all contenders, and compares.
@@ -80,6 +81,9 @@ fn run_one(contender: &Contender, seed: u64) -> Outcome {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
+    use super::migration::End;
     use super::report::Row;
     use super::*;
 
@@ -97,6 +101,45 @@ mod tests {
         assert!(default.prediction_error_p95 <= 0.25, "{default:?}");
         assert!(default.called_off < last.called_off, "{default:?} {last:?}");
         assert!(default.converged + default.throttled > 400, "{default:?}");
+    }
+
+    /// Guests that could leave with all that they ever write to, in half of the limit and more: over a link
+    /// that is given up to a twentieth of what it carries while they run, and all of it when they stand
+    /// still. A limit of the host is no reason to slow them down, whatever it makes of their rounds.
+    #[test]
+    fn no_guest_is_slowed_down_for_a_bandwidth_limit() {
+        let mut limited = 0;
+        for seed in 0..4000 {
+            let mut scenario = Scenario::of(seed);
+            let link = scenario.network.bytes_per_second;
+            let last_pages = scenario.guest.written_pages() * 4096.0 / link;
+            let needed = scenario.least_downtime() + last_pages;
+            let as_it_is = scenario.network.step.is_none()
+                && scenario.network.episodes_per_second == 0.0
+                && scenario.network.channels.iter().all(|share| *share >= 1.0);
+            if !as_it_is || needed > scenario.limit.as_secs_f64() * 0.5 {
+                continue;
+            }
+            limited += 1;
+            let share = [0.05, 0.2, 0.6][limited % 3];
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "positive, and far below 2^53"
+            )]
+            let limit = (link * share) as u64;
+            scenario.bandwidth_limit = NonZeroU64::new(limit);
+            let settings = ALL[0].settings(scenario.limit, scenario.least_seconds());
+            let outcome = migrate(scenario, settings, ALL[0].method);
+            assert_eq!(
+                (outcome.throttle_percent, outcome.end),
+                (0, End::Converged),
+                "{seed}: {outcome:?}"
+            );
+            assert!(!outcome.overran(), "{seed}: {outcome:?}");
+        }
+        eprintln!("{limited} guests");
+        assert!(limited > 20, "{limited}");
     }
 
     #[test]

@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
+use super::SimulateArgs;
 use super::contenders::ALL;
 use super::migration::Outcome;
 use super::report::{Report, Row, quantile};
-use crate::args::SimulateArgs;
 
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 360.0;

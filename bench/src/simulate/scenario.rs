@@ -1,5 +1,6 @@
 //! A scenario, drawn from a seed: a guest, a network, two hosts, and a downtime limit.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use super::dice::Dice;
@@ -44,6 +45,8 @@ pub(super) struct Scenario {
     pub(super) guest: Guest,
     pub(super) network: Network,
     pub(super) hosts: Hosts,
+    /// Page bytes a second that the host allows while the guest runs.
+    pub(super) bandwidth_limit: Option<NonZeroU64>,
     /// For what differs from one time to the next.
     pub(super) dice: Dice,
 }
@@ -63,7 +66,7 @@ impl Scenario {
         let network = network(seed, bytes_per_second, round_trip);
         let mut dice = Dice::new(seed.wrapping_mul(8) + 2);
         let hosts = hosts(bytes, &mut dice);
-        Self { kind, limit, guest, network, hosts, dice }
+        Self { kind, limit, guest, network, hosts, bandwidth_limit: None, dice }
     }
 
     /// The downtime of a guest that writes nothing.
@@ -76,7 +79,9 @@ impl Scenario {
 
     /// The time that sending everything once takes at least.
     pub(super) fn least_seconds(&self) -> f64 {
-        self.guest.pages() * PAGE_BYTES / self.network.bytes_per_second
+        let link = self.network.bytes_per_second;
+        let allowed = self.bandwidth_limit.map_or(link, |limit| link.min(limit.get() as f64));
+        self.guest.pages() * PAGE_BYTES / allowed
     }
 }
 

@@ -13,6 +13,8 @@ use super::bandwidth::{Averaging, Bandwidth};
 const ASSUMED: f64 = 1.25e9;
 /// How far off that may be, as a share of it.
 const ASSUMED_DEVIATION: f64 = 0.5;
+/// More than any link carries: 800 Gb/s, in bytes.
+const MOST_ASSUMED: f64 = 1e11;
 
 /// How far off the host's own figure may be.
 const GIVEN_DEVIATION: f64 = 0.1;
@@ -27,12 +29,14 @@ pub(super) struct Link {
     free: Bandwidth,
     /// Page bytes a second, if that is what is sent by just now.
     limit: Option<NonZeroU64>,
+    /// What is taken for the free link as long as nobody has seen it.
+    assumed: f64,
 }
 
 impl Link {
     pub(super) fn new(averaging: Averaging) -> Self {
         let unknown = Bandwidth::new(averaging);
-        Self { limited: unknown.clone(), free: unknown, limit: None }
+        Self { limited: unknown.clone(), free: unknown, limit: None, assumed: ASSUMED }
     }
 
     /// What holds from now on.
@@ -86,10 +90,24 @@ impl Link {
                 Some((free, self.free.deviation(now)))
             }
             (Some(limit), None) if rate >= limit.get() as f64 * HELD && may_try => {
-                Some((rate.max(ASSUMED), ASSUMED_DEVIATION))
+                Some((rate.max(self.assumed), ASSUMED_DEVIATION))
             }
             _ => Some((rate, deviation)),
         }
+    }
+
+    /// By what was assumed nothing will come of it. Assumes twice as much, if nothing is known: only a
+    /// switchover can tell, and costs less than a guest that is slowed down in vain. Whether it does.
+    pub(super) fn assumes_more(&mut self) -> bool {
+        let Some(rate) = self.limited.bytes_per_second() else { return false };
+        let held = self.limit.is_some_and(|limit| rate >= limit.get() as f64 * HELD);
+        let unseen = self.free.bytes_per_second().is_none();
+        let more = 2.0 * self.assumed.max(rate);
+        if !held || !unseen || more > MOST_ASSUMED {
+            return false;
+        }
+        self.assumed = more;
+        true
     }
 }
 
@@ -162,5 +180,18 @@ mod tests {
         let mut seen = Seen::nothing().at(20, Some(20));
         seen.0.set_limit(None);
         assert_eq!(seen.expected(None, true), Some(20.0));
+    }
+
+    #[test]
+    fn more_is_assumed_of_a_link_until_it_was_seen() {
+        let mut seen = Seen::nothing().at(20, Some(20));
+        assert!(seen.0.assumes_more());
+        assert_eq!(seen.expected(None, true), Some(2500.0));
+        while seen.0.assumes_more() {}
+        assert_eq!(seen.expected(None, true), Some(80_000.0));
+        assert!(!seen.at(90, None).at(20, Some(20)).0.assumes_more());
+        // Nothing holds these back but the link.
+        assert!(!Seen::nothing().at(20, Some(100)).0.assumes_more());
+        assert!(!Seen::nothing().at(20, None).0.assumes_more());
     }
 }

@@ -369,8 +369,13 @@ impl Convergence {
 
     /// Page bytes a second while the guest stands still, and how far off that may be.
     fn switchover_bandwidth(&self, now: Duration) -> Option<(f64, f64)> {
-        let may_try = self.settings.bound == Bound::Strict;
-        self.link.of_switchover(now, self.settings.switchover_bandwidth, may_try)
+        self.link.of_switchover(now, self.settings.switchover_bandwidth, self.may_try())
+    }
+
+    /// Whether it does no harm to expect too much of the link: the host has not said how much, and what
+    /// takes too long is called off.
+    fn may_try(&self) -> bool {
+        self.settings.bound == Bound::Strict && self.settings.switchover_bandwidth.is_none()
     }
 
     /// What takes longest of a downtime with so many pages to send, and all of that downtime, by what
@@ -477,6 +482,10 @@ impl Convergence {
         let hopeless = expected > self.settings.downtime_limit
             && (self.stale_rounds >= STALE_ROUNDS
                 || self.forecast.is_some_and(|forecast| !forecast.meets_limit));
+        if hopeless && self.may_try() && self.link.assumes_more() {
+            self.hopeless_rounds = 0;
+            return Verdict::Iterate { expected: Some(expected) };
+        }
         self.hopeless_rounds = if hopeless { self.hopeless_rounds + 1 } else { 0 };
         let given_up = self.hopeless_rounds >= HOPELESS_ROUNDS;
         match self.settings.policy {

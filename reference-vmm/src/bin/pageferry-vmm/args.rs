@@ -229,7 +229,8 @@ pub(crate) struct MigrationArgs {
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub(crate) bandwidth_limit: Option<NonZeroU64>,
     /// Page bytes a second to expect while the guest stands still, when no bandwidth limit holds
-    /// [default: what was seen without one; if there always was one, 10 Gb/s].
+    /// [default: what was seen without one; if there always was one, 10 Gb/s, and more
+    /// before the guest is slowed down for it].
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub(crate) switchover_bandwidth: Option<NonZeroU64>,
     /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
