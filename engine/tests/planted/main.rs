@@ -141,6 +141,11 @@ const PLANTED: &[Planted] = &[
     (F::LossIsEnd, "a_dropped_channel_is_lost_alone", "Ok(())"),
     (F::LostChannelTakesAll, "a_dropped_channel_is_lost_alone", "Interrupted"),
     (F::ReadsSupportedInNameOnly, "pages_are_read_where_that_is_possible", "Unsupported"),
+    (
+        F::ControlSendNotWoken,
+        "cancelling_ends_a_migration_whose_device_state_nobody_takes",
+        "cancelling ends a migration",
+    ),
 ];
 
 /// Faults that are tried at once: most of those that take long wait.

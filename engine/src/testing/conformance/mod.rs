@@ -23,6 +23,7 @@
 //! watchdog after a minute, which says which calls those were. A thread that no interrupt wakes is
 //! left behind.
 
+mod cancelling;
 mod control;
 mod ends;
 mod fixture;
@@ -238,6 +239,8 @@ cases! {
         a_dropped_channel_is_lost_alone;
     reads:
         pages_are_read_where_that_is_possible;
+    cancelling:
+        cancelling_ends_a_migration_whose_device_state_nobody_takes;
 }
 
 /// Makes a `#[test]` of each case for a function that makes a [`Pair`].
@@ -286,6 +289,7 @@ macro_rules! conformance_suite {
             a_lost_destination_is_noticed
             a_dropped_channel_is_lost_alone
             pages_are_read_where_that_is_possible
+            cancelling_ends_a_migration_whose_device_state_nobody_takes
         );
     };
     (@cases $make_pair:expr; $($case:ident)*) => {
