@@ -68,14 +68,14 @@ impl Link for IoUringDestinationLink {
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.tcp.check()?;
+        // Also for the case that there is no ring for a channel. First, since the source keeps its
+        // place from here on, however long it takes to pin memory.
+        self.tcp.register(memory)?;
         let (table, cost) = if self.rings.options().register_destination {
             self.rings.register(memory, || self.tcp.check())?
         } else {
             (None, Registration::default())
         };
-        // For the case that there is no ring for a channel.
-        self.tcp.register(memory)?;
         self.memory = Some(Registered { memory: Arc::clone(memory), _table: table });
         Ok(cost)
     }

@@ -24,9 +24,10 @@ const BACKLOG: i32 = 64;
 /// Fits the kernel's 15 bytes.
 const THREAD_NAME: &str = "ferry-accept";
 
-/// Waits for sources at an RDMA device's address. Serves one migration at a time; a second source that
-/// has waited a second is told to come later. Who was let in and says nothing is no source yet: the link of
-/// one that another one is quicker than is interrupted, and the other's is next.
+/// Waits for sources at an RDMA device's address. Serves one migration at a time; a second source that has waited a
+/// second is told to come later. Who was let in and says nothing is no source yet, and neither is who has
+/// greeted and, once answered, says nothing more ([`Standing`](pageferry::transport::Standing)): its link
+/// is interrupted when another one speaks, which is next.
 ///
 /// Strangers (other programs' requests, sources that leave half-way) are turned away with a warning in
 /// the log that names their address, and disturb nobody.

@@ -32,8 +32,8 @@ pub(crate) trait Arrived {
 
 /// What is known of a source that was accepted.
 pub(crate) trait Voice: Send + Sync + fmt::Debug {
-    /// Whether it has said anything. Strangers who speak a preamble do not.
-    fn was_heard(&self) -> bool;
+    /// Whether it has greeted, and goes on. Strangers who speak a preamble do not.
+    fn keeps_place(&self) -> bool;
 
     /// Ends its link.
     fn interrupt(&self);
@@ -98,12 +98,12 @@ impl<A: Arrived, R> Migration<A, R> {
         }
     }
 
-    /// Whether its source has spoken: from then on others are told to come later.
-    fn was_heard(&mut self) -> bool {
+    /// Whether its source has spoken, and goes on: others are told to come later.
+    fn keeps_place(&mut self) -> bool {
         if let Some(arrived) = &mut self.arrived {
             arrived.listen();
         }
-        self.voice.was_heard()
+        self.voice.keeps_place()
     }
 
     /// Whether nobody accepted it yet, and nobody will.
@@ -151,7 +151,8 @@ impl<A: Arrived, R> Board<A, R> {
         if state.current.as_mut().is_some_and(Migration::was_given_up) {
             state.current = None;
         }
-        let busy = state.next.is_some() || state.current.as_mut().is_some_and(Migration::was_heard);
+        let busy =
+            state.next.is_some() || state.current.as_mut().is_some_and(Migration::keeps_place);
         match (preamble.purpose, &state.current) {
             (Purpose::Control, _) if busy => Ok(Place::Later),
             (Purpose::Control, _) if begun => {
@@ -188,11 +189,11 @@ impl<A: Arrived, R> Board<A, R> {
             return Ok(());
         };
         let gone = current.was_given_up();
-        if !gone && (state.next.is_some() || !arrived.voice().was_heard()) {
+        if !gone && (state.next.is_some() || !arrived.voice().keeps_place()) {
             return Err(arrived);
         }
         let Some(current) = &mut state.current else { return Err(arrived) };
-        if !gone && current.was_heard() {
+        if !gone && current.keeps_place() {
             return Err(arrived);
         }
         if gone || current.arrived.is_some() {
@@ -200,7 +201,7 @@ impl<A: Arrived, R> Board<A, R> {
             self.changed.notify_all();
             return Ok(());
         }
-        tracing::warn!(migration = %current.id, "given up: another source spoke first");
+        tracing::warn!(migration = %current.id, "given up: it says nothing, and another source does");
         let displaced = Arc::clone(&current.voice);
         state.next = Some(Migration::new(arrived));
         drop(state);
@@ -343,7 +344,7 @@ mod tests {
     struct Said(AtomicBool, AtomicBool);
 
     impl Voice for Said {
-        fn was_heard(&self) -> bool {
+        fn keeps_place(&self) -> bool {
             self.0.load(Ordering::Relaxed)
         }
 

@@ -87,6 +87,8 @@ impl ControlSender for RdmaControlSender {
             let cause = io::ErrorKind::NotConnected.into();
             return Err(TransportError::Lost { operation: OPERATION, cause });
         }
+        // Before the answer can come.
+        outlet.connection.state.link.note_told();
         let result = put(&mut outlet, frame, deadline);
         self.broken = result.is_err();
         result.map_err(|error| match error {

@@ -99,6 +99,8 @@ impl Link for RdmaDestinationLink {
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        // However long that takes.
+        self.workshop.state.settle();
         let (registered, cost) = self.workshop.register(memory, Access::RemoteWrite)?;
         self.registered = Some(registered);
         Ok(cost)

@@ -107,7 +107,7 @@ impl Arrived for Arrival {
     }
 
     fn voice(&self) -> Arc<dyn Voice> {
-        Arc::clone(&self.inlet.connection.state) as Arc<dyn Voice>
+        Arc::clone(&self.workshop.state) as Arc<dyn Voice>
     }
 }
 

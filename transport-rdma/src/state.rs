@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, TransportError};
+use pageferry::transport::{Interrupt, Standing, TransportError};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::board::Voice;
@@ -58,6 +58,8 @@ pub(crate) struct LinkState {
     /// Tells of that, once the device is known.
     watched: OnceLock<Watched>,
     bell: Bell,
+    /// Of a source at the destination.
+    standing: Mutex<Standing>,
     /// Wakes those who wait for something else than the bell.
     wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -69,8 +71,24 @@ impl LinkState {
             broken: OnceLock::new(),
             watched: OnceLock::new(),
             bell: Bell::new()?,
+            standing: Mutex::default(),
             wake: Box::new(wake),
         }))
+    }
+
+    fn standing(&self) -> MutexGuard<'_, Standing> {
+        // No critical section leaves it half changed.
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A control frame goes out.
+    pub(crate) fn note_told(&self) {
+        self.standing().tell(Instant::now());
+    }
+
+    /// Guest memory is registered.
+    pub(crate) fn settle(&self) {
+        self.standing().settle();
     }
 
     /// From here on the end of the device, or of a port for longer than `patience`, is noticed.
@@ -156,23 +174,17 @@ impl Interrupt for LinkState {
 pub(crate) struct ChannelState {
     pub(crate) link: Arc<LinkState>,
     interrupted: AtomicBool,
-    heard: AtomicBool,
     bell: Bell,
 }
 
 impl ChannelState {
     pub(crate) fn new(link: &Arc<LinkState>) -> io::Result<Self> {
-        Ok(Self {
-            link: Arc::clone(link),
-            interrupted: AtomicBool::new(false),
-            heard: AtomicBool::new(false),
-            bell: Bell::new()?,
-        })
+        Ok(Self { link: Arc::clone(link), interrupted: AtomicBool::new(false), bell: Bell::new()? })
     }
 
     /// A message has come.
     pub(crate) fn hear(&self) {
-        self.heard.store(true, Ordering::Relaxed);
+        self.link.standing().hear();
     }
 
     /// Fails once the connection or the link was interrupted, or its device failed.
@@ -194,12 +206,12 @@ impl ChannelState {
     }
 }
 
-impl Voice for ChannelState {
-    fn was_heard(&self) -> bool {
-        self.heard.load(Ordering::Relaxed)
+impl Voice for LinkState {
+    fn keeps_place(&self) -> bool {
+        self.standing().keeps_place(Instant::now())
     }
 
     fn interrupt(&self) {
-        self.link.interrupt();
+        Interrupt::interrupt(self);
     }
 }

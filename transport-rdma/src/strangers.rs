@@ -121,6 +121,33 @@ fn whoever_speaks_first_is_the_source() {
     });
 }
 
+/// It greets, is answered, and owes the next word from then on.
+#[test]
+fn who_greets_and_says_nothing_more_gives_way_to_who_does() {
+    let Some(acceptor) = acceptor() else { return };
+    let to = acceptor.local_addr();
+    let (mut stranger, mut link) = serve(&acceptor);
+    let mut from_stranger = stranger.control().expect("once");
+    from_stranger.sender.send(b"hello", SOON).expect("it goes out");
+    let mut control = link.control().expect("once");
+    control.receiver.receive(Some(SOON)).expect("it comes");
+    control.sender.send(b"welcome", SOON).expect("it goes out");
+    thread::scope(|scope| {
+        let negotiating = scope.spawn(move || {
+            let heard = control.receiver.receive(Some(SOON));
+            drop((control, link));
+            heard
+        });
+        let mut source = connect(to, RdmaOptions::default()).expect("it is let in, too");
+        let mut kept = source.control().expect("once");
+        kept.sender.send(b"hello", SOON).expect("it goes out");
+        let heard = negotiating.join().expect("no panic");
+        assert!(matches!(heard, Err(TransportError::Interrupted)), "{heard:?}");
+        let link = acceptor.accept(Some(SOON)).expect("the source is next");
+        assert_eq!(link.migration_id(), source.migration_id());
+    });
+}
+
 #[test]
 fn garbage_is_refused_at_once_and_another_version_told_so() {
     let Some(acceptor) = acceptor() else { return };

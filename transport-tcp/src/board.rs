@@ -64,7 +64,7 @@ pub(crate) enum Admitted {
     /// It is on the board, or closed.
     Done,
     /// It is a control connection of a source that has yet to say something: another one is being
-    /// served that has said nothing either, and whichever speaks first is the source.
+    /// served that says nothing either, and whichever speaks first is the source.
     Speechless(MigrationId, Incoming),
 }
 
@@ -85,7 +85,7 @@ pub(crate) struct Board {
 #[derive(Debug, Default)]
 struct State {
     current: Option<Migration>,
-    /// It has spoken while the current one had not, which therefore has to go.
+    /// It has spoken while the current one did not, which therefore has to go.
     next: Option<Migration>,
     accept_interrupted: bool,
     stopped: Option<Stopped>,
@@ -126,11 +126,11 @@ impl Migration {
         self.control.as_ref().is_some_and(|control| control.speech().is_err())
     }
 
-    /// Whether its source has greeted. Strangers who speak a preamble do not.
-    fn has_spoken(&self) -> bool {
+    /// Whether its source has greeted, and goes on. Strangers who speak a preamble do not.
+    fn keeps_place(&self) -> bool {
         match &self.control {
             Some(control) => control.speech() == Ok(Speech::Something),
-            None => self.link.upgrade().is_none_or(|link| link.was_heard()),
+            None => self.link.upgrade().is_none_or(|link| link.keeps_place()),
         }
     }
 
@@ -159,7 +159,7 @@ impl Board {
         let mut state = lock(&self.state);
         let refusal = match (preamble.kind, &state.current) {
             (Kind::Control, Some(current))
-                if !current.was_given_up() && (current.has_spoken() || state.next.is_some()) =>
+                if !current.was_given_up() && (current.keeps_place() || state.next.is_some()) =>
             {
                 Some((Status::Busy, "another migration is being served".to_owned()))
             }
@@ -211,12 +211,12 @@ impl Board {
         let mut state = lock(&self.state);
         let displaced = match &state.current {
             Some(current) if !current.was_given_up() => {
-                if current.has_spoken() || state.next.is_some() {
+                if current.keeps_place() || state.next.is_some() {
                     // It was let in, so there are no words for this.
                     tracing::warn!(%peer, "closed a connection: another migration is being served");
                     return;
                 }
-                tracing::warn!(migration = %current.id, "given up: another source spoke first");
+                tracing::warn!(migration = %current.id, "given up: it says nothing, and another source does");
                 current.control.is_none().then(|| current.link.upgrade())
             }
             _ => None,

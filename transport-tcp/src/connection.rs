@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, TransportError, ZeroCopyCounts};
+use pageferry::transport::{Interrupt, Standing, TransportError, ZeroCopyCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -42,8 +42,8 @@ pub(crate) fn until(deadline: Instant) -> Timespec {
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
     interrupted: AtomicBool,
-    /// Whether a control frame has come.
-    heard: AtomicBool,
+    /// Of a source at the destination.
+    standing: Mutex<Standing>,
     connections: Mutex<Vec<Weak<Connection>>>,
     /// Wakes whoever waits for something else than a connection.
     wake: Box<dyn Fn() + Send + Sync>,
@@ -59,7 +59,7 @@ impl LinkState {
     pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
             interrupted: AtomicBool::new(false),
-            heard: AtomicBool::new(false),
+            standing: Mutex::default(),
             connections: Mutex::default(),
             wake: Box::new(wake),
         })
@@ -73,9 +73,14 @@ impl LinkState {
         Ok(())
     }
 
-    /// Whether the other side has said something, and so is no stranger.
-    pub(crate) fn was_heard(&self) -> bool {
-        self.heard.load(Ordering::Relaxed)
+    /// Whether the source is none that another one may displace.
+    pub(crate) fn keeps_place(&self) -> bool {
+        lock(&self.standing).keeps_place(Instant::now())
+    }
+
+    /// Guest memory is registered.
+    pub(crate) fn settle(&self) {
+        lock(&self.standing).settle();
     }
 
     /// Makes a connection part of the link, so that an interrupt reaches it.
@@ -173,7 +178,12 @@ impl Connection {
 
     /// A control frame has come.
     pub(crate) fn note_heard(&self) {
-        self.link.heard.store(true, Ordering::Relaxed);
+        lock(&self.link.standing).hear();
+    }
+
+    /// A control frame goes out.
+    pub(crate) fn note_told(&self) {
+        lock(&self.link.standing).tell(Instant::now());
     }
 
     /// A handle that ends this connection alone.

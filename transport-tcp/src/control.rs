@@ -93,6 +93,8 @@ impl ControlSender for TcpControlSender {
         if self.broken {
             return Err(self.connection.failed(SENDING, Errno::NOTCONN.into()));
         }
+        // Before the answer can come.
+        self.connection.note_told();
         let sent = self.put(frame, deadline_after(Some(timeout)));
         self.broken = !matches!(sent, Ok(true));
         if self.broken {

@@ -120,6 +120,7 @@ impl Link for TcpDestinationLink {
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
         self.state.check()?;
+        self.state.settle();
         self.memory = Some(Arc::clone(memory));
         Ok(Registration::default())
     }

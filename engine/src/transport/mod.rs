@@ -19,6 +19,7 @@
 pub mod addresses;
 mod batch;
 pub mod byte_stream;
+mod standing;
 pub mod stream;
 
 use std::fmt;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
+pub use standing::Standing;
 
 use crate::memory::{GuestMemory, OutOfRange, PageRange};
 

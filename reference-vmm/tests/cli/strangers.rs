@@ -10,10 +10,11 @@ use pageferry_tcp::preamble::{Kind, Preamble, Status};
 use rustix::process::Signal;
 
 use crate::support::peer::{
-    Noise, control_preamble, dial, hello, let_in, read_answer, receive, send, welcomed,
+    Noise, Opened, control_preamble, dial, hello, let_in, read_answer, receive, send, try_open,
+    welcomed,
 };
 use crate::support::process::Process;
-use crate::support::sides::{destination, source, under_way};
+use crate::support::sides::{destination, source, under_way, under_way_to};
 
 /// Throws bytes at the port, more than a preamble and less; gives back connections that say
 /// nothing more.
@@ -44,9 +45,7 @@ fn noise_before_and_during_a_migration() {
     let mut noise = Noise(1);
     let (mut destination, address) = destination(&[]);
     let mut silent = disturb(&address, &mut noise);
-    let mut source = source(&["--verify"]);
-    source.say(format!("migrate {address}"));
-    destination.await_message("it offers a guest");
+    let (mut source, _) = under_way_to(&mut destination, &address, &["--verify"]);
     // The migration stands still while they come.
     source.stop();
     silent.extend(disturb(&address, &mut noise));
@@ -55,6 +54,7 @@ fn noise_before_and_during_a_migration() {
     let answer = read_answer(&mut second);
     assert_eq!(answer.status, Status::Busy, "{answer:?}");
     source.signal(Signal::CONT);
+    source.say("downtime-limit 60s");
     source.finish().report(0).assert_departed();
     destination.finish().report(0).assert_arrived();
     destination.await_message("refused a connection");
@@ -63,15 +63,15 @@ fn noise_before_and_during_a_migration() {
 #[test]
 fn a_second_source_while_one_is_served() {
     let (mut destination, address) = destination(&[]);
-    let (mut first, mut second) = (source(&[]), source(&[]));
+    let (mut first, _) = under_way_to(&mut destination, &address, &[]);
+    let mut second = source(&[]);
     let beats = second.beats();
-    first.say(format!("migrate {address}"));
-    destination.await_message("it offers a guest");
     first.stop();
     second.say(format!("migrate {address}"));
     let why = ["refused by", &address, "another migration is being served"];
     second.finish().report(1).assert_kept("failed", &why, beats);
     first.signal(Signal::CONT);
+    first.say("downtime-limit 60s");
     first.finish().report(0).assert_departed();
     destination.finish().report(0).assert_arrived();
 }
@@ -125,6 +125,41 @@ fn strangers_that_are_let_in_and_say_nothing() {
     let (destination, address) = destination(&[]);
     let _silent: Vec<_> = (0..30).map(|_| let_in(&address)).collect();
     assert_serves(destination, &address);
+}
+
+#[test]
+fn strangers_that_greet_and_say_nothing_more() {
+    let (destination, address) = destination(&[]);
+    let _silent = welcomed(&address, 2);
+    assert_serves(destination, &address);
+}
+
+/// Whose guest is on its way: the destination has heard of the first round.
+fn in_a_round(address: &str) -> Opened {
+    let Message::Hello(hello) = hello(2) else { panic!("no greeting") };
+    let mut source = try_open(address, &hello).expect("it is let in");
+    send(&mut source.control, &Message::Round { round: 1, dirty_pages: 9 }.encode());
+    send(&mut source.control, &Message::Ping { number: 1 }.encode());
+    assert_eq!(receive(&mut source.control), Message::Pong { number: 1 });
+    source
+}
+
+/// No source breaks the protocol, however far it has come.
+#[test]
+fn a_stranger_that_breaks_the_protocol_in_a_round() {
+    let (mut destination, address) = destination(&[]);
+    let mut stranger = in_a_round(&address);
+    send(&mut stranger.control, &Message::Round { round: 1, dirty_pages: 9 }.encode());
+    destination.await_message("no guest came from 127.0.0.1:");
+    assert_serves(destination, &address);
+}
+
+/// A source, as far as anybody can tell: who waits for its guest is told that it does not come.
+#[test]
+fn a_source_that_leaves_in_a_round_ends_the_wait() {
+    let (mut destination, address) = destination(&[]);
+    drop(in_a_round(&address));
+    destination.finish().report(1).assert_did_not_come("failed", &["lost"]);
 }
 
 #[test]

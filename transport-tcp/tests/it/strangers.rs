@@ -160,6 +160,55 @@ fn whoever_speaks_first_is_the_source() {
     });
 }
 
+/// It greets, is answered, and owes the next word from then on.
+#[test]
+fn who_greets_and_says_nothing_more_gives_way_to_who_does() {
+    let acceptor = acceptor(&TcpOptions::default());
+    let mut stranger = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+    let mut from_stranger = stranger.control().unwrap();
+    from_stranger.sender.send(b"hello", PATIENCE).unwrap();
+    let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
+    let mut control = link.control().unwrap();
+    control.receiver.receive(Some(PATIENCE)).unwrap();
+    control.sender.send(b"welcome", PATIENCE).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(move || control.receiver.receive(Some(PATIENCE)));
+        let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+        source.control().unwrap().sender.send(b"hello", PATIENCE).unwrap();
+        let error = waiting.join().unwrap().unwrap_err();
+        assert!(matches!(error, TransportError::Interrupted), "{error}");
+        drop(link);
+        let destination = acceptor.accept(Some(PATIENCE)).unwrap();
+        assert_eq!(destination.migration_id(), source.migration_id());
+    });
+}
+
+/// It is this side that owes the next word, or either: others are told to come later.
+#[test]
+fn a_source_that_may_be_silent_keeps_its_place() {
+    for registered in [false, true] {
+        let acceptor = acceptor(&TcpOptions::default());
+        let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+        let mut from_source = source.control().unwrap();
+        from_source.sender.send(b"hello", PATIENCE).unwrap();
+        let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
+        let mut control = link.control().unwrap();
+        control.receiver.receive(Some(PATIENCE)).unwrap();
+        if registered {
+            control.sender.send(b"welcome", PATIENCE).unwrap();
+            from_source.sender.send(b"agreed", PATIENCE).unwrap();
+            control.receiver.receive(Some(PATIENCE)).unwrap();
+            link.register(&guest_memory(&[1])).unwrap();
+            control.sender.send(b"registered", PATIENCE).unwrap();
+        }
+        // It waits for longer than anybody has to answer.
+        let error = connect(acceptor.local_addr(), TcpOptions::default()).unwrap_err();
+        assert!(matches!(error, TransportError::Refused { .. }), "{error}");
+        from_source.sender.send(b"more", PATIENCE).unwrap();
+        assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"more");
+    }
+}
+
 /// Found by a flood: it ended a `receive` as if somebody had interrupted it.
 #[test]
 fn who_is_displaced_as_it_is_accepted_ends_its_link_and_not_the_acceptor() {

@@ -10,8 +10,8 @@ use pageferry::memory::GuestMemory;
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::{DestinationLink, TransportError};
 use pageferry::{
-    Arrived, Destination, DestinationFailure, Error, Event, GuestAtDestination, MigrationHandle,
-    Offer, Statistics,
+    Arrived, Blame, Destination, DestinationFailure, Error, Event, GuestAtDestination,
+    MigrationHandle, Offer, Statistics,
 };
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
@@ -177,8 +177,15 @@ fn take_in(
     };
     let config = machine.guest.config().clone();
     let result = offer.receive(machine, &memory);
+    // No source breaks the protocol: who does is not the one that is waited for.
+    let is_stranger = |failure: &DestinationFailure<GuestMachine>| {
+        failure.guest == GuestAtDestination::AtSource
+            && failure.error.blame() == Blame::PeerMisbehaved
+    };
     match result {
-        Err(failure) if !begun.load(Ordering::Relaxed) => Ok(nothing(&failure.error)),
+        Err(failure) if !begun.load(Ordering::Relaxed) || is_stranger(&failure) => {
+            Ok(nothing(&failure.error))
+        }
         result => Ok(Come::Guest(Box::new(Coming { channels, config, result }))),
     }
 }

@@ -52,10 +52,21 @@ pub(crate) fn source_of(guest: &[&str]) -> Process {
 /// heartbeats before.
 pub(crate) fn under_way(more: &[&str]) -> (Process, Process, u64) {
     let (mut destination, address) = destination(&[]);
+    let (source, beats) = under_way_to(&mut destination, &address, more);
+    (source, destination, beats)
+}
+
+/// As [`under_way`], to a destination that is there. It ends when the source is told of another
+/// downtime limit.
+pub(crate) fn under_way_to(
+    destination: &mut Process,
+    address: &str,
+    more: &[&str],
+) -> (Process, u64) {
     let mut source = source_of(&[BUSY, TIGHT, &["--run-for", "100ms"], more].concat());
     let beats = source.beats();
     source.say(format!("migrate {address}"));
     destination.await_message("a source connected");
     source.await_message("round 1: ");
-    (source, destination, beats)
+    (source, beats)
 }
