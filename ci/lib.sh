@@ -143,15 +143,17 @@ has_asan() {
         "$out/has-asan"
 }
 
-# LLVM's packages have libFuzzer compiled. Prints the newest that links.
+# Prints where LLVM's packages have libFuzzer compiled, if they have one that links.
 find_fuzzer() {
     local library
-    compgen -G "/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-$(uname -m).a" | sort -rV |
-        while IFS= read -r library; do
-            ! c++ -o /dev/null -x c++ - -x none "$library" -lpthread 2>/dev/null <<'END' || { echo "$library"; break; }
+    for library in /usr/lib/llvm-*/lib/clang/*/lib/linux/"libclang_rt.fuzzer-$(uname -m).a"; do
+        if c++ -o /dev/null -x c++ - -x none "$library" 2>/dev/null <<'END'; then
 #include <cstddef>
 #include <cstdint>
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *, size_t) { return 0; }
 END
-        done
+            echo "$library"
+            return
+        fi
+    done
 }
