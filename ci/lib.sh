@@ -2,6 +2,8 @@
 
 out=target/ci
 mkdir -p "$out"
+# Small programs that try something; also for who goes to another tree.
+probes=$PWD/$out
 passed=0
 skips=()
 sudo=()
@@ -60,7 +62,7 @@ can_build_rdma() {
 # Whether there is a libclang that reads C, with the headers that are its own: asked by having each that
 # may be one read some. A file of a fitting name is not enough: libclang-cpp is another library.
 has_libclang() {
-    local probe=$out/has-libclang
+    local probe=$probes/has-libclang
     [ -x "$probe" ] || cc -x c -o "$probe" - -ldl 2>/dev/null <<'END' || return
 #include <dlfcn.h>
 #include <stdio.h>
@@ -124,6 +126,13 @@ need_package() {
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
 }
 
+# What io_uring sends without a copy is locked memory, of which a user has 8 MiB for all tests that run at once.
+need_locked_memory() {
+    [ "$(id -u)" = 0 ] || [ "$(ulimit -l)" = unlimited ] ||
+        sudo prlimit --pid $$ --memlock=unlimited:unlimited ||
+        fail "this user may lock $(ulimit -l) KiB of memory, which is too little: raise RLIMIT_MEMLOCK"
+}
+
 # Tools of cargo's that do not come with Rust: those of ci/tools.txt, unless there are some. Compiling them
 # would take longer than what they are for.
 tools=$PWD/target/tools
@@ -139,8 +148,8 @@ need_tools() {
 
 # What AddressSanitizer needs comes with some distributions of Rust.
 has_asan() {
-    RUSTC_BOOTSTRAP=1 rustc -Zsanitizer=address -o "$out/has-asan" - <<<'fn main() {}' >/dev/null 2>&1 &&
-        "$out/has-asan"
+    RUSTC_BOOTSTRAP=1 rustc -Zsanitizer=address -o "$probes/has-asan" - <<<'fn main() {}' >/dev/null 2>&1 &&
+        "$probes/has-asan"
 }
 
 # Prints where LLVM's packages have libFuzzer compiled, if they have one that links.
