@@ -136,7 +136,7 @@ fn line(event: &Event) -> Option<String> {
         Event::RoundFinished { round, statistics, verdict } => {
             let next = match verdict {
                 Verdict::Iterate { expected: Some(expected) } => {
-                    format!("would take {} ms to switch over, so again", expected.as_millis())
+                    format!("would take {} ms to switch over: not yet", expected.as_millis())
                 }
                 Verdict::SwitchOver { expected } => {
                     format!("switching over in about {} ms", expected.as_millis())
