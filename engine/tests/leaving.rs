@@ -5,8 +5,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::protocol::{FailureReason, Hello, Message};
-use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::transport::{ControlChannel, Link, TransportError};
+use pageferry::testing::TestMemory;
+use pageferry::testing::memory_transport::{self, MemorySource};
+use pageferry::transport::{ControlChannel, Link, SourceLink, TransportError};
 use pageferry::{
     Destination, DestinationFailure, Error, GuestAtDestination, Machine, MachineError, Timeouts,
 };
@@ -38,22 +39,45 @@ impl Machine for Vacant {
 /// A destination that is patient, of a source that opens no data channel and does
 /// `last` once it is welcome. Its failure.
 fn destination_of(last: impl FnOnce(ControlChannel)) -> Box<DestinationFailure<Vacant>> {
-    let (mut source, destination) = memory_transport::pair();
-    let there = TestMemory::new(&[64]);
     let patient = Timeouts { handshake: 2 * PATIENCE, ..Timeouts::default() };
+    destination_by(patient, |welcomed| last(welcomed.control))
+}
+
+/// A source that is welcome.
+struct Welcomed {
+    link: MemorySource,
+    control: ControlChannel,
+    agreed: Message,
+}
+
+/// The failure of a destination with these time limits, whose source goes on like this.
+fn destination_by(
+    timeouts: Timeouts,
+    go_on: impl FnOnce(Welcomed),
+) -> Box<DestinationFailure<Vacant>> {
+    let (mut link, destination) = memory_transport::pair();
+    let there = TestMemory::new(&[64]);
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = Destination::new().timeouts(patient).negotiate(Box::new(destination));
+            let offer = Destination::new().timeouts(timeouts).negotiate(Box::new(destination));
             offer.expect("an offer").receive(Vacant, there.memory())
         });
-        let mut control = source.control().expect("the control channel");
+        let mut control = link.control().expect("the control channel");
         let hello = Hello::new(there.memory().layout().clone(), 2, false, Vec::new());
-        control.sender.send(&Message::Hello(hello).encode(), PATIENCE).expect("greet");
-        let answer = control.receiver.receive(Some(PATIENCE)).expect("an answer");
-        assert!(matches!(Message::decode(&answer), Ok(Message::Welcome(_))), "{answer:?}");
-        last(control);
+        say(&mut control, &Message::Hello(hello.clone()));
+        let Message::Welcome(welcome) = hear(&mut control) else { panic!("not welcome") };
+        go_on(Welcomed { link, control, agreed: welcome.agreed(&hello) });
         receiving.join().expect("no panic").expect_err("no guest came")
     })
+}
+
+fn say(control: &mut ControlChannel, message: &Message) {
+    control.sender.send(&message.encode(), PATIENCE).expect("say something");
+}
+
+fn hear(control: &mut ControlChannel) -> Message {
+    let frame = control.receiver.receive(Some(PATIENCE)).expect("an answer");
+    Message::decode(&frame).expect("a message")
 }
 
 #[test]
@@ -84,4 +108,30 @@ fn a_source_that_fails_after_the_welcome_says_why() {
         panic!("{}", failure.error.chain())
     };
     assert_eq!(text, "no more cheese");
+}
+
+/// It has come as far as the first page, and holds the place of another one.
+#[test]
+fn a_source_that_never_begins_is_not_waited_for() {
+    let handshake = Duration::from_secs(1);
+    let timeouts =
+        Timeouts { handshake, registration_per_gib: Duration::ZERO, ..Timeouts::default() };
+    let failure = destination_by(timeouts, |Welcomed { mut link, mut control, agreed }| {
+        let here = TestMemory::new(&[64]);
+        say(&mut control, &agreed);
+        link.register(here.memory()).expect("register");
+        say(&mut control, &Message::Registered);
+        assert_eq!(hear(&mut control), Message::Registered);
+        let _channels = link.open_senders(2).expect("channels");
+        assert_eq!(hear(&mut control), Message::Ready);
+        // And says nothing more.
+        let told = hear(&mut control);
+        assert!(
+            matches!(told, Message::Failed { reason: FailureReason::TimedOut, .. }),
+            "{told:?}"
+        );
+    });
+    assert_eq!(failure.guest, GuestAtDestination::AtSource);
+    let said = failure.error.to_string();
+    assert!(said.contains("the source's first round"), "{said}");
 }

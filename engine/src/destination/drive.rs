@@ -27,7 +27,7 @@ use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{DestinationLink, Interrupt, TransportError};
 
-/// Waiting for the source while it sends pages: it decides how long that takes, and a dead link
+/// Waiting for the source once it sends pages: it decides how long that takes, and a dead link
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
 const PATIENT: Duration = Duration::from_secs(365 * 86_400);
 
@@ -53,6 +53,8 @@ pub(super) struct Drive {
     verified: bool,
     /// To end a channel here, and whether the source has asked for that.
     receivers: Vec<(Arc<dyn Interrupt>, bool)>,
+    /// For how long its first round is waited for, as long as there was none.
+    first_round: Option<Patience>,
     /// Reports that came when they did not matter. They do once a switchover is called off.
     late: VecDeque<ReceiverReport>,
     started: Instant,
@@ -98,6 +100,7 @@ pub(super) fn negotiate(
                 gauges,
                 digest: None,
                 verified: false,
+                first_round: None,
                 receivers: Vec::new(),
                 late: VecDeque::new(),
                 started,
@@ -264,7 +267,10 @@ impl Drive {
                 receiver::run(channel, pages, &gauges, &feed);
             })?;
         }
-        self.session.send(&Message::Ready)
+        self.session.send(&Message::Ready)?;
+        // It looks at all of its memory first, which is no more than registering it was.
+        self.first_round = Some(Patience::now("the source's first round", at_most));
+        Ok(())
     }
 
     /// Until the source says that everything is here: pages land by themselves, device state
@@ -274,10 +280,14 @@ impl Drive {
         loop {
             let item = match self.late.pop_front() {
                 Some(report) => Item::Report(report),
-                None => self.session.next(Patience::now("the source", PATIENT))?,
+                None => {
+                    let patient = || Patience::now("the source", PATIENT);
+                    self.session.next(self.first_round.unwrap_or_else(patient))?
+                }
             };
             match item {
                 Item::Message(Message::Round { round, dirty_pages }) => {
+                    self.first_round = None;
                     self.shared().set_round(round, dirty_pages);
                     self.emit(&Event::RoundStarted { round, dirty_pages })?;
                 }
