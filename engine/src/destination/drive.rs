@@ -278,12 +278,11 @@ impl Drive {
     fn take_in_pages(&mut self, memory: &Arc<GuestMemory>) -> Result<(Prepare, Vec<u8>), Error> {
         let mut state = Vec::new();
         loop {
-            let item = match self.late.pop_front() {
-                Some(report) => Item::Report(report),
-                None => {
-                    let patient = || Patience::now("the source", PATIENT);
-                    self.session.next(self.first_round.unwrap_or_else(patient))?
-                }
+            let item = if let Some(report) = self.late.pop_front() {
+                Item::Report(report)
+            } else {
+                let patient = || Patience::now("the source", PATIENT);
+                self.session.next(self.first_round.unwrap_or_else(patient))?
             };
             match item {
                 Item::Message(Message::Round { round, dirty_pages }) => {

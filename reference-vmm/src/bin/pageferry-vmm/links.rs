@@ -152,6 +152,10 @@ impl Chosen {
     }
 
     /// What makes one link, and can be told to stop.
+    #[cfg_attr(
+        not(feature = "rdma"),
+        expect(clippy::unnecessary_wraps, reason = "RDMA's can fail")
+    )]
     pub(crate) fn connector(self) -> Result<Connector, TransportError> {
         Ok(match self {
             Self::Tcp(options) => Connector::Tcp(TcpConnector::new(options)),
