@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::fixture::{hear, say};
+use super::fixture::say;
 use super::{PROMPT, Trial};
 use crate::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use crate::protocol::{Message, negotiate};
@@ -67,8 +67,10 @@ impl DirtySource for Clean {
     }
 }
 
+/// The next message. A whole engine works between two of them, on a machine that may be emulated.
 fn heard(control: &mut ControlChannel) -> Message {
-    Message::decode(&hear(&mut control.receiver)).expect("a message")
+    let frame = control.receiver.receive(Some(5 * PROMPT)).expect("a message comes in");
+    Message::decode(&frame).expect("a message")
 }
 
 fn told(control: &mut ControlChannel, message: &Message) {
