@@ -39,6 +39,7 @@ mod balance;
 mod config;
 mod host;
 mod limit;
+mod pace;
 mod receiver;
 mod sender;
 mod session;

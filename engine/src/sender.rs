@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::host::caught;
 use crate::ledger::{Share, StripeBits};
 use crate::memory::{GuestMemory, PAGE_BYTES, PageRange};
+use crate::pace::Pace;
 use crate::partition::Stripe;
 use crate::progress::Shared;
 use crate::session::Input;
@@ -34,10 +35,7 @@ use crate::transport::{
 /// (`pageferry-bench throughput --batch`).
 pub(crate) const BATCH_BYTES: u64 = 4 << 20;
 
-/// Bounds on what was sent and has not landed, a channel: what must be remembered, and what the
-/// last round may have to wait for.
-const IN_FLIGHT_BYTES: u64 = 32 << 20;
-/// Zero pages are little to remember and to send, but the destination writes them all: half a second
+/// Bounds on what was sent and has not landed, a channel, beside its [pace](crate::pace). Zero pages are little to remember and to send, but the destination writes them all: half a second
 /// of work where its memory was never touched, and more than enough for a long way.
 const IN_FLIGHT_ZERO_PAGES: u64 = 8 * MAX_BATCH_ZERO_PAGES;
 const IN_FLIGHT_BATCHES: usize = 256;
@@ -87,6 +85,8 @@ pub(crate) struct SenderSetup {
     pub(crate) capabilities: Capabilities,
     /// Page bytes to put into a batch, at most.
     pub(crate) batch_bytes: u64,
+    /// How long nothing may land before the link is given up.
+    pub(crate) stall: Duration,
     pub(crate) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
     pub(crate) stop: Arc<AtomicBool>,
     pub(crate) shared: Arc<Shared>,
@@ -98,7 +98,10 @@ pub(crate) struct SenderSetup {
 
 struct InFlight {
     ticket: Ticket,
+    sent: Instant,
     pages: PageCounts,
+    /// Page bytes that were under way then, with these.
+    bytes_under_way: u64,
     runs: Vec<Run>,
 }
 
@@ -111,6 +114,7 @@ struct SenderThread {
     batch_pages: PageCounts,
     max_batch_bytes: u64,
     max_batch_runs: usize,
+    pace: Pace,
     in_flight: VecDeque<InFlight>,
     in_flight_pages: PageCounts,
     /// Emptied lists of runs, to be filled again, so that a round allocates nothing.
@@ -130,6 +134,7 @@ pub(crate) fn run(setup: SenderSetup) {
         batch_pages: PageCounts::default(),
         max_batch_bytes: setup.capabilities.max_batch_bytes.min(setup.batch_bytes).max(PAGE_BYTES),
         max_batch_runs,
+        pace: Pace::new(setup.stall),
         in_flight: VecDeque::new(),
         in_flight_pages: PageCounts::default(),
         spare: Vec::new(),
@@ -344,7 +349,8 @@ impl SenderThread {
 
     /// Page bytes that the batch may still take; an empty batch takes a page, whatever the limit.
     fn room_bytes(&self) -> u64 {
-        let most_bytes = self.max_batch_bytes.min(self.setup.shared.bandwidth_at_a_time());
+        let at_a_time = self.setup.shared.bandwidth_at_a_time().min(self.pace.batch_bytes());
+        let most_bytes = self.max_batch_bytes.min(at_a_time);
         let least_bytes = if self.batch_pages.data == 0 { PAGE_BYTES } else { 0 };
         most_bytes.saturating_sub(self.batch_pages.data_bytes()).max(least_bytes)
     }
@@ -354,21 +360,24 @@ impl SenderThread {
         if self.batch.is_empty() {
             return Ok(());
         }
-        while self.in_flight_pages.data_bytes() > IN_FLIGHT_BYTES
+        while self.in_flight_pages.data_bytes() > self.pace.window()
             || self.in_flight_pages.zero > IN_FLIGHT_ZERO_PAGES
             || self.in_flight.len() >= IN_FLIGHT_BATCHES
         {
             self.reap(Some(GLANCE))?;
         }
         self.wait_for_bandwidth()?;
+        // Handing it over may take as long as most of it takes to land.
+        let sent = Instant::now();
         let ticket = self.setup.pages.send(&self.batch)?;
         // As long as any batch can be: none grows in the middle of a round.
         let most_runs = self.max_batch_runs;
         let empty = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(most_runs));
         let runs = std::mem::replace(&mut self.batch, empty);
         let pages = std::mem::take(&mut self.batch_pages);
-        self.in_flight.push_back(InFlight { ticket, pages, runs });
         self.in_flight_pages.add(&pages);
+        let bytes_under_way = self.in_flight_pages.data_bytes();
+        self.in_flight.push_back(InFlight { ticket, sent, pages, bytes_under_way, runs });
         self.unreaped_bytes += pages.data_bytes();
         if self.unreaped_bytes < REAP_EVERY_BYTES && self.in_flight.len() < IN_FLIGHT_BATCHES / 2 {
             return Ok(());
@@ -381,12 +390,15 @@ impl SenderThread {
     fn wait_for_bandwidth(&mut self) -> Result<(), Error> {
         let bytes = self.batch_pages.data_bytes();
         while let Err(wait) = self.setup.shared.take_bandwidth(bytes) {
+            let wait = wait.min(GLANCE);
             if self.in_flight.is_empty() {
                 // It is the host that wants it so slow, not the other side that stalls.
                 self.gauge().held_back.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(wait);
+                self.check_stop()?;
+            } else {
+                self.reap(Some(wait))?;
             }
-            std::thread::sleep(wait.min(GLANCE));
-            self.reap(None)?;
         }
         Ok(())
     }
@@ -408,6 +420,7 @@ impl SenderThread {
             let Some(mut batch) = self.in_flight.pop_front() else { break };
             self.in_flight_pages.data -= batch.pages.data;
             self.in_flight_pages.zero -= batch.pages.zero;
+            self.pace.landed(batch.bytes_under_way, batch.sent.elapsed());
             let gauge = self.gauge();
             gauge.landed_bytes.fetch_add(batch.pages.data_bytes(), Ordering::Relaxed);
             gauge.landed_zero_pages.fetch_add(batch.pages.zero, Ordering::Relaxed);

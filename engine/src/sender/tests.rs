@@ -3,6 +3,7 @@ use std::sync::Mutex;
 use crossbeam_channel::unbounded;
 
 use super::*;
+use crate::config::Timeouts;
 use crate::ledger::Ledger;
 use crate::partition::Partition;
 use crate::testing::TestMemory;
@@ -94,6 +95,7 @@ fn send_round(
             max_batch_runs: MAX_BATCH_RUNS,
         },
         batch_bytes: BATCH_BYTES,
+        stall: Timeouts::default().stall,
         gauges: Arc::clone(&gauges),
         stop: Arc::default(),
         shared: Shared::new(),

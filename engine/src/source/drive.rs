@@ -242,6 +242,7 @@ impl Drive<'_> {
                 pages,
                 capabilities: self.link.capabilities(),
                 batch_bytes: self.source.batch_bytes,
+                stall: self.source.common.timeouts.stall,
                 gauges: Arc::clone(&self.channels.gauges),
                 stop: Arc::clone(&self.stop),
                 shared: Arc::clone(self.session.shared()),

@@ -141,8 +141,9 @@ impl Source {
         self
     }
 
-    /// Most page bytes in a batch, at least a page; 4 MiB unless set. The transport may have a
-    /// lower limit ([`Capabilities::max_batch_bytes`](crate::transport::Capabilities)).
+    /// Most page bytes in a batch, at least a page; 4 MiB unless set. They are fewer until some have
+    /// landed, and on a slow link. The transport may have a lower limit
+    /// ([`Capabilities::max_batch_bytes`](crate::transport::Capabilities)).
     #[must_use]
     pub fn batch_bytes(mut self, bytes: u64) -> Self {
         self.batch_bytes = bytes;

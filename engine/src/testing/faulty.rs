@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Random;
 use crate::memory::GuestMemory;
@@ -33,6 +33,8 @@ pub struct Faults {
     pub silent_channel: Option<(u16, u64)>,
     /// Let each batch of this data channel take so much longer.
     pub slow_channel: Option<(u16, Duration)>,
+    /// Page bytes a second that all data channels share, a page at a time.
+    pub rate: Option<u64>,
     /// Hold up the first control frame of more than so many bytes, once, for so long.
     pub stall_frame: Option<(usize, Duration)>,
     /// Break the link once so many page bytes have gone out, over all channels.
@@ -64,6 +66,8 @@ struct Trouble {
     page_bytes_left: AtomicU64,
     frames_left: AtomicU64,
     interrupt: Arc<dyn Interrupt>,
+    /// When the next page may go out, where there is a rate.
+    next_page: Mutex<Instant>,
     /// Channels that have fallen silent and ended here. Their other sides see nothing of it.
     swallowed: Mutex<Vec<Box<dyn PageSender>>>,
 }
@@ -78,6 +82,17 @@ impl Trouble {
             left.store(0, Ordering::SeqCst);
             self.cut()
         })
+    }
+
+    /// Waits until it is the turn of so many page bytes.
+    fn wait_for_turn(&self, bytes: u64, rate: u64) {
+        let turn = {
+            let mut next = self.next_page.lock().unwrap_or_else(PoisonError::into_inner);
+            let turn = (*next).max(Instant::now());
+            *next = turn + Duration::from_secs_f64(bytes as f64 / rate as f64);
+            turn
+        };
+        std::thread::sleep(turn.saturating_duration_since(Instant::now()));
     }
 
     /// Breaks the link.
@@ -97,6 +112,7 @@ impl FaultySource {
             page_bytes_left: AtomicU64::new(faults.cut_after_page_bytes.unwrap_or(u64::MAX)),
             frames_left: AtomicU64::new(faults.cut_after_frames.unwrap_or(u64::MAX)),
             interrupt: inner.interrupter(),
+            next_page: Mutex::new(Instant::now()),
             swallowed: Mutex::default(),
         });
         Self { inner, faults, random: Random::new(seed), trouble, memory: None }
@@ -271,12 +287,16 @@ impl FaultySender {
         while self.held.len() > keep {
             let (ticket, runs) = self.held.remove(0);
             let mut last = 0;
-            for piece in pieces(&runs, self.faults.pieces_of_pages) {
+            let pages = self.faults.rate.map_or(self.faults.pieces_of_pages, |_| Some(1));
+            for piece in pieces(&runs, pages) {
                 let bytes: u64 = piece.iter().map(Run::payload_bytes).sum();
                 self.trouble.spend(&self.trouble.page_bytes_left, bytes)?;
                 self.spend(bytes)?;
                 self.fall_silent(bytes)?;
                 delay(&mut self.random, self.faults.delay_at_most);
+                if let Some(rate) = self.faults.rate {
+                    self.trouble.wait_for_turn(bytes, rate);
+                }
                 last = self.inner()?.send(&piece)?;
             }
             self.translation.push((ticket, last));

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use crossbeam_channel::unbounded;
 
+use crate::config::Timeouts;
 use crate::dirty::{DirtyBitmap, DirtySources};
 use crate::ledger::Ledger;
 use crate::memory::GuestMemory;
@@ -51,6 +52,7 @@ pub fn send_round(
         pages,
         capabilities,
         batch_bytes,
+        stall: Timeouts::default().stall,
         gauges: Arc::clone(&gauges),
         stop: Arc::new(AtomicBool::new(false)),
         shared: Shared::new(),

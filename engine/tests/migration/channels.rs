@@ -6,7 +6,7 @@ use std::time::Duration;
 use pageferry::testing::TestMemory;
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::transport::SourceLink;
-use pageferry::{Blame, Error, Event};
+use pageferry::{Blame, Error, Event, Timeouts};
 
 use crate::scene::Scene;
 use crate::support::SoftwareLog;
@@ -94,4 +94,20 @@ fn the_only_channel_that_falls_silent_ends_the_migration_in_time() {
     let outcome = scene.play(|link| Box::new(FaultySource::new(link, faults, 1)));
     let (error, _) = outcome.expect_kept();
     assert!(matches!(error, Error::TimedOut { what: "pages to land", .. }), "{error:?}");
+}
+
+/// What many channels hand to a slow link takes its time to land; some of it always does.
+#[test]
+fn a_slow_link_with_many_channels_is_not_taken_for_a_dead_one() {
+    let stall = Duration::from_secs(3);
+    let mut scene = Scene::new();
+    let timeouts = Timeouts { stall, ..Timeouts::default() };
+    scene.source = scene.source.channels(16).timeouts(timeouts);
+    // The pages that hold data take longer than nothing may land for.
+    let rate = 2 << 20;
+    assert!(2100 * 4096 / rate > stall.as_secs());
+    let faults = Faults { rate: Some(rate), ..Faults::default() };
+    let outcome = scene.play(|link| Box::new(FaultySource::new(link, faults, 1)));
+    let (departed, _) = outcome.expect_moved();
+    assert_eq!(departed.statistics.lost_channels, 0);
 }
