@@ -35,6 +35,7 @@ pub mod threads;
 pub mod transport;
 
 mod ahead;
+mod backing;
 mod balance;
 mod config;
 mod host;

@@ -10,13 +10,11 @@ use std::any::Any;
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{BorrowedFd, RawFd};
 
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 
+pub use crate::backing::FileBacking;
 use crate::zero;
 
 /// Bytes in one page, the unit of dirty tracking and of transfer. Larger pages of the backing
@@ -159,39 +157,6 @@ impl fmt::Display for Layout {
             write!(f, "{separator}{:#x}..{end:#x}", region.guest_addr)?;
         }
         Ok(())
-    }
-}
-
-/// The file behind a region, where there is one: the region is a shared mapping of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FileBacking {
-    /// Descriptor of the memfd or file; borrowed, open as long as the region is mapped.
-    pub fd: RawFd,
-    /// Offset in bytes of the region's first byte in the file.
-    pub offset_bytes: u64,
-}
-
-impl FileBacking {
-    /// The next run of bytes at or after `from_bytes` and before `before_bytes` (counted from the
-    /// start of the region) that the file holds something for; the rest is a hole, which reads
-    /// as zero and is allocated when it is read through a mapping. `None` if there is none; all
-    /// of the rest where the file system cannot tell. Moves the descriptor's file position.
-    fn next_data(&self, from_bytes: u64, before_bytes: u64) -> Option<Range<u64>> {
-        // SAFETY: open as long as the region is mapped, says the type's contract.
-        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
-        let from = self.offset_bytes + from_bytes;
-        let data = match seek(fd, SeekFrom::Data(from)) {
-            Ok(data) => data.saturating_sub(self.offset_bytes),
-            // Nothing but a hole until the end.
-            Err(Errno::NXIO) => return None,
-            Err(_) => return Some(from_bytes..u64::MAX),
-        };
-        if data >= before_bytes {
-            return None;
-        }
-        // Walks all of the data until there is a hole: not to be asked for each piece of it.
-        let hole = seek(fd, SeekFrom::Hole(self.offset_bytes + data)).unwrap_or(u64::MAX);
-        Some(data..hole.saturating_sub(self.offset_bytes))
     }
 }
 
@@ -360,24 +325,24 @@ impl GuestMemory {
         Ok((pages as u64, zero))
     }
 
-    /// The next run of pages that may hold something, if it begins at or after `from_page` and
-    /// before `before_page`; it may end later. Pages outside were never written when this was
-    /// asked: they are zero, and reading them would allocate memory for nothing.
+    /// The next run of pages that may hold something, at or after `from_page` and before `before_page`,
+    /// where it ends at the latest. Pages outside were never written when this was asked: they are
+    /// zero, and reading them would allocate memory for nothing. Costs by the number of pages that are
+    /// asked about, however far a run goes on.
     ///
-    /// Known for regions with a file behind them (memfd), by `SEEK_DATA` and `SEEK_HOLE`
-    /// (lseek(2)), which costs by the length of the run: remember its end. Elsewhere all pages
-    /// may hold something.
+    /// Known for regions with a file behind them (memfd), by `SEEK_DATA` (lseek(2)) and mincore(2).
+    /// Elsewhere all pages may hold something.
     pub fn next_data(&self, region: u16, from_page: u64, before_page: u64) -> Option<Range<u64>> {
-        let region = self.regions.get(usize::from(region))?;
-        let pages = region.layout.pages();
-        if from_page >= before_page.min(pages) {
+        let RawRegion { layout, host_addr, file } = self.regions.get(usize::from(region))?;
+        let pages = from_page..before_page.min(layout.pages());
+        if pages.is_empty() {
             return None;
         }
-        let Some(file) = region.file else { return Some(from_page..pages) };
-        let bytes = file.next_data(from_page * PAGE_BYTES, before_page * PAGE_BYTES)?;
-        // A page is data as soon as any of its bytes is.
-        let data = bytes.start / PAGE_BYTES..bytes.end.div_ceil(PAGE_BYTES).min(pages);
-        Some(data).filter(|data| !data.is_empty())
+        match file {
+            // SAFETY: all of the region is one mapping, of this file.
+            Some(file) => unsafe { file.next_data(*host_addr, pages) },
+            None => Some(pages),
+        }
     }
 
     /// The runs of pages that may hold something, by [`next_data`](Self::next_data). Once there

@@ -108,8 +108,6 @@ struct InFlight {
 struct SenderThread {
     setup: SenderSetup,
     ahead: Ahead,
-    /// The run of pages that hold something that was found last, with its region.
-    known_data: (u16, Range<u64>),
     batch: Vec<Run>,
     batch_pages: PageCounts,
     max_batch_bytes: u64,
@@ -129,7 +127,6 @@ pub(crate) fn run(setup: SenderSetup) {
     let max_batch_runs = setup.capabilities.max_batch_runs.clamp(1, MAX_BATCH_RUNS);
     let mut thread = SenderThread {
         ahead: Ahead::new(),
-        known_data: (0, 0..0),
         batch: Vec::with_capacity(max_batch_runs),
         batch_pages: PageCounts::default(),
         max_batch_bytes: setup.capabilities.max_batch_bytes.min(setup.batch_bytes).max(PAGE_BYTES),
@@ -231,25 +228,17 @@ impl SenderThread {
     }
 
     /// Counts pages of a stripe that were never written as zero, without reading them: reading
-    /// would allocate them. After the re-arm: who writes from now on is in the next harvest.
-    ///
-    /// Only runs of data are remembered from one stripe to the next, never holes: a hole seen
-    /// before this stripe's re-arm may have been written since. And a page that may hold data at the
-    /// destination is never left out.
+    /// would allocate them. After the re-arm: who writes from now on is in the next harvest. So a hole
+    /// is not remembered from one stripe to the next, since it may have been written before that one's.
+    /// And a page that may hold data at the destination is never left out.
     fn skip_holes(&mut self, stripe: Stripe, dirty: &mut [u64], sent: &StripeBits) {
         let begin = stripe.first_page();
         let end = begin + dirty.len() as u64 * WORD_PAGES;
         let mut page = begin;
         while page < end {
-            let (region, data) = &self.known_data;
-            if *region == stripe.region && data.contains(&page) {
-                page = data.end;
-                continue;
-            }
-            let data = self.setup.memory.next_data(stripe.region, page, end);
-            let hole_end = data.as_ref().map_or(end, |data| data.start);
+            let data = self.setup.memory.next_data(stripe.region, page, end).unwrap_or(end..end);
             let mut holes = 0;
-            for hole in page..hole_end {
+            for hole in page..data.start {
                 let index = word_index(hole - begin);
                 let word = &mut dirty[index];
                 let mask = (1 << (hole % WORD_PAGES)) & !sent[index];
@@ -257,10 +246,7 @@ impl SenderThread {
                 *word &= !mask;
             }
             self.gauge().zero_pages.fetch_add(holes, Ordering::Relaxed);
-            page = hole_end;
-            if let Some(data) = data {
-                self.known_data = (stripe.region, data);
-            }
+            page = data.end;
         }
     }
 

@@ -154,6 +154,11 @@ impl TestMemory {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::time::{Duration, Instant};
+
+    use rustix::fs::{FallocateFlags, fallocate};
+
     use super::*;
 
     #[test]
@@ -167,13 +172,55 @@ mod tests {
         assert_eq!(next(4, 12), Some(4..5));
         assert_eq!(next(5, 12), Some(9..10));
         assert_eq!(next(10, 12), None);
-        // A run that begins before the limit may end after it, and one at the limit is not seen.
-        assert_eq!(next(0, 4), Some(3..5));
+        // Nobody looks further than was asked, however long the run is.
+        assert_eq!(next(0, 4), Some(3..4));
         assert_eq!(next(5, 9), None);
         assert_eq!(next(12, 99), None);
         assert_eq!(memory.memory().next_data(1, 0, 4), None);
         assert_eq!(memory.memory().next_data(2, 0, 4), None, "no such region");
         // Without a file everything may hold something.
-        assert_eq!(TestMemory::new(&[12]).memory().next_data(0, 5, 6), Some(5..12));
+        assert_eq!(TestMemory::new(&[12]).memory().next_data(0, 5, 6), Some(5..6));
+    }
+
+    #[test]
+    fn what_others_wrote_to_the_file_is_data_and_what_was_punched_out_is_not() {
+        let memory = TestMemory::of_memfds(&[3000]);
+        let next = |from, before| memory.memory().next_data(0, from, before);
+        // Through the file, so that no page of it is mapped here.
+        let page = [7; 4096];
+        (1000..2500).for_each(|at| memory.files[0].write_all_at(&page, at * 4096).unwrap());
+        assert_eq!(next(0, 3000), Some(1000..2500));
+        assert_eq!(next(1700, 1800), Some(1700..1800));
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&memory.files[0], hole, 1777 * 4096, 4096).unwrap();
+        assert_eq!(next(1500, 3000), Some(1500..1777));
+        assert_eq!(next(1777, 3000), Some(1778..2500));
+        assert_eq!(memory.read(0, 2499), page);
+        assert_eq!(next(1778, 3000), Some(1778..2500), "one of them is mapped now");
+    }
+
+    /// Not a test: what a sender takes to find out where there is data.
+    /// `cargo test --release -p pageferry -- --ignored --nocapture measure`
+    #[test]
+    #[ignore = "prints times and checks nothing: ci/test measure"]
+    fn measure_looking_for_data() {
+        const PAGES: u64 = (2 << 30) / 4096;
+        for every in [1, 2] {
+            let memory = TestMemory::of_memfds(&[PAGES]);
+            (0..PAGES).step_by(every).for_each(|page| memory.fill_page(0, page, 1));
+            let (mut longest, started) = (Duration::ZERO, Instant::now());
+            for stripe in (0..PAGES).step_by(512) {
+                let asked = Instant::now();
+                let mut page = stripe;
+                while let Some(data) = memory.memory().next_data(0, page, stripe + 512) {
+                    page = data.end;
+                }
+                longest = longest.max(asked.elapsed());
+            }
+            let took = started.elapsed();
+            eprintln!(
+                "2 GiB with data in 1 of {every} pages: {took:?}, {longest:?} a stripe at most"
+            );
+        }
     }
 }
