@@ -20,6 +20,9 @@ pub struct Timeouts {
     pub stall: Duration,
     /// For the destination to load the device state.
     pub load: Duration,
+    /// At the destination, with the device state loaded: for the source to release what only one host
+    /// may hold, as long as it says that it is at that.
+    pub release: Duration,
     /// For the commit and its answer. When it is over the migration is uncertain.
     pub commit: Duration,
 }
@@ -31,6 +34,7 @@ impl Default for Timeouts {
             registration_per_gib: Duration::from_secs(5),
             stall: Duration::from_secs(30),
             load: Duration::from_secs(60),
+            release: Duration::from_secs(300),
             commit: Duration::from_secs(30),
         }
     }

@@ -1,8 +1,10 @@
 //! What both drivers do alike: one queue of everything that can happen, fed by the control
 //! channel's thread, the data channels' threads and whoever cancels.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+mod control;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select_biased, unbounded};
@@ -10,9 +12,10 @@ use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select_bias
 use crate::error::Error;
 use crate::host::caught;
 use crate::progress::Shared;
-use crate::protocol::{Conversation, DecodeError, Incompatibility, Message, Side};
+use crate::protocol::{Message, Side};
 use crate::threads::{Crew, Spawn, ThreadRole};
-use crate::transport::{ControlChannel, ControlReceiver, ControlSender, Interrupt, TransportError};
+use crate::transport::{ControlChannel, ControlReceiver, Interrupt, TransportError};
+use control::Control;
 
 /// How long a side that lost its link waits for the peer's own account of why: the last words
 /// come on the control channel, and data channels break at the same time.
@@ -76,16 +79,16 @@ impl Patience {
     }
 }
 
-/// What sends control messages, and where it is.
+/// Whose turn it is to send control messages.
 enum Outlet {
-    Here(Box<dyn ControlSender>),
-    /// With a thread that has more to send, and then gives it back.
+    Here,
+    /// A thread's that has more to send, and says when that is out.
     Lent {
-        returned: Receiver<(Box<dyn ControlSender>, Result<(), Error>)>,
+        returned: Receiver<Result<(), Error>>,
         /// Set when what is left need not be sent any more.
         recalled: Arc<AtomicBool>,
     },
-    /// With a thread that panicked.
+    /// A thread's that panicked.
     Gone,
 }
 
@@ -106,49 +109,9 @@ pub(crate) struct Session<R> {
     send_timeout: Duration,
 }
 
-/// What those who send and those who hear share.
-struct Control {
-    side: Side,
-    conversation: Mutex<Conversation>,
-    bytes: AtomicU64,
-}
-
-impl Control {
-    /// Notes what this side is about to say, and gives its bytes.
-    fn say(&self, message: &Message) -> Result<Vec<u8>, Error> {
-        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(refusal) = conversation.take(self.side, message) {
-            tracing::error!(%refusal, "this side was about to break the protocol");
-            debug_assert!(false, "about to say {refusal}");
-            return Err(Error::Internal("it was about to break the protocol"));
-        }
-        Ok(message.encode())
-    }
-
-    /// Reads and checks what the peer says.
-    fn hear(&self, frame: &[u8]) -> Result<Message, Error> {
-        self.bytes.fetch_add(frame.len() as u64, Relaxed);
-        let message = Message::decode(frame).map_err(|error| match error {
-            DecodeError::Version { oldest, newest } => {
-                Error::Incompatible(Incompatibility::Version {
-                    source_oldest: oldest,
-                    source_newest: newest,
-                })
-            }
-            error => Error::PeerMisbehaved(error),
-        })?;
-        let peer = match self.side {
-            Side::Source => Side::Destination,
-            Side::Destination => Side::Source,
-        };
-        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
-        conversation.take(peer, &message).map_err(Error::UnexpectedMessage)?;
-        Ok(message)
-    }
-}
-
 impl<R: Send + 'static> Session<R> {
-    /// Starts the control thread.
+    /// Starts the control thread, which gives signs of life in such intervals while the
+    /// [driver is busy](Self::be_busy).
     pub(crate) fn open(
         side: Side,
         control: ControlChannel,
@@ -156,13 +119,13 @@ impl<R: Send + 'static> Session<R> {
         spawn: Arc<dyn Spawn>,
         shared: Arc<Shared>,
         send_timeout: Duration,
+        life_signs: Option<Duration>,
     ) -> Result<Self, Error> {
         let (feed, inputs) = unbounded();
         let (heard, messages) = bounded(WAITING_MESSAGES);
-        let talk =
-            Arc::new(Control { side, conversation: Mutex::default(), bytes: AtomicU64::new(0) });
+        let talk = Arc::new(Control::new(side, control.sender, send_timeout));
         let mut session = Self {
-            outlet: Outlet::Here(control.sender),
+            outlet: Outlet::Here,
             inputs,
             feed,
             messages,
@@ -175,7 +138,7 @@ impl<R: Send + 'static> Session<R> {
         };
         let (receiver, shared) = (control.receiver, Arc::clone(&session.shared));
         session.spawn(ThreadRole::Control, move || {
-            listen(receiver, &heard, &shared, &talk);
+            listen(receiver, &heard, &shared, &talk, life_signs);
         })?;
         Ok(session)
     }
@@ -203,7 +166,7 @@ impl<R: Send + 'static> Session<R> {
 
     /// Bytes of control messages so far, both ways.
     pub(crate) fn control_bytes(&self) -> u64 {
-        self.control.bytes.load(Relaxed)
+        self.control.bytes()
     }
 
     /// Sends a message, behind all that was sent before. Cancelling ends the wait for a link that
@@ -211,8 +174,8 @@ impl<R: Send + 'static> Session<R> {
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
         let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
         let (shared, interrupt) = (Arc::clone(&self.shared), Arc::clone(&self.interrupt));
-        let outlet = self.take_outlet()?;
-        shared.while_sending(&interrupt, || put(&mut **outlet, &talk, message, timeout))
+        self.take_outlet()?;
+        shared.while_sending(&interrupt, || talk.put(message, timeout))
     }
 
     /// As [`send`](Self::send), past the point where cancelling means anything.
@@ -229,7 +192,8 @@ impl<R: Send + 'static> Session<R> {
         let talk = Arc::clone(&self.control);
         let patience = Patience::now("the transport to send", timeout);
         self.wait_for_outlet(patience, &never())?;
-        put(&mut **self.outlet()?, &talk, message, timeout)
+        self.outlet()?;
+        talk.put(message, timeout)
     }
 
     /// Sends messages by a thread of their own: the driver goes on, however long the link takes. Why
@@ -241,17 +205,13 @@ impl<R: Send + 'static> Session<R> {
         self.take_outlet()?;
         let (give_back, returned) = bounded(1);
         let recalled = Arc::new(AtomicBool::new(false));
-        let lent = Outlet::Lent { returned, recalled: Arc::clone(&recalled) };
-        let Outlet::Here(mut control) = std::mem::replace(&mut self.outlet, lent) else {
-            return Err(Error::Transport(TransportError::Closed));
-        };
+        self.outlet = Outlet::Lent { returned, recalled: Arc::clone(&recalled) };
         let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
         self.spawn(ThreadRole::DeviceState, move || {
             let mut messages = messages.take_while(|_| !recalled.load(Relaxed));
-            let sent =
-                messages.try_for_each(|message| put(&mut *control, &talk, &message, timeout));
+            let sent = messages.try_for_each(|message| talk.put(&message, timeout));
             // The session may be over.
-            let _ = give_back.send((control, sent));
+            let _ = give_back.send(sent);
         })
     }
 
@@ -270,10 +230,8 @@ impl<R: Send + 'static> Session<R> {
                 default(patience.left()) => return Err(patience.error()),
             }
         };
-        let (outlet, sent) = returned
-            .map_or((Outlet::Gone, Ok(())), |(control, sent)| (Outlet::Here(control), sent));
-        self.outlet = outlet;
-        sent
+        self.outlet = if returned.is_ok() { Outlet::Here } else { Outlet::Gone };
+        returned.unwrap_or(Ok(()))
     }
 
     /// Whether a thread still has to send what it was given.
@@ -289,18 +247,25 @@ impl<R: Send + 'static> Session<R> {
     }
 
     /// Waits until the outlet is here.
-    fn take_outlet(&mut self) -> Result<&mut Box<dyn ControlSender>, Error> {
+    fn take_outlet(&mut self) -> Result<(), Error> {
         self.shared.check()?;
         // Each of its sends is bounded, and cancelling ends the wait.
         self.sent_aside(Patience::now("the transport to send", FAR))?;
         self.outlet()
     }
 
-    fn outlet(&mut self) -> Result<&mut Box<dyn ControlSender>, Error> {
-        match &mut self.outlet {
-            Outlet::Here(control) => Ok(control),
+    fn outlet(&mut self) -> Result<(), Error> {
+        self.control.set_busy(false);
+        match self.outlet {
+            Outlet::Here => Ok(()),
             _ => Err(Error::Transport(TransportError::Closed)),
         }
+    }
+
+    /// The driver has something to do that may take long, and has nothing to say until it is through:
+    /// until it says the next thing the peer is told now and then that this side lives.
+    pub(crate) fn be_busy(&self) {
+        self.control.set_busy(true);
     }
 
     /// Waits for what happens next. Peer failures, a broken control channel, cancelling and the
@@ -419,19 +384,6 @@ impl<R> Drop for Session<R> {
     }
 }
 
-fn put(
-    control: &mut dyn ControlSender,
-    talk: &Control,
-    message: &Message,
-    timeout: Duration,
-) -> Result<(), Error> {
-    // Before it goes out: the answer may be quick.
-    let frame = talk.say(message)?;
-    caught("the transport", || control.send(&frame, timeout))??;
-    talk.bytes.fetch_add(frame.len() as u64, Relaxed);
-    Ok(())
-}
-
 fn refuse_failures<R>(input: Result<Input<R>, RecvError>) -> Result<Item<R>, Error> {
     // A session holds a sender of each of its queues.
     let input = input.map_err(|RecvError| Error::Internal("a queue has no sender"))?;
@@ -486,9 +438,16 @@ fn listen<R>(
     feed: &Sender<Input<R>>,
     shared: &Shared,
     talk: &Control,
+    life_signs: Option<Duration>,
 ) {
     loop {
-        let input = match receiver.receive(None) {
+        let input = match receiver.receive(life_signs) {
+            Err(TransportError::TimedOut { .. }) if life_signs.is_some() => {
+                match talk.show_life() {
+                    Ok(()) => continue,
+                    Err(error) => Input::ControlEnded(error),
+                }
+            }
             Ok(frame) => talk.hear(&frame).map_or_else(Input::ControlEnded, Input::Message),
             Err(error) => Input::ControlEnded(Error::Transport(error)),
         };
@@ -534,6 +493,7 @@ mod tests {
             spawn,
             Shared::new(),
             Duration::from_secs(9),
+            None,
         );
         (opened.unwrap(), (destination, sender))
     }

@@ -276,6 +276,39 @@ fn a_destination_that_waited_too_long_gets_no_commit() {
     assert!(error.to_string().contains("the commit"), "{error}");
 }
 
+/// A source that is busy releasing says so, and a destination waits longer for its commit than for that
+/// of a silent one.
+#[test]
+fn a_release_that_takes_longer_than_the_wait_for_a_commit_is_waited_for() {
+    let patience = Duration::from_secs(2);
+    let mut scene = Scene::new(Slow::ReleaseFor(patience * 5 / 2), 0).on_event(|_| {});
+    let timeouts = Timeouts { commit: patience, ..Timeouts::default() };
+    scene.source = scene.source.policy(Policy::KeepTrying).bound(Bound::BestEffort);
+    scene.source = scene.source.timeouts(timeouts);
+    scene.destination = scene.destination.timeouts(timeouts);
+    let outcome = scene.play();
+    assert!(called_off(&outcome.events).is_empty());
+    let departed = outcome.source.expect("the source hands over");
+    assert!(departed.statistics.downtime.total() > 2 * patience);
+    assert!(outcome.destination.expect("the guest arrives").machine.inner.is_running());
+}
+
+/// But not for ever, however often it says so.
+#[test]
+fn a_source_that_only_says_that_it_releases_is_not_waited_for() {
+    let patience = Duration::from_secs(1);
+    let mut scene = Scene::new(Slow::ReleaseFor(4 * patience), 0).on_event(|_| {});
+    let timeouts = Timeouts { commit: patience, release: 2 * patience, ..Timeouts::default() };
+    scene.source = scene.source.policy(Policy::KeepTrying).bound(Bound::BestEffort);
+    scene.source = scene.source.timeouts(timeouts);
+    scene.destination = scene.destination.timeouts(timeouts);
+    let outcome = scene.play();
+    let theirs = outcome.destination.as_ref().expect_err("it has waited for the release");
+    assert_eq!(theirs.guest, GuestAtDestination::Uncertain);
+    let error = outcome.expect_kept();
+    assert!(error.to_string().contains("the source to release its resources"), "{error}");
+}
+
 /// It does not converge, and the error names what is slow: slower than anything a busy machine makes of
 /// the rest.
 fn assert_names(scene: Scene, term: Term, at_least: Duration) {

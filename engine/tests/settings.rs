@@ -80,12 +80,13 @@ fn duration() -> impl Strategy<Value = Duration> {
 /// Mostly what lets a migration come to its end.
 fn timeouts() -> impl Strategy<Value = Timeouts> {
     let one = || prop_oneof![8 => (1_u64..100).prop_map(Duration::from_secs), 3 => duration()];
-    (one(), one(), one(), one(), one()).prop_map(
-        |(handshake, registration_per_gib, stall, load, commit)| Timeouts {
+    (one(), one(), one(), one(), one(), one()).prop_map(
+        |(handshake, registration_per_gib, stall, load, release, commit)| Timeouts {
             registration_per_gib,
             handshake,
             stall,
             load,
+            release,
             commit,
         },
     )
@@ -240,6 +241,7 @@ fn limits_without_an_end_are_kept() {
         registration_per_gib: longest,
         stall: longest,
         load: longest,
+        release: longest,
         commit: longest,
     };
     for bound in [Bound::Strict, Bound::BestEffort] {

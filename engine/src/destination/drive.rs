@@ -77,8 +77,15 @@ pub(super) fn negotiate(
     let (control, interrupter) =
         caught("the transport", || Ok::<_, Error>((link.control()?, link.interrupter())))??;
     let send_timeout = common.timeouts.stall;
-    let mut session =
-        Session::open(Side::Destination, control, interrupter, common.spawn, shared, send_timeout)?;
+    let mut session = Session::open(
+        Side::Destination,
+        control,
+        interrupter,
+        common.spawn,
+        shared,
+        send_timeout,
+        None,
+    )?;
     let wants_data_ranges = populate_threads > 0;
     let patience = Patience::now("the source's greeting", common.timeouts.handshake);
     let heard = hear(&mut session, most_channels, wants_data_ranges, patience);
@@ -393,16 +400,19 @@ impl Drive {
 
     /// Waits for the commit, or for the source to call the switchover off.
     fn await_commit(&mut self) -> Result<Answer, Error> {
-        let patience = Patience::now("the commit", self.timeouts.commit);
+        let Timeouts { commit, release, .. } = self.timeouts;
+        let mut patience = Patience::now("the commit", commit);
+        let whole = Patience::now("the source to release its resources", release.max(commit));
         loop {
-            match self.session.next_committed(patience)? {
+            let sooner = if whole.left() < patience.left() { whole } else { patience };
+            match self.session.next_committed(sooner)? {
                 Item::Message(Message::Commit) => return Ok(Answer::Commit),
+                Item::Message(Message::Releasing) => {
+                    patience = Patience::now("the commit", commit);
+                }
                 Item::Message(Message::CalledOff { attempt }) => {
                     self.called_off(attempt)?;
                     return Ok(Answer::CalledOff);
-                }
-                Item::Message(Message::Ping { number }) => {
-                    self.session.send_committed(&Message::Pong { number })?;
                 }
                 Item::Message(other) => return Err(unexpected(&other, "waiting for the commit")),
                 // Everything has landed; how the data channels end matters no more, unless more

@@ -229,6 +229,7 @@ impl Conversation {
             Message::Hello(_)
             | Message::Registered
             | Message::Ready
+            | Message::Releasing
             | Message::Commit
             | Message::Resumed { .. }
             | Message::GaveBack { .. }
@@ -292,6 +293,7 @@ impl Conversation {
             | Message::DataRanges(_)
             | Message::Compared { .. }
             | Message::CalledOff { .. }
+            | Message::Releasing
             | Message::Commit
             | Message::Resumed { .. }
             | Message::GaveBack { .. } => {}

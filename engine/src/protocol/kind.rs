@@ -41,6 +41,7 @@ pub enum Kind {
     Agreed = 14,
     Registered = 15,
     CloseChannel = 16,
+    Releasing = 17,
     Ping = 20,
     Pong = 21,
     CalledOff = 22,
@@ -52,7 +53,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, by their numbers.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Hello,
         Self::Welcome,
         Self::Ready,
@@ -69,6 +70,7 @@ impl Kind {
         Self::Agreed,
         Self::Registered,
         Self::CloseChannel,
+        Self::Releasing,
         Self::Ping,
         Self::Pong,
         Self::CalledOff,
@@ -103,6 +105,7 @@ impl fmt::Display for Kind {
             Self::Agreed => "agreed",
             Self::Registered => "registered",
             Self::CloseChannel => "close channel",
+            Self::Releasing => "releasing",
             Self::Ping => "ping",
             Self::Pong => "pong",
             Self::CalledOff => "called off",

@@ -101,6 +101,9 @@ pub enum Message {
         /// Which switchover.
         attempt: u32,
     },
+    /// S→D, now and then once all is loaded: the source lives, and is releasing what only one host may
+    /// hold. The commit is still to come.
+    Releasing,
     /// S→D: the guest is yours. The source's point of no return.
     Commit,
     /// D→S: the guest runs here.
@@ -222,6 +225,7 @@ impl Message {
             Self::Compared { .. } => Kind::Compared,
             Self::Prepare(_) => Kind::Prepare,
             Self::Prepared(_) => Kind::Prepared,
+            Self::Releasing => Kind::Releasing,
             Self::Commit => Kind::Commit,
             Self::Resumed { .. } => Kind::Resumed,
             Self::GaveBack { .. } => Kind::GaveBack,
@@ -237,7 +241,7 @@ impl Message {
             Self::Hello(hello) => hello.encode(&mut w),
             Self::Welcome(welcome) => welcome.encode(&mut w),
             Self::Agreed { greeting } => w.array(&greeting.0),
-            Self::Registered | Self::Ready | Self::Commit => {}
+            Self::Registered | Self::Ready | Self::Releasing | Self::Commit => {}
             Self::DataRanges(ranges) => encode_ranges(ranges, &mut w),
             Self::Round { round, dirty_pages } => {
                 w.u32(*round);
@@ -308,6 +312,7 @@ impl Message {
             Kind::Prepared => {
                 Self::Prepared(Prepared { attempt: r.u32("attempt")?, load_ns: r.u64("load_ns")? })
             }
+            Kind::Releasing => Self::Releasing,
             Kind::Commit => Self::Commit,
             Kind::Resumed => Self::Resumed { resume_ns: r.u64("resume_ns")? },
             Kind::GaveBack => Self::GaveBack { text: decode_text(&mut r)? },

@@ -170,6 +170,7 @@ pub(super) const TABLE: &[Row] = &[
         [Switching => Copying, Comparing => Copying, Answered => Copying, Compared => Copying,
          Saving => Copying, Loading => Copying, Prepared => Copying],
         "of this switchover"),
+    row!(Releasing, Source, [Prepared => Prepared], ""),
     row!(Commit, Source, [Prepared => Committed], ""),
     row!(Resumed, Destination, [Committed => Over], ""),
     row!(GaveBack, Destination, [Committed => Over], ""),

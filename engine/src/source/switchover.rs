@@ -180,6 +180,7 @@ impl Drive<'_> {
         }
         // What fails in the middle may have released some of it.
         self.may_be_released = true;
+        self.session.be_busy();
         let releasing = Instant::now();
         machine.release_resources()?;
         self.convergence.learn_release(releasing.elapsed());

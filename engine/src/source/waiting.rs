@@ -13,7 +13,7 @@ use crate::session::{Item, Patience, unexpected};
 use crate::transport::TransportError;
 
 /// How often a waiting driver looks what has landed.
-const TICK: Duration = Duration::from_millis(10);
+pub(super) const TICK: Duration = Duration::from_millis(10);
 
 /// How long senders have to end their channels in order once nothing depends on it any more.
 const FINISH: Duration = Duration::from_secs(1);

@@ -155,6 +155,7 @@ fn fitting(kind: Kind, conversation: &Conversation) -> Message {
             _ => None,
         })),
         Kind::CalledOff => Message::CalledOff { attempt },
+        Kind::Releasing => Message::Releasing,
         Kind::Commit => Message::Commit,
         Kind::Resumed => Message::Resumed { resume_ns: 1 },
         Kind::GaveBack => Message::GaveBack { text: String::new() },

@@ -72,6 +72,7 @@ fn a_message() -> impl Strategy<Value = Message> {
         }),
         any::<(u32, u64)>()
             .prop_map(|(attempt, load_ns)| { Message::Prepared(Prepared { attempt, load_ns }) }),
+        Just(Message::Releasing),
         Just(Message::Commit),
         any::<u64>().prop_map(|resume_ns| Message::Resumed { resume_ns }),
         "[a-zäöü ]{0,50}".prop_map(|text| Message::GaveBack { text }),

@@ -78,7 +78,7 @@ impl Source {
             may.push(prepare(attempt, self.state_bytes));
         }
         if self.doing == Doing::Deciding {
-            may.push(Message::Commit);
+            may.extend([Message::Releasing, Message::Commit]);
         }
         let switches = !matches!(self.doing, Doing::Committed | Doing::Done)
             && self.doing as u8 >= Doing::LastPages as u8;
@@ -115,6 +115,7 @@ impl Source {
             }
             Message::Prepare(_) => self.doing = Doing::AwaitingLoad,
             Message::CalledOff { .. } => self.doing = Doing::Copying,
+            Message::Releasing => {}
             Message::Commit => self.doing = Doing::Committed,
             Message::Failed { .. } => self.failed = true,
             other => panic!("{other:?}"),
@@ -279,7 +280,13 @@ fn universe(verify: bool, ranges: bool) -> Vec<(Side, Message)> {
         let answer = welcome(&hello, ranges);
         all.extend([Message::Welcome(answer), answer.agreed(&hello)]);
     }
-    all.extend([Message::Registered, Message::Ready, Message::Commit, failed()]);
+    all.extend([
+        Message::Registered,
+        Message::Ready,
+        Message::Releasing,
+        Message::Commit,
+        failed(),
+    ]);
     all.extend([Message::Resumed { resume_ns: 1 }, Message::GaveBack { text: String::new() }]);
     all.push(Message::DataRanges(vec![range(0, 5, 10)]));
     all.push(Message::DataRanges(vec![range(0, 5, 10), range(0, 5, 10)]));

@@ -24,6 +24,10 @@ pub(crate) struct LinkArgs {
     /// For the destination to load the device state [default: 1m].
     #[arg(long, value_name = "TIME", value_parser = limit)]
     pub(crate) load_timeout: Option<Duration>,
+    /// At the destination: for the source to release what only one host may hold, as long as it says
+    /// that it is at that [default: 5m].
+    #[arg(long, value_name = "TIME", value_parser = limit)]
+    pub(crate) release_timeout: Option<Duration>,
     /// For the commit and its answer; then it is uncertain who has the guest [default: 30s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
     pub(crate) commit_timeout: Option<Duration>,
@@ -120,6 +124,7 @@ impl LinkArgs {
                 .unwrap_or(defaults.registration_per_gib),
             stall: self.stall_timeout.unwrap_or(defaults.stall),
             load: self.load_timeout.unwrap_or(defaults.load),
+            release: self.release_timeout.unwrap_or(defaults.release),
             commit: self.commit_timeout.unwrap_or(defaults.commit),
         }
     }
@@ -150,6 +155,7 @@ impl LinkArgs {
             ),
             ("stall-timeout", self.stall_timeout.as_ref().map(time_text)),
             ("load-timeout", self.load_timeout.as_ref().map(time_text)),
+            ("release-timeout", self.release_timeout.as_ref().map(time_text)),
             ("commit-timeout", self.commit_timeout.as_ref().map(time_text)),
             ("connect-timeout", self.connect_timeout.as_ref().map(time_text)),
             ("preamble-timeout", self.preamble_timeout.as_ref().map(time_text)),
@@ -188,17 +194,17 @@ mod tests {
     /// structs are written out, so that one which is new does not compile.
     #[test]
     fn every_setting_arrives_also_by_way_of_a_demo() {
-        let given = "--handshake-timeout 1s --registration-timeout-per-gib 11s --stall-timeout 2s --load-timeout 3s --commit-timeout \
+        let given = "--handshake-timeout 1s --registration-timeout-per-gib 11s --stall-timeout 2s --load-timeout 3s --release-timeout 12s --commit-timeout \
                      4s500ms --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
                      --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M";
         let given: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
         for args in [parsed(&given), parsed(&parsed(&given).to_command_line())] {
             let commit = Duration::from_millis(4500);
             let (handshake, stall, load) = (seconds(1), seconds(2), seconds(3));
-            let registration_per_gib = seconds(11);
+            let (registration_per_gib, release) = (seconds(11), seconds(12));
             assert_eq!(
                 args.timeouts(),
-                Timeouts { handshake, registration_per_gib, stall, load, commit }
+                Timeouts { handshake, registration_per_gib, stall, load, release, commit }
             );
             let (idle, interval, probes) = (seconds(8), seconds(9), 10);
             let tcp = TcpOptions {

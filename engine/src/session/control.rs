@@ -1,0 +1,110 @@
+//! The control channel of one side: what goes out and what comes in, in frames, and that both keep to the
+//! protocol.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::host::caught;
+use crate::protocol::{Conversation, DecodeError, Incompatibility, Message, Side};
+use crate::transport::ControlSender;
+
+/// What those who send and those who hear share.
+pub(super) struct Control {
+    side: Side,
+    /// Taken before the conversation is, so that messages go out as they were noted.
+    sender: Mutex<Box<dyn ControlSender>>,
+    conversation: Mutex<Conversation>,
+    bytes: AtomicU64,
+    /// Whether the driver is at something that may take long, and says nothing meanwhile.
+    busy: AtomicBool,
+    send_timeout: Duration,
+}
+
+impl Control {
+    pub(super) fn new(side: Side, sender: Box<dyn ControlSender>, send_timeout: Duration) -> Self {
+        Self {
+            side,
+            sender: Mutex::new(sender),
+            conversation: Mutex::default(),
+            bytes: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
+            send_timeout,
+        }
+    }
+
+    /// Bytes so far, both ways.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_busy(&self, busy: bool) {
+        self.busy.store(busy, Ordering::SeqCst);
+    }
+
+    /// Says something.
+    pub(super) fn put(&self, message: &Message, timeout: Duration) -> Result<(), Error> {
+        self.put_if(|| true, message, timeout)
+    }
+
+    /// Says that this side lives, if its driver is busy.
+    pub(super) fn show_life(&self) -> Result<(), Error> {
+        let is_busy = || self.busy.load(Ordering::SeqCst);
+        if is_busy() {
+            self.put_if(is_busy, &Message::Releasing, self.send_timeout)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Says something, if that holds when it is its turn.
+    fn put_if(
+        &self,
+        holds: impl FnOnce() -> bool,
+        message: &Message,
+        timeout: Duration,
+    ) -> Result<(), Error> {
+        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        if !holds() {
+            return Ok(());
+        }
+        // Before it goes out: the answer may be quick.
+        let frame = self.say(message)?;
+        caught("the transport", || sender.send(&frame, timeout))??;
+        self.bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Notes what this side is about to say, and gives its bytes.
+    fn say(&self, message: &Message) -> Result<Vec<u8>, Error> {
+        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(refusal) = conversation.take(self.side, message) {
+            tracing::error!(%refusal, "this side was about to break the protocol");
+            debug_assert!(false, "about to say {refusal}");
+            return Err(Error::Internal("it was about to break the protocol"));
+        }
+        Ok(message.encode())
+    }
+
+    /// Reads and checks what the peer says.
+    pub(super) fn hear(&self, frame: &[u8]) -> Result<Message, Error> {
+        self.bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
+        let message = Message::decode(frame).map_err(|error| match error {
+            DecodeError::Version { oldest, newest } => {
+                Error::Incompatible(Incompatibility::Version {
+                    source_oldest: oldest,
+                    source_newest: newest,
+                })
+            }
+            error => Error::PeerMisbehaved(error),
+        })?;
+        let peer = match self.side {
+            Side::Source => Side::Destination,
+            Side::Destination => Side::Source,
+        };
+        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
+        conversation.take(peer, &message).map_err(Error::UnexpectedMessage)?;
+        Ok(message)
+    }
+}
