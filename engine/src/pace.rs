@@ -43,7 +43,7 @@ impl Pace {
     /// So many page bytes, all that were under way then, took so long to land.
     pub(crate) fn landed(&mut self, under_way: u64, took: Duration) {
         self.shortest = self.shortest.min(took);
-        let waited = took - self.shortest;
+        let waited = took.saturating_sub(self.shortest);
         if waited > self.late {
             let in_time = u128::from(under_way) * self.late.as_nanos() / waited.as_nanos();
             self.window = self.window.min(u64::try_from(in_time).unwrap_or(MOST)).max(LEAST);

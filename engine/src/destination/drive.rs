@@ -1,13 +1,13 @@
 //! The destination's driver.
 
 use std::collections::VecDeque;
-use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
 
-use super::populate::{self, Populating};
+use super::closing::Closing;
+use super::populate::Populating;
 use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
 use crate::config::Timeouts;
 use crate::digest::Digest;
@@ -15,7 +15,7 @@ use crate::error::{Chain, Error};
 use crate::handover::{DestinationAction, DestinationHandover, DestinationInput, DestinationState};
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
-use crate::memory::{GuestMemory, Layout, PageRange};
+use crate::memory::{GuestMemory, Layout};
 use crate::progress::{Event, EventSink, Phase, Shared};
 use crate::protocol::{
     Agreement, FailureReason, Hello, Incompatibility, Message, Prepare, Prepared, Side, Welcome,
@@ -25,7 +25,7 @@ use crate::receiver::{self, ReceiverReport};
 use crate::session::{Item, Patience, Session, unexpected};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{DestinationLink, Interrupt, TransportError};
+use crate::transport::{DestinationLink, TransportError};
 
 /// Waiting for the source once it sends pages: it decides how long that takes, and a dead link
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
@@ -51,10 +51,9 @@ pub(super) struct Drive {
     digest: Option<Digest>,
     /// Whether the source's was the same.
     verified: bool,
-    /// To end a channel here, and whether the source has asked for that.
-    receivers: Vec<(Arc<dyn Interrupt>, bool)>,
     /// For how long its first round is waited for, as long as there was none.
     first_round: Option<Patience>,
+    closing: Closing,
     /// Reports that came when they did not matter. They do once a switchover is called off.
     late: VecDeque<ReceiverReport>,
     started: Instant,
@@ -108,7 +107,7 @@ pub(super) fn negotiate(
                 digest: None,
                 verified: false,
                 first_round: None,
-                receivers: Vec::new(),
+                closing: Closing::default(),
                 late: VecDeque::new(),
                 started,
                 statistics: Statistics::default(),
@@ -267,7 +266,7 @@ impl Drive {
             self.link.open_receivers(self.agreement.channels, self.timeouts.handshake)
         })?;
         for (channel, pages) in (0..).zip(channels) {
-            self.receivers.push((caught("the transport", || pages.interrupter())?, false));
+            self.closing.add(caught("the transport", || pages.interrupter())?);
             let gauges = Arc::clone(&self.gauges);
             let feed = self.session.feed();
             self.session.spawn(ThreadRole::Receiver(channel), move || {
@@ -297,7 +296,14 @@ impl Drive {
                     self.shared().set_round(round, dirty_pages);
                     self.emit(&Event::RoundStarted { round, dirty_pages })?;
                 }
-                Item::Message(Message::DataRanges(ranges)) => self.populate(memory, ranges)?,
+                Item::Message(Message::DataRanges(ranges)) => {
+                    self.populating.start(
+                        &mut self.session,
+                        self.populate_threads,
+                        memory,
+                        ranges,
+                    )?;
+                }
                 Item::Message(Message::Switchover { .. }) => {
                     (self.digest, self.verified) = (None, false);
                     self.shared().set_phase(Phase::Switchover);
@@ -305,7 +311,7 @@ impl Drive {
                 Item::Message(Message::Ping { number }) => {
                     self.session.send(&Message::Pong { number })?;
                 }
-                Item::Message(Message::CloseChannel { channel }) => self.close(channel),
+                Item::Message(Message::CloseChannel { channel }) => self.closing.close(channel),
                 Item::Message(Message::CalledOff { attempt }) => {
                     // In the middle of its state, or before.
                     state.clear();
@@ -322,7 +328,7 @@ impl Drive {
                 Item::Message(Message::Prepare(prepare)) => return Ok((prepare, state)),
                 Item::Message(other) => return Err(unexpected(&other, "pages were coming in")),
                 Item::Report(ReceiverReport::Failed { channel, error }) => {
-                    let error = self.explain(channel, error);
+                    let error = self.closing.explain(channel, error);
                     // The thread that placed what came on it is through, so nothing lands later.
                     let closed = Message::ChannelClosed { channel };
                     let others = self.agreement.channels - self.statistics.lost_channels - 1;
@@ -339,25 +345,6 @@ impl Drive {
                 Item::Report(ReceiverReport::Ended) => {}
             }
         }
-    }
-
-    /// Lets nothing more of a channel land. Its thread reports when it is through.
-    fn close(&mut self, channel: u16) {
-        if let Some((interrupt, asked)) = self.receivers.get_mut(usize::from(channel)) {
-            *asked = true;
-            interrupt.interrupt();
-        }
-    }
-
-    /// Why a channel ended: the interrupt alone does not say.
-    fn explain(&self, channel: u16, error: Error) -> Error {
-        let asked = self.receivers.get(usize::from(channel)).is_some_and(|(_, asked)| *asked);
-        if !asked || !matches!(error, Error::Transport(TransportError::Interrupted)) {
-            return error;
-        }
-        let (operation, cause) =
-            ("receive on a channel that the source gives up", io::ErrorKind::ConnectionReset);
-        Error::Transport(TransportError::Lost { operation, cause: cause.into() })
     }
 
     /// The source lets the guest go on.
@@ -383,19 +370,6 @@ impl Drive {
             }
             None => Err(Error::Internal("memory was compared before it was asked for")),
         }
-    }
-
-    /// Starts the threads that populate memory.
-    fn populate(&mut self, memory: &Arc<GuestMemory>, ranges: Vec<PageRange>) -> Result<(), Error> {
-        let pieces = Arc::new(Mutex::new(populate::pieces(ranges)));
-        for thread in 0..self.populate_threads {
-            let (memory, pieces) = (Arc::clone(memory), Arc::clone(&pieces));
-            let populating = Arc::clone(&self.populating);
-            self.session.spawn(ThreadRole::Populate(thread), move || {
-                populating.work(&memory, &pieces);
-            })?;
-        }
-        Ok(())
     }
 
     /// Waits for the commit, or for the source to call the switchover off.

@@ -1,5 +1,6 @@
 //! The destination's embedding API.
 
+mod closing;
 mod drive;
 mod populate;
 

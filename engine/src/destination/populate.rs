@@ -9,8 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::error::Error;
 use crate::memory::{GuestMemory, PageRange};
+use crate::receiver::ReceiverReport;
+use crate::session::Session;
 use crate::stats::Populated;
+use crate::threads::ThreadRole;
 
 /// Pages populated by one system call: two huge pages. Little enough to stop soon.
 const PIECE_PAGES: u32 = 1024;
@@ -35,8 +39,27 @@ impl Populating {
         })
     }
 
+    /// Starts the threads that populate memory.
+    pub(super) fn start(
+        self: &Arc<Self>,
+        session: &mut Session<ReceiverReport>,
+        threads: u16,
+        memory: &Arc<GuestMemory>,
+        ranges: Vec<PageRange>,
+    ) -> Result<(), Error> {
+        let pieces = Arc::new(Mutex::new(pieces(ranges)));
+        for thread in 0..threads {
+            let (memory, pieces) = (Arc::clone(memory), Arc::clone(&pieces));
+            let populating = Arc::clone(self);
+            session.spawn(ThreadRole::Populate(thread), move || {
+                populating.work(&memory, &pieces);
+            })?;
+        }
+        Ok(())
+    }
+
     /// The body of a thread: populates pieces in the order they come, until there are no more.
-    pub(super) fn work(&self, memory: &GuestMemory, pieces: &Mutex<Pieces>) {
+    fn work(&self, memory: &GuestMemory, pieces: &Mutex<Pieces>) {
         let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
         while let Some(piece) = next() {
             if self.stop.load(Ordering::Relaxed) {
@@ -71,12 +94,12 @@ impl Populating {
 }
 
 /// Ranges cut into pieces as they are asked for, in order: takes the room of the ranges alone.
-pub(super) struct Pieces {
+struct Pieces {
     ranges: std::vec::IntoIter<PageRange>,
     rest: Option<PageRange>,
 }
 
-pub(super) fn pieces(ranges: Vec<PageRange>) -> Pieces {
+fn pieces(ranges: Vec<PageRange>) -> Pieces {
     Pieces { ranges: ranges.into_iter(), rest: None }
 }
 
