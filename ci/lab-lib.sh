@@ -15,13 +15,8 @@ need_lab() {
     exit 0
 }
 
-# in_lab OPTIONS... -- COMMAND...: as `ci/lab run`. A machine that dies by itself (its CPUs are
-# emulated, and get stuck) is started once more, and that is said.
+# in_lab OPTIONS... -- COMMAND...: as `ci/lab run`.
 in_lab() {
-    local status=0
-    ci/lab run --out "$out" "$@" || status=$?
-    [ "$status" = 125 ] || return "$status"
-    echo "        (the virtual machine failed by itself, and is started once more)"
     ci/lab run --out "$out" "$@"
 }
 

@@ -225,6 +225,7 @@ struct WorkRequestGauge {
     posted: AtomicU64,
     signalled: AtomicU64,
     doorbells: AtomicU64,
+    polls: AtomicU64,
 }
 
 impl ChannelGauge {
@@ -243,10 +244,11 @@ impl ChannelGauge {
         self.zero_copy.copied_by_kernel.store(copied_by_kernel, Relaxed);
         self.zero_copy.sent_bytes.store(sent_bytes, Relaxed);
         self.zero_copy.copied_bytes.store(copied_bytes, Relaxed);
-        let WorkRequestCounts { posted, signalled, doorbells } = counters.work_requests;
+        let WorkRequestCounts { posted, signalled, doorbells, polls } = counters.work_requests;
         self.work_requests.posted.store(posted, Relaxed);
         self.work_requests.signalled.store(signalled, Relaxed);
         self.work_requests.doorbells.store(doorbells, Relaxed);
+        self.work_requests.polls.store(polls, Relaxed);
         let Registration { registered_bytes, took } = counters.registered;
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.registered_bytes.store(registered_bytes, Relaxed);
@@ -268,6 +270,7 @@ impl ChannelGauge {
                 posted: self.work_requests.posted.load(Relaxed),
                 signalled: self.work_requests.signalled.load(Relaxed),
                 doorbells: self.work_requests.doorbells.load(Relaxed),
+                polls: self.work_requests.polls.load(Relaxed),
             },
             registered: Registration {
                 registered_bytes: self.registered_bytes.load(Relaxed),

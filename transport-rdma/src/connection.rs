@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, TransportError};
+use pageferry::transport::{Interrupt, TransportError, WorkRequestCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cm::{Event, Id};
@@ -28,12 +28,13 @@ pub(crate) struct Connection {
     gone: bool,
     /// Calls that waited.
     pub(crate) system_calls: u64,
+    polls: u64,
 }
 
 impl Connection {
     pub(crate) fn new(qp: QueuePair, id: Id, state: ChannelState) -> Self {
         let (id, state) = (Arc::new(id), Arc::new(state));
-        Self { qp, id, state, mtu: 0, established: false, gone: false, system_calls: 0 }
+        Self { qp, id, state, mtu: 0, established: false, gone: false, system_calls: 0, polls: 0 }
     }
 
     /// Ends this connection alone.
@@ -47,6 +48,10 @@ impl Connection {
     /// Fails once the connection or its link was interrupted.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         self.state.check()
+    }
+
+    pub(crate) fn work_requests(&self) -> WorkRequestCounts {
+        WorkRequestCounts { polls: self.polls, ..self.qp.work_requests() }
     }
 
     /// Adds completions to `into`. Waits for some until `deadline` (`None` for only those that are
@@ -63,6 +68,7 @@ impl Connection {
         loop {
             self.state.check()?;
             let gone = self.gone;
+            self.polls += 1;
             self.qp.completions.poll(into).map_err(failed)?;
             if into.len() > before {
                 return Ok(());

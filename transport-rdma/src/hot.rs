@@ -51,7 +51,7 @@ impl Building {
         self.chain.load(write_requests(&self.writes, self.posted, self.signal_every));
         self.posted += self.writes.len() as u64;
         let (posted, signalled) = self.chain.counts();
-        Ok(WorkRequestCounts { posted, signalled, doorbells: 1 })
+        Ok(WorkRequestCounts { posted, signalled, doorbells: 1, polls: 0 })
     }
 }
 
@@ -102,9 +102,9 @@ mod tests {
         // are signalled.
         let runs = [run(0, 0, 1), run(0, 3, 2), run(1, 100, 5), run(1, 200, 17), run(0, 255, 2)];
         let counts = building.build(&runs).unwrap();
-        assert_eq!(counts, WorkRequestCounts { posted: 7, signalled: 2, doorbells: 1 });
+        assert_eq!(counts, WorkRequestCounts { posted: 7, signalled: 2, doorbells: 1, polls: 0 });
         let counts = building.build(&runs[..3]).unwrap();
-        assert_eq!(counts, WorkRequestCounts { posted: 3, signalled: 1, doorbells: 1 });
+        assert_eq!(counts, WorkRequestCounts { posted: 3, signalled: 1, doorbells: 1, polls: 0 });
         assert!(building.build(&[run(0, 1023, 2)]).is_err());
     }
 }

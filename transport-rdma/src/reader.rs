@@ -70,7 +70,7 @@ impl PageReader for RdmaPageReader {
         ChannelCounters {
             wire_bytes: self.wire_bytes,
             system_calls: self.inlet.system_calls(),
-            work_requests: self.inlet.connection.qp.work_requests(),
+            work_requests: self.inlet.connection.work_requests(),
             registered: self.registered,
             ..ChannelCounters::default()
         }

@@ -90,7 +90,7 @@ impl PageReceiver for RdmaPageReceiver {
         ChannelCounters {
             wire_bytes: self.wire_bytes,
             system_calls: self.inlet.system_calls(),
-            work_requests: self.inlet.connection.qp.work_requests(),
+            work_requests: self.inlet.connection.work_requests(),
             registered: self.cost,
             ..ChannelCounters::default()
         }

@@ -242,7 +242,7 @@ impl PageSender for RdmaPageSender {
         ChannelCounters {
             wire_bytes: self.wire_bytes,
             system_calls: self.outlet.system_calls(),
-            work_requests: self.outlet.connection.qp.work_requests(),
+            work_requests: self.outlet.connection.work_requests(),
             registered: self.registered,
             ..ChannelCounters::default()
         }

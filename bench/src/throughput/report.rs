@@ -116,6 +116,8 @@ pub(super) struct Report {
     bare_syscalls_per_gib: Option<f64>,
     syscalls_per_gib_by_side: BothSides<f64>,
     bare_syscalls_per_gib_by_side: BothSides<f64>,
+    /// Looks for completions: a side that sleeps until there are some looks a few times for each.
+    polls_per_gib: BothSides<f64>,
     /// The most of any measurement, both sides together.
     user_copied_bytes: u64,
     /// The most of any measurement and either side.
@@ -166,6 +168,7 @@ impl Report {
             bare_syscalls_per_gib: syscalls_per_gib(&bare),
             syscalls_per_gib_by_side: by_side(&engine, |measured| measured.system_calls),
             bare_syscalls_per_gib_by_side: by_side(&bare, |measured| measured.system_calls),
+            polls_per_gib: by_side(&engine, |measured| measured.polls),
             user_copied_bytes: engine
                 .iter()
                 .map(|transfer| {

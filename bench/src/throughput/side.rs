@@ -158,6 +158,7 @@ fn counters(statistics: &Statistics) -> Measured {
         system_calls: statistics.system_calls,
         user_copied_bytes: statistics.user_copied_bytes,
         zero_copy: statistics.zero_copy.into(),
+        polls: statistics.work_requests.polls,
         ..Measured::default()
     }
 }

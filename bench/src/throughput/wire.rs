@@ -136,6 +136,8 @@ pub(crate) struct Measured {
     /// Page bytes copied in user space.
     pub(super) user_copied_bytes: u64,
     pub(super) zero_copy: ZeroCopyFigures,
+    /// Looks for completions of a NIC.
+    pub(super) polls: u64,
     /// How far the process grew, without guest memory; `None` where the kernel does not tell.
     pub(super) peak_bytes: Option<u64>,
 }

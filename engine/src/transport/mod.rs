@@ -384,6 +384,8 @@ pub struct WorkRequestCounts {
     pub signalled: u64,
     /// Calls that posted them: rings of the doorbell.
     pub doorbells: u64,
+    /// Looks for completions. A thread that waits by looking again and again has very many.
+    pub polls: u64,
 }
 
 impl WorkRequestCounts {
@@ -392,6 +394,7 @@ impl WorkRequestCounts {
         self.posted += other.posted;
         self.signalled += other.signalled;
         self.doorbells += other.doorbells;
+        self.polls += other.polls;
     }
 }
 

@@ -285,7 +285,7 @@ impl QueuePair {
         // is asked for; what they point to is the caller's to keep.
         check(unsafe { sys::ibv_post_send(self.qp.as_ptr(), first, &raw mut bad) })?;
         let (posted, signalled) = self.chain.counts();
-        self.work_requests.add(&WorkRequestCounts { posted, signalled, doorbells: 1 });
+        self.work_requests.add(&WorkRequestCounts { posted, signalled, doorbells: 1, polls: 0 });
         Ok(())
     }
 
