@@ -147,7 +147,11 @@ fn gbps(ended: &Value) -> Result<f64, Failure> {
     else {
         return Err(format!("QEMU did not say how long it took: {ended}").into());
     };
-    let took_ms = (total_ms - setup_ms).max(1.0);
+    let took_ms = total_ms - setup_ms;
+    if took_ms <= 0.0 {
+        // Seen on a host that was very busy: whatever it is, it is no throughput.
+        return Err(format!("QEMU says that {setup_ms} of {total_ms} ms were setup").into());
+    }
     Ok(bytes * 8.0 / took_ms / 1e6)
 }
 
@@ -207,5 +211,19 @@ impl Monitor {
             }
         }
         Err("QEMU's migration does not end".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_no_time_is_no_figure() {
+        let ended = |total, setup| json!({"ram": {"normal-bytes": 1_000_000_000}, "total-time": total, "setup-time": setup});
+        assert!((gbps(&ended(1010, 10)).unwrap() - 8.0).abs() < 1e-9);
+        let error = gbps(&ended(300, 300)).unwrap_err().to_string();
+        assert!(error.contains("300 of 300 ms were setup"), "{error}");
+        assert!(gbps(&json!({})).is_err());
     }
 }
