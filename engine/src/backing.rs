@@ -13,7 +13,8 @@ use rustix::io::Errno;
 
 use crate::memory::PAGE_BYTES;
 
-/// Pages to ask about at a time.
+/// Pages to ask about at a time: few at first, since a run may be short, then more.
+const FIRST_PIECE: u64 = 8;
 const PIECE: usize = 512;
 
 /// The file behind a region, where there is one: the region is a shared mapping of it.
@@ -79,9 +80,9 @@ impl FileBacking {
 /// They are inside one mapping, whose page 0 is at this address.
 unsafe fn end_of_resident(host_addr: *mut u8, pages: Range<u64>) -> u64 {
     let mut resident = [0_u8; PIECE];
-    let mut page = pages.start;
+    let (mut page, mut most) = (pages.start, FIRST_PIECE);
     while page < pages.end {
-        let piece = (pages.end - page).min(PIECE as u64);
+        let piece = (pages.end - page).min(most);
         let (Ok(offset), Ok(len)) =
             (usize::try_from(page * PAGE_BYTES), usize::try_from(piece * PAGE_BYTES))
         else {
@@ -96,6 +97,7 @@ unsafe fn end_of_resident(host_addr: *mut u8, pages: Range<u64>) -> u64 {
             return absent.0;
         }
         page += piece;
+        most = (most * 2).min(PIECE as u64);
     }
     pages.end
 }
