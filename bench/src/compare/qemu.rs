@@ -149,7 +149,6 @@ fn gbps(ended: &Value) -> Result<f64, Failure> {
     };
     let took_ms = total_ms - setup_ms;
     if took_ms <= 0.0 {
-        // Seen on a host that was very busy: whatever it is, it is no throughput.
         return Err(format!("QEMU says that {setup_ms} of {total_ms} ms were setup").into());
     }
     Ok(bytes * 8.0 / took_ms / 1e6)
@@ -201,7 +200,9 @@ impl Monitor {
         while began.elapsed() < PATIENCE {
             let state = self.execute("query-migrate", &json!({}))?;
             match state.get("status").and_then(Value::as_str) {
-                Some("completed") => return Ok(state),
+                // It is completed a moment before its thread has calculated how long it took
+                // (migration/migration.c, migration_iteration_finish).
+                Some("completed") if state["total-time"] != 0 => return Ok(state),
                 Some("failed" | "cancelled") => {
                     let why = state.get("error-desc").unwrap_or(&Value::Null);
                     return Err(format!("QEMU's migration failed: {why}").into());

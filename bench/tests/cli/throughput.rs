@@ -64,7 +64,9 @@ fn zero_copy_sends_are_counted() {
     );
     let report = measured(&["--backing=memfd", "--zero-copy=on"]);
     assert!(number(&report, "zero_copy.sent") > 0.0, "{report}");
-    assert_eq!(report["zero_copy"]["sent_bytes"], 64 << 20);
+    // The first batches of a channel are too small for that.
+    let sent_bytes = number(&report, "zero_copy.sent_bytes");
+    assert!(sent_bytes > f64::from(62 << 20) && sent_bytes <= f64::from(64 << 20), "{report}");
     // By itself it does not begin, since this is within a host.
     let report = measured(&["--backing=memfd", "--channels=1"]);
     assert_eq!(report["zero_copy"]["sent_bytes"], 0);

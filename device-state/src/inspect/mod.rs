@@ -67,8 +67,9 @@ pub enum Item {
     },
     /// A list of other things.
     List(Vec<Item>),
-    /// An option without a value. One with a value is the value.
-    Nothing,
+    /// An option without a value, and how many options it is the value of. Any other value of an option
+    /// is the value.
+    Nothing(u32),
     /// Fields and subsections.
     Struct {
         /// The writer's version.

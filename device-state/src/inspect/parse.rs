@@ -103,14 +103,17 @@ fn value(
             let text = text.map_err(|_| DecodeError::new(at, Problem::Text))?;
             Ok(Item::Text(text.to_owned()))
         }
-        Kind::Option if input.left() == 0 => Ok(Item::Nothing),
+        Kind::Option if input.left() == 0 => Ok(Item::Nothing(0)),
         Kind::Option => {
             let shape = match shape {
                 Some(Shape::Option(shape)) => Some(&**shape),
                 _ => None,
             };
             let kind = input.u8()?;
-            value(kind, input, shape, inner_depth)
+            Ok(match value(kind, input, shape, inner_depth)? {
+                Item::Nothing(around) => Item::Nothing(around + 1),
+                item => item,
+            })
         }
         Kind::List => {
             let element = match shape {

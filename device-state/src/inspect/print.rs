@@ -76,7 +76,8 @@ impl Display for Item {
                 write!(f, "{} {kind}", bytes.len() / width)
             }
             Self::List(items) => write!(f, "list of {}", items.len()),
-            Self::Nothing => write!(f, "nothing"),
+            Self::Nothing(0) => write!(f, "nothing"),
+            Self::Nothing(around) => write!(f, "some({})", Self::Nothing(around - 1)),
             Self::Struct { fields, .. } => write!(f, "struct of {} fields", fields.len()),
             Self::Variant { name, .. } => write!(f, "{name}"),
         }

@@ -114,6 +114,24 @@ fn sections_come_and_go() {
     assert_eq!(diff(&without, &with), [change(None, Some("version 3"))]);
 }
 
+#[test]
+fn no_value_and_a_value_that_is_none_are_told_apart() {
+    use pageferry_device_state::DeviceState;
+    #[expect(clippy::option_option, reason = "what is told apart")]
+    #[derive(DeviceState)]
+    #[device_state(name = "slot")]
+    struct Slot {
+        #[device_state(tag = 1)]
+        disk: Option<Option<u8>>,
+    }
+    let schema = Schema::new().with::<Slot>();
+    let look = |disk| inspect(&to_bytes(&mut Slot { disk }).unwrap(), &schema).unwrap();
+    let changes = diff(&look(None), &look(Some(None)));
+    let [change] = &changes[..] else { panic!("{changes:?}") };
+    assert_eq!(change.to_string(), "slot 0: disk: nothing -> some(nothing)");
+    assert_eq!(diff(&look(Some(None)), &look(Some(Some(5)))).len(), 1);
+}
+
 proptest! {
     #[test]
     fn streams_of_any_schema_can_be_looked_at(seed in any::<u64>()) {
