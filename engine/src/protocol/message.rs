@@ -43,7 +43,7 @@ pub enum Message {
         /// Pages dirty at its beginning.
         dirty_pages: u64,
     },
-    /// S→D: a data channel is lost here, or moves nothing while others do. Let nothing more of it land,
+    /// S→D: a data channel is lost here, or moves nothing though pings are answered. Let nothing more of it land,
     /// and say so.
     CloseChannel {
         /// Which one.

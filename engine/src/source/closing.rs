@@ -1,4 +1,4 @@
-//! Closing data channels: those that are lost here, and those that move nothing while others do.
+//! Closing data channels: those that are lost here, and those that move nothing though the link lives.
 //!
 //! What was sent on a channel may land on top of what another sends from then on, until the destination
 //! says that the channel is closed there. It may not have noticed; so it is asked.
@@ -19,14 +19,12 @@ pub(super) struct Closing {
     asked: Vec<bool>,
     /// Channels that it has closed: nothing of them lands any more.
     done: Vec<bool>,
-    /// How far all channels had come when silent ones were closed last.
-    silenced_at: Option<u64>,
 }
 
 impl Closing {
     pub(super) fn new(channels: u16) -> Self {
         let none = vec![false; usize::from(channels)];
-        Self { asked: none.clone(), done: none, silenced_at: None }
+        Self { asked: none.clone(), done: none }
     }
 
     pub(super) fn is_done(&self, channel: u16) -> bool {
@@ -100,30 +98,34 @@ impl Drive<'_> {
         true
     }
 
-    /// Closes those of the `missing` channels that have not moved for `silent`, where another one has or
-    /// has done its work: it is not the link then, and who waits for them waits in vain. Only once until
-    /// anything moves again, so that a link that is gone is not found out channel by channel.
+    /// Closes those of the `missing` channels that have not moved for half of `stall`, where another one has
+    /// or has done its work. Where the link stands still they all do, some a little earlier; so the
+    /// destination is asked for a sign of life first, and what stood still with the link gets time to go on.
     pub(super) fn close_silent(
         &mut self,
         missing: &[u16],
         moved: &[Moved],
-        silent: Duration,
+        stall: Duration,
     ) -> Result<(), Error> {
-        let is_silent = |channel: &u16| {
-            let at = moved[usize::from(*channel)].at;
-            missing.contains(channel) && at.elapsed() >= silent
-        };
-        let (silent, others): (Vec<_>, Vec<_>) =
-            self.channels.all_live().into_iter().partition(is_silent);
-        if silent.is_empty() || others.is_empty() {
+        let since = |channel: &u16| moved[usize::from(*channel)].at;
+        let is_silent =
+            |channel: &u16| missing.contains(channel) && since(channel).elapsed() >= stall / 2;
+        let mut channels = self.channels.all_live();
+        channels.retain(|channel| !self.closing.asked[usize::from(*channel)]);
+        let (silent, others): (Vec<_>, Vec<_>) = channels.into_iter().partition(is_silent);
+        let Some(last) = silent.iter().map(since).max() else { return Ok(()) };
+        if others.is_empty() {
             return Ok(());
         }
-        let mark = moved.iter().map(|moved| moved.mark).fold(0, u64::wrapping_add);
-        if self.closing.silenced_at.replace(mark) == Some(mark) {
+        let Some(alive) = self.steering.answered.filter(|answered| *answered >= last + stall / 2)
+        else {
+            return self.ping();
+        };
+        if alive.elapsed() < stall / 8 {
             return Ok(());
         }
         for channel in silent {
-            tracing::warn!(channel, "a data channel moves nothing while others do");
+            tracing::warn!(channel, "a data channel moves nothing, and the destination answers");
             self.close_channel(channel)?;
         }
         Ok(())

@@ -20,6 +20,8 @@ pub(super) struct Steering {
     /// Pings sent, and when the last one was that has no answer yet.
     pings: u32,
     unanswered: Option<Instant>,
+    /// When the destination answered last.
+    pub(super) answered: Option<Instant>,
 }
 
 impl Drive<'_> {
@@ -104,6 +106,7 @@ impl Drive<'_> {
             && let Some(sent) = self.steering.unanswered.take()
         {
             self.convergence.learn_round_trip(sent.elapsed());
+            self.steering.answered = Some(Instant::now());
         }
     }
 

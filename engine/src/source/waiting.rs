@@ -151,8 +151,7 @@ impl Drive<'_> {
             } else if waiting.progressed.elapsed() >= stall {
                 return Err(Error::TimedOut { what: "pages to land", after: stall });
             }
-            // The other half is for what they leave to others.
-            self.close_silent(&waiting.missing, &waiting.moved, stall / 2)?;
+            self.close_silent(&waiting.missing, &waiting.moved, stall)?;
             let (now, landed) = (self.now(), self.channels.landed());
             self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
             self.convergence.landed(now, &landed);

@@ -79,6 +79,21 @@ fn the_destination_stands_still_and_the_source_is_told_to_stop() {
     destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
 }
 
+/// It is the link that stands still then, and no channel of it.
+#[test]
+fn a_destination_that_stood_still_for_a_while_loses_no_channel() {
+    let more = ["--channels=4", "--dirty-rate=100000", "--stall-timeout=8s"];
+    let (mut source, destination, _) = under_way(&more);
+    destination.stop();
+    // More than half of what is allowed.
+    std::thread::sleep(std::time::Duration::from_secs(6));
+    destination.signal(Signal::CONT);
+    source.await_message("round 3: ");
+    source.say("cancel");
+    let report = source.finish().report(3);
+    assert_eq!(report.count("lost_channels"), 0, "{report:?}");
+}
+
 #[test]
 fn the_destination_stands_still() {
     let more = ["--dirty-rate=100000", "--stall-timeout=10s"];
