@@ -1,4 +1,4 @@
-//! One side's account of what was said: what is said next must have a move in the [table](super::table),
+//! One side's account of what was said: what is said next must have a move in the [table](mod@super::table),
 //! and keep to its rules.
 //!
 //! Each side keeps a [`Conversation`] and shows it every message, those it hears and those it says,
