@@ -232,6 +232,10 @@ impl SenderThread {
     /// is not remembered from one stripe to the next, since it may have been written before that one's.
     /// And a page that may hold data at the destination is never left out.
     fn skip_holes(&mut self, stripe: Stripe, dirty: &mut [u64], sent: &StripeBits) {
+        // So there is nothing to ask where all was sent before, as in the last rounds mostly.
+        if dirty.iter().zip(sent.iter()).all(|(dirty, sent)| dirty & !sent == 0) {
+            return;
+        }
         let begin = stripe.first_page();
         let end = begin + dirty.len() as u64 * WORD_PAGES;
         let mut page = begin;
