@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::memory::PageRange;
-use pageferry::testing::{Random, TestMemory};
+use pageferry::testing::{Random, TestMemory, until_asleep};
 use pageferry::transport::{
     DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
     TransportError,
@@ -73,16 +73,6 @@ fn settle(sender: &mut Box<dyn PageSender>, ticket: u64) {
     let began = Instant::now();
     while sender.watermarks(Some(Duration::from_millis(10))).expect("watermarks").landed < ticket {
         assert!(began.elapsed() < SOON, "batch {ticket} never landed");
-    }
-}
-
-/// Waits until a thread of this process sleeps in the kernel.
-fn until_asleep(thread: rustix::process::Pid) {
-    let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
-    // "tid (name) state …"; the name may hold anything, so look from its end.
-    let sleeps = |stat: &str| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"));
-    while !sleeps(&std::fs::read_to_string(&path).expect("the thread is there")) {
-        thread::yield_now();
     }
 }
 

@@ -5,7 +5,8 @@
 //! - [`memory_transport`]: a transport inside one process, without sockets;
 //! - [`faulty`]: a wrapper that makes any transport slow, choppy, unordered between channels, or
 //!   breaks it, by a seed;
-//! - [`TestMemory`]: guest memory of its own, with a pattern to compare.
+//! - [`TestMemory`]: guest memory of its own, with a pattern to compare;
+//! - [`until_asleep`]: for tests of what ends a wait.
 
 pub mod conformance;
 pub mod faulty;
@@ -15,6 +16,20 @@ pub mod memory_transport;
 mod test_memory;
 
 pub use test_memory::TestMemory;
+
+/// Waits until a thread of this process sleeps in the kernel (state `S` in proc_pid_stat(5)).
+///
+/// # Panics
+///
+/// If there is no such thread.
+pub fn until_asleep(thread: rustix::thread::Pid) {
+    let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+    // "tid (name) state …"; the name may hold anything, so look from its end.
+    let sleeps = |stat: &str| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"));
+    while !sleeps(&std::fs::read_to_string(&path).expect("the thread is there")) {
+        std::thread::yield_now();
+    }
+}
 
 /// A small deterministic random generator (splitmix64), so that a seed says it all.
 #[derive(Debug, Clone)]

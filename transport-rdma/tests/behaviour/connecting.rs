@@ -6,6 +6,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pageferry::testing::until_asleep;
 use pageferry::transport::TransportError;
 use pageferry_rdma::{RdmaAcceptor, RdmaConnector, RdmaOptions, connect};
 use rustix::thread::gettid;
@@ -20,16 +21,6 @@ fn silent(address: &str) -> SocketAddr {
     };
     let [a, b, c, d] = device.ip().octets();
     SocketAddr::from(([a, b, c, d ^ 0x40], 1))
-}
-
-/// Waits until a thread of this process sleeps in the kernel.
-fn until_asleep(thread: rustix::process::Pid) {
-    let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
-    // "tid (name) state …"; the name may hold anything, so look from its end.
-    let sleeps = |stat: &str| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" S"));
-    while !sleeps(&fs::read_to_string(&path).expect("the thread is there")) {
-        thread::yield_now();
-    }
 }
 
 #[test]

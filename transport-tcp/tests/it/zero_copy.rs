@@ -139,7 +139,7 @@ fn stuffed(link: &mut Pair, sender: &mut dyn PageSender) {
                 }
             }
         });
-        crate::support::until_asleep(announced.recv().unwrap());
+        pageferry::testing::until_asleep(announced.recv().unwrap());
         interrupter.interrupt();
         let error = sending.join().unwrap();
         assert!(matches!(error, TransportError::Interrupted), "{error}");

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::memory::{GuestMemory, PageRange};
+use pageferry::testing::until_asleep;
 use pageferry::transport::{
     DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
     Ticket, TransportError,
@@ -119,19 +120,6 @@ pub(crate) fn drain(receiver: &mut dyn PageReceiver) -> u64 {
         batches += 1;
     }
     batches
-}
-
-/// Waits until a thread of this process sleeps in the kernel.
-pub(crate) fn until_asleep(thread: rustix::process::Pid) {
-    let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
-    loop {
-        let stat = std::fs::read_to_string(&path).unwrap();
-        // "tid (name) state …"; the name may hold anything, so look from its end.
-        if stat.rsplit(')').next().unwrap().trim_start().starts_with('S') {
-            return;
-        }
-        std::thread::yield_now();
-    }
 }
 
 /// Runs `blocking` in a thread, waits until it sleeps, interrupts it, and hands out its result.
