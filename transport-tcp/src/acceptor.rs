@@ -158,6 +158,7 @@ fn listen(address: SocketAddr, options: &TcpOptions) -> io::Result<(Socket, Sock
     socket.set_reuse_address(true)?;
     // Accepted sockets inherit the sizes.
     options.apply_buffers(&socket)?;
+    options.check_buffers(&socket)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(BACKLOG)?;

@@ -78,7 +78,10 @@ impl TcpConnector {
                 .greet(&preamble, &options)
                 .and_then(crate::source::Dialled::await_answer);
             match answer {
-                Ok(control) => return Ok(TcpSourceLink::new(id, options, state, control)),
+                Ok(control) => {
+                    options.check_buffers(control.socket()).map_err(unreachable)?;
+                    return Ok(TcpSourceLink::new(id, options, state, control));
+                }
                 // What listens there is no destination of ours; another address may be.
                 Err(error @ TransportError::Connect { .. }) => race.last_error = error,
                 Err(error) => return Err(error),

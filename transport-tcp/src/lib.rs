@@ -80,7 +80,7 @@ pub use acceptor::TcpAcceptor;
 pub use connector::TcpConnector;
 pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
-pub use options::{Keepalive, TcpOptions, ZeroCopy};
+pub use options::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
 pub use source::{TcpSourceLink, connect};
 
 /// Most data channels of a link; bounds how many connections a peer can make us hold.

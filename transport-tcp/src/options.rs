@@ -11,13 +11,28 @@ use socket2::{SockAddr, Socket, TcpKeepalive};
 /// `docs/performance.md`.
 const WITHIN_HOST_SEND_BYTES: usize = 512 << 10;
 
+/// The smallest buffer that makes sense for a connection on any path: as much as its longest segment.
+/// Where a send buffer holds no more than one segment, each has to be acknowledged before the next one
+/// goes out, and the other side puts that off in the hope of a second one, by 40 ms and more. Loopback
+/// has the longest segments, 64 KiB.
+pub const LEAST_BUFFER_BYTES: usize = 64 << 10;
+
+/// The largest buffer the kernel can be asked for. It takes an `int`, and gives less.
+const MOST_BUFFER_BYTES: usize = i32::MAX as usize;
+/// What the kernel can count in probes, and in seconds of silence between them.
+const MOST_PROBES: u32 = 127;
+const MOST_PROBE_TIME: Duration = Duration::from_secs(32_767);
+/// The longest user timeout: 24 days.
+const MOST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
+
 /// Whether a connection is one from an address to itself, and so never leaves this host's kernel.
 pub(crate) fn is_within_host(socket: &Socket) -> io::Result<bool> {
     let ip = |address: SockAddr| address.as_socket().map(|address| address.ip());
     Ok(ip(socket.local_addr()?) == ip(socket.peer_addr()?))
 }
 
-/// When a silent connection is probed, and given up.
+/// When a silent connection is probed, and given up. The kernel counts whole seconds, 1 to 32,767, and
+/// up to 127 probes: times are rounded up, and more is as much as there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Keepalive {
     /// Silence before the first probe.
@@ -73,7 +88,8 @@ pub struct TcpOptions {
     pub preamble_timeout: Duration,
     /// How long sent bytes may stay unacknowledged by the other kernel, or its receive window
     /// shut, until the link counts as lost (`TCP_USER_TIMEOUT`). `None` leaves it to the
-    /// kernel's retransmission limits, which take many minutes.
+    /// kernel's retransmission limits, which take many minutes. The kernel counts whole milliseconds,
+    /// up to 24 days: it is rounded up, and more is as much as there is.
     ///
     /// The second case means that a destination which does not read for this long loses its
     /// link, even if it is alive.
@@ -82,10 +98,11 @@ pub struct TcpOptions {
     pub keepalive: Option<Keepalive>,
     /// Send buffer of each connection in bytes, capped by `net.core.wmem_max`. `None` is best
     /// nearly always: the kernel tunes it to the path. A connection from an address to itself gets
-    /// 512 KiB then, so that what is under way stays in the processor's caches.
+    /// 512 KiB then, so that what is under way stays in the processor's caches. Less than
+    /// [`LEAST_BUFFER_BYTES`] can be slower by a hundred times, which the log warns of.
     pub send_buffer_bytes: Option<usize>,
     /// Receive buffer of each connection in bytes, capped by `net.core.rmem_max`. `None` lets
-    /// the kernel tune it, which is best nearly always.
+    /// the kernel tune it, which is best nearly always. Less than [`LEAST_BUFFER_BYTES`] is as above.
     pub receive_buffer_bytes: Option<usize>,
     /// At the source: zero-copy sends on data connections.
     pub zero_copy: ZeroCopy,
@@ -110,10 +127,37 @@ impl TcpOptions {
     /// large buffer needs is negotiated with the first packet.
     pub(crate) fn apply_buffers(&self, socket: &Socket) -> io::Result<()> {
         if let Some(bytes) = self.send_buffer_bytes {
-            socket.set_send_buffer_size(bytes)?;
+            socket.set_send_buffer_size(bytes.min(MOST_BUFFER_BYTES))?;
         }
         if let Some(bytes) = self.receive_buffer_bytes {
-            socket.set_recv_buffer_size(bytes)?;
+            socket.set_recv_buffer_size(bytes.min(MOST_BUFFER_BYTES))?;
+        }
+        Ok(())
+    }
+
+    /// Warns of buffers of a link, set on this socket, that are not what was asked for or make no
+    /// sense.
+    pub(crate) fn check_buffers(&self, socket: &Socket) -> io::Result<()> {
+        for (name, asked, given, limit) in [
+            ("send", self.send_buffer_bytes, socket.send_buffer_size()?, "wmem_max"),
+            ("receive", self.receive_buffer_bytes, socket.recv_buffer_size()?, "rmem_max"),
+        ] {
+            let Some(asked) = asked else { continue };
+            // The kernel doubles what it is given, for what it keeps beside the bytes.
+            let given = given / 2;
+            if given < asked {
+                tracing::warn!(
+                    "a {name} buffer of {given} bytes where {asked} are asked for: the kernel gives no \
+                     more than net.core.{limit}"
+                );
+            }
+            if given.min(asked) < LEAST_BUFFER_BYTES {
+                tracing::warn!(
+                    "a {name} buffer of {} bytes is less than the longest segment: a connection may wait \
+                     40 ms for the acknowledgement of each; {LEAST_BUFFER_BYTES} or more make sense",
+                    given.min(asked)
+                );
+            }
         }
         Ok(())
     }
@@ -131,13 +175,79 @@ impl TcpOptions {
         // Batches and frames are whole when they are handed over: nothing to wait for.
         socket.set_tcp_nodelay(true)?;
         if let Some(Keepalive { idle, interval, probes }) = self.keepalive {
-            let keepalive =
-                TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
+            let seconds = |time| counted(time, Duration::from_secs(1)).min(MOST_PROBE_TIME);
+            let keepalive = TcpKeepalive::new()
+                .with_time(seconds(idle))
+                .with_interval(seconds(interval))
+                .with_retries(probes.clamp(1, MOST_PROBES));
             socket.set_tcp_keepalive(&keepalive)?;
         }
-        if self.user_timeout.is_some() {
-            socket.set_tcp_user_timeout(self.user_timeout)?;
+        if let Some(limit) = self.user_timeout {
+            let limit = counted(limit, Duration::from_millis(1)).min(MOST_USER_TIMEOUT);
+            socket.set_tcp_user_timeout(Some(limit))?;
         }
         Ok(())
+    }
+}
+
+/// A time as the kernel counts it: so many units that it is not cut short, and one at least, since none
+/// means something else.
+fn counted(time: Duration, unit: Duration) -> Duration {
+    let units = time.as_nanos().div_ceil(unit.as_nanos()).max(1);
+    u32::try_from(units).ok().and_then(|units| unit.checked_mul(units)).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::{Domain, Type};
+
+    use super::*;
+
+    /// Options over their whole range, and what the kernel says that it was told: user timeout,
+    /// silence, interval, probes.
+    #[test]
+    fn the_kernel_takes_every_option_over_its_whole_range() {
+        let seconds = Duration::from_secs;
+        let cases = [
+            (Duration::ZERO, 0, (Duration::from_millis(1), seconds(1), 1)),
+            (Duration::from_nanos(1), 1, (Duration::from_millis(1), seconds(1), 1)),
+            (Duration::from_millis(1_500), 4, (Duration::from_millis(1_500), seconds(2), 4)),
+            (seconds(32_767), 127, (seconds(32_767), seconds(32_767), 127)),
+            (seconds(u64::MAX / 2), 128, (MOST_USER_TIMEOUT, MOST_PROBE_TIME, MOST_PROBES)),
+            (Duration::MAX, u32::MAX, (MOST_USER_TIMEOUT, MOST_PROBE_TIME, MOST_PROBES)),
+        ];
+        for (time, probes, (user_timeout, silence, told)) in cases {
+            let options = TcpOptions {
+                user_timeout: Some(time),
+                keepalive: Some(Keepalive { idle: time, interval: time, probes }),
+                ..TcpOptions::default()
+            };
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            options.apply(&socket).unwrap_or_else(|error| panic!("{time:?}, {probes}: {error}"));
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(user_timeout), "{time:?}");
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), silence, "{time:?}");
+            assert_eq!(socket.tcp_keepalive_interval().unwrap(), silence, "{time:?}");
+            assert_eq!(socket.tcp_keepalive_retries().unwrap(), told, "{probes}");
+        }
+    }
+
+    /// More is never less: a size that is cut off to an `int` would be.
+    #[test]
+    fn a_larger_buffer_is_no_smaller_one() {
+        let given = |bytes| {
+            let (send_buffer_bytes, receive_buffer_bytes) = (Some(bytes), Some(bytes));
+            let options =
+                TcpOptions { send_buffer_bytes, receive_buffer_bytes, ..TcpOptions::default() };
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            options.apply_buffers(&socket).unwrap();
+            (socket.send_buffer_size().unwrap(), socket.recv_buffer_size().unwrap())
+        };
+        let mut before = (0, 0);
+        for shift in (0..usize::BITS).step_by(4) {
+            let (send, receive) = given(1 << shift);
+            assert!(send >= before.0 && receive >= before.1, "1 << {shift}: {send}, {receive}");
+            before = (send, receive);
+        }
+        assert_eq!(given(usize::MAX), before);
     }
 }

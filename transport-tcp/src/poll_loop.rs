@@ -13,6 +13,9 @@ use crate::connection::until;
 use crate::half_open::HalfOpen;
 use crate::options::TcpOptions;
 
+/// An hour is for ever to a stranger, and a moment that any clock can name.
+const LONGEST_PREAMBLE: Duration = Duration::from_secs(60 * 60);
+
 /// Most connections that have not said yet what they are for. With more, the oldest goes: a peer
 /// of ours says it at once.
 const MAX_HALF_OPEN: usize = 64;
@@ -130,7 +133,7 @@ impl PollLoop {
                 let at = self.half_open.iter().position(HalfOpen::is_refused).unwrap_or(0);
                 self.half_open.remove(at).expire("too many others came");
             }
-            let deadline = Instant::now() + self.options.preamble_timeout;
+            let deadline = Instant::now() + self.options.preamble_timeout.min(LONGEST_PREAMBLE);
             self.half_open.push(HalfOpen::new(Incoming { socket, peer }, deadline));
         }
     }

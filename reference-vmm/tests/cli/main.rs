@@ -11,6 +11,7 @@ mod floods;
 mod iouring;
 mod refused;
 mod saved;
+mod settings;
 mod strangers;
 mod support;
 mod system_calls;

@@ -342,7 +342,8 @@ pub(crate) struct ReceiveArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SaveArgs {
-    /// The file. It is there once it is whole.
+    /// The file. It is there once it is whole; who is killed before leaves pageferry-*.partial
+    /// beside it.
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
@@ -403,6 +404,11 @@ fn size(text: &str) -> Result<u64, String> {
 /// "100M": bytes a second.
 pub(crate) fn rate(text: &str) -> Result<NonZeroU64, String> {
     NonZeroU64::new(size(text)?).ok_or_else(|| "a rate of nothing never ends".to_owned())
+}
+
+/// A time as [`time`] reads it, whatever it is.
+pub(crate) fn time_text(time: &Duration) -> String {
+    humantime::format_duration(*time).to_string().replace(' ', "")
 }
 
 /// "300ms", "1s", "2s 500ms".

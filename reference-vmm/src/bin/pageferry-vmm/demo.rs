@@ -16,7 +16,7 @@ use pageferry_vmm::guest::{GuestConfig, GuestKind};
 use pageferry_vmm::tracking::DirtyTracking;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::args::DemoArgs;
+use crate::args::{DemoArgs, time_text};
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::signals::{Wish, listen_to_signals};
@@ -110,11 +110,11 @@ fn source_args(
     option("transport", value_name(&migration.transport));
     option("channels", migration.channels.to_string());
     option("zero-copy", value_name(&migration.zero_copy));
-    option("downtime-limit", format!("{}us", migration.downtime_limit.as_micros()));
+    option("downtime-limit", time_text(&migration.downtime_limit));
     option("downtime-bound", value_name(&migration.downtime_bound));
     option("not-converging", value_name(&migration.not_converging));
-    if let Some(deadline) = migration.deadline {
-        option("deadline", format!("{}us", deadline.as_micros()));
+    if let Some(deadline) = &migration.deadline {
+        option("deadline", time_text(deadline));
     }
     if let Some(rounds) = migration.max_rounds {
         option("max-rounds", rounds.to_string());
@@ -292,4 +292,32 @@ fn merge(mut report: Report, arrived: Result<Report>) -> Report {
         _ => {}
     }
     report
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command as Parsed};
+
+    /// Over their whole range, and to the nanosecond.
+    #[test]
+    fn times_arrive_as_they_were_given() {
+        for time in ["0s", "1ns", "999ns", "1s 1us 1ns", "18446744073709551615s 999999999ns"] {
+            let given = ["pageferry-vmm", "demo", "--downtime-limit", time, "--deadline", time];
+            let Parsed::Demo(args) = Cli::try_parse_from(given).expect("a command line").command
+            else {
+                panic!("no demo")
+            };
+            let list =
+                source_args(&args, GuestKind::Process, DirtyTracking::Auto, "127.0.0.1:7400");
+            let source = Cli::try_parse_from([OsString::from("pageferry-vmm")].iter().chain(&list));
+            let Parsed::Run(source) = source.expect("a command line").command else {
+                panic!("no source")
+            };
+            let of = |args: &crate::args::MigrationArgs| (args.downtime_limit, args.deadline);
+            assert_eq!(of(&source.migration), of(&args.migration), "{time}");
+        }
+    }
 }

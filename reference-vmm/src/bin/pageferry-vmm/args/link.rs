@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use clap::Args;
 use pageferry::Timeouts;
-use pageferry_tcp::{Keepalive, TcpOptions, ZeroCopy};
+use pageferry_tcp::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
 
-use super::{size, time};
+use super::{size, time, time_text};
 
 /// Settings of a link, with the library's defaults.
 #[derive(Debug, Clone, Default, Args)]
@@ -45,10 +45,10 @@ pub(crate) struct LinkArgs {
     /// and how many are not answered until the connection is lost; or off [default: 10s,5s,4].
     #[arg(long, value_name = "TIME,TIME,N|off", value_parser = keepalive)]
     pub(crate) keepalive: Option<OrOff<Keepalive>>,
-    /// Send buffer of each connection, up to net.core.wmem_max [default: as the kernel tunes it].
+    /// Send buffer of each connection, 64K to net.core.wmem_max [default: as the kernel tunes it].
     #[arg(long, value_name = "SIZE", value_parser = buffer)]
     pub(crate) send_buffer: Option<usize>,
-    /// Receive buffer of each connection, up to net.core.rmem_max [default: as the kernel tunes it].
+    /// Receive buffer of each connection, 64K to net.core.rmem_max [default: as the kernel tunes it].
     #[arg(long, value_name = "SIZE", value_parser = buffer)]
     pub(crate) receive_buffer: Option<usize>,
 }
@@ -100,18 +100,21 @@ fn keepalive(text: &str) -> Result<OrOff<Keepalive>, String> {
         };
         let (idle, interval) = (limit(idle)?, limit(interval)?);
         match probes.parse() {
-            Ok(probes) if probes > 0 => Ok(Keepalive { idle, interval, probes }),
-            _ => Err(format!("{probes} is no number of probes; they are like 10s,5s,4")),
+            Ok(probes @ 1..=127) => Ok(Keepalive { idle, interval, probes }),
+            _ => Err(format!("{probes} is no number of probes, 1 to 127; they are like 10s,5s,4")),
         }
     })
 }
 
 fn buffer(text: &str) -> Result<usize, String> {
-    usize::try_from(size(text)?).map_err(|_| "no buffer is as large".to_owned())
-}
-
-fn time_text(time: &Duration) -> String {
-    humantime::format_duration(*time).to_string().replace(' ', "")
+    match usize::try_from(size(text)?) {
+        Ok(bytes) if bytes < LEAST_BUFFER_BYTES => Err(format!(
+            "less than {LEAST_BUFFER_BYTES}, the longest segment: a connection waits 40 ms for the \
+             acknowledgement of each where its buffer holds no more"
+        )),
+        Ok(bytes) => Ok(bytes),
+        Err(_) => Err("no buffer is as large".to_owned()),
+    }
 }
 
 impl LinkArgs {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::{Transport, time};
+use super::{Transport, time, time_text};
 
 /// Settings of `--transport rdma`.
 #[expect(clippy::struct_field_names, reason = "as the command line has them")]
@@ -85,8 +85,7 @@ impl RdmaArgs {
         option("mtu", self.rdma_mtu.clone());
         option("traffic-class", self.rdma_traffic_class.map(|class| class.to_string()));
         option("registration", self.rdma_registration.map(|mode| mode.name().to_owned()));
-        let time = |time| humantime::format_duration(time).to_string();
-        option("ack-timeout", self.rdma_ack_timeout.map(time));
+        option("ack-timeout", self.rdma_ack_timeout.as_ref().map(time_text));
         option("retries", self.rdma_retries.map(|retries| retries.to_string()));
         list
     }
