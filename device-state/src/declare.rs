@@ -1,8 +1,9 @@
 //! How state is declared: one description of a type, shown to visitors.
 
-use crate::codec::Codec;
-use crate::error::HookError;
-use crate::wire::Kind;
+use crate::error::{DecodeError, EncodeError, HookError};
+use crate::kind::Kind;
+use crate::schema::Shape;
+use crate::wire::{Reader, Writer};
 
 /// A type that is stored by a codec of its own.
 ///
@@ -17,6 +18,57 @@ use crate::wire::Kind;
 pub trait Value: Sized {
     /// How it is stored.
     type Codec: Codec<Self>;
+}
+
+/// Stores values of type `T`.
+///
+/// What [`encode`](Self::encode) writes, [`decode`](Self::decode) reads to its last byte; the
+/// length is stored around it. Decoding is total: any bytes give a value or an error, and take
+/// memory in proportion to their number.
+pub trait Codec<T> {
+    /// The kind of the bytes.
+    const KIND: Kind;
+
+    /// The type, for schemas. `max_len` is the field's bound.
+    fn shape(max_len: u32) -> Shape;
+
+    /// A value to be decoded into.
+    fn blank() -> T;
+
+    /// Appends the value. Mutably, since hooks may bring it up to date first.
+    fn encode(value: &mut T, max_len: u32, out: &mut Writer) -> Result<(), EncodeError>;
+
+    /// Reads the value. After an error it may be a mix of old and new.
+    fn decode(value: &mut T, max_len: u32, input: &mut Reader<'_>) -> Result<(), DecodeError>;
+
+    /// Makes the value another one, in place: who shares it sees the new one.
+    fn set(value: &mut T, new: T) {
+        *value = new;
+    }
+
+    /// Appends the elements of a list.
+    fn encode_all(values: &mut [T], max_len: u32, out: &mut Writer) -> Result<(), EncodeError> {
+        for (index, value) in values.iter_mut().enumerate() {
+            out.sized(|out| Self::encode(value, max_len, out))
+                .map_err(|error| error.in_element(index))?;
+        }
+        Ok(())
+    }
+
+    /// Reads the elements of a list, as many as there are values.
+    fn decode_all(
+        values: &mut [T],
+        max_len: u32,
+        input: &mut Reader<'_>,
+    ) -> Result<(), DecodeError> {
+        for (index, value) in values.iter_mut().enumerate() {
+            let mut element = input.sized().map_err(|error| error.in_element(index))?;
+            Self::decode(value, max_len, &mut element)
+                .and_then(|()| element.end())
+                .map_err(|error| error.in_element(index))?;
+        }
+        Ok(())
+    }
 }
 
 /// Fields that are stored and loaded together. Derive it.

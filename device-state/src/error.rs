@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fmt;
 
-use crate::wire::Kind;
+use crate::kind::Kind;
 
 /// What a hook or an adapter fails with; passed on as it is.
 pub type HookError = Box<dyn Error + Send + Sync>;

@@ -65,11 +65,12 @@
 //!
 //! There is no state besides what is passed in. Everything can be used from any thread.
 
-mod composite;
 mod declare;
 mod error;
+mod kind;
 mod registry;
 mod single;
+mod stream;
 mod wire;
 
 pub mod codec;
@@ -82,10 +83,10 @@ pub use declare::{
 };
 pub use error::{DecodeError, EncodeError, EncodeProblem, HookError, Place, Problem};
 pub use inspect::inspect;
+pub use kind::Kind;
 pub use pageferry_device_state_derive::DeviceState;
 pub use registry::{Component, LoadError, OrderError, RegisterError, Registry, SaveError};
 pub use schema::Schema;
 pub use single::{from_bytes, to_bytes};
-pub use wire::{
-    FORMAT, Kind, MAGIC, MAX_NAME_BYTES, RawSection, Reader, StreamWriter, Writer, sections,
-};
+pub use stream::{MAGIC, RawSection, StreamWriter, sections};
+pub use wire::{FORMAT, MAX_NAME_BYTES, Reader, Writer};

@@ -2,7 +2,7 @@
 
 use crate::declare::Section;
 use crate::error::{DecodeError, EncodeError, Problem};
-use crate::wire::{StreamWriter, sections};
+use crate::stream::{StreamWriter, sections};
 
 /// A stream with one section, instance 0: the state, encoded. Its hooks may change it.
 pub fn to_bytes<S: Section>(state: &mut S) -> Result<Vec<u8>, EncodeError> {

@@ -2,11 +2,11 @@
 
 use std::marker::PhantomData;
 
-use super::Codec;
-use crate::declare::Value;
+use crate::declare::{Codec, Value};
 use crate::error::{DecodeError, EncodeError, EncodeProblem, HookError, Problem};
+use crate::kind::Kind;
 use crate::schema::Shape;
-use crate::wire::{Kind, Reader, Writer};
+use crate::wire::{Reader, Writer};
 
 /// Stores values of a type that is not yours, `T`, as values of one that can be stored. Named in
 /// `#[device_state(with = path)]`.

@@ -1,9 +1,10 @@
 //! Lists and options.
 
-use super::Codec;
+use crate::declare::Codec;
 use crate::error::{DecodeError, EncodeError, EncodeProblem, Problem};
+use crate::kind::Kind;
 use crate::schema::{Length, Shape};
-use crate::wire::{Kind, Reader, Writer, expect_kind};
+use crate::wire::{Reader, Writer, expect_kind};
 
 /// The codec of `Vec`, arrays and boxed slices, for elements that have the codec `C`.
 #[derive(Debug)]

@@ -1,10 +1,10 @@
 //! Integers and `bool`.
 
-use super::Codec;
-use crate::declare::Value;
+use crate::declare::{Codec, Value};
 use crate::error::{DecodeError, EncodeError, Problem};
+use crate::kind::Kind;
 use crate::schema::Shape;
-use crate::wire::{Kind, Reader, Writer};
+use crate::wire::{Reader, Writer};
 
 /// The codec of integers and `bool`: little-endian, as wide as they are.
 #[derive(Debug)]

@@ -8,11 +8,12 @@ use std::sync::atomic::{
 };
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use super::{Codec, Scalar, ScalarValue};
-use crate::declare::Value;
+use super::{Scalar, ScalarValue};
+use crate::declare::{Codec, Value};
 use crate::error::{DecodeError, EncodeError};
+use crate::kind::Kind;
 use crate::schema::Shape;
-use crate::wire::{Kind, Reader, Writer};
+use crate::wire::{Reader, Writer};
 
 /// The codec of `Mutex` and `RwLock`, for values that have the codec `C`. A lock that is poisoned
 /// is taken all the same: what matters is what it holds.

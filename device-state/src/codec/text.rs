@@ -1,10 +1,10 @@
 //! Text.
 
-use super::Codec;
-use crate::declare::Value;
+use crate::declare::{Codec, Value};
 use crate::error::{DecodeError, EncodeError, EncodeProblem, Problem};
+use crate::kind::Kind;
 use crate::schema::Shape;
-use crate::wire::{Kind, Reader, Writer};
+use crate::wire::{Reader, Writer};
 
 /// The codec of `String`: UTF-8, its bound in bytes.
 #[derive(Debug)]

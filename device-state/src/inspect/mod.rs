@@ -8,7 +8,7 @@ mod print;
 pub use diff::{Change, diff};
 pub use parse::inspect;
 
-use crate::wire::Kind;
+use crate::kind::Kind;
 
 /// Structures inside of structures, at most.
 pub const MAX_DEPTH: u32 = 64;

@@ -2,8 +2,10 @@
 
 use super::{Inspected, InspectedSection, Item, MAX_DEPTH, Named};
 use crate::error::{DecodeError, Problem};
+use crate::kind::Kind;
 use crate::schema::{FieldSchema, Schema, Shape, SubsectionSchema};
-use crate::wire::{Kind, Reader, sections};
+use crate::stream::sections;
+use crate::wire::Reader;
 
 /// Looks into a stream. The schema gives names; what it does not have goes by its tag, so that
 /// streams of any version can be looked at.

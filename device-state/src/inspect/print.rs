@@ -3,7 +3,7 @@
 use std::fmt::{self, Display, Formatter};
 
 use super::{Inspected, InspectedSection, Item, Named};
-use crate::wire::Kind;
+use crate::kind::Kind;
 
 /// Scalars on a line.
 const ON_A_LINE: usize = 8;

@@ -2,12 +2,13 @@
 
 use std::mem;
 
-use crate::codec::Codec;
-use crate::composite::{Composite, decode_body, encode_body, struct_schema};
+use crate::codec::{Codec, Composite, decode_body, encode_body, struct_schema};
+
 use crate::declare::{DeviceState, Section};
 use crate::error::{DecodeError, EncodeError, EncodeProblem, HookError};
 use crate::schema::StructSchema;
-use crate::wire::{RawSection, Writer};
+use crate::stream::RawSection;
+use crate::wire::Writer;
 
 /// A device whose state is elsewhere: in the kernel, in another process, behind a lock that is not
 /// held for long.

@@ -4,7 +4,7 @@ use super::device::StageError;
 use super::order::{OrderError, order};
 use super::{Entry, Registry};
 use crate::error::{DecodeError, HookError};
-use crate::wire::{RawSection, sections};
+use crate::stream::{RawSection, sections};
 
 /// Why a machine could not be loaded. Unless [`is_half_loaded`](Self::is_half_loaded), it is as it
 /// was before.

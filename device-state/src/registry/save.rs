@@ -6,7 +6,8 @@ use std::thread;
 use super::order::{OrderError, order};
 use super::{Entry, Registry};
 use crate::error::EncodeError;
-use crate::wire::{StreamWriter, Writer, append_section};
+use crate::stream::{StreamWriter, append_section};
+use crate::wire::Writer;
 
 /// Why a machine could not be saved.
 #[derive(Debug, thiserror::Error)]

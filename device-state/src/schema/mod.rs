@@ -7,9 +7,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::composite::struct_schema;
-use crate::declare::Section;
-use crate::wire::{FORMAT, Kind};
+use crate::kind::Kind;
+use crate::wire::FORMAT;
 
 pub use check::{Compatibility, Verdict};
 pub use difference::{Difference, Finding, Severity};
@@ -215,13 +214,6 @@ impl Schema {
     /// Of no sections.
     pub fn new() -> Self {
         Self { format: FORMAT, sections: Vec::new() }
-    }
-
-    /// With that section, too.
-    #[must_use]
-    pub fn with<S: Section>(mut self) -> Self {
-        self.add(S::NAME, struct_schema::<S>(), None);
-        self
     }
 
     /// Adds a section, or an instance of it.

@@ -1,7 +1,8 @@
 //! Taking off a stream. Every length is checked before it is believed.
 
-use super::{Kind, SUBSECTION_TAG, check_name};
+use super::{SUBSECTION_TAG, check_name};
 use crate::error::{DecodeError, Problem};
+use crate::kind::Kind;
 
 /// Bytes that are decoded, and where in the stream they are.
 #[derive(Debug, Clone)]

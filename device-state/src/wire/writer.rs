@@ -3,8 +3,9 @@
 //! Codecs are compiled where types are declared, in other crates: what they call for each field is
 //! marked to be inlined there.
 
-use super::{Kind, SUBSECTION_TAG};
+use super::SUBSECTION_TAG;
 use crate::error::{EncodeError, EncodeProblem};
+use crate::kind::Kind;
 
 /// Takes the bytes of state that is encoded.
 #[derive(Debug, Default)]

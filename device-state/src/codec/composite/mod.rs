@@ -4,11 +4,11 @@ mod decode;
 mod encode;
 mod shape;
 
-use crate::codec::Codec;
-use crate::declare::DeviceState;
+use crate::declare::{Codec, DeviceState};
 use crate::error::{DecodeError, EncodeError};
+use crate::kind::Kind;
 use crate::schema::Shape;
-use crate::wire::{Kind, Reader, Writer};
+use crate::wire::{Reader, Writer};
 
 pub(crate) use decode::decode_body;
 pub(crate) use encode::encode_body;

@@ -2,13 +2,13 @@
 
 use std::collections::HashSet;
 
-use super::reader::Reader;
-use super::writer::Writer;
-use super::{FORMAT, MAGIC, MAX_NAME_BYTES};
-use crate::composite::{decode_body, encode_body};
+use crate::codec::{decode_body, encode_body};
 use crate::declare::Section;
 use crate::error::{DecodeError, EncodeError, EncodeProblem, Problem};
+use crate::wire::{FORMAT, Reader, Writer, check_name, is_name};
 
+/// First bytes of a stream.
+pub const MAGIC: [u8; 8] = *b"PFDEVST\n";
 /// First bytes of a section.
 const SECTION_MAGIC: [u8; 4] = *b"SECT";
 /// Bytes of a stream before its first section.
@@ -210,23 +210,4 @@ fn section<'a>(input: &mut Reader<'a>) -> Result<RawSection<'a>, DecodeError> {
         return Err(in_section(DecodeError::new(offset_bytes, problem)));
     }
     Ok(RawSection { name, instance, version, offset_bytes, payload })
-}
-
-/// The bytes as the name of a section or subsection.
-pub(crate) fn check_name(bytes: &[u8], at: u64) -> Result<&str, DecodeError> {
-    match std::str::from_utf8(bytes) {
-        Ok(name) if is_name(name) => Ok(name),
-        _ => {
-            let head = &bytes[..bytes.len().min(MAX_NAME_BYTES)];
-            let found = String::from_utf8_lossy(head).into_owned();
-            Err(DecodeError::new(at, Problem::Name { found }))
-        }
-    }
-}
-
-/// Whether that can be the name of a section or subsection: short, and harmless in a terminal.
-pub(crate) fn is_name(name: &str) -> bool {
-    let fits =
-        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_./".contains(&byte);
-    (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits)
 }

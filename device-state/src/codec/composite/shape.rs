@@ -2,12 +2,21 @@
 
 use std::convert::Infallible;
 
-use crate::codec::Codec;
-use crate::declare::{DeviceState, Field, Subsection, Variant, Visitor};
+use crate::declare::{Codec, DeviceState, Field, Section, Subsection, Variant, Visitor};
+use crate::kind::Kind;
 use crate::schema::{
-    EnumSchema, FieldSchema, RetiredSchema, Shape, StructSchema, SubsectionSchema, VariantSchema,
+    EnumSchema, FieldSchema, RetiredSchema, Schema, Shape, StructSchema, SubsectionSchema,
+    VariantSchema,
 };
-use crate::wire::Kind;
+
+impl Schema {
+    /// With that section, too.
+    #[must_use]
+    pub fn with<S: Section>(mut self) -> Self {
+        self.add(S::NAME, struct_schema::<S>(), None);
+        self
+    }
+}
 
 pub(crate) fn shape<S: DeviceState>() -> Shape {
     match S::DECLARED.kind {

@@ -1,9 +1,9 @@
 //! Encoding.
 
-use crate::codec::Codec;
-use crate::declare::{DeviceState, Field, Subsection, Variant, Visitor};
+use crate::declare::{Codec, DeviceState, Field, Subsection, Variant, Visitor};
 use crate::error::{EncodeError, EncodeProblem};
-use crate::wire::{Kind, Writer};
+use crate::kind::Kind;
+use crate::wire::Writer;
 
 /// Everything of a state but its version.
 pub(crate) fn encode_body<S: DeviceState>(

@@ -1,9 +1,9 @@
 //! Decoding.
 
-use crate::codec::Codec;
-use crate::declare::{DeviceState, Field, Subsection, Variant, Visitor};
+use crate::declare::{Codec, DeviceState, Field, Subsection, Variant, Visitor};
 use crate::error::{DecodeError, Problem};
-use crate::wire::{Kind, Reader, expect_kind};
+use crate::kind::Kind;
+use crate::wire::{Reader, expect_kind};
 
 /// Everything of a state but its version, which stands at `at`.
 pub(crate) fn decode_body<S: DeviceState>(
