@@ -2,17 +2,17 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use pageferry::transport::{DestinationLink, SourceLink};
+use pageferry::transport::{DestinationLink, Interrupt, SourceLink};
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{RdmaAcceptor, RdmaOptions, RegistrationMode};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink};
 use serde::{Deserialize, Serialize};
 
-#[cfg(feature = "rdma")]
-use crate::args::RdmaRegistration;
-use crate::args::{RdmaArgs, Transport, ZeroCopyChoice};
 use crate::outcome::Failure;
+#[cfg(feature = "rdma")]
+use crate::words::RdmaRegistration;
+use crate::words::{RdmaArgs, Transport, ZeroCopyChoice};
 
 /// Where both sides are, but for RDMA.
 pub(crate) const HERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -157,4 +157,11 @@ pub(crate) fn rdma_options(args: RdmaArgs) -> RdmaOptions {
 #[cfg(not(feature = "rdma"))]
 fn no_rdma() -> Failure {
     "this program was built without RDMA".into()
+}
+
+/// What interrupts a sender that never waits.
+pub(crate) struct Nobody;
+
+impl Interrupt for Nobody {
+    fn interrupt(&self) {}
 }

@@ -13,7 +13,7 @@ use std::time::Instant;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::outcome::Failure;
-use crate::throughput::thread_cpu_nanoseconds;
+use crate::usage::thread_cpu_nanoseconds;
 
 /// More than the last level of caches has on most CPUs.
 const BUFFER_BYTES: usize = 64 << 20;

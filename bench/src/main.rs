@@ -40,18 +40,21 @@ mod migrate;
 mod outcome;
 mod output;
 mod page;
-mod page_writes;
 mod perftest;
 mod random;
 mod rearm;
 mod runs;
+mod sides;
 mod simulate;
 mod throughput;
+mod transfer;
+mod usage;
+mod words;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
-use args::{Cli, Command};
+use args::{Cli, Command, Measurement};
 use outcome::Outcome;
 
 fn main() -> std::process::ExitCode {
@@ -73,7 +76,9 @@ fn main() -> std::process::ExitCode {
         Command::Gate(args) => gate::run(&args),
         Command::DeviceState(args) => device_state::run(&args),
         Command::Simulate(args) => simulate::run(&args),
-        Command::Side { side } => throughput::serve(side),
+        Command::Side { of: Measurement::Transfer, side } => transfer::serve(side),
+        Command::Side { of: Measurement::Latency, .. } => latency::serve(),
+        Command::Side { of: Measurement::Migration, .. } => migrate::serve(),
     };
     let outcome = result.unwrap_or_else(|error| {
         say!("error: {}", pageferry::Chain::of(&*error));

@@ -1,5 +1,6 @@
 //! `bitmap`: what the engine does with dirty bitmaps, against reading them.
 
+mod args;
 mod measure;
 mod pattern;
 mod report;
@@ -11,9 +12,10 @@ use indicatif::HumanBytes;
 use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{Layout, PAGE_BYTES, RegionLayout};
 
-use crate::args::BitmapArgs;
 use crate::host::available_bytes;
 use crate::outcome::{Failure, Outcome};
+
+pub(crate) use args::{BitmapArgs, EXAMPLES, METHOD};
 use measure::Sampler;
 use pattern::Pattern;
 use report::{Report, Row};

@@ -4,7 +4,7 @@ use clap::Args;
 use pageferry::MAX_CHANNELS;
 use pageferry_vmm::ram::Backing;
 
-use crate::args::{RdmaArgs, Transport, a_page_each, size, whole_pages};
+use crate::words::{RdmaArgs, Transport, a_page_each, size, whole_pages};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

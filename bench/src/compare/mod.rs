@@ -17,7 +17,7 @@ use crate::host;
 use crate::outcome::{Failure, Outcome};
 use crate::output;
 use crate::perftest::{READ, WRITE};
-use crate::throughput::NoAnswer;
+use crate::sides::NoAnswer;
 
 pub(crate) use args::{CompareArgs, EXAMPLES, METHOD};
 

@@ -1,14 +1,14 @@
-//! The engine and the bare loop, as `throughput` measures them.
+//! The engine and the bare loop, as `throughput` has them move memory.
 
 use super::{CompareArgs, Mover};
-use crate::args::{Transport, ZeroCopyChoice};
 use crate::links::Way;
 use crate::outcome::Failure;
-use crate::throughput::{Contestant, Setup, Sides, prepared, transfer};
+use crate::transfer::{Contestant, Pair, Setup, prepared, transfer};
+use crate::words::{Transport, ZeroCopyChoice};
 
 /// Both, since a pair of processes can do either.
 struct Own {
-    sides: Sides,
+    sides: Pair,
     contestant: Contestant,
     name: String,
 }

@@ -3,6 +3,7 @@
 mod binary;
 mod counts;
 mod histograms;
+mod interval;
 mod pairs;
 mod verdict;
 

@@ -4,7 +4,7 @@ use comfy_table::{Cell, CellAlignment};
 use serde::Serialize;
 
 use super::histograms::Percentiles;
-use super::pairs::Interval;
+use super::interval::Interval;
 use crate::outcome::Failure;
 use crate::output::{self, SCHEMA};
 

@@ -11,12 +11,11 @@ use clap::{Args, ValueEnum};
 use pageferry_report::document::ZeroCopy;
 use serde::{Deserialize, Serialize};
 
-use crate::args::{RdmaArgs, Transport, ZeroCopyChoice};
 use crate::links::Way;
 use crate::outcome::{Failure, Outcome};
 use crate::output::line;
+use crate::words::{RdmaArgs, Transport, ZeroCopyChoice};
 
-pub(crate) use paths::Nobody;
 pub(crate) use transports::BATCHES;
 
 pub(crate) const METHOD: &str = "\

@@ -21,6 +21,7 @@ use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Counts;
+use crate::links::Nobody;
 use crate::outcome::Failure;
 use crate::random::Random;
 
@@ -118,13 +119,6 @@ const NOWHERE: Capabilities = Capabilities {
 /// A transport on which everything has landed at once. Counts batches.
 #[derive(Debug)]
 struct Nowhere(Ticket);
-
-/// Nothing waits there.
-pub(crate) struct Nobody;
-
-impl Interrupt for Nobody {
-    fn interrupt(&self) {}
-}
 
 impl PageSender for Nowhere {
     fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {

@@ -16,10 +16,10 @@ use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Counts;
-use crate::args::ZeroCopyChoice;
 use crate::links::{Listener, Way, connect};
 use crate::outcome::Failure;
 use crate::random::Random;
+use crate::words::ZeroCopyChoice;
 
 const MEMORY_PAGES: u64 = 1024;
 /// Batches of a unit of work.

@@ -6,8 +6,8 @@ use clap::Args;
 use pageferry::MAX_CHANNELS;
 use pageferry_vmm::ram::Backing;
 
-use crate::args::{RdmaArgs, Transport, size, whole_pages};
 use crate::links::Way;
+use crate::words::{RdmaArgs, Transport, size, whole_pages};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

@@ -1,6 +1,7 @@
 //! `latency`: how long things take that a migration does over and over.
 
 mod args;
+mod page_writes;
 mod report;
 mod serve;
 mod source;
@@ -17,15 +18,15 @@ use pageferry_vmm::facts::transports;
 use pageferry_vmm::ram::Ram;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::args::Transport;
 use crate::links::Way;
 use crate::outcome::{Failure, Outcome};
-use crate::page_writes;
 use crate::random::Random;
-use crate::throughput::{Answer, NoAnswer, Order, SideName, Sides};
+use crate::sides::{NoAnswer, SideName, Sides};
+use crate::words::Transport;
 
 pub(crate) use args::{EXAMPLES, LatencyArgs, METHOD};
-pub(crate) use serve::{Serve, serve};
+pub(crate) use serve::serve;
+use serve::{Answer, Serve};
 use source::Moved;
 
 /// Page bytes of the memory that single pages are taken from, in turn.
@@ -53,7 +54,7 @@ pub(crate) fn run(args: &LatencyArgs) -> Result<Outcome, Failure> {
 fn measure(args: &LatencyArgs) -> Result<(Document, Vec<Interval>), Failure> {
     let way = args.way();
     let facts = Facts::here(transports());
-    let mut destination = Sides::start()?;
+    let mut destination = Sides::start("latency")?;
     let mut intervals = Vec::new();
 
     say!("{way}: {} round trips of the control channel", HumanCount(args.pings.into()));
@@ -110,16 +111,16 @@ fn filled(memory_bytes: u64, args: &LatencyArgs) -> Result<Ram, Failure> {
 
 /// Has the destination do its part of something, and does ours.
 fn with<T>(
-    destination: &mut Sides,
+    destination: &mut Sides<Answer>,
     way: Way,
     serving: Serve,
     here: impl FnOnce(SocketAddr) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let side = SideName::Destination;
-    destination.tell(side, &Order::Serve(serving))?;
+    destination.tell(side, &serving)?;
     let address = destination.answer(side, |answer| match answer {
         Answer::Listening(address) => Some(address),
-        _ => None,
+        Answer::Served => None,
     })?;
     let result = here(address);
     let served = destination.answer(side, |answer| matches!(answer, Answer::Served).then_some(()));
@@ -136,7 +137,7 @@ fn with<T>(
 /// Whole migrations, with and without recording in turn.
 fn migrations(
     args: &LatencyArgs,
-    destination: &mut Sides,
+    destination: &mut Sides<Answer>,
 ) -> Result<(Vec<Interval>, Recording), Failure> {
     let LatencyArgs { memory, backing, migrations, .. } = *args;
     let way = args.way();

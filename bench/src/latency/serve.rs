@@ -1,5 +1,6 @@
 //! The destination's part: it answers, and measures nothing.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,15 +11,16 @@ use pageferry_vmm::ram::{Backing, Ram};
 use serde::{Deserialize, Serialize};
 
 use crate::links::{Listener, Way};
-use crate::outcome::Failure;
-use crate::throughput::{Answer, answer};
+use crate::outcome::{Failure, Outcome};
+use crate::sides::{self, answer};
 
 /// For what answers at once where all is well.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a destination is to do for one source.
+/// What a destination is to do for one source. Answered by `Listening`, and by `Served` when the source is
+/// gone.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(crate) enum Serve {
+pub(super) enum Serve {
     /// Send every control frame back.
     Control { way: Way },
     /// Take pages in on one data channel.
@@ -27,8 +29,19 @@ pub(crate) enum Serve {
     Migration { way: Way, memory_bytes: u64, backing: Backing },
 }
 
-/// Does it. Answers with `Listening`, and with `Served` when the source is gone.
-pub(crate) fn serve(what: Serve) -> Result<(), Failure> {
+/// From a destination.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Answer {
+    Listening(SocketAddr),
+    Served,
+}
+
+/// A destination, as it is told. A source is not told anything: who measures is one.
+pub(crate) fn serve() -> Result<Outcome, Failure> {
+    sides::serve(obey)
+}
+
+fn obey(what: Serve) -> Result<(), Failure> {
     let (Serve::Control { way } | Serve::Pages { way, .. } | Serve::Migration { way, .. }) = what;
     let listener = Listener::bind(way)?;
     answer(&Answer::Listening(listener.address()))?;

@@ -18,9 +18,9 @@ use super::args::LatencyArgs;
 use super::serve::NoMachine;
 use super::timed::{Rearms, TimedLink};
 use super::wait_until;
-use crate::args::ZeroCopyChoice;
 use crate::links::{Way, connect};
 use crate::outcome::Failure;
+use crate::words::ZeroCopyChoice;
 
 /// For what answers at once where all is well.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -7,7 +7,7 @@ use pageferry_vmm::ram::Backing;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
 
-use crate::args::{HUGE_PAGE_BYTES, RdmaArgs, Transport, size};
+use crate::words::{HUGE_PAGE_BYTES, RdmaArgs, Transport, size};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

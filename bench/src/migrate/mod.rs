@@ -17,19 +17,21 @@ use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 use serde::{Deserialize, Serialize};
 
-use crate::args::Transport;
 use crate::links::Way;
 use crate::load::Load;
 use crate::outcome::{Failure, Outcome};
-use crate::throughput::{self, NoAnswer, SideName, Sides};
+use crate::sides::{NoAnswer, SideName, Sides};
+use crate::words::Transport;
 
 use args::GuestChoice;
 pub(crate) use args::{EXAMPLES, METHOD, MigrateArgs};
 pub(crate) use side::serve;
 
+const MEASUREMENT: &str = "migration";
+
 /// To a side.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Order {
+enum Order {
     /// To a destination. Answered by `Listening`, and `Arrived`.
     Receive(Box<Plan>),
     /// To a source. Answered by `Departed`.
@@ -38,14 +40,15 @@ pub(crate) enum Order {
 
 /// From a side.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Answer {
+enum Answer {
+    Listening(SocketAddr),
     Departed(Box<Departed>),
     Arrived(Arrived),
 }
 
 /// One migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Plan {
+struct Plan {
     way: Way,
     channels: u16,
     config: GuestConfig,
@@ -78,7 +81,7 @@ impl Plan {
 
 /// What a source saw.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Departed {
+struct Departed {
     migration: Migration,
     /// `CLOCK_REALTIME`.
     began_ns: u64,
@@ -87,7 +90,7 @@ pub(crate) struct Departed {
 
 /// What a destination saw.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Arrived {
+struct Arrived {
     oracle_ok: bool,
     oracle: String,
     longest_gap_ns: u64,
@@ -99,7 +102,7 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<Outcome, Failure> {
     let (kind, tracking) = decide(args)?;
     let plans = plans(args, kind, tracking);
     let mut document = Document::new(Kind::Migrate, Facts::here(transports()));
-    let mut sides = Sides::start()?;
+    let mut sides = Sides::start(MEASUREMENT)?;
     let count = plans.len();
     for (number, plan) in (1..).zip(plans) {
         let migration = match migrate(&mut sides, &plan) {
@@ -110,7 +113,7 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<Outcome, Failure> {
             }
             // The sides have ended; the others go on with new ones.
             Err(NoAnswer::Failed(why)) => {
-                sides = Sides::start()?;
+                sides = Sides::start(MEASUREMENT)?;
                 Migration {
                     setting: plan.setting(),
                     outcome: "failed".to_owned(),
@@ -206,23 +209,22 @@ fn vary<T: Copy>(plans: &[Plan], values: &[T], set: impl Fn(&mut Plan, T)) -> Ve
 }
 
 /// One migration, under the host's load.
-fn migrate(sides: &mut Sides, plan: &Plan) -> Result<Migration, NoAnswer> {
+fn migrate(sides: &mut Sides<Answer>, plan: &Plan) -> Result<Migration, NoAnswer> {
     let failed = |error: Failure| NoAnswer::Failed(error.to_string());
     let load = Load::of_host(plan.host_load).map_err(failed)?;
     let (source, destination) = (SideName::Source, SideName::Destination);
-    let order = |order| throughput::Order::Migrate(order);
-    sides.tell(destination, &order(Order::Receive(Box::new(plan.clone())))).map_err(failed)?;
+    sides.tell(destination, &Order::Receive(Box::new(plan.clone()))).map_err(failed)?;
     let address = sides.answer(destination, |answer| match answer {
-        throughput::Answer::Listening(address) => Some(address),
+        Answer::Listening(address) => Some(address),
         _ => None,
     })?;
-    sides.tell(source, &order(Order::Send(Box::new(plan.clone()), address))).map_err(failed)?;
+    sides.tell(source, &Order::Send(Box::new(plan.clone()), address)).map_err(failed)?;
     let departed = sides.answer(source, |answer| match answer {
-        throughput::Answer::Migrated(Answer::Departed(departed)) => Some(*departed),
+        Answer::Departed(departed) => Some(*departed),
         _ => None,
     })?;
     let arrived = sides.answer(destination, |answer| match answer {
-        throughput::Answer::Migrated(Answer::Arrived(arrived)) => Some(arrived),
+        Answer::Arrived(arrived) => Some(arrived),
         _ => None,
     })?;
     let load = load.stop();

@@ -12,21 +12,23 @@ use pageferry_vmm::tracking::DirtyTracking;
 
 use super::guest::LoadedGuest;
 use super::{Answer, Arrived, Departed, Order, Plan};
-use crate::args::ZeroCopyChoice;
 use crate::links::{Listener, connect};
-use crate::outcome::Failure;
-use crate::throughput::{self, answer, process_cpu_nanoseconds};
+use crate::outcome::{Failure, Outcome};
+use crate::sides::{self, answer};
+use crate::usage::process_cpu_nanoseconds;
+use crate::words::ZeroCopyChoice;
 
 /// Beats of a guest before it is migrated, and where it arrives, before its memory is looked at.
 const BEATS: u64 = 200;
 
-/// Does a side's part.
-pub(crate) fn serve(order: Order) -> Result<(), Failure> {
-    let migrated = match order {
-        Order::Receive(plan) => Answer::Arrived(receive(&plan)?),
-        Order::Send(plan, address) => Answer::Departed(Box::new(send(&plan, address)?)),
-    };
-    answer(&throughput::Answer::Migrated(migrated))
+/// One side, as it is told.
+pub(crate) fn serve() -> Result<Outcome, Failure> {
+    sides::serve(|order| {
+        answer(&match order {
+            Order::Receive(plan) => Answer::Arrived(receive(&plan)?),
+            Order::Send(plan, address) => Answer::Departed(Box::new(send(&plan, address)?)),
+        })
+    })
 }
 
 fn send(plan: &Plan, address: SocketAddr) -> Result<Departed, Failure> {
@@ -67,7 +69,7 @@ fn send(plan: &Plan, address: SocketAddr) -> Result<Departed, Failure> {
 
 fn receive(plan: &Plan) -> Result<Arrived, Failure> {
     let listener = Listener::bind(plan.way)?;
-    answer(&throughput::Answer::Listening(listener.address()))?;
+    answer(&Answer::Listening(listener.address()))?;
     let link = listener.accept()?;
     let offer = Destination::new().negotiate(link)?;
     let config: GuestConfig = serde_json::from_slice(offer.description())?;

@@ -12,7 +12,7 @@ use pageferry::transport::{
     TransportError, Watermarks,
 };
 
-use crate::hot::Nobody;
+use crate::links::Nobody;
 
 /// The engine's own.
 const BATCH_BYTES: u64 = 4 << 20;

@@ -19,9 +19,9 @@ use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::args::size;
 use crate::outcome::{Failure, Outcome};
 use crate::output::{self, SCHEMA, median};
+use crate::words::size;
 
 pub(crate) const METHOD: &str = "\
 Example:

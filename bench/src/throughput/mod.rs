@@ -1,29 +1,19 @@
 //! `throughput`: the engine against a bare loop of system calls, or over RDMA against perftest, in
 //! turn, over as much memory.
 
-mod bare;
-mod machine;
-mod memory;
+mod args;
 mod report;
-mod side;
-mod sides;
-mod usage;
-mod wire;
-mod writer;
 
-use indicatif::HumanBytes;
-
-use crate::args::{ThroughputArgs, Transport};
 use crate::host;
 use crate::links::{Way, rdma_address, slice_bytes};
 use crate::outcome::{Failure, Outcome};
 use crate::perftest::{Device, WRITE};
-use report::{Other, Pair, Report, Transfer};
+use crate::sides::{NoAnswer, SideName};
+use crate::transfer::{self, Answer, Contestant, Order, Setup, prepared, transfer};
+use crate::words::Transport;
+use report::{Other, Pair, Report};
 
-pub(crate) use side::{answer, serve};
-pub(crate) use sides::{NoAnswer, Sides};
-pub(crate) use usage::{process_cpu_nanoseconds, thread_cpu_nanoseconds};
-pub(crate) use wire::{Answer, Contestant, Order, Setup, SideName};
+pub(crate) use args::{EXAMPLES, METHOD, ThroughputArgs};
 
 /// Measures, and prints the result.
 pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
@@ -120,7 +110,7 @@ impl Rival {
         }
     }
 
-    fn measure(&self, sides: &mut Sides) -> Result<Other, Failure> {
+    fn measure(&self, sides: &mut transfer::Pair) -> Result<Other, Failure> {
         Ok(match self {
             Self::Bare => Other::Bare(transfer(sides, Contestant::Bare)?),
             Self::Perftest { device, bytes, queue_pairs, writes } => {
@@ -130,36 +120,8 @@ impl Rival {
     }
 }
 
-/// Both sides, with the source's memory filled.
-pub(crate) fn prepared(setup: &Setup) -> Result<Sides, Failure> {
-    let mut sides = Sides::start()?;
-    say!("filling {} of {} memory", HumanBytes(setup.memory_bytes), setup.backing);
-    for side in [SideName::Source, SideName::Destination] {
-        sides.tell(side, &Order::Prepare(setup.clone()))?;
-        sides.answer(side, |answer| matches!(answer, Answer::Ready).then_some(()))?;
-    }
-    Ok(sides)
-}
-
-/// One measurement.
-pub(crate) fn transfer(sides: &mut Sides, contestant: Contestant) -> Result<Transfer, Failure> {
-    let measured = |answer| match answer {
-        Answer::Measured(measured) => Some(measured),
-        _ => None,
-    };
-    sides.tell(SideName::Destination, &Order::Receive(contestant))?;
-    let address = sides.answer(SideName::Destination, |answer| match answer {
-        Answer::Listening(address) => Some(address),
-        _ => None,
-    })?;
-    sides.tell(SideName::Source, &Order::Send(contestant, address))?;
-    let source = sides.answer(SideName::Source, measured)?;
-    let destination = sides.answer(SideName::Destination, measured)?;
-    Ok(Transfer { source, destination })
-}
-
 /// Whether both sides have the same memory now.
-fn verify(sides: &mut Sides, mover: Contestant) -> Result<(), Failure> {
+fn verify(sides: &mut transfer::Pair, mover: Contestant) -> Result<(), Failure> {
     let both = [SideName::Source, SideName::Destination];
     let mut digests = Vec::new();
     for side in both {

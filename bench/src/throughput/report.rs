@@ -4,34 +4,11 @@ use comfy_table::Cell;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::wire::{Measured, Setup, ZeroCopyFigures};
-use crate::args::{RdmaRegistration, Transport};
 use crate::links::slice_bytes;
 use crate::outcome::Failure;
 use crate::output::{self, SCHEMA, median};
-
-const GIB: f64 = (1_u64 << 30) as f64;
-
-/// What both sides saw of one transfer.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Transfer {
-    pub(super) source: Measured,
-    pub(super) destination: Measured,
-}
-
-impl Transfer {
-    /// Bits of pages a second, in 10⁹.
-    pub(crate) fn gbps(&self) -> f64 {
-        let seconds = self.source.nanoseconds as f64 / 1e9;
-        if seconds > 0.0 { self.source.payload_bytes as f64 * 8.0 / seconds / 1e9 } else { 0.0 }
-    }
-
-    /// A figure for each GiB of pages sent; `None` if none was.
-    fn per_gib(&self, figure: u64) -> Option<f64> {
-        let bytes = self.source.payload_bytes as f64;
-        (bytes > 0.0).then(|| figure as f64 * GIB / bytes)
-    }
-}
+use crate::transfer::{Measured, Setup, Transfer, ZeroCopyFigures};
+use crate::words::{RdmaRegistration, Transport};
 
 /// What the engine is compared with.
 #[derive(Debug, Clone, Copy)]

@@ -1,5 +1,7 @@
 //! `runs`: what runs of each length cost their source, by io_uring, copied by the kernel and not.
 
+mod args;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,11 +19,12 @@ use pageferry_vmm::ram::{Backing, Ram};
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::args::RunsArgs;
 use crate::outcome::{Failure, Outcome};
 use crate::output::{self, SCHEMA, median};
 use crate::random::Random;
-use crate::throughput::process_cpu_nanoseconds;
+use crate::usage::process_cpu_nanoseconds;
+
+pub(crate) use args::{METHOD, RunsArgs};
 
 /// On either side. Runs are taken from it in turn.
 const MEMORY_BYTES: u64 = 64 << 20;

@@ -9,10 +9,10 @@ use pageferry::memory::PAGE_BYTES;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::memory::ZeroBlocks;
-use super::usage::thread_cpu_nanoseconds;
 use super::wire::Setup;
 use crate::outcome::Failure;
 use crate::random::Random;
+use crate::usage::thread_cpu_nanoseconds;
 
 /// How often it gets up to write what is due.
 const TICK: Duration = Duration::from_millis(1);

@@ -1,6 +1,8 @@
 //! `device-state`: what saving a guest's device state costs, and what encoding and decoding a large
 //! device does.
 
+mod args;
+
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -12,10 +14,11 @@ use pageferry_vmm::ram::{Backing, Ram};
 use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 use serde::Serialize;
 
-use crate::args::DeviceStateArgs;
 use crate::outcome::{Failure, Outcome};
 use crate::output::{self, SCHEMA, median};
 use crate::random::Random;
+
+pub(crate) use args::{DeviceStateArgs, METHOD};
 
 const MEMORY_BYTES: u64 = 64 << 20;
 const WORKING_SET_BYTES: u64 = 16 << 20;

@@ -7,10 +7,10 @@ use std::net::IpAddr;
 
 use pageferry_report::document::{PageWritePair, PageWrites};
 
-use crate::args::RdmaArgs;
 use crate::links::rdma_address;
 use crate::outcome::Failure;
 use crate::perftest::Device;
+use crate::words::RdmaArgs;
 
 const PAGE_BYTES: u32 = 4096;
 

@@ -1,34 +1,13 @@
-//! What the program and its two sides tell each other: one JSON value a line.
+//! What the program and its two sides tell each other.
 
 use std::net::SocketAddr;
 
-use clap::ValueEnum;
 use pageferry::transport::ZeroCopyCounts;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
-use crate::args::ZeroCopyChoice;
-use crate::latency::Serve;
 use crate::links::Way;
-use crate::migrate;
-
-/// A process of a measurement.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum SideName {
-    /// Has the memory that is moved.
-    Source,
-    /// Has fresh memory for each measurement.
-    Destination,
-}
-
-impl std::fmt::Display for SideName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Source => "source",
-            Self::Destination => "destination",
-        })
-    }
-}
+use crate::words::ZeroCopyChoice;
 
 /// What both sides must know.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -55,11 +34,6 @@ pub(crate) enum Order {
     Send(Contestant, SocketAddr),
     /// Read all memory. Answered by `Digest`.
     Digest,
-    /// To a destination, at any time: answer a source that measures latencies. Answered by
-    /// `Listening`, and `Served`.
-    Serve(Serve),
-    /// At any time: one side of a migration. Answered as `migrate` has it.
-    Migrate(migrate::Order),
 }
 
 /// From a side.
@@ -69,10 +43,6 @@ pub(crate) enum Answer {
     Listening(SocketAddr),
     Measured(Measured),
     Digest(String),
-    Served,
-    Migrated(migrate::Answer),
-    /// It could not, and has ended.
-    Failed(String),
 }
 
 /// Who moves the memory.
@@ -93,14 +63,14 @@ impl std::fmt::Display for Contestant {
 
 /// What became of sends that asked the kernel not to copy.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub(super) struct ZeroCopyFigures {
+pub(crate) struct ZeroCopyFigures {
     /// Sends that are complete.
-    pub(super) sent: u64,
+    pub(crate) sent: u64,
     /// Those of them that the kernel copied after all.
-    pub(super) copied_by_kernel: u64,
+    pub(crate) copied_by_kernel: u64,
     /// Bytes of either.
-    pub(super) sent_bytes: u64,
-    pub(super) copied_bytes: u64,
+    pub(crate) sent_bytes: u64,
+    pub(crate) copied_bytes: u64,
 }
 
 impl From<ZeroCopyCounts> for ZeroCopyFigures {
@@ -112,7 +82,7 @@ impl From<ZeroCopyCounts> for ZeroCopyFigures {
 
 impl ZeroCopyFigures {
     /// Adds another side's, or another transfer's.
-    pub(super) fn add(self, other: Self) -> Self {
+    pub(crate) fn add(self, other: Self) -> Self {
         Self {
             sent: self.sent + other.sent,
             copied_by_kernel: self.copied_by_kernel + other.copied_by_kernel,
@@ -126,18 +96,18 @@ impl ZeroCopyFigures {
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub(crate) struct Measured {
     /// From the first byte to the last one landed; by the source's clock, 0 at a destination.
-    pub(super) nanoseconds: u64,
+    pub(crate) nanoseconds: u64,
     /// Page bytes that were sent.
-    pub(super) payload_bytes: u64,
+    pub(crate) payload_bytes: u64,
     /// CPU time of all threads, in user space and in the kernel.
-    pub(super) cpu_nanoseconds: u64,
+    pub(crate) cpu_nanoseconds: u64,
     /// System calls that moved data.
-    pub(super) system_calls: u64,
+    pub(crate) system_calls: u64,
     /// Page bytes copied in user space.
-    pub(super) user_copied_bytes: u64,
-    pub(super) zero_copy: ZeroCopyFigures,
+    pub(crate) user_copied_bytes: u64,
+    pub(crate) zero_copy: ZeroCopyFigures,
     /// Looks for completions of a NIC.
-    pub(super) polls: u64,
+    pub(crate) polls: u64,
     /// How far the process grew, without guest memory; `None` where the kernel does not tell.
-    pub(super) peak_bytes: Option<u64>,
+    pub(crate) peak_bytes: Option<u64>,
 }

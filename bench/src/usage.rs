@@ -29,18 +29,18 @@ fn nanoseconds(clock: ClockId) -> u64 {
 
 /// CPU time between two moments that different pieces of code see. The first mark of each counts.
 #[derive(Debug, Clone, Default)]
-pub(super) struct CpuWindow(Arc<[OnceLock<u64>; 2]>);
+pub(crate) struct CpuWindow(Arc<[OnceLock<u64>; 2]>);
 
 impl CpuWindow {
-    pub(super) fn begin(&self) {
+    pub(crate) fn begin(&self) {
         self.0[0].get_or_init(process_cpu_nanoseconds);
     }
 
-    pub(super) fn end(&self) {
+    pub(crate) fn end(&self) {
         self.0[1].get_or_init(process_cpu_nanoseconds);
     }
 
-    pub(super) fn nanoseconds(&self) -> u64 {
+    pub(crate) fn nanoseconds(&self) -> u64 {
         let begin = self.0[0].get().copied().unwrap_or(0);
         self.0[1].get().map_or(0, |end| end.saturating_sub(begin))
     }
@@ -48,14 +48,14 @@ impl CpuWindow {
 
 /// How far the resident set grows from its making on, apart from guest memory.
 #[derive(Debug)]
-pub(super) struct Growth {
+pub(crate) struct Growth {
     guest: Vec<Range<u64>>,
     /// What was resident at the beginning and is not guest memory.
     before: Option<u64>,
 }
 
 impl Growth {
-    pub(super) fn watch(memory: &GuestMemory) -> Self {
+    pub(crate) fn watch(memory: &GuestMemory) -> Self {
         let guest = memory
             .regions()
             .iter()
@@ -73,7 +73,7 @@ impl Growth {
     }
 
     /// In bytes; `None` where the kernel does not tell.
-    pub(super) fn peak_bytes(&self) -> Option<u64> {
+    pub(crate) fn peak_bytes(&self) -> Option<u64> {
         Some(self.apart_from_guest("VmHWM:")?.saturating_sub(self.before?))
     }
 

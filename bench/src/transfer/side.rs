@@ -1,6 +1,5 @@
-//! A side: a process that does what it is told on stdin.
+//! A side of a transfer.
 
-use std::io::{BufRead, Write, stdin, stdout};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
@@ -9,36 +8,20 @@ use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::{Destination, Event, Source, Statistics};
 use pageferry_rust_vmm::PagemapScan;
 use pageferry_vmm::ram::Ram;
-use rustix::process::{Signal, set_parent_process_death_signal};
 
 use super::machine::MemoryOnly;
-use super::usage::Growth;
-use super::wire::{Answer, Contestant, Measured, Order, Setup, SideName};
+use super::wire::{Answer, Contestant, Measured, Order, Setup};
 use super::writer::Writer;
 use super::{bare, memory};
 use crate::links::{self, HERE, Listener};
 use crate::outcome::{Failure, Outcome};
-use crate::{latency, migrate};
+use crate::sides::{self, SideName, answer};
+use crate::usage::Growth;
 
-/// Runs a side until stdin ends.
+/// One side, as it is told.
 pub(crate) fn serve(name: SideName) -> Result<Outcome, Failure> {
-    // Ends with its parent even while it is busy.
-    set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut side = None;
-    for line in stdin().lock().lines() {
-        let order = serde_json::from_str(&line?)?;
-        if let Err(error) = obey(name, &mut side, order) {
-            answer(&Answer::Failed(pageferry::Chain::of(&*error).to_string()))?;
-            return Ok(Outcome::Failed);
-        }
-    }
-    Ok(Outcome::Completed)
-}
-
-/// Says something to who started this side.
-pub(crate) fn answer(answer: &Answer) -> Result<(), Failure> {
-    let line = format!("{}\n", serde_json::to_string(answer)?);
-    Ok(stdout().write_all(line.as_bytes())?)
+    sides::serve(|order| obey(name, &mut side, order))
 }
 
 struct Side {
@@ -49,8 +32,6 @@ struct Side {
 
 fn obey(name: SideName, side: &mut Option<Side>, order: Order) -> Result<(), Failure> {
     match (side, order) {
-        (_, Order::Serve(serving)) => latency::serve(serving),
-        (_, Order::Migrate(order)) => migrate::serve(order),
         (side @ None, Order::Prepare(setup)) => {
             let ram = match name {
                 SideName::Source => {

@@ -1,21 +1,46 @@
-//! The two processes of a measurement, seen from the one that started them.
+//! A measurement by two processes, a source and a destination: who starts both tells them on stdin what to
+//! do, and they answer on stdout, one JSON value a line. What is told and answered is the measurement's own.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Write, stdin, stdout};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::wire::{Answer, Order, SideName};
-use crate::outcome::Failure;
+use crate::outcome::{Failure, Outcome};
 
 /// When one side fails the other mostly does too, and one of them knows why.
 const OTHER_SIDES_WORDS: Duration = Duration::from_millis(500);
+
+/// A process of a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SideName {
+    /// Has the memory that is moved.
+    Source,
+    /// Has fresh memory for each measurement.
+    Destination,
+}
+
+impl std::fmt::Display for SideName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        })
+    }
+}
+
+/// An answer as it goes over the wire; or why there is none, and the side has ended.
+type Word<A> = Result<A, String>;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -30,23 +55,23 @@ pub(crate) enum NoAnswer {
 
 /// Both processes. Dropping it ends them and waits until they are gone.
 #[derive(Debug)]
-pub(crate) struct Sides {
+pub(crate) struct Sides<A> {
     source: Process,
     destination: Process,
-    heard: Receiver<(SideName, Option<Answer>)>,
+    heard: Receiver<(SideName, Option<Word<A>>)>,
     /// Answers that were not asked for yet.
-    early: VecDeque<(SideName, Answer)>,
+    early: VecDeque<(SideName, A)>,
     interrupted: Receiver<()>,
 }
 
-impl Sides {
-    /// Starts both.
-    pub(crate) fn start() -> Result<Self, Failure> {
+impl<A: DeserializeOwned + std::fmt::Debug + Send + 'static> Sides<A> {
+    /// Starts both, as `side MEASUREMENT source` and `destination`.
+    pub(crate) fn start(measurement: &str) -> Result<Self, Failure> {
         let interrupted = listen_to_signals()?;
         let (hear, heard) = unbounded();
         Ok(Self {
-            source: Process::start(SideName::Source, hear.clone())?,
-            destination: Process::start(SideName::Destination, hear)?,
+            source: Process::start(measurement, SideName::Source, hear.clone())?,
+            destination: Process::start(measurement, SideName::Destination, hear)?,
             heard,
             early: VecDeque::new(),
             interrupted,
@@ -54,7 +79,7 @@ impl Sides {
     }
 
     /// Tells a side what to do.
-    pub(crate) fn tell(&mut self, side: SideName, order: &Order) -> Result<(), Failure> {
+    pub(crate) fn tell(&mut self, side: SideName, order: &impl Serialize) -> Result<(), Failure> {
         let process = match side {
             SideName::Source => &mut self.source,
             SideName::Destination => &mut self.destination,
@@ -68,7 +93,7 @@ impl Sides {
     pub(crate) fn answer<T>(
         &mut self,
         side: SideName,
-        wanted: impl FnOnce(Answer) -> Option<T>,
+        wanted: impl FnOnce(A) -> Option<T>,
     ) -> Result<T, NoAnswer> {
         let answer = loop {
             if let Some(at) = self.early.iter().position(|(from, _)| *from == side)
@@ -79,8 +104,8 @@ impl Sides {
             select! {
                 recv(self.interrupted) -> _ => return Err(NoAnswer::Cancelled),
                 recv(self.heard) -> heard => match heard {
-                    Ok((from, Some(Answer::Failed(why)))) => return Err(self.failed(from, &why)),
-                    Ok((from, Some(answer))) => self.early.push_back((from, answer)),
+                    Ok((from, Some(Err(why)))) => return Err(self.failed(from, &why)),
+                    Ok((from, Some(Ok(answer)))) => self.early.push_back((from, answer)),
                     Ok((from, None)) => return Err(self.failed(from, "it ended by itself")),
                     Err(error) => return Err(NoAnswer::Failed(error.to_string())),
                 }
@@ -95,7 +120,7 @@ impl Sides {
         let mut text = format!("{side}: {why}");
         while let Ok((from, answer)) = self.heard.recv_timeout(OTHER_SIDES_WORDS) {
             match answer {
-                Some(Answer::Failed(why)) => text = format!("{text}; {from}: {why}"),
+                Some(Err(why)) => text = format!("{text}; {from}: {why}"),
                 _ if from == side => {}
                 _ => break,
             }
@@ -111,10 +136,14 @@ struct Process {
 }
 
 impl Process {
-    fn start(name: SideName, hear: Sender<(SideName, Option<Answer>)>) -> Result<Self, Failure> {
+    fn start<A: DeserializeOwned + Send + 'static>(
+        measurement: &str,
+        name: SideName,
+        hear: Sender<(SideName, Option<Word<A>>)>,
+    ) -> Result<Self, Failure> {
         let failed = |error| format!("failed to start the {name}: {error}");
         let mut child = Command::new(std::env::current_exe()?)
-            .args(["side", &name.to_string()])
+            .args(["side", measurement, &name.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // Ctrl-C is for us, who end both.
@@ -142,10 +171,14 @@ impl Drop for Process {
 }
 
 /// Passes a side's answers on, and `None` at their end.
-fn listen(name: SideName, stdout: ChildStdout, hear: &Sender<(SideName, Option<Answer>)>) {
+fn listen<A: DeserializeOwned>(
+    name: SideName,
+    stdout: ChildStdout,
+    hear: &Sender<(SideName, Option<Word<A>>)>,
+) {
     for line in BufReader::new(stdout).lines().map_while(Result::ok) {
         let answer = serde_json::from_str(&line)
-            .unwrap_or_else(|error| Answer::Failed(format!("it said nonsense: {error}")));
+            .unwrap_or_else(|error| Err(format!("it said nonsense: {error}")));
         if hear.send((name, Some(answer))).is_err() {
             return;
         }
@@ -170,4 +203,30 @@ fn listen_to_signals() -> Result<Receiver<()>, Failure> {
         })
         .map_err(failed)?;
     Ok(interrupted)
+}
+
+/// The life of a side: does what it is told until stdin ends.
+pub(crate) fn serve<O: DeserializeOwned>(
+    mut obey: impl FnMut(O) -> Result<(), Failure>,
+) -> Result<Outcome, Failure> {
+    // Ends with its parent even while it is busy.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    for line in stdin().lock().lines() {
+        let order = serde_json::from_str(&line?)?;
+        if let Err(error) = obey(order) {
+            tell_parent(&Word::<()>::Err(pageferry::Chain::of(&*error).to_string()))?;
+            return Ok(Outcome::Failed);
+        }
+    }
+    Ok(Outcome::Completed)
+}
+
+/// Answers who started this side.
+pub(crate) fn answer(answer: &impl Serialize) -> Result<(), Failure> {
+    tell_parent(&Word::Ok(answer))
+}
+
+fn tell_parent(word: &Word<impl Serialize>) -> Result<(), Failure> {
+    let line = format!("{}\n", serde_json::to_string(word)?);
+    Ok(stdout().write_all(line.as_bytes())?)
 }

@@ -2,8 +2,8 @@
 
 use pageferry::{Machine, MachineError};
 
-use super::usage::CpuWindow;
 use super::writer::Writer;
+use crate::usage::CpuWindow;
 
 /// Notes when the transfer is over, and stops who writes to memory.
 #[derive(Debug, Default)]

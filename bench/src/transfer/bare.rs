@@ -22,9 +22,9 @@ use vm_memory::{
 };
 
 use super::memory::parts;
-use super::usage::CpuWindow;
 use super::wire::{Measured, Setup};
 use crate::outcome::Failure;
+use crate::usage::CpuWindow;
 
 /// Most bytes of one `write`.
 const CHUNK_BYTES: usize = 1 << 20;

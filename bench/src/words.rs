@@ -1,0 +1,146 @@
+//! The words that the command line has for what several commands measure, and what they may be.
+
+use std::net::IpAddr;
+
+use clap::{Args, ValueEnum};
+use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
+use pageferry_tcp::ZeroCopy;
+use pageferry_vmm::ram::Backing;
+use serde::{Deserialize, Serialize};
+
+pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+/// What moves the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Transport {
+    /// TCP sockets.
+    Tcp,
+    /// TCP sockets driven by io_uring.
+    #[value(name = "iouring")]
+    IoUring,
+    /// RDMA, in programs that were built with it; against perftest's ib_write_bw.
+    Rdma,
+}
+
+/// Settings of `--transport rdma`.
+#[expect(clippy::struct_field_names, reason = "as the command line has them")]
+#[derive(Debug, Clone, Copy, Default, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "With --transport rdma")]
+pub(crate) struct RdmaArgs {
+    /// Address of the RDMA device, where both sides are [default: the first there is].
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) rdma_address: Option<IpAddr>,
+    /// Most bytes of one write, and bytes of each of perftest's [default: the transport's, 1 MiB].
+    #[arg(long, value_name = "SIZE", value_parser = slice)]
+    pub(crate) rdma_slice: Option<u32>,
+    /// When guest memory is registered.
+    #[arg(long, value_name = "WHEN", default_value = "at-start")]
+    pub(crate) rdma_registration: RdmaRegistration,
+}
+
+/// When guest memory is registered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum RdmaRegistration {
+    /// All of it before the first page; that time is not counted.
+    #[default]
+    AtStart,
+    /// Chunk by chunk while pages flow.
+    Ahead,
+}
+
+impl RdmaArgs {
+    /// Where RDMA is among the transports: that this program was built with it.
+    pub(crate) fn check(transports: &[Transport]) -> Result<(), String> {
+        if !transports.contains(&Transport::Rdma) {
+            Ok(())
+        } else if !cfg!(feature = "rdma") {
+            Err("--transport rdma: this program was built without RDMA; build it with --features \
+                 rdma (which needs cmake and libclang)"
+                .to_owned())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl std::fmt::Display for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::IoUring => "iouring",
+            Self::Rdma => "rdma",
+        })
+    }
+}
+
+/// Whether the kernel is asked not to copy what it sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ZeroCopyChoice {
+    /// As long as it pays: not where the kernel copies anyway, as on loopback.
+    Auto,
+    /// Never.
+    Off,
+    /// Always, also where the kernel copies anyway.
+    On,
+}
+
+impl From<ZeroCopyChoice> for ZeroCopy {
+    fn from(choice: ZeroCopyChoice) -> Self {
+        match choice {
+            ZeroCopyChoice::Auto => Self::Auto,
+            ZeroCopyChoice::Off => Self::Off,
+            ZeroCopyChoice::On => Self::On,
+        }
+    }
+}
+
+/// Memory of whole pages of its backing, no more than a region can have.
+pub(crate) fn whole_pages(memory: u64, backing: Backing) -> Result<(), String> {
+    let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+    if memory / PAGE_BYTES > MAX_REGION_PAGES {
+        let most = MAX_REGION_PAGES * PAGE_BYTES;
+        Err(format!("--memory {memory} is too much, at most {most} is possible"))
+    } else if !memory.is_multiple_of(unit) {
+        Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
+    } else {
+        Ok(())
+    }
+}
+
+/// Memory that has a page for each channel.
+pub(crate) fn a_page_each(memory: u64, channels: u16) -> Result<(), String> {
+    if memory / PAGE_BYTES < u64::from(channels) {
+        return Err(format!(
+            "--memory {memory} has less than one page for each of --channels {channels}"
+        ));
+    }
+    Ok(())
+}
+
+/// "512M", "1G", "64MiB": binary units.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    match parse_size::Config::new().with_binary().parse_size(text) {
+        Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(format!("{error}; a size is like 512M or 1G")),
+    }
+}
+
+/// Whole pages, as many as one RDMA write can have.
+fn slice(text: &str) -> Result<u32, String> {
+    match u32::try_from(size(text)?) {
+        Ok(bytes) if u64::from(bytes).is_multiple_of(PAGE_BYTES) && bytes <= 1 << 30 => Ok(bytes),
+        _ => Err(format!("a write is of whole pages of {PAGE_BYTES} bytes, at most 1 GiB")),
+    }
+}
+
+/// "0.25".
+pub(crate) fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("a share is between 0.0 and 1.0".to_owned()),
+    }
+}
