@@ -27,6 +27,7 @@
 //! what other processes write to their own mappings of it (vhost-user): those have logs of their own, which
 //! a VMM makes a [`DirtySource`](pageferry::dirty::DirtySource) of.
 
+mod addresses;
 pub mod bitmap;
 mod bits;
 mod carry;

@@ -20,10 +20,10 @@ use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
 use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
 use thiserror::Error;
 
+use crate::addresses::{addresses, call_ranges};
 use crate::bits::set_range;
 use crate::carry::CarryOver;
 use crate::misuse::{MisuseError, dirty_error};
-use crate::process::{addresses, call_ranges};
 use crate::uffd;
 use linux_raw_sys::general::page_region;
 

@@ -10,9 +10,9 @@ use pageferry::dirty::WORD_PAGES;
 use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use crate::addresses::addresses;
 use crate::bits::words_for;
 use crate::pages::AtomicPages;
-use crate::process::addresses;
 use crate::uffd;
 
 /// From one word with something set to the next in a heap, at most.

@@ -18,9 +18,9 @@ use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
 use pageferry::threads::ThreadBody;
 
+use crate::addresses::{addresses, call_ranges};
 use crate::carry::CarryOver;
 use crate::misuse::{MisuseError, dirty_error};
-use crate::process::{addresses, call_ranges};
 use crate::uffd;
 use handler::Shared;
 
