@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::facts::Facts;
 use crate::latency::Latency;
-use crate::recorder::{Round, Sample};
 
 /// Version of the object. Fields are added, never repurposed; what breaks a reader counts this up.
 pub const SCHEMA: u32 = 1;
@@ -221,6 +220,28 @@ pub struct Gap {
     pub ms: f64,
     /// How long it was.
     pub gap_ms: f64,
+}
+
+/// A moment.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// From the beginning of the migration.
+    pub ms: f64,
+    /// Page bytes that have landed.
+    pub landed_bytes: u64,
+    /// Bytes of pages still to be looked at in this round.
+    pub remaining_bytes: u64,
+}
+
+/// The beginning of a round. Of very many some are left out.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Its number, from 1.
+    pub round: u32,
+    /// When, from the beginning of the migration.
+    pub ms: f64,
+    /// Pages that were dirty; those of the rounds that are left out before it count.
+    pub dirty_pages: u64,
 }
 
 /// One live migration.

@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Progress};
-use serde::{Deserialize, Serialize};
 
-use crate::document::ms;
+use crate::document::{Round, Sample, ms};
 
 /// How often one looks at first.
 const INTERVAL: Duration = Duration::from_millis(2);
@@ -24,28 +23,6 @@ const MOST_SAMPLES: usize = 2000;
 
 /// Rounds to keep. When there are more, every second one is dropped, and of those that follow as many.
 const MOST_ROUNDS: usize = 2000;
-
-/// A moment.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Sample {
-    /// From the beginning of the migration.
-    pub ms: f64,
-    /// Page bytes that have landed.
-    pub landed_bytes: u64,
-    /// Bytes of pages still to be looked at in this round.
-    pub remaining_bytes: u64,
-}
-
-/// The beginning of a round. Of very many some are left out.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Round {
-    /// Its number, from 1.
-    pub round: u32,
-    /// When, from the beginning of the migration.
-    pub ms: f64,
-    /// Pages that were dirty; those of the rounds that are left out before it count.
-    pub dirty_pages: u64,
-}
 
 /// Records one migration until it is finished or dropped.
 #[derive(Debug)]

@@ -197,7 +197,7 @@ mod tests {
 
     use super::*;
     use crate::document::Gap;
-    use crate::recorder::Sample;
+    use crate::document::Sample;
 
     #[test]
     fn verification_is_a_part_of_its_own() {

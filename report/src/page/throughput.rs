@@ -85,7 +85,7 @@ pub(super) fn throughput(migration: &Migration) -> Vec<(f64, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recorder::{Round, Sample};
+    use crate::document::{Round, Sample};
 
     /// Bytes a millisecond at 30 Gb/s.
     const BYTES_PER_MS: f64 = 30e9 / 8.0 / 1e3;

@@ -6,9 +6,9 @@ use pageferry_report::document::{
     Comparison, Contestant, Document, Downtime, Gap, Kind, Migration, Missing, PageWritePair,
     PageWrites, Setting,
 };
+use pageferry_report::document::{Round, Sample};
 use pageferry_report::facts::{Facts, TransportFacts};
 use pageferry_report::latency::{Latencies, What};
-use pageferry_report::recorder::{Round, Sample};
 
 /// What must be drawn of it.
 pub(crate) const PLOTS: &[&str] = &[
