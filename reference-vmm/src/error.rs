@@ -2,12 +2,12 @@
 
 use std::io;
 
+use pageferry_device_state::{LoadError, RegisterError, SaveError};
 use pageferry_rust_vmm::kvm::KvmRingError;
 use vm_memory::GuestMemoryError;
 
 use crate::layout::LayoutError;
 use crate::ram::RamError;
-pub use crate::state::StateError;
 pub use crate::tracking::TrackingError;
 pub use crate::workload::WorkloadError;
 
@@ -105,4 +105,29 @@ pub enum GuestError {
     /// A saved state can't be used.
     #[error(transparent)]
     State(#[from] StateError),
+}
+
+/// Why a guest's state can't be saved or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StateError {
+    /// It could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// It could not be saved.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// Two devices are one.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// The state is of a guest unlike this one.
+    #[error("{what} is {found}, this guest's is {expected}")]
+    Mismatch {
+        /// What differs.
+        what: &'static str,
+        /// As saved.
+        found: String,
+        /// As configured here.
+        expected: String,
+    },
 }

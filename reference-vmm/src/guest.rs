@@ -17,16 +17,15 @@
 //! the last clone of its [`GuestRam`] does. A dropped guest with [`KvmHandles`] still around keeps the
 //! VM, which does nothing without its virtual CPUs.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_device_state::{Registry, Schema};
-use pageferry_rust_vmm::DirtyRings;
+use pageferry_rust_vmm::{DirtyRings, PagemapScan, UffdWp};
 use serde::{Deserialize, Serialize};
 
 use crate::devices::Devices;
-use crate::error::GuestError;
+use crate::error::{GuestError, StateError};
 use crate::heartbeat::{HeartbeatGap, HeartbeatSnapshot};
 use crate::kvm::{self, KvmMachine};
 use crate::layout::Layout;
@@ -34,36 +33,16 @@ use crate::linear::LinearMemory;
 use crate::process::ProcessMachine;
 use crate::ram::{Backing, GuestRam};
 use crate::run_control::{StillRunning, Workers};
-use crate::state::StateError;
 use crate::throttle::Throttle;
-use crate::tracking::DirtyTracking;
+use crate::tracking::{DirtyTracking, TrackingError};
 use crate::workload::oracle;
 use crate::workload::{OracleReport, WorkloadConfig, WorkloadError, WorkloadKind, contents};
 
+pub use crate::kind::GuestKind;
 pub use crate::kvm::{KvmHandles, MemorySlot};
 
 /// A virtual CPU that does not stop for this long sits in the kernel, waiting for memory.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// What runs the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum GuestKind {
-    /// A KVM virtual machine.
-    Kvm,
-    /// Threads of this process.
-    Process,
-}
-
-impl fmt::Display for GuestKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Kvm => "kvm",
-            Self::Process => "process",
-        })
-    }
-}
 
 /// What a guest is made of. Source and destination have the same, but for the backing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +69,24 @@ pub fn workload_available(kind: GuestKind, workload: WorkloadKind) -> Result<(),
     workload.check(kind)?;
     if kind == GuestKind::Kvm && workload == WorkloadKind::Fpu {
         kvm::computes().map_err(|reason| WorkloadError::NotRunByKvm { workload, reason })?;
+    }
+    Ok(())
+}
+
+/// Whether guests can be tracked that way here, apart from KVM itself.
+pub fn tracking_available(tracking: DirtyTracking) -> Result<(), GuestError> {
+    match tracking {
+        DirtyTracking::Ring { entries } => {
+            let kvm = kvm::open().map_err(|reason| GuestError::KvmUnavailable { reason })?;
+            let vm = kvm.create_vm().map_err(|source| GuestError::Kvm {
+                operation: "create a virtual machine".to_owned(),
+                source,
+            })?;
+            DirtyRings::enable(Arc::new(vm), entries).map_err(TrackingError::Ring)?;
+        }
+        DirtyTracking::Pagemap => PagemapScan::supported().map_err(TrackingError::Pagemap)?,
+        DirtyTracking::UffdWp => UffdWp::supported().map_err(TrackingError::UffdWp)?,
+        DirtyTracking::Auto | DirtyTracking::Log | DirtyTracking::Bitmap => {}
     }
     Ok(())
 }

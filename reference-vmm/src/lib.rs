@@ -14,6 +14,7 @@ pub mod error;
 pub mod facts;
 pub mod guest;
 pub mod heartbeat;
+mod kind;
 mod kvm;
 pub mod layout;
 mod linear;

@@ -1,37 +1,13 @@
 //! The saved state of a guest: everything of it that is not memory, as sections of
 //! [`pageferry_device_state`].
 
-use pageferry_device_state::{LoadError, RegisterError, SaveError, Schema};
+use pageferry_device_state::Schema;
 
+pub use crate::error::StateError;
 use crate::heartbeat::HeartbeatSnapshot;
 use crate::kvm::state::{ClockState, InterruptControllersState, PitState, VcpuState};
 use crate::process::Registers;
 use crate::serial::SerialRegisters;
-
-/// Why a guest's state can't be saved or used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StateError {
-    /// It could not be loaded.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// It could not be saved.
-    #[error(transparent)]
-    Save(#[from] SaveError),
-    /// Two devices are one.
-    #[error(transparent)]
-    Register(#[from] RegisterError),
-    /// The state is of a guest unlike this one.
-    #[error("{what} is {found}, this guest's is {expected}")]
-    Mismatch {
-        /// What differs.
-        what: &'static str,
-        /// As saved.
-        found: String,
-        /// As configured here.
-        expected: String,
-    },
-}
 
 /// Everything that guests of this program save and load, whatever they are made of.
 pub fn schema() -> Schema {

@@ -1,19 +1,16 @@
 //! What tracks a guest's writes.
 
 use std::fmt;
-use std::sync::Arc;
 
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
+use pageferry_rust_vmm::DirtyRings;
 use pageferry_rust_vmm::kvm::KvmRingError;
 use pageferry_rust_vmm::pagemap::PagemapError;
 use pageferry_rust_vmm::process::{ProcessMemoryError, ProcessTracker};
 use pageferry_rust_vmm::uffd_wp::UffdWpError;
-use pageferry_rust_vmm::{DirtyRings, PagemapScan, UffdWp};
 
-use crate::error::GuestError;
-use crate::guest::GuestKind;
-use crate::kvm;
+use crate::kind::GuestKind;
 
 /// What tells which pages the guest wrote. KVM's rings and the bitmap have to be known when a
 /// guest is made. It is a matter of the host that the guest runs on: what arrives from another
@@ -95,24 +92,6 @@ impl DirtyTracking {
             },
             (decided, _) => decided,
         })
-    }
-
-    /// Whether this host has it, apart from KVM itself.
-    pub fn supported(self) -> Result<(), GuestError> {
-        match self {
-            Self::Ring { entries } => {
-                let kvm = kvm::open().map_err(|reason| GuestError::KvmUnavailable { reason })?;
-                let vm = kvm.create_vm().map_err(|source| GuestError::Kvm {
-                    operation: "create a virtual machine".to_owned(),
-                    source,
-                })?;
-                DirtyRings::enable(Arc::new(vm), entries).map_err(TrackingError::Ring)?;
-            }
-            Self::Pagemap => PagemapScan::supported().map_err(TrackingError::Pagemap)?,
-            Self::UffdWp => UffdWp::supported().map_err(TrackingError::UffdWp)?,
-            Self::Auto | Self::Log | Self::Bitmap => {}
-        }
-        Ok(())
     }
 
     fn name(self) -> &'static str {

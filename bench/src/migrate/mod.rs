@@ -10,7 +10,9 @@ use std::net::SocketAddr;
 use pageferry_report::document::{Document, Gap, Kind, Load as LoadFigures, Migration, Setting};
 use pageferry_report::facts::Facts;
 use pageferry_vmm::facts::transports;
-use pageferry_vmm::guest::{GuestConfig, GuestKind, kvm_available, workload_available};
+use pageferry_vmm::guest::{
+    GuestConfig, GuestKind, kvm_available, tracking_available, workload_available,
+};
 use pageferry_vmm::heartbeat::HeartbeatGap;
 use pageferry_vmm::ram::{Backing, Ram};
 use pageferry_vmm::tracking::DirtyTracking;
@@ -152,7 +154,7 @@ fn decide(args: &MigrateArgs) -> Result<(GuestKind, DirtyTracking), Failure> {
     }
     let tracking = args.dirty_source.decide(kind)?;
     tracking.check(kind)?;
-    tracking.supported()?;
+    tracking_available(tracking)?;
     Ok((kind, tracking))
 }
 

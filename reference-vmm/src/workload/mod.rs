@@ -27,7 +27,7 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::guest::GuestKind;
+use crate::kind::GuestKind;
 
 pub use oracle::OracleReport;
 

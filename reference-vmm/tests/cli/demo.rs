@@ -1,7 +1,7 @@
 //! `demo`: every kind of guest gets through, and the report says so.
 
 use clap::ValueEnum;
-use pageferry_vmm::guest::{GuestKind, workload_available};
+use pageferry_vmm::guest::{GuestKind, tracking_available, workload_available};
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
 
@@ -179,7 +179,7 @@ fn tracked(guest: &str, source: &str) {
     let guest = format!("--guest={guest}");
     let args = [&guest, "--dirty-source", source, "--backing=memfd", "--workload=random"];
     let tracking = DirtyTracking::from_str(source, false).expect("a source");
-    let Err(lacking) = tracking.supported() else {
+    let Err(lacking) = tracking_available(tracking) else {
         let report = completes(&args);
         assert_verified(&report);
         assert_eq!(report.text("dirty_source"), source);

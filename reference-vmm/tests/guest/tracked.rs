@@ -4,7 +4,7 @@ use pageferry::dirty::{DirtyBitmap, DirtySources};
 use pageferry::memory::{GuestMemory, PageRange};
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::{GuestError, TrackingError};
-use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, tracking_available};
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
 
@@ -25,7 +25,7 @@ fn trackers(kind: GuestKind) -> Vec<DirtyTracking> {
         DirtyTracking::Bitmap,
     ];
     let fitting = all.into_iter().filter(|tracking| tracking.check(kind).is_ok());
-    let offered = fitting.filter(|tracking| match tracking.supported() {
+    let offered = fitting.filter(|tracking| match tracking_available(tracking) {
         Ok(()) => true,
         Err(error) => {
             let error = pageferry::Chain::of(&error).to_string();
@@ -129,7 +129,7 @@ fn the_best_tracker_is_one_of_them() {
             Ok(decided) => {
                 assert_ne!(decided, DirtyTracking::Auto);
                 decided.check(kind).unwrap();
-                decided.supported().unwrap();
+                tracking_available(decided).unwrap();
                 let machine = machine(&config(kind, WorkloadKind::Idle, 1), DirtyTracking::Auto);
                 let memory = machine.memory().unwrap();
                 let names = machine.dirty_sources(&memory).unwrap().names();
@@ -164,6 +164,6 @@ fn rings_that_kvm_does_not_offer_are_refused() {
     }
     // Odd, so that no kernel takes it.
     let rings = DirtyTracking::Ring { entries: 4097 };
-    let error = rings.supported().unwrap_err();
+    let error = tracking_available(rings).unwrap_err();
     assert!(matches!(error, GuestError::Tracking(TrackingError::Ring(_))), "{error}");
 }

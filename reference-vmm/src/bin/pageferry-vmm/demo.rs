@@ -18,9 +18,9 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::args::{DemoArgs, time_text};
 use crate::outcome::Outcome;
+use crate::page;
 use crate::report::{GuestAt, Report};
 use crate::signals::{Wish, listen_to_signals};
-use crate::timeline;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -63,7 +63,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
     let timelines = [departed.timeline.take(), there];
     let mut report = merge(departed, arrived);
     if let Some(path) = &args.report
-        && let Err(error) = timeline::write(path, &report, timelines)
+        && let Err(error) = page::write(path, &report, timelines)
     {
         report.fail(error.to_string());
     }

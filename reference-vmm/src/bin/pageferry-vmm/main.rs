@@ -14,6 +14,7 @@ mod demo;
 mod inspect;
 mod links;
 mod outcome;
+mod page;
 mod receive;
 mod report;
 mod resident;

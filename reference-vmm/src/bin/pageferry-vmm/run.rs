@@ -13,7 +13,9 @@ use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure,
 use pageferry_report::recorder::Recorder;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
-use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available, workload_available};
+use pageferry_vmm::guest::{
+    Guest, GuestConfig, GuestKind, kvm_available, tracking_available, workload_available,
+};
 use pageferry_vmm::ram::Ram;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
@@ -56,7 +58,7 @@ pub(crate) fn tracking(
     }
     workload_available(kind, args.workload)?;
     let tracking = args.dirty_source.decide(kind)?;
-    tracking.supported()?;
+    tracking_available(tracking)?;
     Ok(tracking)
 }
 

@@ -16,8 +16,7 @@ mod xsave;
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use super::fpu::MIN_XSAVE_WORDS;
-use crate::error::GuestError;
-use crate::state::StateError;
+use crate::error::{GuestError, StateError};
 
 pub(crate) use vcpu::{Vcpu, VcpuState};
 pub(crate) use vm::{

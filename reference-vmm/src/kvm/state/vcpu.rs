@@ -12,9 +12,8 @@ use pageferry_device_state::{Component, DeviceState, HookError};
 use super::registers::Kvm;
 use super::xsave::{read_msrs, read_xsave, write_msrs, write_xsave};
 use super::{Capabilities, failed, same};
-use crate::error::GuestError;
+use crate::error::{GuestError, StateError};
 use crate::kvm::fpu::MIN_XSAVE_WORDS;
-use crate::state::StateError;
 
 /// A time stamp counter this close to the wanted frequency is left alone, as KVM does.
 const TSC_TOLERANCE_PPM: u64 = 250;
