@@ -4,10 +4,8 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::convergence::Rehearsal;
 use crate::error::Error;
-use crate::machine::{Machine, MachineError, MachineOperation};
-use crate::progress::GuestAlarm;
+use crate::machine::{GuestAlarm, Machine, MachineError, MachineOperation, Rehearsal};
 
 /// Runs code that may panic. Whoever calls this sees to it that nothing half done is used afterwards.
 pub(crate) fn caught<T>(place: impl Into<String>, call: impl FnOnce() -> T) -> Result<T, Error> {

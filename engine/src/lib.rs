@@ -35,7 +35,6 @@ pub mod threads;
 pub mod transport;
 
 mod ahead;
-mod backing;
 mod balance;
 mod config;
 mod host;
@@ -45,12 +44,11 @@ mod receiver;
 mod sender;
 mod session;
 mod sync;
-mod zero;
 
 pub use config::{MAX_CHANNELS, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};
 pub use error::{Blame, Chain, Error, UNCERTAIN_AT_DESTINATION, UNCERTAIN_AT_SOURCE};
-pub use machine::{Machine, MachineError};
-pub use progress::{Event, GuestAlarm, MigrationHandle, Phase, Progress, SwitchoverStage};
+pub use machine::{GuestAlarm, Machine, MachineError, Rehearsal};
+pub use progress::{Event, MigrationHandle, Phase, Progress, SwitchoverStage};
 pub use source::{Departed, GuestAtSource, Source, SourceFailure};
 pub use stats::{Downtime, Ending, MAX_ROUNDS_KEPT, Statistics};

@@ -1,7 +1,8 @@
 //! The machine port: what the engine asks of the VMM.
 
-use crate::convergence::Rehearsal;
-use crate::progress::GuestAlarm;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// What a machine operation failed with; the engine passes it on as it is.
 pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
@@ -110,6 +111,43 @@ pub trait Machine {
     }
 }
 
+/// What a machine said about its device state and its own speed, without stopping for good.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rehearsal {
+    /// Bytes of device state.
+    pub state_bytes: u64,
+    /// How long saving it took.
+    pub save: Duration,
+    /// How long stopping the guest took, where it was stopped for that.
+    pub pause: Option<Duration>,
+    /// How long letting it run again took, likewise.
+    pub resume: Option<Duration>,
+}
+
+/// Tells a migration that its guest has ended ([`Machine::set_alarm`]). Cheap to clone, usable
+/// from any thread; of no effect once the source has committed or the migration is over.
+#[derive(Clone)]
+pub struct GuestAlarm(Arc<dyn Fn(MachineError) + Send + Sync>);
+
+impl fmt::Debug for GuestAlarm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestAlarm").finish_non_exhaustive()
+    }
+}
+
+impl GuestAlarm {
+    /// Calls that when it is raised.
+    pub(crate) fn new(raised: impl Fn(MachineError) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(raised))
+    }
+
+    /// The guest runs no more, and why. Returns at once; the migration ends with
+    /// [`Error::Machine`](crate::Error::Machine), wherever it is. The first alarm counts.
+    pub fn raise(&self, cause: MachineError) {
+        (self.0)(cause);
+    }
+}
+
 /// A call of [`Machine`], for messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -140,8 +178,8 @@ pub enum MachineOperation {
     Throttle,
 }
 
-impl std::fmt::Display for MachineOperation {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for MachineOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Describe => "describe the guest to the engine",
             Self::Pause => "pause the guest",

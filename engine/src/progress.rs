@@ -219,27 +219,6 @@ impl MigrationHandle {
     }
 }
 
-/// Tells a migration that its guest has ended ([`crate::Machine::set_alarm`]). Cheap to clone, usable
-/// from any thread; of no effect once the source has committed or the migration is over.
-#[derive(Clone)]
-pub struct GuestAlarm {
-    pub(crate) shared: Arc<Shared>,
-}
-
-impl fmt::Debug for GuestAlarm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GuestAlarm").finish_non_exhaustive()
-    }
-}
-
-impl GuestAlarm {
-    /// The guest runs no more, and why. Returns at once; the migration ends with
-    /// [`Error::Machine`], wherever it is. The first alarm counts.
-    pub fn raise(&self, cause: MachineError) {
-        self.shared.raise(cause);
-    }
-}
-
 /// Refuses settings that make no sense, or that this engine cannot follow yet.
 pub(crate) fn check_settings(settings: &Settings) -> Result<(), Error> {
     if settings.policy == Policy::PostCopy {
@@ -315,7 +294,8 @@ impl Shared {
         self.unblock();
     }
 
-    fn raise(&self, cause: MachineError) {
+    /// The guest has ended by itself. The first alarm counts.
+    pub(crate) fn raise(&self, cause: MachineError) {
         let mut alarm = self.alarm.lock().unwrap_or_else(PoisonError::into_inner);
         if self.alarmed.load(Ordering::SeqCst) {
             return;

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::convergence::{Bound, Forecast, Policy, Rehearsal, Term, Throttling};
+use pageferry::convergence::{Bound, Forecast, Policy, Term, Throttling};
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Ending, Error, Event, GuestAtDestination,
-    GuestAtSource, Machine, MachineError, Source, SourceFailure, SwitchoverStage, Timeouts,
+    GuestAtSource, Machine, MachineError, Rehearsal, Source, SourceFailure, SwitchoverStage,
+    Timeouts,
 };
 use support::{SharedLog, SoftwareLog, TestMachine};
 

@@ -4,10 +4,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use pageferry::convergence::Rehearsal;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
-use pageferry::{GuestAlarm, Machine, MachineError};
+use pageferry::{GuestAlarm, Machine, MachineError, Rehearsal};
 use pageferry_device_state::Schema;
 use pageferry_device_state::schema::Verdict;
 use pageferry_rust_vmm::{

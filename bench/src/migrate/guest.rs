@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pageferry::convergence::Rehearsal;
-use pageferry::{GuestAlarm, Machine, MachineError};
+use pageferry::{GuestAlarm, Machine, MachineError, Rehearsal};
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::Guest;
 

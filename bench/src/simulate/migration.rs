@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use pageferry::convergence::{Attempt, Convergence, Method, Rehearsal, Round, Settings, Verdict};
+use pageferry::Rehearsal;
+use pageferry::convergence::{Attempt, Convergence, Method, Round, Settings, Verdict};
 
 use super::scenario::{Kind, Scenario};
 

@@ -28,8 +28,9 @@ pub use bandwidth::{Averaging, Bandwidth};
 pub use dirty_rate::DirtyRate;
 pub use estimate::{Estimate, Learned};
 pub use policy::{Policy, Settings, Throttling};
-pub use prediction::{Prediction, Rehearsal, Term};
+pub use prediction::{Prediction, Term};
 
+use crate::machine::Rehearsal;
 use crate::memory::PAGE_BYTES;
 use estimate::{NEVER, from_seconds};
 use link::Link;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::estimate::{Estimate, Learned, from_seconds};
+use crate::machine::Rehearsal;
 use crate::memory::PAGE_BYTES;
 
 /// What is assumed of a term that was not seen yet: of most machines it is less.
@@ -113,19 +114,6 @@ impl Term {
             _ => "find out what holds it up",
         }
     }
-}
-
-/// What a machine said about its device state and its own speed, without stopping for good.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Rehearsal {
-    /// Bytes of device state.
-    pub state_bytes: u64,
-    /// How long saving it took.
-    pub save: Duration,
-    /// How long stopping the guest took, where it was stopped for that.
-    pub pause: Option<Duration>,
-    /// How long letting it run again took, likewise.
-    pub resume: Option<Duration>,
 }
 
 /// What the terms were so far.

@@ -19,9 +19,9 @@ use crate::dirty::DirtySources;
 use crate::error::Error;
 use crate::handover::{SourceHandover, SourceInput, SourceState};
 use crate::host::{Guarded, caught};
-use crate::machine::Machine;
+use crate::machine::{GuestAlarm, Machine};
 use crate::memory::GuestMemory;
-use crate::progress::{Event, GuestAlarm, Phase};
+use crate::progress::{Event, Phase};
 use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, Side};
 use crate::sender::{self, SenderReport, SenderSetup};
 use crate::session::{Patience, Session, unexpected};
@@ -142,7 +142,8 @@ pub(super) struct Drive<'a> {
 
 impl Drive<'_> {
     fn run<M: Machine>(&mut self, machine: &mut Guarded<M>, started: Instant) -> Result<(), Error> {
-        machine.set_alarm(GuestAlarm { shared: Arc::clone(&self.source.shared) })?;
+        let shared = Arc::clone(&self.source.shared);
+        machine.set_alarm(GuestAlarm::new(move |cause| shared.raise(cause)))?;
         let (agreement, wants_data_ranges) = self.handshake(machine)?;
         self.open_channels(agreement)?;
         if wants_data_ranges {

@@ -6,11 +6,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pageferry::convergence::Rehearsal;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::testing::{Random, TestMemory};
-use pageferry::{GuestAlarm, Machine, MachineError};
+use pageferry::{GuestAlarm, Machine, MachineError, Rehearsal};
 
 /// Dirty bits that are forgotten when harvested, as a bitmap that is swapped out would.
 pub(crate) struct SoftwareLog {

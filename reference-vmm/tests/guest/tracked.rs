@@ -25,7 +25,7 @@ fn trackers(kind: GuestKind) -> Vec<DirtyTracking> {
         DirtyTracking::Bitmap,
     ];
     let fitting = all.into_iter().filter(|tracking| tracking.check(kind).is_ok());
-    let offered = fitting.filter(|tracking| match tracking_available(tracking) {
+    let offered = fitting.filter(|tracking| match tracking_available(*tracking) {
         Ok(()) => true,
         Err(error) => {
             let error = pageferry::Chain::of(&error).to_string();

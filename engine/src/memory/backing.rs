@@ -11,7 +11,7 @@ use std::os::fd::{BorrowedFd, RawFd};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use crate::memory::PAGE_BYTES;
+use super::layout::PAGE_BYTES;
 
 /// Pages to ask about at a time: few at first, since a run may be short, then more.
 const FIRST_PIECE: u64 = 8;

@@ -12,7 +12,7 @@
 
 use std::sync::OnceLock;
 
-use crate::memory::PAGE_BYTES;
+use super::layout::PAGE_BYTES;
 
 /// What spans are made of: divides every page, and is what the vector loop takes at a time.
 const BLOCK_BYTES: usize = 128;
