@@ -23,7 +23,9 @@ pub struct Timeouts {
     /// At the destination, with the device state loaded: for the source to release what only one host
     /// may hold, as long as it says that it is at that.
     pub release: Duration,
-    /// For the commit and its answer. When it is over the migration is uncertain.
+    /// For the commit and its answer. When it is over the migration is uncertain. At the destination two
+    /// seconds at least: a source that is at its release says so twenty times in that, whatever its own
+    /// limits are.
     pub commit: Duration,
 }
 

@@ -21,6 +21,13 @@ use control::Control;
 /// come on the control channel, and data channels break at the same time.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// How often a destination that waits for the commit is told that its source is busy and lives. The
+/// source does not know how patient it is, so there is no limit of the source's in it.
+pub(crate) const LIFE_SIGNS: Duration = Duration::from_millis(100);
+
+/// So long a silence of who would say that it lives means something.
+pub(crate) const MEANT_SILENCE: Duration = Duration::from_secs(2);
+
 /// Longer than any wait, short enough for the clock's arithmetic.
 const FAR: Duration = Duration::from_secs(365 * 86_400);
 

@@ -22,7 +22,7 @@ use crate::protocol::{
     negotiate as negotiate_hello,
 };
 use crate::receiver::{self, ReceiverReport};
-use crate::session::{Item, Patience, Session, unexpected};
+use crate::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{DestinationLink, TransportError};
@@ -375,6 +375,7 @@ impl Drive {
     /// Waits for the commit, or for the source to call the switchover off.
     fn await_commit(&mut self) -> Result<Answer, Error> {
         let Timeouts { commit, release, .. } = self.timeouts;
+        let commit = commit.max(MEANT_SILENCE);
         let mut patience = Patience::now("the commit", commit);
         let whole = Patience::now("the source to release its resources", release.max(commit));
         loop {

@@ -12,7 +12,6 @@ use super::channels::Channels;
 use super::closing::Closing;
 use super::steering::Steering;
 use super::switchover::Switchover;
-use super::waiting::TICK;
 use super::{Departed, GuestAtSource, Source, SourceFailure};
 use crate::convergence::Convergence;
 use crate::dirty::DirtySources;
@@ -24,14 +23,10 @@ use crate::memory::GuestMemory;
 use crate::progress::{Event, Phase};
 use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, Side};
 use crate::sender::{self, SenderReport, SenderSetup};
-use crate::session::{Patience, Session, unexpected};
+use crate::session::{LIFE_SIGNS, Patience, Session, unexpected};
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{SourceLink, TransportError};
-
-/// How often the destination is told that this side lives, where it waits for the commit. More often if it
-/// seems to be impatient.
-const LIFE_SIGNS: Duration = Duration::from_secs(1);
 
 /// Who it was, if one of them panics.
 pub(super) const DIRTY_SOURCES: &str = "a dirty source";
@@ -59,7 +54,7 @@ pub(super) fn migrate<M: Machine>(
                 spawn,
                 shared,
                 source.common.timeouts.stall,
-                Some(LIFE_SIGNS.min(source.common.timeouts.commit / 4).max(TICK)),
+                Some(LIFE_SIGNS),
             )
         });
     let session = match opened {
