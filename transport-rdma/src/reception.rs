@@ -84,7 +84,7 @@ impl Arrival {
             return Err("the source has left");
         }
         if self.deadline <= Instant::now() {
-            return Err("out of time");
+            return Err("its connections were not there in time");
         }
         let back = self.outlet.as_ref().is_some_and(|outlet| outlet.connection.is_established());
         Ok(back && self.inlet.connection.is_established())

@@ -1,5 +1,6 @@
 //! Connections that have not said yet what they are for, and those that are being turned away.
 
+use std::fmt;
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
@@ -159,7 +160,7 @@ impl HalfOpen {
     }
 
     /// Closes it for a reason of this side.
-    pub(crate) fn expire(self, why: &str) {
+    pub(crate) fn expire(self, why: Expiry) {
         let peer = self.incoming.peer;
         if let Phase::Speechless(_) | Phase::Waiting { .. } = self.phase {
             tracing::warn!(%peer, "closed a connection: {why}, and it was no source yet");
@@ -169,7 +170,34 @@ impl HalfOpen {
                 %peer,
                 "closed a connection: {why} after {filled} of {PREAMBLE_BYTES} bytes of its preamble"
             );
-            let _ = self.incoming.answer(Status::Malformed, why);
+            // A source whose connection is held up on the way reads this, and has said all it had to.
+            let reason = match why {
+                Expiry::Late(limit) => {
+                    format!(
+                        "of {PREAMBLE_BYTES} bytes of the preamble {filled} came within {limit:?}"
+                    )
+                }
+                Expiry::Crowded => why.to_string(),
+            };
+            let _ = self.incoming.answer(Status::Malformed, &reason);
         }
+    }
+}
+
+/// Why this side closes a connection that is still half open.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Expiry {
+    /// It had so long.
+    Late(Duration),
+    /// There is no room for more of them.
+    Crowded,
+}
+
+impl fmt::Display for Expiry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Late(_) => "out of time",
+            Self::Crowded => "too many others came",
+        })
     }
 }

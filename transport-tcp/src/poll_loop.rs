@@ -10,7 +10,7 @@ use socket2::Socket;
 
 use crate::board::{Bell, Board, Incoming};
 use crate::connection::until;
-use crate::half_open::HalfOpen;
+use crate::half_open::{Expiry, HalfOpen};
 use crate::options::TcpOptions;
 
 /// An hour is for ever to a stranger, and a moment that any clock can name.
@@ -90,11 +90,12 @@ impl PollLoop {
 
     fn serve_half_open(&mut self, ready: &[bool]) {
         let now = Instant::now();
+        let late_after = Expiry::Late(self.options.preamble_timeout);
         for (half_open, &ready) in std::mem::take(&mut self.half_open).into_iter().zip(ready) {
             let due = ready || half_open.is_waiting();
             let still_open = if due { half_open.advance(&self.board) } else { Some(half_open) };
             match still_open {
-                Some(late) if late.deadline <= now => late.expire("out of time"),
+                Some(late) if late.deadline <= now => late.expire(late_after),
                 Some(half_open) => self.half_open.push(half_open),
                 None => {}
             }
@@ -131,7 +132,7 @@ impl PollLoop {
             if self.half_open.len() >= MAX_HALF_OPEN {
                 // Those that are only being told why they were refused can go first.
                 let at = self.half_open.iter().position(HalfOpen::is_refused).unwrap_or(0);
-                self.half_open.remove(at).expire("too many others came");
+                self.half_open.remove(at).expire(Expiry::Crowded);
             }
             let deadline = Instant::now() + self.options.preamble_timeout.min(LONGEST_PREAMBLE);
             self.half_open.push(HalfOpen::new(Incoming { socket, peer }, deadline));

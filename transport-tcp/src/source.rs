@@ -225,10 +225,10 @@ impl Attempt {
         options.apply_to_path(socket).map_err(|cause| self.failed(cause))?;
         socket.set_nonblocking(false).map_err(|cause| self.failed(cause))?;
         // A fresh socket has room for these few bytes, always.
-        let preamble = preamble.encode();
+        let (kind, preamble) = (preamble.kind, preamble.encode());
         match self.connection.send(&preamble, SendFlags::DONTWAIT) {
             Ok(sent) if sent == preamble.len() => {
-                Ok(Dialled { connection: self.connection, deadline: self.deadline })
+                Ok(Dialled { connection: self.connection, kind, deadline: self.deadline })
             }
             Ok(_) => Err(self.failed(io::ErrorKind::WriteZero.into())),
             Err(errno) => {
@@ -242,6 +242,7 @@ impl Attempt {
 /// A connection whose preamble is out and whose answer is not there yet.
 pub(crate) struct Dialled {
     connection: Arc<Connection>,
+    kind: Kind,
     deadline: Option<Instant>,
 }
 
@@ -256,7 +257,7 @@ impl Dialled {
     }
 
     pub(crate) fn await_answer(self) -> Result<Arc<Connection>, TransportError> {
-        let Self { connection, deadline } = self;
+        let Self { connection, kind, deadline } = self;
         let address = || connection.peer().to_string();
         let failed = |cause| TransportError::Connect { address: address(), cause };
         let mut bytes = [0; ANSWER_BYTES];
@@ -270,7 +271,8 @@ impl Dialled {
                 Ok(received) => filled += received,
                 Err(Errno::AGAIN) => {
                     if connection.wait(PollFlags::IN, deadline)?.is_empty() {
-                        return Err(failed(io::ErrorKind::TimedOut.into()));
+                        let what = format!("{}, but its preamble is not answered", connected(kind));
+                        return Err(failed(io::Error::new(io::ErrorKind::TimedOut, what)));
                     }
                 }
                 Err(errno) => {
@@ -282,11 +284,22 @@ impl Dialled {
         match Answer::decode(&bytes) {
             Ok(Answer { status: Status::Ok, .. }) => Ok(connection),
             Ok(Answer { reason, .. }) => {
+                let reason = match kind {
+                    Kind::Control => reason,
+                    Kind::Data { .. } => format!("{}, and then: {reason}", connected(kind)),
+                };
                 Err(TransportError::Refused { address: address(), reason })
             }
             // Something listens there, but it is no destination of ours.
             Err(error) => Err(failed(io::Error::new(io::ErrorKind::InvalidData, error))),
         }
+    }
+}
+
+fn connected(kind: Kind) -> String {
+    match kind {
+        Kind::Control => "it is connected".to_owned(),
+        Kind::Data { channel } => format!("data channel {channel} is connected"),
     }
 }
 

@@ -8,7 +8,7 @@ use pageferry::transport::{DestinationLink, Link, Received, SourceLink, Transpor
 use pageferry_tcp::{TcpAcceptor, TcpConnector, TcpOptions, connect};
 
 use crate::support::memory::guest_memory;
-use crate::support::{Ends, PATIENCE, acceptor, data, interrupted, pair, raw};
+use crate::support::{Ends, PATIENCE, acceptor, data, interrupted, pair, raw, relay};
 
 #[test]
 fn nobody_there_is_a_connect_error_with_the_address() {
@@ -36,6 +36,40 @@ fn a_silent_destination_is_a_connect_error_in_time() {
     let error = connect(listener.local_addr().unwrap(), options).unwrap_err();
     let TransportError::Connect { cause, .. } = error else { panic!("{error}") };
     assert_eq!(cause.kind(), std::io::ErrorKind::TimedOut);
+}
+
+/// A connection that is made and then held up is no refusal out of nothing: either side says what it waited
+/// for, on which channel.
+#[test]
+fn a_data_connection_that_is_held_up_before_its_answer_says_so() {
+    let (short, long) = (Duration::from_secs(2), PATIENCE);
+    for (at_source, at_destination) in [(long, short), (short, long)] {
+        let options = |connect_timeout, preamble_timeout| TcpOptions {
+            connect_timeout,
+            preamble_timeout,
+            ..TcpOptions::default()
+        };
+        let acceptor = acceptor(&options(PATIENCE, at_destination));
+        // The control connection, channel 0, and channel 1, which nothing gets through.
+        let address = relay::holding(acceptor.local_addr(), 2);
+        let mut source = connect(address, options(at_source, PATIENCE)).unwrap();
+        let _destination = acceptor.accept(Some(PATIENCE)).unwrap();
+        source.register(&guest_memory(&[1])).unwrap();
+        let error = source.open_senders(2).err().expect("it is held up");
+        match error {
+            TransportError::Refused { reason, .. } if at_source == long => assert_eq!(
+                reason,
+                "data channel 1 is connected, and then: of 32 bytes of the preamble 0 came within \
+                 2s"
+            ),
+            TransportError::Connect { cause, .. } if at_source == short => {
+                assert_eq!(cause.kind(), std::io::ErrorKind::TimedOut);
+                let what = "data channel 1 is connected, but its preamble is not answered";
+                assert_eq!(cause.to_string(), what);
+            }
+            error => panic!("{error}"),
+        }
+    }
 }
 
 #[test]

@@ -24,6 +24,28 @@ pub(crate) fn start(to: SocketAddr, most_bytes: usize, mut random: Random) -> So
     address
 }
 
+/// Relays all connections to `to`, but of the one with this index only what comes back: what goes
+/// there is held up, as by a filter that drops its packets.
+pub(crate) fn holding(to: SocketAddr, held: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for index in 0.. {
+            let Ok((near, _)) = listener.accept() else { break };
+            let far = TcpStream::connect(to).unwrap();
+            let (back_from, back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+            thread::spawn(move || forward(back_from, back_to, 4096, Random::with_seed(1)));
+            if index == held {
+                // Open for as long as the process lives.
+                std::mem::forget(near);
+            } else {
+                thread::spawn(move || forward(near, far, 4096, Random::with_seed(2)));
+            }
+        }
+    });
+    address
+}
+
 fn forward(mut from: TcpStream, mut to: TcpStream, most_bytes: usize, mut random: Random) {
     to.set_nodelay(true).unwrap();
     let mut piece = vec![0; most_bytes];
