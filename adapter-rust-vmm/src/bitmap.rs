@@ -6,9 +6,8 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
+use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
 use thiserror::Error;
 use vm_memory::bitmap::AtomicBitmap;
@@ -18,11 +17,8 @@ use vm_memory::{
 };
 
 use crate::bits::{merge_at, set_range};
-use crate::carry::CarryOver;
-use crate::misuse::{MisuseError, dirty_error};
-
-/// Name of the source in messages and statistics.
-const NAME: &str = "vmm bitmap";
+use crate::misuse::MisuseError;
+use crate::tracked::{Tracked, Tracker};
 
 /// Why bitmaps of `vm-memory` cannot be a dirty source.
 #[derive(Debug, Error)]
@@ -90,24 +86,26 @@ pub type BitmapOf<R> = fn(&R) -> Option<&AtomicBitmap>;
 ///
 /// # Thread safety
 ///
-/// As [`DirtySource`] asks; devices write while it harvests. A harvest is an atomic exchange of
+/// As [`DirtySource`](pageferry::dirty::DirtySource) asks; devices write while it harvests. A harvest is
+/// an atomic exchange of
 /// each word of the bitmaps, and allocates a copy of them: vm-memory gives no other access.
 ///
 /// # Resource cleanup
 ///
 /// Nothing but memory is held: vm-memory sets bits whether or not anyone looks. The `vm-memory`
 /// object is kept until the value is dropped.
-pub struct AtomicBitmapSource<M: GuestMemoryBackend> {
+pub type AtomicBitmapSource<M> = Tracked<BitmapTracker<M>>;
+
+/// How [`AtomicBitmapSource`] sees writes.
+pub struct BitmapTracker<M: GuestMemoryBackend> {
     memory: Arc<M>,
     bitmap_of: BitmapOf<M::R>,
     /// In the engine's order.
-    regions: Vec<Tracked>,
-    carry: CarryOver,
-    started: AtomicBool,
+    regions: Vec<Region>,
 }
 
 #[derive(Debug)]
-struct Tracked {
+struct Region {
     /// Its number in `vm-memory`'s order.
     index: usize,
     pages: u64,
@@ -115,12 +113,9 @@ struct Tracked {
     bit_bytes: u64,
 }
 
-impl<M: GuestMemoryBackend> std::fmt::Debug for AtomicBitmapSource<M> {
+impl<M: GuestMemoryBackend> std::fmt::Debug for BitmapTracker<M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("AtomicBitmapSource")
-            .field("regions", &self.regions)
-            .field("started", &self.started)
-            .finish_non_exhaustive()
+        f.debug_struct("BitmapTracker").field("regions", &self.regions).finish_non_exhaustive()
     }
 }
 
@@ -136,7 +131,7 @@ impl AtomicBitmapSource<GuestMemoryMmap<AtomicBitmap>> {
     }
 }
 
-impl<M: GuestMemoryBackend> AtomicBitmapSource<M> {
+impl<M: GuestMemoryBackend + Send + Sync> AtomicBitmapSource<M> {
     /// Tracks by the bitmaps of any region type: a VMM's own, or one whose bitmap is optional.
     ///
     /// One bit of each bitmap is set to find out its page size.
@@ -179,59 +174,56 @@ impl<M: GuestMemoryBackend> AtomicBitmapSource<M> {
             });
             let (index, region) = found.ok_or(BitmapError::OtherMemory)?;
             let bit_bytes = checked(layout.guest_addr, layout.len_bytes, bitmap_of(region))?;
-            regions.push(Tracked { index, pages: layout.pages(), bit_bytes });
+            regions.push(Region { index, pages: layout.pages(), bit_bytes });
         }
         if memory.iter().count() != regions.len() {
             return Err(BitmapError::OtherMemory);
         }
-        let carry = CarryOver::new(guest.layout());
-        Ok(Self { memory, bitmap_of, regions, carry, started: AtomicBool::new(false) })
+        Ok(Self::by(BitmapTracker { memory, bitmap_of, regions }, guest.layout()))
     }
+}
 
+impl<M: GuestMemoryBackend> BitmapTracker<M> {
     /// The bitmaps by the engine's region, with what is known of them.
-    fn bitmaps(&self) -> impl Iterator<Item = (u16, &Tracked, &AtomicBitmap)> {
+    fn bitmaps(&self) -> impl Iterator<Item = (u16, &Region, &AtomicBitmap)> {
         (0..).zip(&self.regions).filter_map(|(index, tracked)| {
             let bitmap = (self.bitmap_of)(self.memory.iter().nth(tracked.index)?)?;
             Some((index, tracked, bitmap))
         })
     }
+}
 
-    fn try_start(&self) -> Result<(), BitmapError> {
-        if self.started.swap(true, Ordering::AcqRel) {
-            return Err(MisuseError::AlreadyStarted.into());
-        }
+impl<M: GuestMemoryBackend + Send + Sync> Tracker for BitmapTracker<M> {
+    const NAME: &'static str = "vmm bitmap";
+    const LEFT: &'static str = "bitmaps in use";
+
+    type Error = BitmapError;
+
+    fn start(&self) -> Result<(), BitmapError> {
         // Whose bit is lost here began before `start` returned.
         self.bitmaps().for_each(|(_, _, bitmap)| bitmap.reset());
         Ok(())
     }
 
-    fn try_harvest(&self, into: &mut DirtyBitmap) -> Result<(), BitmapError> {
-        self.check_started()?;
-        // Before bits are taken that would have no place to go.
-        self.carry.harvest(into)?;
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), BitmapError> {
         for (region, tracked, bitmap) in self.bitmaps() {
             tracked.merge(&bitmap.get_and_reset(), into.region_words_mut(region));
         }
         Ok(())
     }
 
-    fn try_rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), BitmapError> {
-        self.check_started()?;
-        Ok(self.carry.rearmed(region, first_page, words)?)
+    /// A harvest took the bits.
+    fn rearm(&self, _: u16, _: u64, _: &[u64]) -> Result<(), BitmapError> {
+        Ok(())
     }
 
-    fn try_stop(&self) -> Result<(), BitmapError> {
-        let started = self.started.swap(false, Ordering::AcqRel);
-        if started { Ok(()) } else { Err(MisuseError::NotStarted.into()) }
-    }
-
-    fn check_started(&self) -> Result<(), MisuseError> {
-        let started = self.started.load(Ordering::Acquire);
-        if started { Ok(()) } else { Err(MisuseError::NotStarted) }
+    /// vm-memory sets bits whether or not anyone looks.
+    fn stop(&self) -> Result<(), BitmapError> {
+        Ok(())
     }
 }
 
-impl Tracked {
+impl Region {
     /// Adds the bitmap's words to the engine's.
     fn merge(&self, words: &[u64], into: &mut [u64]) {
         if self.bit_bytes == PAGE_BYTES {
@@ -292,39 +284,10 @@ fn bit_bytes(bitmap: &AtomicBitmap) -> Option<u64> {
     (bitmap.is_addr_set(end - 1) && !bitmap.is_addr_set(end)).then_some(guess as u64)
 }
 
-impl<M> DirtySource for AtomicBitmapSource<M>
-where
-    M: GuestMemoryBackend + Send + Sync,
-{
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn start(&self) -> Result<(), DirtyError> {
-        self.try_start().map_err(|error| dirty_error(NAME, "start", error))
-    }
-
-    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
-        self.try_harvest(into).map_err(|error| dirty_error(NAME, "harvest", error))
-    }
-
-    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
-        self.try_rearm(region, first_page, words)
-            .map_err(|error| dirty_error(NAME, "re-arm", error))
-    }
-
-    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
-        self.carry.put_back(pages).map_err(|error| dirty_error(NAME, "put pages back", error))
-    }
-
-    fn stop(&self) -> Result<(), DirtyError> {
-        self.try_stop().map_err(|error| dirty_error(NAME, "stop", error))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pageferry::dirty::DirtySource;
     use std::num::NonZeroUsize;
 
     #[test]
@@ -354,8 +317,8 @@ mod tests {
 
     #[test]
     fn bits_become_pages() {
-        let tracked = |bit_bytes, pages| Tracked { index: 0, pages, bit_bytes };
-        let merged = |tracked: Tracked, words: &[u64]| {
+        let tracked = |bit_bytes, pages| Region { index: 0, pages, bit_bytes };
+        let merged = |tracked: Region, words: &[u64]| {
             let mut into = [0; 2];
             tracked.merge(words, &mut into);
             into

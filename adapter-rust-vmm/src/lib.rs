@@ -38,6 +38,7 @@ mod misuse;
 pub mod pagemap;
 mod pages;
 pub mod process;
+mod tracked;
 mod uffd;
 pub mod uffd_wp;
 
@@ -48,4 +49,5 @@ pub use memory::guest_memory;
 pub use misuse::MisuseError;
 pub use pagemap::PagemapScan;
 pub use process::process_memory_source;
+pub use tracked::{Tracked, Tracker};
 pub use uffd_wp::UffdWp;

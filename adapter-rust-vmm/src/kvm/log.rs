@@ -4,7 +4,6 @@
 #![expect(unsafe_code, reason = "its constructors pass a promise about memory slots on")]
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -12,7 +11,7 @@ use kvm_bindings::{
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
-use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, WORD_PAGES};
+use pageferry::dirty::{DirtyBitmap, WORD_PAGES};
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
 use thiserror::Error;
 
@@ -20,11 +19,8 @@ use super::ioctl;
 use super::logging::{LoggedSlots, SwitchError};
 use super::slots::{KvmSlot, PlacedSlot, SlotError};
 use crate::bits::{merge_at, word_at, words_for};
-use crate::carry::CarryOver;
-use crate::misuse::{MisuseError, dirty_error};
-
-/// Name of the source in messages and statistics.
-const NAME: &str = "kvm dirty log";
+use crate::misuse::MisuseError;
+use crate::tracked::{Tracked, Tracker};
 
 /// How KVM's dirty log is read and re-armed. Later ones are better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -145,7 +141,8 @@ pub(super) fn hint(cause: &io::Error) -> &'static str {
 ///
 /// # Thread safety
 ///
-/// As [`DirtySource`] asks. KVM serialises calls for one VM with a lock, so re-arming from
+/// As [`DirtySource`](pageferry::dirty::DirtySource) asks. KVM serialises calls for one VM with a lock,
+/// so re-arming from
 /// several threads is safe but no faster. Each call that clears something has all vCPUs flush their
 /// TLBs: re-arm many pages at once.
 ///
@@ -155,14 +152,14 @@ pub(super) fn hint(cause: &io::Error) -> &'static str {
 /// bitmaps (two bits a page while it logs). The protocol set with `KVM_ENABLE_CAP` is a property
 /// of the VM and stays: a VMM that reads dirty logs of other slots itself (display) has to
 /// expect it from construction on. `vm` is kept until the value is dropped.
+pub type KvmDirtyLog = Tracked<LogTracker>;
+
+/// How [`KvmDirtyLog`] sees writes.
 #[derive(Debug)]
-pub struct KvmDirtyLog {
+pub struct LogTracker {
     vm: Arc<VmFd>,
     protocol: LogProtocol,
     slots: LoggedSlots,
-    carry: CarryOver,
-    /// Read by re-arming threads, which must not wait for a lock.
-    started: AtomicBool,
     /// What KVM reports for one slot; the largest one fits. KVM overwrites the words it is
     /// given, while the engine's may hold other sources' pages, so these lie between.
     scratch: Mutex<Vec<u64>>,
@@ -207,69 +204,17 @@ impl KvmDirtyLog {
         let slots = unsafe { LoggedSlots::new(memory, slots) }?;
         set_protocol(&vm, protocol)?;
         let most_pages = slots.all().iter().map(|slot| slot.pages).max().unwrap_or(0);
-        Ok(Self {
-            vm,
-            protocol,
-            slots,
-            carry: CarryOver::new(memory.layout()),
-            started: AtomicBool::new(false),
-            scratch: Mutex::new(vec![0; words_for(most_pages.into())]),
-        })
+        let scratch = Mutex::new(vec![0; words_for(most_pages.into())]);
+        Ok(Self::by(LogTracker { vm, protocol, slots, scratch }, memory.layout()))
     }
 
     /// The protocol in use.
     pub fn protocol(&self) -> LogProtocol {
-        self.protocol
+        self.tracker.protocol
     }
+}
 
-    fn try_start(&self) -> Result<(), KvmLogError> {
-        // Held so that two starts cannot interleave.
-        let _scratch = self.lock();
-        if self.started.load(Ordering::Relaxed) {
-            return Err(MisuseError::AlreadyStarted.into());
-        }
-        self.slots.switch_on(&self.vm)?;
-        self.started.store(true, Ordering::Release);
-        Ok(())
-    }
-
-    fn try_harvest(&self, into: &mut DirtyBitmap) -> Result<(), KvmLogError> {
-        let mut scratch = self.lock();
-        self.check_started()?;
-        self.carry.harvest(into)?;
-        for slot in self.slots.all() {
-            let words = &mut scratch[..words_for(slot.pages.into())];
-            let kvm_slot = slot.kvm.slot;
-            ioctl::get_dirty_log(&self.vm, kvm_slot, slot.pages, words)
-                .map_err(|cause| KvmLogError::Get { slot: kvm_slot, cause })?;
-            merge_at(into.region_words_mut(slot.region), slot.first_page, words, slot.pages.into());
-        }
-        Ok(())
-    }
-
-    fn try_rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), KvmLogError> {
-        self.check_started()?;
-        self.carry.rearmed(region, first_page, words)?;
-        if self.protocol == LogProtocol::GetClears {
-            return Ok(());
-        }
-        let end_page = first_page + words.len() as u64 * WORD_PAGES;
-        for slot in self.slots.of_region(region) {
-            let Some(pages) = slot.overlap(first_page, end_page) else { continue };
-            if slot.first_page.is_multiple_of(WORD_PAGES) {
-                // Both ends of `words` and the slot's start are at word boundaries, so the
-                // overlap begins at one; where it does not end at one, the slot ends there, and
-                // KVM ignores bits past a slot's end.
-                let first_word = words_for(pages.start - first_page);
-                let end_word = words_for(pages.end - first_page);
-                self.clear(slot, pages.start - slot.first_page, &words[first_word..end_word])?;
-            } else {
-                self.clear_shifted(slot, first_page, pages, words)?;
-            }
-        }
-        Ok(())
-    }
-
+impl LogTracker {
     /// Clears `pages` of the region, whose words begin at `first_page`, in a slot that does not
     /// begin at a word of the region.
     fn clear_shifted(
@@ -307,58 +252,57 @@ impl KvmDirtyLog {
             .map_err(|cause| KvmLogError::Clear { slot, first_page, pages, cause })
     }
 
-    fn try_stop(&self) -> Result<(), KvmLogError> {
-        let _scratch = self.lock();
-        self.check_started()?;
-        self.started.store(false, Ordering::Release);
-        Ok(self.slots.switch_off(&self.vm)?)
-    }
-
-    fn check_started(&self) -> Result<(), MisuseError> {
-        let started = self.started.load(Ordering::Acquire);
-        if started { Ok(()) } else { Err(MisuseError::NotStarted) }
-    }
-
     fn lock(&self) -> MutexGuard<'_, Vec<u64>> {
         // The words are overwritten before they are read; a panic leaves nothing half done.
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl DirtySource for KvmDirtyLog {
-    fn name(&self) -> &'static str {
-        NAME
+impl Tracker for LogTracker {
+    const NAME: &'static str = "kvm dirty log";
+    const LEFT: &'static str = "dirty logging of a memory slot on";
+
+    type Error = KvmLogError;
+
+    fn start(&self) -> Result<(), KvmLogError> {
+        Ok(self.slots.switch_on(&self.vm)?)
     }
 
-    fn start(&self) -> Result<(), DirtyError> {
-        self.try_start().map_err(|error| dirty_error(NAME, "start", error))
-    }
-
-    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
-        self.try_harvest(into).map_err(|error| dirty_error(NAME, "harvest", error))
-    }
-
-    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
-        self.try_rearm(region, first_page, words)
-            .map_err(|error| dirty_error(NAME, "re-arm", error))
-    }
-
-    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
-        self.carry.put_back(pages).map_err(|error| dirty_error(NAME, "put pages back", error))
-    }
-
-    fn stop(&self) -> Result<(), DirtyError> {
-        self.try_stop().map_err(|error| dirty_error(NAME, "stop", error))
-    }
-}
-
-impl Drop for KvmDirtyLog {
-    fn drop(&mut self) {
-        if self.started.load(Ordering::Acquire)
-            && let Err(error) = self.try_stop()
-        {
-            tracing::warn!(%error, "left dirty logging of a memory slot on");
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), KvmLogError> {
+        let mut scratch = self.lock();
+        for slot in self.slots.all() {
+            let words = &mut scratch[..words_for(slot.pages.into())];
+            let kvm_slot = slot.kvm.slot;
+            ioctl::get_dirty_log(&self.vm, kvm_slot, slot.pages, words)
+                .map_err(|cause| KvmLogError::Get { slot: kvm_slot, cause })?;
+            merge_at(into.region_words_mut(slot.region), slot.first_page, words, slot.pages.into());
         }
+        Ok(())
+    }
+
+    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), KvmLogError> {
+        if self.protocol == LogProtocol::GetClears {
+            return Ok(());
+        }
+        let end_page = first_page + words.len() as u64 * WORD_PAGES;
+        for slot in self.slots.of_region(region) {
+            let Some(pages) = slot.overlap(first_page, end_page) else { continue };
+            if slot.first_page.is_multiple_of(WORD_PAGES) {
+                // Both ends of `words` and the slot's start are at word boundaries, so the
+                // overlap begins at one; where it does not end at one, the slot ends there, and
+                // KVM ignores bits past a slot's end.
+                let first_word = words_for(pages.start - first_page);
+                let end_word = words_for(pages.end - first_page);
+                self.clear(slot, pages.start - slot.first_page, &words[first_word..end_word])?;
+            } else {
+                self.clear_shifted(slot, first_page, pages, words)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), KvmLogError> {
+        Ok(self.slots.switch_off(&self.vm)?)
     }
 }
 

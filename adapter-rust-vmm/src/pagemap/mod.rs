@@ -13,22 +13,18 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
+use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
 use thiserror::Error;
 
 use crate::addresses::{addresses, call_ranges};
 use crate::bits::set_range;
-use crate::carry::CarryOver;
-use crate::misuse::{MisuseError, dirty_error};
+use crate::misuse::MisuseError;
+use crate::tracked::{Tracked, Tracker};
 use crate::uffd;
 use linux_raw_sys::general::page_region;
-
-/// Name of the source in messages and statistics.
-const NAME: &str = "pagemap scan";
 
 /// Runs of written pages that one call returns, 24 bytes each.
 const RUNS: usize = 4096;
@@ -142,19 +138,19 @@ fn hint(cause: &io::Error) -> &'static str {
 ///
 /// # Thread safety
 ///
-/// As [`DirtySource`] asks. Re-arming takes no lock and no system call.
+/// As [`DirtySource`](pageferry::dirty::DirtySource) asks. Re-arming takes no lock and no system call.
 ///
 /// # Resource cleanup
 ///
 /// `stop`, or dropping the value while it tracks, ends write-protection and closes the
 /// userfaultfd. While it tracks, the page tables of all guest memory are populated: 2 MiB for
 /// each GiB. `memory` is kept until the value is dropped.
+pub type PagemapScan = Tracked<PagemapTracker>;
+
+/// How [`PagemapScan`] sees writes.
 #[derive(Debug)]
-pub struct PagemapScan {
+pub struct PagemapTracker {
     memory: Arc<GuestMemory>,
-    carry: CarryOver,
-    /// Read by re-arming threads, which must not wait for a lock.
-    started: AtomicBool,
     active: Mutex<Option<Active>>,
 }
 
@@ -169,20 +165,30 @@ struct Active {
 impl PagemapScan {
     /// Prepares to track all of `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
-        let carry = CarryOver::new(memory.layout());
-        Self { memory, carry, started: AtomicBool::new(false), active: Mutex::new(None) }
+        let layout = memory.layout().clone();
+        Self::by(PagemapTracker { memory, active: Mutex::new(None) }, &layout)
     }
 
     /// Whether this process can track memory on this machine; if not, why.
     pub fn supported() -> Result<(), PagemapError> {
         Active::open().map(drop)
     }
+}
 
-    fn try_start(&self) -> Result<(), PagemapError> {
-        let mut active = self.lock();
-        if active.is_some() {
-            return Err(MisuseError::AlreadyStarted.into());
-        }
+impl PagemapTracker {
+    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
+        // Nothing panics between two changes of what it holds.
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tracker for PagemapTracker {
+    const NAME: &'static str = "pagemap scan";
+    const LEFT: &'static str = "guest memory write-protected";
+
+    type Error = PagemapError;
+
+    fn start(&self) -> Result<(), PagemapError> {
         // Dropped on failure, which closes the userfaultfd and so undoes what was done.
         let new = Active::open()?;
         for region in self.memory.regions() {
@@ -199,15 +205,13 @@ impl PagemapScan {
                     .map_err(|cause| PagemapError::Protect { guest_addr, cause })?;
             }
         }
-        *active = Some(new);
-        self.started.store(true, Ordering::Release);
+        *self.lock() = Some(new);
         Ok(())
     }
 
-    fn try_harvest(&self, into: &mut DirtyBitmap) -> Result<(), PagemapError> {
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), PagemapError> {
         let mut active = self.lock();
         let active = active.as_mut().ok_or(MisuseError::NotStarted)?;
-        self.carry.harvest(into)?;
         for (index, region) in (0..).zip(self.memory.regions()) {
             let words = into.region_words_mut(index);
             let guest_addr = region.layout.guest_addr;
@@ -220,16 +224,13 @@ impl PagemapScan {
         Ok(())
     }
 
-    fn try_rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), PagemapError> {
-        if !self.started.load(Ordering::Acquire) {
-            return Err(MisuseError::NotStarted.into());
-        }
-        Ok(self.carry.rearmed(region, first_page, words)?)
+    /// A harvest has protected the pages again already.
+    fn rearm(&self, _: u16, _: u64, _: &[u64]) -> Result<(), PagemapError> {
+        Ok(())
     }
 
-    fn try_stop(&self) -> Result<(), PagemapError> {
+    fn stop(&self) -> Result<(), PagemapError> {
         let active = self.lock().take().ok_or(MisuseError::NotStarted)?;
-        self.started.store(false, Ordering::Release);
         let mut result = Ok(());
         for region in self.memory.regions() {
             let guest_addr = region.layout.guest_addr;
@@ -241,11 +242,6 @@ impl PagemapScan {
             }
         }
         result
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
-        // Nothing panics between two changes of what it holds.
-        self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -310,41 +306,4 @@ fn open_userfaultfd() -> Result<OwnedFd, PagemapError> {
         return Err(PagemapError::Userfaultfd(refused));
     }
     Err(PagemapError::FeatureMissing { missing: missing.join(", ") })
-}
-
-impl DirtySource for PagemapScan {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn start(&self) -> Result<(), DirtyError> {
-        self.try_start().map_err(|error| dirty_error(NAME, "start", error))
-    }
-
-    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
-        self.try_harvest(into).map_err(|error| dirty_error(NAME, "harvest", error))
-    }
-
-    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
-        self.try_rearm(region, first_page, words)
-            .map_err(|error| dirty_error(NAME, "re-arm", error))
-    }
-
-    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
-        self.carry.put_back(pages).map_err(|error| dirty_error(NAME, "put pages back", error))
-    }
-
-    fn stop(&self) -> Result<(), DirtyError> {
-        self.try_stop().map_err(|error| dirty_error(NAME, "stop", error))
-    }
-}
-
-impl Drop for PagemapScan {
-    fn drop(&mut self) {
-        if self.started.load(Ordering::Acquire)
-            && let Err(error) = self.try_stop()
-        {
-            tracing::warn!(%error, "left guest memory write-protected");
-        }
-    }
 }

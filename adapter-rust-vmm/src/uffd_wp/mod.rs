@@ -14,20 +14,18 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 
-use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
+use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
 use pageferry::threads::ThreadBody;
 
 use crate::addresses::{addresses, call_ranges};
-use crate::carry::CarryOver;
-use crate::misuse::{MisuseError, dirty_error};
+use crate::misuse::MisuseError;
+use crate::tracked::{Tracked, Tracker};
 use crate::uffd;
 use handler::Shared;
 
 pub use error::UffdWpError;
 
-/// Name of the source in messages and statistics.
-const NAME: &str = "uffd write-protect";
 /// Name of the thread; fits the kernel's 15 bytes.
 const THREAD_NAME: &str = "ferry-uffd-wp";
 
@@ -62,7 +60,8 @@ pub type SpawnHandler = dyn Fn(ThreadBody) -> io::Result<JoinHandle<()>> + Send 
 ///
 /// # Thread safety
 ///
-/// As [`DirtySource`] asks. Threads that re-arm do not exclude each other; they and the thread that
+/// As [`DirtySource`](pageferry::dirty::DirtySource) asks. Threads that re-arm do not exclude each
+/// other; they and the thread that
 /// serves faults do.
 ///
 /// # Resource cleanup
@@ -72,11 +71,13 @@ pub type SpawnHandler = dyn Fn(ThreadBody) -> io::Result<JoinHandle<()>> + Send 
 /// too, so that no vCPU waits for ever; the next harvest or re-arm fails then. Nothing else may
 /// end the thread: block signals that would. `memory` is kept until the value is dropped. While
 /// it tracks, the page tables of all guest memory are populated: 2 MiB for each GiB.
-pub struct UffdWp {
+pub type UffdWp = Tracked<UffdTracker>;
+
+/// How [`UffdWp`] sees writes.
+pub struct UffdTracker {
     memory: Arc<GuestMemory>,
     untouched: Option<Untouched>,
     spawn: Arc<SpawnHandler>,
-    carry: CarryOver,
     /// Written by `start` and `stop` alone; re-arming threads read.
     active: RwLock<Option<Active>>,
 }
@@ -87,9 +88,9 @@ struct Active {
     handler: JoinHandle<()>,
 }
 
-impl std::fmt::Debug for UffdWp {
+impl std::fmt::Debug for UffdTracker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("UffdWp")
+        f.debug_struct("UffdTracker")
             .field("memory", &self.memory)
             .field("untouched", &self.untouched)
             .field("active", &self.active)
@@ -100,11 +101,12 @@ impl std::fmt::Debug for UffdWp {
 impl UffdWp {
     /// Prepares to track all of `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
-        let carry = CarryOver::new(memory.layout());
+        let layout = memory.layout().clone();
         let spawn = Arc::new(|body: ThreadBody| {
             std::thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(body)
         });
-        Self { memory, untouched: None, spawn, carry, active: RwLock::new(None) }
+        let tracker = UffdTracker { memory, untouched: None, spawn, active: RwLock::new(None) };
+        Self::by(tracker, &layout)
     }
 
     /// Has the thread started by `spawn`: a name, a seccomp filter, a CPU set. It waits in
@@ -112,14 +114,14 @@ impl UffdWp {
     /// to guest memory: that would wait for itself.
     #[must_use]
     pub fn threads(mut self, spawn: Arc<SpawnHandler>) -> Self {
-        self.spawn = spawn;
+        self.tracker.spawn = spawn;
         self
     }
 
     /// Chooses how untouched pages are protected, instead of the best way that is offered.
     #[must_use]
     pub fn untouched(mut self, untouched: Untouched) -> Self {
-        self.untouched = Some(untouched);
+        self.tracker.untouched = Some(untouched);
         self
     }
 
@@ -127,38 +129,9 @@ impl UffdWp {
     pub fn supported() -> Result<(), UffdWpError> {
         open(None).map(drop)
     }
+}
 
-    fn try_start(&self) -> Result<(), UffdWpError> {
-        let mut active = self.active.write().unwrap_or_else(PoisonError::into_inner);
-        if active.is_some() {
-            return Err(MisuseError::AlreadyStarted.into());
-        }
-        let (uffd, untouched) = open(self.untouched)?;
-        // Dropped on failure, which closes the userfaultfd and so undoes what was done.
-        let shared = Shared::new(uffd, Arc::clone(&self.memory));
-        let shared = Arc::new(shared.map_err(UffdWpError::Thread)?);
-        for region in self.memory.regions() {
-            let guest_addr = region.layout.guest_addr;
-            uffd::register(&shared.uffd, &addresses(region))
-                .map_err(|cause| UffdWpError::Register { guest_addr, cause })?;
-        }
-        // Before anything is protected, for from then on writes wait for it.
-        let body = {
-            let shared = Arc::clone(&shared);
-            Box::new(move || shared.serve())
-        };
-        let handler = (self.spawn)(body).map_err(UffdWpError::Thread)?;
-        let new = Active { shared, handler };
-        if let Err(error) = self.protect_all(&new.shared, untouched) {
-            if let Err(error) = new.end(&self.memory) {
-                tracing::warn!(%error, "left guest memory write-protected");
-            }
-            return Err(error);
-        }
-        *active = Some(new);
-        Ok(())
-    }
-
+impl UffdTracker {
     fn protect_all(&self, shared: &Shared, untouched: Untouched) -> Result<(), UffdWpError> {
         for (index, region) in (0..).zip(self.memory.regions()) {
             let guest_addr = region.layout.guest_addr;
@@ -183,31 +156,6 @@ impl UffdWp {
         }
     }
 
-    fn try_harvest(&self, into: &mut DirtyBitmap) -> Result<(), UffdWpError> {
-        let active = self.read();
-        let shared = Self::tracking(active.as_ref())?;
-        self.carry.harvest(into)?;
-        shared.dirty.merge_into(into);
-        // What is noted is reported all the same; that more is missing counts.
-        Self::tracking(active.as_ref()).map(drop)
-    }
-
-    fn try_rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), UffdWpError> {
-        let active = self.read();
-        let shared = Self::tracking(active.as_ref())?;
-        // Checks the range, too.
-        self.carry.rearmed(region, first_page, words)?;
-        shared.rearm(region, first_page, words).map_err(|cause| {
-            let guest_addr = self.memory.layout().regions()[usize::from(region)].guest_addr;
-            UffdWpError::Protect { guest_addr, cause }
-        })
-    }
-
-    fn try_stop(&self) -> Result<(), UffdWpError> {
-        let active = self.active.write().unwrap_or_else(PoisonError::into_inner).take();
-        active.ok_or(MisuseError::NotStarted)?.end(&self.memory)
-    }
-
     fn read(&self) -> RwLockReadGuard<'_, Option<Active>> {
         self.active.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -218,6 +166,62 @@ impl UffdWp {
             Some(cause) => Err(UffdWpError::Ended(Arc::clone(cause))),
             None => Ok(shared),
         }
+    }
+}
+
+impl Tracker for UffdTracker {
+    const NAME: &'static str = "uffd write-protect";
+    const LEFT: &'static str = "guest memory write-protected";
+
+    type Error = UffdWpError;
+
+    fn start(&self) -> Result<(), UffdWpError> {
+        let (uffd, untouched) = open(self.untouched)?;
+        // Dropped on failure, which closes the userfaultfd and so undoes what was done.
+        let shared = Shared::new(uffd, Arc::clone(&self.memory));
+        let shared = Arc::new(shared.map_err(UffdWpError::Thread)?);
+        for region in self.memory.regions() {
+            let guest_addr = region.layout.guest_addr;
+            uffd::register(&shared.uffd, &addresses(region))
+                .map_err(|cause| UffdWpError::Register { guest_addr, cause })?;
+        }
+        // Before anything is protected, for from then on writes wait for it.
+        let body = {
+            let shared = Arc::clone(&shared);
+            Box::new(move || shared.serve())
+        };
+        let handler = (self.spawn)(body).map_err(UffdWpError::Thread)?;
+        let new = Active { shared, handler };
+        if let Err(error) = self.protect_all(&new.shared, untouched) {
+            if let Err(error) = new.end(&self.memory) {
+                tracing::warn!(%error, "left guest memory write-protected");
+            }
+            return Err(error);
+        }
+        *self.active.write().unwrap_or_else(PoisonError::into_inner) = Some(new);
+        Ok(())
+    }
+
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), UffdWpError> {
+        let active = self.read();
+        let shared = Self::tracking(active.as_ref())?;
+        shared.dirty.merge_into(into);
+        // What is noted is reported all the same; that more is missing counts.
+        Self::tracking(active.as_ref()).map(drop)
+    }
+
+    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), UffdWpError> {
+        let active = self.read();
+        let shared = Self::tracking(active.as_ref())?;
+        shared.rearm(region, first_page, words).map_err(|cause| {
+            let guest_addr = self.memory.layout().regions()[usize::from(region)].guest_addr;
+            UffdWpError::Protect { guest_addr, cause }
+        })
+    }
+
+    fn stop(&self) -> Result<(), UffdWpError> {
+        let active = self.active.write().unwrap_or_else(PoisonError::into_inner).take();
+        active.ok_or(MisuseError::NotStarted)?.end(&self.memory)
     }
 }
 
@@ -277,40 +281,4 @@ fn open(untouched: Option<Untouched>) -> Result<(OwnedFd, Untouched), UffdWpErro
     let uffd = open()?;
     uffd::negotiate(&uffd, wanted).map_err(UffdWpError::Userfaultfd)?;
     Ok((uffd, untouched))
-}
-
-impl DirtySource for UffdWp {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn start(&self) -> Result<(), DirtyError> {
-        self.try_start().map_err(|error| dirty_error(NAME, "start", error))
-    }
-
-    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
-        self.try_harvest(into).map_err(|error| dirty_error(NAME, "harvest", error))
-    }
-
-    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
-        self.try_rearm(region, first_page, words)
-            .map_err(|error| dirty_error(NAME, "re-arm", error))
-    }
-
-    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
-        self.carry.put_back(pages).map_err(|error| dirty_error(NAME, "put pages back", error))
-    }
-
-    fn stop(&self) -> Result<(), DirtyError> {
-        self.try_stop().map_err(|error| dirty_error(NAME, "stop", error))
-    }
-}
-
-impl Drop for UffdWp {
-    fn drop(&mut self) {
-        let tracks = self.read().is_some();
-        if tracks && let Err(error) = self.try_stop() {
-            tracing::warn!(%error, "left guest memory write-protected");
-        }
-    }
 }

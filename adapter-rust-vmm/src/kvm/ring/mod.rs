@@ -6,10 +6,9 @@ mod mapping;
 mod rings;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
-use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource};
+use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{GuestMemory, Layout, PAGE_BYTES};
 use thiserror::Error;
 
@@ -18,14 +17,11 @@ use super::log::hint;
 use super::logging::{LoggedSlots, SwitchError};
 use super::slots::{KvmSlot, SlotError};
 use crate::bits::{merge_at, set_range, words_for};
-use crate::carry::CarryOver;
-use crate::misuse::{MisuseError, check_bitmap, dirty_error};
+use crate::misuse::MisuseError;
+use crate::tracked::{Tracked, Tracker};
 
 pub use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 pub use rings::{DirtyRings, VcpuRing};
-
-/// Name of the source in messages and statistics.
-const NAME: &str = "kvm dirty ring";
 
 /// Why KVM's dirty ring failed.
 #[derive(Debug, Error)]
@@ -138,7 +134,8 @@ fn enable_hint(cause: &io::Error) -> &'static str {
 ///
 /// # Thread safety
 ///
-/// As [`DirtySource`] asks. Re-arming takes no lock and no system call. Threads of vCPUs may
+/// As [`DirtySource`](pageferry::dirty::DirtySource) asks. Re-arming takes no lock and no system call.
+/// Threads of vCPUs may
 /// call [`VcpuRing::on_full`] and [`VcpuRing::relieve`] at any time.
 ///
 /// # Resource cleanup
@@ -146,13 +143,14 @@ fn enable_hint(cause: &io::Error) -> &'static str {
 /// `stop`, or dropping the value while it tracks, switches logging of the slots off again and
 /// empties the rings. The [`DirtyRings`] live on: they are the VM's, and one source after the
 /// other may track by them, one at a time.
+pub type KvmDirtyRing = Tracked<RingTracker>;
+
+/// How [`KvmDirtyRing`] sees writes.
 #[derive(Debug)]
-pub struct KvmDirtyRing {
+pub struct RingTracker {
     rings: DirtyRings,
     slots: LoggedSlots,
     layout: Layout,
-    carry: CarryOver,
-    started: AtomicBool,
 }
 
 impl KvmDirtyRing {
@@ -174,27 +172,13 @@ impl KvmDirtyRing {
         }
         // SAFETY: the caller promises the same.
         let slots = unsafe { LoggedSlots::new(memory, slots) }?;
-        Ok(Self {
-            rings: rings.clone(),
-            slots,
-            layout: memory.layout().clone(),
-            carry: CarryOver::new(memory.layout()),
-            started: AtomicBool::new(false),
-        })
+        let layout = memory.layout();
+        let tracker = RingTracker { rings: rings.clone(), slots, layout: layout.clone() };
+        Ok(Self::by(tracker, layout))
     }
+}
 
-    fn try_start(&self) -> Result<(), KvmRingError> {
-        self.rings.attach(&self.slots, DirtyBitmap::new(&self.layout))?;
-        if let Err(error) = self.switch_on() {
-            if let Err(error) = self.rings.detach() {
-                tracing::warn!(%error, "left pages in the dirty rings");
-            }
-            return Err(error);
-        }
-        self.started.store(true, Ordering::Release);
-        Ok(())
-    }
-
+impl RingTracker {
     fn switch_on(&self) -> Result<(), KvmRingError> {
         let vm = self.rings.vm();
         // Were it on with KVM_DIRTY_LOG_INITIALLY_SET, no page would be protected by switching
@@ -205,23 +189,6 @@ impl KvmDirtyRing {
                 .map_err(KvmRingError::ManualProtection)?;
         }
         Ok(self.slots.switch_on(vm)?)
-    }
-
-    fn try_harvest(&self, into: &mut DirtyBitmap) -> Result<(), KvmRingError> {
-        self.check_started()?;
-        check_bitmap(&self.layout, into)?;
-        self.carry.harvest(into)?;
-        if self.rings.has_bitmap() {
-            self.harvest_bitmap(into)?;
-        }
-        if self.rings.harvest(into)? {
-            self.slots.protect_again(self.rings.vm())?;
-            for slot in self.slots.all() {
-                let end_page = slot.first_page + u64::from(slot.pages);
-                set_range(into.region_words_mut(slot.region), slot.first_page, end_page);
-            }
-        }
-        Ok(())
     }
 
     /// Adds what KVM wrote in no vCPU's context. Reading clears, and protects the pages.
@@ -236,61 +203,48 @@ impl KvmDirtyRing {
         }
         Ok(())
     }
+}
 
-    fn try_rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), KvmRingError> {
-        self.check_started()?;
-        Ok(self.carry.rearmed(region, first_page, words)?)
+impl Tracker for RingTracker {
+    const NAME: &'static str = "kvm dirty ring";
+    const LEFT: &'static str = "dirty logging of a memory slot on";
+
+    type Error = KvmRingError;
+
+    fn start(&self) -> Result<(), KvmRingError> {
+        self.rings.attach(&self.slots, DirtyBitmap::new(&self.layout))?;
+        if let Err(error) = self.switch_on() {
+            if let Err(error) = self.rings.detach() {
+                tracing::warn!(%error, "left pages in the dirty rings");
+            }
+            return Err(error);
+        }
+        Ok(())
     }
 
-    fn try_stop(&self) -> Result<(), KvmRingError> {
-        if !self.started.swap(false, Ordering::AcqRel) {
-            return Err(MisuseError::NotStarted.into());
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), KvmRingError> {
+        if self.rings.has_bitmap() {
+            self.harvest_bitmap(into)?;
         }
+        if self.rings.harvest(into)? {
+            self.slots.protect_again(self.rings.vm())?;
+            for slot in self.slots.all() {
+                let end_page = slot.first_page + u64::from(slot.pages);
+                set_range(into.region_words_mut(slot.region), slot.first_page, end_page);
+            }
+        }
+        Ok(())
+    }
+
+    /// KVM protected the pages again when their entries were taken.
+    fn rearm(&self, _: u16, _: u64, _: &[u64]) -> Result<(), KvmRingError> {
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), KvmRingError> {
         let switched = self.slots.switch_off(self.rings.vm());
         // Also then, so that the next source can track.
         let detached = self.rings.detach();
         switched.map_err(KvmRingError::from).and(detached)
-    }
-
-    fn check_started(&self) -> Result<(), MisuseError> {
-        let started = self.started.load(Ordering::Acquire);
-        if started { Ok(()) } else { Err(MisuseError::NotStarted) }
-    }
-}
-
-impl DirtySource for KvmDirtyRing {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn start(&self) -> Result<(), DirtyError> {
-        self.try_start().map_err(|error| dirty_error(NAME, "start", error))
-    }
-
-    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
-        self.try_harvest(into).map_err(|error| dirty_error(NAME, "harvest", error))
-    }
-
-    fn rearm(&self, region: u16, first_page: u64, words: &[u64]) -> Result<(), DirtyError> {
-        self.try_rearm(region, first_page, words)
-            .map_err(|error| dirty_error(NAME, "re-arm", error))
-    }
-
-    fn put_back(&self, pages: &DirtyBitmap) -> Result<(), DirtyError> {
-        self.carry.put_back(pages).map_err(|error| dirty_error(NAME, "put pages back", error))
-    }
-
-    fn stop(&self) -> Result<(), DirtyError> {
-        self.try_stop().map_err(|error| dirty_error(NAME, "stop", error))
-    }
-}
-
-impl Drop for KvmDirtyRing {
-    fn drop(&mut self) {
-        if self.started.load(Ordering::Acquire)
-            && let Err(error) = self.try_stop()
-        {
-            tracing::warn!(%error, "left dirty logging of a memory slot on");
-        }
     }
 }
