@@ -37,11 +37,14 @@ struct Registered {
     _table: Option<Arc<Table>>,
 }
 
-impl IoUringDestinationLink {
-    pub(crate) fn new(tcp: TcpDestinationLink, rings: Rings) -> Self {
-        Self { tcp, rings, memory: None }
+impl Rings {
+    /// Has io_uring place the pages of an accepted link. The other end may be of either sort.
+    pub fn destination_link(&self, tcp: TcpDestinationLink) -> IoUringDestinationLink {
+        IoUringDestinationLink { tcp, rings: self.clone(), memory: None }
     }
+}
 
+impl IoUringDestinationLink {
     /// The migration, as the acceptor's logs call it.
     pub fn migration_id(&self) -> MigrationId {
         self.tcp.migration_id()

@@ -5,9 +5,9 @@ use std::fs;
 use std::io;
 
 use pageferry::transport::TransportError;
-
-use crate::ring::no_ring;
 use thiserror::Error;
+
+use crate::limits::no_ring;
 
 /// Something newer than the oldest io_uring this crate works with. Each is used where the kernel
 /// has it, and done without where it has not.

@@ -22,16 +22,12 @@ use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue};
 use pageferry::transport::{TransportError, ZeroCopyCounts};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Resource, getrlimit};
 
 use crate::chain::{Chain, ZeroCopySend};
 use crate::features::{Feature, Features};
+use crate::setup::{MAX_CHAIN, RingSetup};
 use crate::table::Table;
 
-/// Most requests of a chain.
-pub(crate) const MAX_CHAIN: usize = 128;
-/// Room for completions: those of a chain, and of the notifications that may be outstanding.
-const COMPLETIONS: u32 = 2048;
 /// Most zero-copy sends that wait for their notification.
 const MAX_NOTIFICATIONS: usize = 1024;
 
@@ -41,56 +37,6 @@ const ZERO_COPY: u64 = 1 << 63;
 const ENTER_GETEVENTS: u32 = 1;
 /// `IORING_NOTIF_USAGE_ZC_COPIED`.
 const COPIED: u32 = 1 << 31;
-
-/// How rings are made.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct RingSetup {
-    pub(crate) features: Features,
-    pub(crate) sq_poll: Option<Duration>,
-}
-
-impl RingSetup {
-    /// A ring that must be enabled by the thread that will use it.
-    pub(crate) fn build(&self) -> io::Result<IoUring> {
-        let mut builder = IoUring::builder();
-        builder.setup_r_disabled().setup_cqsize(COMPLETIONS).dontfork();
-        if self.features.has(Feature::SubmitAll) {
-            builder.setup_submit_all();
-        }
-        if self.features.has(Feature::SingleIssuer) {
-            builder.setup_single_issuer();
-        }
-        if let Some(idle) = self.sq_poll {
-            // The kernel's thread does the work: there is none to defer.
-            builder.setup_sqpoll(u32::try_from(idle.as_millis()).unwrap_or(u32::MAX));
-        } else if self.features.has(Feature::DeferTaskrun) {
-            builder.setup_defer_taskrun();
-        } else if self.features.has(Feature::CoopTaskrun) {
-            builder.setup_coop_taskrun();
-        }
-        builder.build(u32::try_from(MAX_CHAIN).unwrap_or(u32::MAX)).map_err(no_ring)
-    }
-}
-
-/// Why there is no ring; names the limit if it is that.
-pub(crate) fn no_ring(cause: io::Error) -> io::Error {
-    if cause.raw_os_error() != Some(libc::ENOMEM) {
-        return cause;
-    }
-    let text = format!(
-        "{cause}: the ring of each channel is locked memory, and this user's limit is {}: raise \
-         RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK= of systemd), give CAP_IPC_LOCK, or use another \
-         transport",
-        memlock_limit()
-    );
-    io::Error::new(cause.kind(), text)
-}
-
-/// How much memory this user may lock, as text.
-pub(crate) fn memlock_limit() -> String {
-    let limit = getrlimit(Resource::Memlock).current;
-    limit.map_or("unlimited".to_owned(), |bytes| format!("{bytes} bytes"))
-}
 
 /// Zero-copy sends whose memory may still be read.
 #[derive(Debug, Default)]

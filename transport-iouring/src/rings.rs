@@ -4,14 +4,12 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{Registration, TransportError};
-use pageferry_tcp::{TcpDestinationLink, TcpSourceLink};
 
-use crate::destination::IoUringDestinationLink;
 use crate::features::{Features, Unavailable};
 use crate::options::IoUringOptions;
 use crate::probe::probe;
-use crate::ring::{Ring, RingSetup};
-use crate::source::IoUringSourceLink;
+use crate::ring::Ring;
+use crate::setup::RingSetup;
 use crate::table::Table;
 
 /// io_uring as this process may use it.
@@ -56,16 +54,6 @@ impl Rings {
     /// The settings given.
     pub fn options(&self) -> &IoUringOptions {
         &self.options
-    }
-
-    /// Has io_uring move the pages of a connected link. The other end may be of either sort.
-    pub fn source_link(&self, tcp: TcpSourceLink) -> IoUringSourceLink {
-        IoUringSourceLink::new(tcp, self.clone())
-    }
-
-    /// Has io_uring place the pages of an accepted link. The other end may be of either sort.
-    pub fn destination_link(&self, tcp: TcpDestinationLink) -> IoUringDestinationLink {
-        IoUringDestinationLink::new(tcp, self.clone())
     }
 
     /// Registers guest memory, or goes on without if that is allowed.

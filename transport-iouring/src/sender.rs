@@ -34,7 +34,8 @@ use crate::chain::{Chain, Until};
 use crate::features::Feature;
 use crate::options::IoUringOptions;
 use crate::queue::{Queue, WireBatch};
-use crate::ring::{MAX_CHAIN, Ring};
+use crate::ring::Ring;
+use crate::setup::MAX_CHAIN;
 use crate::table::Table;
 use crate::vectors::{Outgoing, ZeroCopyRuns};
 

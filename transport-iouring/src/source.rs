@@ -51,11 +51,14 @@ struct Registered {
     table: Option<Arc<Table>>,
 }
 
-impl IoUringSourceLink {
-    pub(crate) fn new(tcp: TcpSourceLink, rings: Rings) -> Self {
-        Self { tcp, rings, memory: None }
+impl Rings {
+    /// Has io_uring move the pages of a connected link. The other end may be of either sort.
+    pub fn source_link(&self, tcp: TcpSourceLink) -> IoUringSourceLink {
+        IoUringSourceLink { tcp, rings: self.clone(), memory: None }
     }
+}
 
+impl IoUringSourceLink {
     /// The migration, as the destination's logs call it.
     pub fn migration_id(&self) -> MigrationId {
         self.tcp.migration_id()

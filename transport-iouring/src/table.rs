@@ -16,7 +16,8 @@ use pageferry::transport::{Registration, TransportError};
 
 use crate::features::Feature;
 use crate::huge;
-use crate::ring::{RingSetup, memlock_limit};
+use crate::limits::memlock_limit;
+use crate::setup::RingSetup;
 
 /// Longest buffer.
 const MAX_SLICE_BYTES: usize = 1 << 30;
