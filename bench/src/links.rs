@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use pageferry::transport::{DestinationLink, Interrupt, SourceLink};
+use pageferry::transport::{Admission, DestinationLink, Interrupt, SourceLink};
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{RdmaAcceptor, RdmaOptions, RegistrationMode};
@@ -56,7 +56,8 @@ impl Listener {
         let transport = way.transport;
         let acceptor = match transport {
             Transport::Tcp | Transport::IoUring => {
-                Acceptor::Tcp(TcpAcceptor::bind(HERE, TcpOptions::default())?)
+                let options = TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() };
+                Acceptor::Tcp(TcpAcceptor::bind(HERE, options)?)
             }
             #[cfg(feature = "rdma")]
             Transport::Rdma => {
@@ -145,6 +146,7 @@ pub(crate) fn rdma_address(_: RdmaArgs) -> Result<IpAddr, Failure> {
 pub(crate) fn rdma_options(args: RdmaArgs) -> RdmaOptions {
     let defaults = RdmaOptions::default();
     RdmaOptions {
+        admission: Admission::Anyone,
         slice_bytes: args.rdma_slice.unwrap_or(defaults.slice_bytes),
         registration: match args.rdma_registration {
             RdmaRegistration::AtStart => RegistrationMode::AtStart,

@@ -13,7 +13,7 @@
 //! ```
 //! use std::time::Duration;
 //!
-//! use pageferry::transport::Link;
+//! use pageferry::transport::{Admission, Link};
 //! use pageferry_iouring::{IoUringOptions, Rings};
 //! use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 //!
@@ -25,7 +25,9 @@
 //!         return Ok(());
 //!     }
 //! };
-//! let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default())?;
+//! // Nobody greets here.
+//! let options = TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() };
+//! let acceptor = TcpAcceptor::bind("127.0.0.1:0", options)?;
 //! let source = rings.source_link(connect(acceptor.local_addr(), TcpOptions::default())?);
 //! let destination = rings.destination_link(acceptor.accept(Some(Duration::from_secs(10)))?);
 //! assert_eq!((source.name(), destination.name()), ("iouring", "iouring"));

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use pageferry::memory::PageRange;
 use pageferry::testing::{Random, TestMemory, until_asleep};
 use pageferry::transport::{
-    DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
-    TransportError,
+    Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind,
+    SourceLink, TransportError,
 };
 use pageferry_iouring::{
     Feature, IoUringDestinationLink, IoUringOptions, IoUringSourceLink, Rings, Unavailable,
@@ -37,7 +37,8 @@ fn open(options: &IoUringOptions) -> Opened {
     let rings = Rings::new(options.clone()).expect("this kernel has io_uring");
     let tcp = TcpOptions::default;
     // The source's address is 127.0.0.1: nothing tells that the kernel will copy, before it did.
-    let acceptor = TcpAcceptor::bind("127.0.0.2:0", tcp()).expect("a port of loopback");
+    let there = TcpOptions { admission: Admission::Anyone, ..tcp() };
+    let acceptor = TcpAcceptor::bind("127.0.0.2:0", there).expect("a port of loopback");
     let source = connect(acceptor.local_addr(), tcp()).expect("the acceptor answers");
     let mut source = rings.source_link(source);
     let destination = acceptor.accept(Some(SOON)).expect("a source came");

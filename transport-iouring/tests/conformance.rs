@@ -5,11 +5,13 @@
 use std::time::Duration;
 
 use pageferry::testing::conformance::{Pair, run_all};
+use pageferry::transport::Admission;
 use pageferry_iouring::{Feature, Features, IoUringOptions, Rings, ZeroCopy};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 
 fn connected(tcp: &TcpOptions) -> (TcpSourceLink, TcpDestinationLink) {
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", tcp.clone()).expect("a port of loopback");
+    let there = TcpOptions { admission: Admission::Anyone, ..tcp.clone() };
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", there).expect("a port of loopback");
     let source = connect(acceptor.local_addr(), tcp.clone()).expect("the acceptor answers");
     let destination = acceptor.accept(Some(Duration::from_secs(10))).expect("a source came");
     (source, destination)

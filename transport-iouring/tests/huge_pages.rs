@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::PageRange;
 use pageferry::testing::TestMemory;
-use pageferry::transport::{DestinationLink, Link, Received, Run, RunKind, SourceLink};
+use pageferry::transport::{Admission, DestinationLink, Link, Received, Run, RunKind, SourceLink};
 use pageferry_iouring::{IoUringOptions, Rings, ZeroCopy};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 use rustix::mm::{Advice, madvise};
@@ -29,7 +29,8 @@ fn a_send_buffer_holds_more_than_one_packet() {
 
     let options = IoUringOptions { zero_copy: ZeroCopy::On, ..IoUringOptions::default() };
     let rings = Rings::new(options).expect("this kernel has io_uring");
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).expect("a port");
+    let options = TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() };
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", options).expect("a port");
     let link = connect(acceptor.local_addr(), TcpOptions::default()).expect("it answers");
     let mut source = rings.source_link(link);
     let accepted = acceptor.accept(Some(SOON)).expect("a source came");

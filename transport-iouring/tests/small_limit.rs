@@ -6,7 +6,7 @@ use std::time::Duration;
 use pageferry::memory::PageRange;
 use pageferry::testing::TestMemory;
 use pageferry::transport::{
-    DestinationLink, Link, Received, Run, RunKind, SourceLink, TransportError,
+    Admission, DestinationLink, Link, Received, Run, RunKind, SourceLink, TransportError,
 };
 use pageferry_iouring::{IoUringOptions, Rings, ZeroCopy};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
@@ -31,7 +31,8 @@ fn what_does_not_fit_is_copied() {
     limit();
     let options = IoUringOptions { zero_copy: ZeroCopy::On, ..IoUringOptions::default() };
     let tcp = TcpOptions::default;
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", tcp()).expect("a port of loopback");
+    let there = TcpOptions { admission: Admission::Anyone, ..tcp() };
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", there).expect("a port of loopback");
     let (here, there) =
         (TestMemory::new(&[REGION_PAGES.into()]), TestMemory::new(&[REGION_PAGES.into()]));
     here.fill(5);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::PageRange;
 use pageferry::testing::TestMemory;
-use pageferry::transport::{DestinationLink, Link, Received, Run, RunKind, SourceLink};
+use pageferry::transport::{Admission, DestinationLink, Link, Received, Run, RunKind, SourceLink};
 use pageferry_iouring::{IoUringOptions, Rings};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 use rustix::process::{Resource, Rlimit, geteuid, getpid, getrlimit, setrlimit};
@@ -48,7 +48,8 @@ fn rings_that_do_not_fit_are_refused_by_name_or_done_without() {
         }
         thread::yield_now();
     };
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).expect("a port");
+    let there = TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() };
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", there).expect("a port");
     let (here, there) = (TestMemory::new(&[PAGES.into()]), TestMemory::new(&[PAGES.into()]));
     here.fill(32);
     let link = || {

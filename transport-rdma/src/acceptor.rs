@@ -24,13 +24,14 @@ const BACKLOG: i32 = 64;
 /// Fits the kernel's 15 bytes.
 const THREAD_NAME: &str = "ferry-accept";
 
-/// Waits for sources at an RDMA device's address. Serves one migration at a time; a second source that has waited a
-/// second is told to come later. Who was let in and says nothing is no source yet, and neither is who has
-/// greeted and, once answered, says nothing more ([`Standing`](pageferry::transport::Standing)): its link
-/// is interrupted when another one speaks, which is next.
+/// Waits for sources at an RDMA device's address. Serves one migration at a time: of a source that
+/// has greeted ([`RdmaOptions::admission`]). A second one that has waited a second is told to come later. One
+/// that does not answer its *welcome* soon is told so too where another one waits: its link is interrupted,
+/// and the other one is next ([`Standing`](pageferry::transport::Standing)).
 ///
 /// Strangers (other programs' requests, sources that leave half-way) are turned away with a warning in
-/// the log that names their address, and disturb nobody.
+/// the log that names their address ([`Warnings`](pageferry::transport::Warnings): not one for each if they
+/// are many), and disturb nobody.
 ///
 /// # Thread safety
 ///

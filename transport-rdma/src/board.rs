@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pageferry::MAX_CHANNELS;
-use pageferry::transport::{MigrationId, TransportError};
+use pageferry::transport::{Holder, MigrationId, Place, TransportError, Warnings};
 
 use crate::preamble::{Preamble, Purpose};
 use crate::state::LinkState;
@@ -16,15 +16,15 @@ use crate::state::LinkState;
 /// Connections for reads that may wait.
 const MAX_READERS: usize = 64;
 
-/// A source whose control connections are there.
+/// A source whose control connections are there, and that has greeted.
 pub(crate) trait Arrived {
     fn migration(&self) -> MigrationId;
 
     /// Whether the source has left, as far as is known.
     fn has_left(&mut self) -> bool;
 
-    /// Takes in what the source may have said.
-    fn listen(&mut self);
+    /// Whether it keeps its place while nobody has accepted it.
+    fn place(&self) -> Place;
 
     /// What is left to know of it once somebody has accepted it.
     fn voice(&self) -> Arc<dyn Voice>;
@@ -32,36 +32,36 @@ pub(crate) trait Arrived {
 
 /// What is known of a source that was accepted.
 pub(crate) trait Voice: Send + Sync + fmt::Debug {
-    /// Whether it has greeted, and goes on. Strangers who speak a preamble do not.
-    fn keeps_place(&self) -> bool;
+    /// Whether it keeps its place.
+    fn place(&self) -> Place;
 
-    /// Ends its link.
-    fn interrupt(&self);
+    /// Ends its link for the sake of another source.
+    fn displace(&self);
 }
 
 /// What becomes of a request.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Part {
     /// It is the first of a migration.
     Begins,
     /// It belongs to one that has begun, and is not there yet.
     Completes,
     /// It belongs to the migration that is being served.
     Waits,
-    /// It is a source's, and another one is being served.
-    Later,
 }
 
 #[derive(Debug)]
 pub(crate) struct Board<A, R> {
     state: Mutex<State<A, R>>,
     changed: Condvar,
+    /// Of strangers.
+    pub(crate) warnings: Warnings,
 }
 
 #[derive(Debug)]
 struct State<A, R> {
     current: Option<Migration<A, R>>,
-    /// It has spoken while the current one had not, which therefore has to go.
+    /// It has greeted, while the current one did not answer, which therefore has to go.
     next: Option<Migration<A, R>>,
     accept_interrupted: bool,
     stopped: Option<Stopped>,
@@ -98,12 +98,8 @@ impl<A: Arrived, R> Migration<A, R> {
         }
     }
 
-    /// Whether its source has spoken, and goes on: others are told to come later.
-    fn keeps_place(&mut self) -> bool {
-        if let Some(arrived) = &mut self.arrived {
-            arrived.listen();
-        }
-        self.voice.keeps_place()
+    fn place(&self) -> Place {
+        self.arrived.as_ref().map_or_else(|| self.voice.place(), Arrived::place)
     }
 
     /// Whether nobody accepted it yet, and nobody will.
@@ -134,7 +130,7 @@ impl<A: Arrived, R> Migration<A, R> {
 impl<A, R> Default for Board<A, R> {
     fn default() -> Self {
         let state = State { current: None, next: None, accept_interrupted: false, stopped: None };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        Self { state: Mutex::new(state), changed: Condvar::new(), warnings: Warnings::default() }
     }
 }
 
@@ -146,24 +142,21 @@ impl<A: Arrived, R> Board<A, R> {
 
     /// Where a request belongs, given whether its migration has begun and is not there yet; or why it is
     /// refused, in words for the other side.
-    pub(crate) fn judge(&self, preamble: &Preamble, begun: bool) -> Result<Place, String> {
+    pub(crate) fn judge(&self, preamble: &Preamble, begun: bool) -> Result<Part, String> {
         let mut state = self.state();
         if state.current.as_mut().is_some_and(Migration::was_given_up) {
             state.current = None;
         }
-        let busy =
-            state.next.is_some() || state.current.as_mut().is_some_and(Migration::keeps_place);
         match (preamble.purpose, &state.current) {
-            (Purpose::Control, _) if busy => Ok(Place::Later),
             (Purpose::Control, _) if begun => {
                 Err("the migration with this id has begun already".to_owned())
             }
-            (Purpose::Control, _) => Ok(Place::Begins),
-            (Purpose::ControlBack, _) if begun => Ok(Place::Completes),
+            (Purpose::Control, _) => Ok(Part::Begins),
+            (Purpose::ControlBack, _) if begun => Ok(Part::Completes),
             (Purpose::Table | Purpose::Pages { .. } | Purpose::Reads, Some(current))
                 if current.id == preamble.migration =>
             {
-                current.judge(preamble.purpose).map(|()| Place::Waits)
+                current.judge(preamble.purpose).map(|()| Part::Waits)
             }
             _ => Err("no migration with this id is being served".to_owned()),
         }
@@ -178,35 +171,30 @@ impl<A: Arrived, R> Board<A, R> {
         self.changed.notify_all();
     }
 
-    /// A source is there. Given back as long as another one has its place; who has spoken takes that of
-    /// one who has not.
-    pub(crate) fn arrive(&self, mut arrived: A) -> Result<(), A> {
-        arrived.listen();
+    /// Gives a source its place; or gives the source back, if somebody has that.
+    pub(crate) fn admit(&self, arrived: A) -> Option<(A, Holder)> {
         let mut state = self.state();
-        let Some(current) = &mut state.current else {
+        if state.current.as_mut().is_some_and(Migration::was_given_up) {
+            state.current = None;
+        }
+        let Some(current) = &state.current else {
             state.current = Some(Migration::new(arrived));
             self.changed.notify_all();
-            return Ok(());
+            return None;
         };
-        let gone = current.was_given_up();
-        if !gone && (state.next.is_some() || !arrived.voice().keeps_place()) {
-            return Err(arrived);
+        let place = if state.next.is_some() { Place::Open } else { current.place() };
+        if place != Place::Forfeited {
+            return Some((arrived, Holder { id: current.id, place }));
         }
-        let Some(current) = &mut state.current else { return Err(arrived) };
-        if !gone && current.keeps_place() {
-            return Err(arrived);
-        }
-        if gone || current.arrived.is_some() {
-            *current = Migration::new(arrived);
-            self.changed.notify_all();
-            return Ok(());
-        }
-        tracing::warn!(migration = %current.id, "given up: it says nothing, and another source does");
+        self.warnings.warn(
+            current.id,
+            "displaced: it does not answer its welcome, and another source waits",
+        );
         let displaced = Arc::clone(&current.voice);
         state.next = Some(Migration::new(arrived));
         drop(state);
-        displaced.interrupt();
-        Ok(())
+        displaced.displace();
+        None
     }
 
     /// Waits for a source.
@@ -312,6 +300,13 @@ impl<A: Arrived, R> Board<A, R> {
         self.changed.notify_all();
     }
 
+    /// Once it is stopped: sources that nobody has accepted.
+    pub(crate) fn left_over(&self) -> Vec<A> {
+        let mut state = self.state();
+        let State { current, next, .. } = &mut *state;
+        [current, next].into_iter().flatten().filter_map(|waits| waits.arrived.take()).collect()
+    }
+
     /// Whether the acceptor's thread was asked to end.
     pub(crate) fn is_stopped(&self) -> bool {
         self.state().stopped.is_some()
@@ -339,16 +334,16 @@ mod tests {
     const SOURCE: MigrationId = MigrationId([1; 16]);
     const OTHER: MigrationId = MigrationId([2; 16]);
 
-    /// Whether it was heard, and whether it was interrupted.
-    #[derive(Debug, Default)]
-    struct Said(AtomicBool, AtomicBool);
+    /// How it stands, and whether it was displaced.
+    #[derive(Debug)]
+    struct Said(Place, AtomicBool);
 
     impl Voice for Said {
-        fn keeps_place(&self) -> bool {
-            self.0.load(Ordering::Relaxed)
+        fn place(&self) -> Place {
+            self.0
         }
 
-        fn interrupt(&self) {
+        fn displace(&self) {
             self.1.store(true, Ordering::Relaxed);
         }
     }
@@ -360,8 +355,8 @@ mod tests {
         said: Arc<Said>,
     }
 
-    fn source(migration: MigrationId, left: bool, spoke: bool) -> Source {
-        let said = Arc::new(Said(AtomicBool::new(spoke), AtomicBool::new(false)));
+    fn source(migration: MigrationId, left: bool, place: Place) -> Source {
+        let said = Arc::new(Said(place, AtomicBool::new(false)));
         Source { migration, left, said }
     }
 
@@ -374,7 +369,9 @@ mod tests {
             self.left
         }
 
-        fn listen(&mut self) {}
+        fn place(&self) -> Place {
+            Place::Open
+        }
 
         fn voice(&self) -> Arc<dyn Voice> {
             Arc::clone(&self.said) as Arc<dyn Voice>
@@ -389,58 +386,62 @@ mod tests {
         board: &Board<Source, u32>,
         migration: MigrationId,
         purpose: Purpose,
-    ) -> Result<Place, String> {
+    ) -> Result<Part, String> {
         board.judge(&Preamble { purpose, migration, mtu: 5 }, migration == OTHER)
     }
 
     fn arrive(board: &Board<Source, u32>, migration: MigrationId) -> Result<(), Source> {
-        board.arrive(source(migration, false, true))
+        board.admit(source(migration, false, Place::Kept)).map_or(Ok(()), |(source, _)| Err(source))
     }
 
     #[test]
-    fn a_second_source_is_told_to_come_later_and_then_let_in() {
+    fn a_second_source_waits_and_is_then_let_in() {
         let board = board();
-        assert_eq!(judge(&board, SOURCE, Purpose::Control), Ok(Place::Begins));
+        assert_eq!(judge(&board, SOURCE, Purpose::Control), Ok(Part::Begins));
         arrive(&board, SOURCE).unwrap();
-        for _ in 0..2 {
-            assert_eq!(judge(&board, MigrationId([3; 16]), Purpose::Control), Ok(Place::Later));
-            arrive(&board, OTHER).unwrap_err();
-            // Waiting to be accepted, and accepted, are the same to others.
+        for place in [Place::Open, Place::Kept] {
+            // Where it may go, it may say who it is.
+            assert_eq!(judge(&board, MigrationId([3; 16]), Purpose::Control), Ok(Part::Begins));
+            let (_, holder) = board.admit(source(OTHER, false, Place::Open)).unwrap();
+            assert_eq!((holder.id, holder.place), (SOURCE, place));
+            // Waiting to be accepted, and accepted.
             let _ = board.next_migration(Some(Duration::ZERO));
         }
         board.end_migration();
-        assert_eq!(judge(&board, MigrationId([3; 16]), Purpose::Control), Ok(Place::Begins));
+        arrive(&board, OTHER).unwrap();
     }
 
     #[test]
-    fn whoever_speaks_first_is_the_source() {
-        for accepted in [false, true] {
-            let board = board();
-            let silent = source(SOURCE, false, false);
-            let said = Arc::clone(&silent.said);
-            board.arrive(silent).unwrap();
-            if accepted {
-                board.next_migration(None).unwrap();
-            }
-            assert_eq!(judge(&board, MigrationId([3; 16]), Purpose::Control), Ok(Place::Begins));
-            board.arrive(source(OTHER, false, false)).unwrap_err();
-            arrive(&board, OTHER).unwrap();
-            assert_eq!(said.1.load(Ordering::Relaxed), accepted, "its link is interrupted");
-            assert_eq!(judge(&board, MigrationId([3; 16]), Purpose::Control), Ok(Place::Later));
-            if accepted {
-                board.end_migration();
-            }
-            assert_eq!(board.next_migration(None).unwrap().migration, OTHER);
-        }
+    fn who_forfeits_its_place_is_displaced_once() {
+        let board = board();
+        let silent = source(SOURCE, false, Place::Forfeited);
+        let said = Arc::clone(&silent.said);
+        assert!(board.admit(silent).is_none());
+        board.next_migration(None).unwrap();
+        arrive(&board, OTHER).unwrap();
+        assert!(said.1.load(Ordering::Relaxed), "its link is interrupted");
+        let (_, holder) = board.admit(source(SOURCE, false, Place::Open)).unwrap();
+        assert_eq!(holder.place, Place::Open, "who comes after it waits");
+        board.end_migration();
+        assert_eq!(board.next_migration(None).unwrap().migration, OTHER);
+    }
+
+    #[test]
+    fn nobody_is_left_over_without_a_word() {
+        let board = board();
+        arrive(&board, SOURCE).unwrap();
+        board.stop(None);
+        let left: Vec<_> = board.left_over().iter().map(|source| source.migration).collect();
+        assert_eq!(left, [SOURCE]);
     }
 
     #[test]
     fn a_source_that_left_before_it_was_accepted_is_forgotten() {
         let board = board();
-        board.arrive(source(SOURCE, true, true)).unwrap();
+        assert!(board.admit(source(SOURCE, true, Place::Kept)).is_none());
         let nobody = board.next_migration(Some(Duration::ZERO)).unwrap_err();
         assert!(matches!(nobody, TransportError::TimedOut { .. }), "{nobody:?}");
-        board.arrive(source(SOURCE, true, true)).unwrap();
+        assert!(board.admit(source(SOURCE, true, Place::Kept)).is_none());
         arrive(&board, OTHER).unwrap();
         assert_eq!(board.next_migration(None).unwrap().migration, OTHER);
     }
@@ -461,13 +462,13 @@ mod tests {
                 }
             }
         }
-        assert_eq!(judge(&board, SOURCE, Purpose::Table), Ok(Place::Waits));
+        assert_eq!(judge(&board, SOURCE, Purpose::Table), Ok(Part::Waits));
     }
 
     #[test]
     fn a_migration_that_has_begun_is_completed_and_not_begun_again() {
         let board = board();
-        assert_eq!(judge(&board, OTHER, Purpose::ControlBack), Ok(Place::Completes));
+        assert_eq!(judge(&board, OTHER, Purpose::ControlBack), Ok(Part::Completes));
         judge(&board, OTHER, Purpose::Control).unwrap_err();
         judge(&board, OTHER, Purpose::Pages { channel: 0 }).unwrap_err();
     }
@@ -478,7 +479,7 @@ mod tests {
         arrive(&board, SOURCE).unwrap();
         let pages = |channel| Purpose::Pages { channel };
         for (purpose, request) in [(Purpose::Table, 7), (pages(0), 8), (pages(3), 9)] {
-            assert_eq!(judge(&board, SOURCE, purpose), Ok(Place::Waits));
+            assert_eq!(judge(&board, SOURCE, purpose), Ok(Part::Waits));
             board.keep(purpose, request);
             judge(&board, SOURCE, purpose).unwrap_err();
         }
@@ -500,7 +501,7 @@ mod tests {
         let board = board();
         arrive(&board, SOURCE).unwrap();
         for reader in 0..64 {
-            assert_eq!(judge(&board, SOURCE, Purpose::Reads), Ok(Place::Waits));
+            assert_eq!(judge(&board, SOURCE, Purpose::Reads), Ok(Part::Waits));
             board.keep(Purpose::Reads, reader);
         }
         judge(&board, SOURCE, Purpose::Reads).unwrap_err();

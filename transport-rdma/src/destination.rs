@@ -45,10 +45,11 @@ pub struct RdmaDestinationLink {
 impl RdmaDestinationLink {
     /// Of a source whose control connections are there.
     pub(crate) fn new(arrival: Arrival, desk: Arc<Desk>) -> Result<Self, TransportError> {
-        let Arrival { migration, inlet, outlet, workshop, .. } = arrival;
+        let Arrival { migration, inlet, outlet, greeting, standing, workshop, .. } = arrival;
         let outlet = outlet.ok_or(TransportError::OutOfOrder("half of a control channel"))?;
         let mtu = inlet.connection.mtu;
-        let control = Some(control::channel(outlet, inlet));
+        workshop.state.take_place(standing);
+        let control = Some(control::at_destination(outlet, inlet, greeting));
         Ok(Self { control, registered: None, opened: false, migration, mtu, workshop, desk })
     }
 

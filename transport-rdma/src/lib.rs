@@ -13,11 +13,14 @@
 //! ```no_run
 //! use std::time::Duration;
 //!
+//! use pageferry::transport::Admission;
 //! use pageferry_rdma::{RdmaAcceptor, RdmaOptions, connect};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! pageferry_rdma::available()?;
-//! let acceptor = RdmaAcceptor::bind("10.78.0.1:0", RdmaOptions::default())?;
+//! // Nobody greets here.
+//! let options = RdmaOptions { admission: Admission::Anyone, ..RdmaOptions::default() };
+//! let acceptor = RdmaAcceptor::bind("10.78.0.1:0", options)?;
 //! let address = acceptor.local_addr();
 //! let source = std::thread::spawn(move || connect(address, RdmaOptions::default()));
 //! let destination = acceptor.accept(Some(Duration::from_secs(10)))?;

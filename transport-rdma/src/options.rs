@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use pageferry::transport::Admission;
+
 /// Most bytes of a packet's payload on the path (path MTU).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mtu {
@@ -75,8 +77,11 @@ pub struct RdmaOptions {
     /// Traffic class of all packets (DSCP and ECN bits), for networks that treat RDMA apart.
     pub traffic_class: Option<u8>,
     /// At the source: how long each step of connecting may take. At the destination: how long a
-    /// connection that was accepted may take to be there.
+    /// connection that was accepted may take to be there, and a source may say nothing more before it has
+    /// greeted.
     pub connect_timeout: Duration,
+    /// At the destination: what a source must have said to be served.
+    pub admission: Admission,
     /// Time without acknowledgement after which a packet is sent again; rounded up to 4.096 µs
     /// times a power of two, and NICs may take up to four times as long (InfiniBand
     /// specification, "Local ACK Timeout").
@@ -106,6 +111,7 @@ impl Default for RdmaOptions {
             mtu: None,
             traffic_class: None,
             connect_timeout: Duration::from_secs(10),
+            admission: Admission::default(),
             ack_timeout: Duration::from_millis(250),
             retries: 7,
             registration: RegistrationMode::AtStart,

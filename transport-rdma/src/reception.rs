@@ -7,26 +7,31 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{MigrationId, TransportError};
+use pageferry::transport::{
+    Admission, MigrationId, Place, Standing, TransportError, Turn, Warnings, check_greeting,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use crate::board::{Arrived, Board, Place, Voice};
+use crate::board::{Arrived, Board, Part, Voice};
 use crate::cm::{Event, Id, RemoteAccess};
+use crate::control::{self, Frame};
 use crate::dial::{Request, Workshop};
 use crate::options::RdmaOptions;
-use crate::pipe::{Inlet, Outlet};
+use crate::pipe::{Inlet, Message, Outlet};
 use crate::preamble::{Preamble, Purpose};
 use crate::state::{Bell, LinkState};
 
-/// Most sources whose control connections are not there yet. With more, the oldest goes: a source of
+/// Most sources whose control connections are not there yet, or that have not greeted. With more, the oldest goes: a source of
 /// ours makes them at once.
 const MAX_HALF_OPEN: usize = 16;
 /// Most requests taken from the listener before the others get their turn.
 const REQUESTS_AT_ONCE: usize = 64;
-/// How long a source waits for one that is being served, before it is told to come later.
-const TURN: Duration = Duration::from_secs(1);
-/// How often it is looked whether there is room for a source that waits.
+/// Most sources that have greeted and wait for their place.
+const MAX_WAITING: usize = 8;
+/// How long a greeting may take that goes on arriving. Sources wait for an answer for less.
+const GREETING_AT_MOST: Duration = Duration::from_secs(60);
+/// How often it is looked what a source has said, and whether there is room for one that waits.
 const GLANCE: Duration = Duration::from_millis(10);
 /// How long the listener rests when the machine has no descriptors or memory for a connection.
 const REST: Duration = Duration::from_millis(100);
@@ -37,6 +42,12 @@ pub(crate) struct Arrival {
     pub(crate) migration: MigrationId,
     pub(crate) inlet: Inlet,
     pub(crate) outlet: Option<Outlet>,
+    /// When the second connection was accepted.
+    accepted: Instant,
+    arriving: Frame,
+    /// Its first control frame, once that is there and where one has to come.
+    pub(crate) greeting: Option<Vec<u8>>,
+    pub(crate) standing: Standing,
     deadline: Instant,
     /// After the queues.
     pub(crate) workshop: Workshop,
@@ -63,12 +74,22 @@ impl Arrival {
         let workshop = Workshop::at(&request.id, peer, options.clone(), state)?;
         workshop.watch(&request.id)?;
         let inlet = workshop.begin_inlet(request, RemoteAccess::Nothing)?;
-        let deadline = crate::after(options.connect_timeout);
-        Ok(Self { migration, inlet, outlet: None, deadline, workshop })
+        Ok(Self {
+            migration,
+            inlet,
+            outlet: None,
+            accepted: Instant::now(),
+            arriving: Frame::default(),
+            greeting: None,
+            standing: Standing::firm(),
+            deadline: crate::after(options.connect_timeout),
+            workshop,
+        })
     }
 
     /// Accepts the other one.
     fn complete(&mut self, request: Request) -> Result<(), TransportError> {
+        self.accepted = Instant::now();
         self.outlet = Some(self.workshop.begin_outlet(request)?);
         Ok(())
     }
@@ -78,16 +99,57 @@ impl Arrival {
         std::iter::once(&*self.inlet.connection.id).chain(back)
     }
 
-    /// Takes in what has happened to its connections; true once they are there.
-    fn advance(&mut self) -> Result<bool, &'static str> {
+    /// Takes in what has happened to its connections, and what it says; true once it is known to be a
+    /// source.
+    fn advance(&mut self) -> Result<bool, String> {
         if self.has_left() {
-            return Err("the source has left");
-        }
-        if self.deadline <= Instant::now() {
-            return Err("its connections were not there in time");
+            return Err("the source has left".to_owned());
         }
         let back = self.outlet.as_ref().is_some_and(|outlet| outlet.connection.is_established());
-        Ok(back && self.inlet.connection.is_established())
+        if back && self.inlet.connection.is_established() {
+            let known = match self.workshop.options.admission {
+                Admission::Anyone => true,
+                Admission::Greeted => self.listen()?,
+            };
+            if known {
+                return Ok(true);
+            }
+        }
+        if self.deadline <= Instant::now() {
+            return Err(match self.arriving.bytes().len() {
+                0 if !back => "its connections were not there in time".to_owned(),
+                came => format!("{came} bytes of its greeting came in time"),
+            });
+        }
+        Ok(false)
+    }
+
+    /// Takes what has come of its greeting, and nothing of what comes behind; true once it is whole.
+    fn listen(&mut self) -> Result<bool, String> {
+        let failed = |error: TransportError| pageferry::Chain::of(&error).to_string();
+        while let Some(message) = self.inlet.next(Some(Instant::now())).map_err(failed)? {
+            let Message::Bytes(message) = message else { continue };
+            let whole = self.arriving.take_in(&message).map_err(failed)?;
+            check_greeting(self.arriving.bytes(), self.arriving.len())
+                .map_err(|error| format!("no greeting: {error}"))?;
+            if whole {
+                self.greeting = Some(self.arriving.take());
+                self.standing = Standing::greeted(self.accepted.elapsed());
+                return Ok(true);
+            }
+            // More of it has come.
+            let silence = crate::after(self.workshop.options.connect_timeout);
+            self.deadline = silence.min(self.accepted + GREETING_AT_MOST);
+        }
+        Ok(false)
+    }
+
+    /// Turns it away, in words if it is there to hear them.
+    fn refuse(mut self, why: &str, warnings: &Warnings) {
+        warnings.warn(self.workshop.peer, format_args!("turned a source away: {why}"));
+        if let Some(outlet) = self.outlet.as_mut().filter(|it| it.connection.is_established()) {
+            control::refuse(outlet, why);
+        }
     }
 }
 
@@ -101,9 +163,8 @@ impl Arrived for Arrival {
         self.inlet.connection.has_left() || back
     }
 
-    fn listen(&mut self) {
-        // What fails now fails for who uses it, too.
-        let _ = self.inlet.listen();
+    fn place(&self) -> Place {
+        self.standing.place(Instant::now())
     }
 
     fn voice(&self) -> Arc<dyn Voice> {
@@ -111,12 +172,14 @@ impl Arrived for Arrival {
     }
 }
 
-/// A source that came while another one is served.
+/// A source that has greeted.
 struct Waiting {
-    request: Request,
-    /// When it is told so.
-    until: Instant,
+    arrival: Arrival,
+    turn: Turn,
 }
+
+/// What a source hears while another one keeps its place.
+const BUSY: &str = "another migration is being served";
 
 pub(crate) struct Reception {
     listener: Id,
@@ -126,6 +189,7 @@ pub(crate) struct Reception {
     options: RdmaOptions,
     /// Oldest first.
     half_open: Vec<Arrival>,
+    /// In the order in which they have greeted.
     waiting: Vec<Waiting>,
     rests_until: Option<Instant>,
 }
@@ -150,15 +214,19 @@ impl Reception {
                 self.board.stop(Some(error.kind()));
             }
         }
+        let waiting = self.waiting.into_iter().map(|waiting| waiting.arrival);
+        for arrival in self.half_open.into_iter().chain(waiting).chain(self.board.left_over()) {
+            arrival.refuse(BUSY, &self.board.warnings);
+        }
     }
 
     /// Waits for something to happen, and deals with all that did.
     fn turn(&mut self) -> io::Result<()> {
         let now = Instant::now();
         self.rests_until = self.rests_until.filter(|&until| until > now);
-        // Whether another source has spoken, or is gone, nobody tells.
-        let complete = self.half_open.iter().any(|arrival| arrival.outlet.is_some());
-        let glance = (complete || !self.waiting.is_empty()).then(|| now + GLANCE);
+        // What a source has said, and whether another one is gone, nobody tells.
+        let speaks = self.half_open.iter().any(|arrival| arrival.outlet.is_some());
+        let glance = (speaks || !self.waiting.is_empty()).then(|| now + GLANCE);
         let deadlines = self.half_open.iter().map(|arrival| arrival.deadline);
         let deadline = deadlines.chain(self.rests_until).chain(glance).min();
         let timeout = deadline.map(|deadline| {
@@ -179,20 +247,35 @@ impl Reception {
         let listening = !polled[1].revents().is_empty();
         drop(polled);
         self.advance();
-        for Waiting { request, until } in std::mem::take(&mut self.waiting) {
-            self.answer(request, until);
-        }
+        self.serve_waiting();
         if listening { self.take_in() } else { Ok(()) }
     }
 
-    /// Goes on with those that are not there yet.
+    /// Goes on with those that are not known to be sources yet.
     fn advance(&mut self) {
         for mut arrival in std::mem::take(&mut self.half_open) {
-            let peer = arrival.workshop.peer;
             match arrival.advance() {
                 Ok(false) => self.half_open.push(arrival),
-                Ok(true) => self.half_open.extend(self.board.arrive(arrival).err()),
-                Err(why) => tracing::warn!(%peer, "closed a connection: {why}"),
+                Ok(true) => {
+                    self.waiting.push(Waiting { arrival, turn: Turn::new(Instant::now()) });
+                }
+                Err(why) => arrival.refuse(&why, &self.board.warnings),
+            }
+        }
+    }
+
+    /// Gives the place to the first who waits, if it is to be had.
+    fn serve_waiting(&mut self) {
+        for Waiting { mut arrival, mut turn } in std::mem::take(&mut self.waiting) {
+            if arrival.has_left() {
+                arrival.refuse("it left while it waited", &self.board.warnings);
+                continue;
+            }
+            let Some((arrival, holder)) = self.board.admit(arrival) else { continue };
+            if turn.is_over(Instant::now(), holder) || self.waiting.len() >= MAX_WAITING {
+                arrival.refuse(BUSY, &self.board.warnings);
+            } else {
+                self.waiting.push(Waiting { arrival, turn });
             }
         }
     }
@@ -221,13 +304,13 @@ impl Reception {
     /// Hears what a request is for.
     fn hear(&mut self, id: Id, said: &[u8]) {
         match Preamble::decode(said) {
-            Ok(preamble) => self.answer(Request { id, preamble }, Instant::now() + TURN),
-            Err(why) => refuse(&id, why),
+            Ok(preamble) => self.answer(Request { id, preamble }),
+            Err(why) => self.refuse(&id, why),
         }
     }
 
-    /// Puts a request where it belongs, or refuses it; at `until` also if it could go somewhere later.
-    fn answer(&mut self, request: Request, until: Instant) {
+    /// Puts a request where it belongs, or refuses it.
+    fn answer(&mut self, request: Request) {
         let Preamble { purpose, migration, .. } = request.preamble;
         let begun = self.half_open.iter().any(|arrival| {
             let complete = arrival.outlet.is_some() && purpose == Purpose::ControlBack;
@@ -235,14 +318,10 @@ impl Reception {
         });
         let peer = request.id.peer();
         let accepted = match self.board.judge(&request.preamble, begun) {
-            Err(why) => return refuse(&request.id, &why),
-            Ok(Place::Later) if Instant::now() >= until || self.waiting.len() >= MAX_HALF_OPEN => {
-                return refuse(&request.id, "another migration is being served");
-            }
-            Ok(Place::Later) => return self.waiting.push(Waiting { request, until }),
-            Ok(Place::Waits) => return self.board.keep(purpose, request),
-            Ok(Place::Begins) => self.begin(request),
-            Ok(Place::Completes) => {
+            Err(why) => return self.refuse(&request.id, &why),
+            Ok(Part::Waits) => return self.board.keep(purpose, request),
+            Ok(Part::Begins) => self.begin(request),
+            Ok(Part::Completes) => {
                 let mut half_open = self.half_open.iter_mut();
                 match half_open.find(|arrival| arrival.migration == migration) {
                     Some(arrival) => arrival.complete(request),
@@ -252,7 +331,8 @@ impl Reception {
         };
         if let Err(error) = accepted {
             let why = pageferry::Chain::of(&error).to_string();
-            tracing::warn!(?peer, "closed a connection: {why}");
+            let peer = peer.unwrap_or(self.local);
+            self.board.warnings.warn(peer, format_args!("closed a connection: {why}"));
             // What has begun cannot be completed any more.
             self.half_open.retain(|arrival| arrival.migration != migration);
         }
@@ -260,17 +340,16 @@ impl Reception {
 
     fn begin(&mut self, request: Request) -> Result<(), TransportError> {
         if self.half_open.len() >= MAX_HALF_OPEN {
-            let oldest = self.half_open.remove(0);
-            let peer = oldest.workshop.peer;
-            tracing::warn!(%peer, "closed a connection: too many others came");
+            self.half_open.remove(0).refuse("too many others came", &self.board.warnings);
         }
         let arrival = Arrival::begin(request, self.local, &self.options, &self.board)?;
         self.half_open.push(arrival);
         Ok(())
     }
-}
 
-fn refuse(id: &Id, why: &str) {
-    tracing::warn!(peer = ?id.peer(), "refused a connection: {why}");
-    id.reject(why.as_bytes());
+    fn refuse(&self, id: &Id, why: &str) {
+        let peer = id.peer().unwrap_or(self.local);
+        self.board.warnings.warn(peer, format_args!("refused a connection: {why}"));
+        id.reject(why.as_bytes());
+    }
 }

@@ -62,7 +62,7 @@ impl RdmaSourceLink {
         workshop.watch(&outlet.connection.id)?;
         let inlet = workshop.dial_inlet(&workshop.preamble(Purpose::ControlBack, migration))?;
         let mtu = outlet.connection.mtu;
-        let control = Some(control::channel(outlet, inlet));
+        let control = Some(control::at_source(outlet, inlet, workshop.peer));
         Ok(Self { control, registered: None, opened: false, migration, mtu, workshop })
     }
 

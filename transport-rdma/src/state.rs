@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, Standing, TransportError};
+use pageferry::transport::{Interrupt, Place, Standing, TransportError};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::board::Voice;
@@ -53,6 +53,8 @@ impl Watched {
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
     interrupted: AtomicBool,
+    /// Interrupted for the sake of another source.
+    displaced: AtomicBool,
     /// What happened to the device.
     broken: OnceLock<&'static str>,
     /// Tells of that, once the device is known.
@@ -68,10 +70,11 @@ impl LinkState {
     pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             interrupted: AtomicBool::new(false),
+            displaced: AtomicBool::new(false),
             broken: OnceLock::new(),
             watched: OnceLock::new(),
             bell: Bell::new()?,
-            standing: Mutex::default(),
+            standing: Mutex::new(Standing::firm()),
             wake: Box::new(wake),
         }))
     }
@@ -79,6 +82,21 @@ impl LinkState {
     fn standing(&self) -> MutexGuard<'_, Standing> {
         // No critical section leaves it half changed.
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of the source that this link is of.
+    pub(crate) fn take_place(&self, standing: Standing) {
+        *self.standing() = standing;
+    }
+
+    /// A control frame has come.
+    pub(crate) fn note_heard(&self) {
+        self.standing().hear();
+    }
+
+    /// Whether it was interrupted for the sake of another source.
+    pub(crate) fn was_displaced(&self) -> bool {
+        self.displaced.load(Ordering::Acquire)
     }
 
     /// A control frame goes out.
@@ -182,11 +200,6 @@ impl ChannelState {
         Ok(Self { link: Arc::clone(link), interrupted: AtomicBool::new(false), bell: Bell::new()? })
     }
 
-    /// A message has come.
-    pub(crate) fn hear(&self) {
-        self.link.standing().hear();
-    }
-
     /// Fails once the connection or the link was interrupted, or its device failed.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         if self.interrupted.load(Ordering::Acquire) {
@@ -207,11 +220,12 @@ impl ChannelState {
 }
 
 impl Voice for LinkState {
-    fn keeps_place(&self) -> bool {
-        self.standing().keeps_place(Instant::now())
+    fn place(&self) -> Place {
+        self.standing().place(Instant::now())
     }
 
-    fn interrupt(&self) {
+    fn displace(&self) {
+        self.displaced.store(true, Ordering::Release);
         Interrupt::interrupt(self);
     }
 }

@@ -5,11 +5,15 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Link, MigrationId, TransportError};
+use pageferry::memory::{Layout, RegionLayout};
+use pageferry::protocol::{self, Hello};
+use pageferry::transport::{
+    Admission, ControlChannel, ControlReceiver, Link, MigrationId, TransportError,
+};
 
 use crate::cm::RemoteAccess;
 use crate::dial::{Workshop, resolve};
-use crate::pipe::{ACKS, Inlet, KEEPALIVE, Message, Outlet, RECEIVES};
+use crate::pipe::{ACKS, Inlet, KEEPALIVE, Message, Outlet, RECEIVES, SLOT_BYTES};
 use crate::preamble::Purpose;
 use crate::state::LinkState;
 use crate::verbs::{Access, Completion, MemoryRegion, Request, Span, Verb};
@@ -24,7 +28,7 @@ const GETS_IN: Duration = Duration::from_secs(5);
 /// each word that is there or under way, and all of it after the last.
 const MOST_FRAMES: u32 = 2 * ACKS * RECEIVES / 2 + 2 * RECEIVES;
 
-fn acceptor() -> Option<RdmaAcceptor> {
+fn acceptor_of(admission: Admission) -> Option<RdmaAcceptor> {
     if let Err(unavailable) = crate::available() {
         eprintln!("tests over RDMA skipped, because {unavailable}");
         return None;
@@ -33,7 +37,13 @@ fn acceptor() -> Option<RdmaAcceptor> {
         eprintln!("tests over RDMA skipped, because PAGEFERRY_RDMA_ADDRESS names no device");
         return None;
     };
-    Some(RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("listens"))
+    let options = RdmaOptions { admission, ..RdmaOptions::default() };
+    Some(RdmaAcceptor::bind((&*address, 0), options).expect("listens"))
+}
+
+/// Of sources that need not greet.
+fn acceptor() -> Option<RdmaAcceptor> {
+    acceptor_of(Admission::Anyone)
 }
 
 /// Somebody who is about to connect, and can say anything.
@@ -86,66 +96,135 @@ fn serve(acceptor: &RdmaAcceptor) -> (RdmaSourceLink, RdmaDestinationLink) {
     link
 }
 
-/// From then on others are told to come later.
-fn speak(source: &mut RdmaSourceLink, destination: &mut RdmaDestinationLink) {
-    source.control().expect("once").sender.send(b"hello", SOON).expect("it goes out");
-    let heard = destination.control().expect("once").receiver.receive(Some(SOON));
-    assert_eq!(heard.expect("it comes"), b"hello");
+/// A source's first word.
+fn hello() -> Vec<u8> {
+    let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
+    let layout = Layout::new(vec![region]).expect("a layout");
+    // In several pieces.
+    protocol::Message::Hello(Hello::new(layout, 1, false, vec![7; 3 * SLOT_BYTES])).encode()
 }
 
-/// A stranger who speaks the preamble and has both connections: it is let in, until a source speaks.
-#[test]
-fn whoever_speaks_first_is_the_source() {
-    let Some(acceptor) = acceptor() else { return };
-    let to = acceptor.local_addr();
-    let migration = MigrationId([9; 16]);
-    let _silent = (half(to, migration), other_half(to, migration));
-    let mut link = acceptor.accept(Some(SOON)).expect("it came");
-    assert_eq!(link.migration_id(), migration);
-    let mut control = link.control().expect("once");
-    thread::scope(|scope| {
-        let negotiating = scope.spawn(move || {
-            let heard = control.receiver.receive(Some(SOON));
-            drop((control, link));
-            heard
-        });
-        let began = Instant::now();
-        let mut source = connect(to, RdmaOptions::default()).expect("it is let in, too");
-        let mut kept = source.control().expect("once");
-        kept.sender.send(b"hello", SOON).expect("it goes out");
-        let heard = negotiating.join().expect("no panic");
-        assert!(matches!(heard, Err(TransportError::Interrupted)), "{heard:?}");
-        let link = acceptor.accept(Some(SOON)).expect("the source is next");
-        assert_eq!(link.migration_id(), source.migration_id());
-        assert!(began.elapsed() < GETS_IN, "it took {:?}", began.elapsed());
-    });
+/// A source that has greeted.
+fn greet(acceptor: &RdmaAcceptor) -> (RdmaSourceLink, ControlChannel) {
+    let mut source = connect(acceptor.local_addr(), RdmaOptions::default()).expect("it is let in");
+    let mut control = source.control().expect("once");
+    control.sender.send(&hello(), SOON).expect("it goes out");
+    (source, control)
 }
 
-/// It greets, is answered, and owes the next word from then on.
-#[test]
-fn who_greets_and_says_nothing_more_gives_way_to_who_does() {
-    let Some(acceptor) = acceptor() else { return };
-    let to = acceptor.local_addr();
-    let (mut stranger, mut link) = serve(&acceptor);
-    let mut from_stranger = stranger.control().expect("once");
-    from_stranger.sender.send(b"hello", SOON).expect("it goes out");
+/// Accepts one who has greeted, and hears the greeting.
+fn accept(acceptor: &RdmaAcceptor) -> (RdmaDestinationLink, ControlChannel) {
+    let mut link = acceptor.accept(Some(SOON)).expect("a source came");
     let mut control = link.control().expect("once");
-    control.receiver.receive(Some(SOON)).expect("it comes");
-    control.sender.send(b"welcome", SOON).expect("it goes out");
-    thread::scope(|scope| {
-        let negotiating = scope.spawn(move || {
-            let heard = control.receiver.receive(Some(SOON));
-            drop((control, link));
-            heard
-        });
-        let mut source = connect(to, RdmaOptions::default()).expect("it is let in, too");
-        let mut kept = source.control().expect("once");
-        kept.sender.send(b"hello", SOON).expect("it goes out");
-        let heard = negotiating.join().expect("no panic");
-        assert!(matches!(heard, Err(TransportError::Interrupted)), "{heard:?}");
-        let link = acceptor.accept(Some(SOON)).expect("the source is next");
+    assert_eq!(control.receiver.receive(Some(SOON)).expect("it is there"), hello());
+    (link, control)
+}
+
+/// The first attempt of a source succeeds.
+fn assert_gets_in(acceptor: &RdmaAcceptor) {
+    let began = Instant::now();
+    let (source, _from) = greet(acceptor);
+    let (link, mut to) = accept(acceptor);
+    assert_eq!(link.migration_id(), source.migration_id());
+    to.sender.send(b"welcome", SOON).expect("it goes out");
+    assert!(began.elapsed() < GETS_IN, "it took {:?}", began.elapsed());
+}
+
+fn assert_turned_away(receiver: &mut dyn ControlReceiver, why: &str) {
+    for _ in 0..2 {
+        match receiver.receive(Some(SOON)) {
+            Err(TransportError::Refused { reason, .. }) => assert_eq!(reason, why),
+            other => panic!("not turned away: {other:?}"),
+        }
+    }
+}
+
+/// What a stranger says, and hears.
+fn says(to: SocketAddr, migration: u8, messages: &[&[u8]]) -> (Outlet, Inlet) {
+    let migration = MigrationId([migration; 16]);
+    let (mut outlet, inlet) = (half(to, migration), other_half(to, migration));
+    for message in messages {
+        outlet.message(message, Some(Instant::now() + SOON)).expect("it goes out");
+    }
+    outlet.flush(SOON).expect("it is there");
+    (outlet, inlet)
+}
+
+#[test]
+fn who_has_not_greeted_keeps_nobody_out() {
+    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
+    let to = acceptor.local_addr();
+    let half_a_hello = [&[1, 0, 0, 1, 0][..], &hello()[..100]].concat();
+    let _strangers: Vec<_> = (0..9)
+        .map(|stranger| match stranger % 3 {
+            0 => says(to, stranger, &[]),
+            1 => says(to, stranger, &[&[1, 9, 0, 0, 0, 1, 0]]),
+            _ => says(to, stranger, &[&half_a_hello]),
+        })
+        .collect();
+    let nobody = acceptor.accept(Some(Duration::from_millis(50)));
+    assert!(matches!(nobody, Err(TransportError::TimedOut { .. })), "{nobody:?}");
+    assert_gets_in(&acceptor);
+}
+
+#[test]
+fn nonsense_is_told_so_and_costs_nobody_else_anything() {
+    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
+    let to = acceptor.local_addr();
+    for (said, why) in [
+        (&[1, 9, 0, 0, 0, 20, 0][..], "no greeting: message of type 20 where a greeting is due"),
+        (&[1, 0, 0, 15, 0, 1][..], "no greeting: field hello has length"),
+        (&[2], "the other side sent pieces of control frames"),
+        (&[9; 40], "the other side sent pieces of control frames"),
+    ] {
+        let (_outlet, mut inlet) = says(to, 7, &[said]);
+        let heard = inlet.next(Some(Instant::now() + SOON)).expect("a word");
+        let Some(Message::Bytes(heard)) = heard else { panic!("{heard:?}") };
+        assert_eq!(heard[0], 3);
+        let heard = String::from_utf8_lossy(&heard[1..]);
+        assert!(heard.starts_with(why), "{heard}");
+        assert_gets_in(&acceptor);
+    }
+}
+
+#[test]
+fn who_does_not_answer_its_welcome_gives_way_to_who_waits() {
+    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
+    let (stranger, mut from_stranger) = greet(&acceptor);
+    let (link, mut to) = accept(&acceptor);
+    assert_eq!(link.migration_id(), stranger.migration_id());
+    to.sender.send(b"welcome", SOON).expect("it goes out");
+    let heard = from_stranger.receiver.receive(Some(SOON)).expect("it comes");
+    assert_eq!(heard, b"welcome");
+    let (first, _from_first) = greet(&acceptor);
+    let (second, _from_second) = greet(&acceptor);
+    let interrupted = to.receiver.receive(Some(SOON)).expect_err("another one waits");
+    assert!(matches!(interrupted, TransportError::Interrupted), "{interrupted:?}");
+    drop((link, to));
+    let why = "no answer to the welcome, and another source waits";
+    assert_turned_away(&mut *from_stranger.receiver, why);
+    for source in [first, second] {
+        let (link, _to) = accept(&acceptor);
         assert_eq!(link.migration_id(), source.migration_id());
-    });
+    }
+}
+
+#[test]
+fn who_comes_while_another_one_keeps_its_place_is_told_so() {
+    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
+    let (_source, mut from) = greet(&acceptor);
+    let (link, mut to) = accept(&acceptor);
+    to.sender.send(b"welcome", SOON).expect("it goes out");
+    from.sender.send(b"agreed", SOON).expect("it goes out");
+    assert_eq!(to.receiver.receive(Some(SOON)).expect("it comes"), b"agreed");
+    let began = Instant::now();
+    let (_second, mut control) = greet(&acceptor);
+    assert_turned_away(&mut *control.receiver, "another migration is being served");
+    assert!(began.elapsed() >= Duration::from_secs(1), "it waits a second for its turn");
+    from.sender.send(b"more", SOON).expect("it goes out");
+    assert_eq!(to.receiver.receive(Some(SOON)).expect("it comes"), b"more");
+    drop((link, to));
+    assert_gets_in(&acceptor);
 }
 
 #[test]
@@ -222,20 +301,24 @@ fn a_source_that_gave_up_before_it_was_accepted_is_forgotten() {
     let to = acceptor.local_addr();
     let migration = MigrationId([1; 16]);
     drop((half(to, migration), other_half(to, migration)));
-    let began = Instant::now();
-    while connect(to, RdmaOptions::default()).is_err() {
-        assert!(began.elapsed() < SOON, "the source that left is still being served");
+    let source = connect(to, RdmaOptions::default()).expect("it is let in");
+    let mut accepted = acceptor.accept(Some(SOON)).expect("one of them");
+    if accepted.migration_id() == migration {
+        // Before it was known that it has left.
+        drop(accepted);
+        accepted = acceptor.accept(Some(SOON)).expect("the other one");
     }
+    assert_eq!(accepted.migration_id(), source.migration_id());
 }
 
 #[test]
 fn a_second_source_is_told_to_come_later_and_data_channels_must_be_free() {
     let Some(acceptor) = acceptor() else { return };
     let to = acceptor.local_addr();
-    let (mut source, mut destination) = serve(&acceptor);
-    speak(&mut source, &mut destination);
-    let busy = connect(to, RdmaOptions::default()).map(drop).expect_err("one is served");
-    assert_eq!(busy.to_string(), format!("refused by {to}: another migration is being served"));
+    let (source, destination) = serve(&acceptor);
+    let mut second = connect(to, RdmaOptions::default()).expect("it may wait");
+    let mut control = second.control().expect("once");
+    assert_turned_away(&mut *control.receiver, "another migration is being served");
     let ours = destination.migration_id();
     assert_eq!(ours, source.migration_id());
     let workshop = stranger(to);

@@ -20,13 +20,14 @@ const BACKLOG: i32 = 128;
 /// Fits the kernel's 15 bytes.
 const THREAD_NAME: &str = "ferry-accept";
 
-/// Waits for migrations on a port. Serves one migration at a time; a second source that has waited a
-/// second is told to come later. Who was let in and says nothing is no source yet, and neither is who has
-/// greeted and, once answered, says nothing more ([`Standing`](pageferry::transport::Standing)): its link
-/// is interrupted when another one speaks, which is next.
+/// Waits for migrations on a port. Serves one migration at a time: of a source that has greeted
+/// ([`TcpOptions::admission`]). A second one that has waited a second is told to come later. One that does
+/// not answer its *welcome* soon is told so too where another one waits: its link is interrupted, and the
+/// other one is next ([`Standing`](pageferry::transport::Standing)).
 ///
-/// Strangers on the port (scanners, health checks, garbage) are turned away with a warning in
-/// the log that names their address, and disturb nobody.
+/// Strangers on the port (scanners, health checks, garbage) are turned away in words, with a warning in
+/// the log that names their address ([`Warnings`](pageferry::transport::Warnings): not one for each if they
+/// are many), and disturb nobody.
 ///
 /// # Thread safety
 ///
@@ -94,8 +95,8 @@ impl TcpAcceptor {
                 board.wake_all();
             }
         });
-        let (id, control) = self.desk.board.next_migration(timeout, &state)?;
-        Ok(TcpDestinationLink::new(id, Arc::clone(&self.desk), state, control))
+        let accepted = self.desk.board.next_migration(timeout, &state)?;
+        Ok(TcpDestinationLink::new(accepted, Arc::clone(&self.desk), state))
     }
 
     /// A handle that ends [`TcpAcceptor::accept`], now and later, with

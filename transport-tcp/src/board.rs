@@ -8,64 +8,106 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, MigrationId, TransportError};
+use pageferry::transport::{Holder, MigrationId, Place, Standing, TransportError, Warnings};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
 
 use crate::MAX_CHANNELS;
 use crate::connection::{Connection, LinkState, deadline_after, lock};
-use crate::preamble::{Answer, Kind, Preamble, Status};
+use crate::framing::refusal;
+use crate::preamble::{Answer, Status};
 
 /// A connection from outside.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     pub(crate) socket: Socket,
     pub(crate) peer: SocketAddr,
+    /// Whether its preamble was answered.
+    answered: bool,
 }
 
 impl Incoming {
-    /// Answers the preamble. The few bytes always fit in the buffer of a fresh socket, so this
-    /// never waits.
-    pub(crate) fn answer(&self, status: Status, reason: &str) -> io::Result<()> {
-        let bytes = Answer { status, reason: reason.to_owned() }.encode();
+    pub(crate) fn new(socket: Socket, peer: SocketAddr) -> Self {
+        Self { socket, peer, answered: false }
+    }
+
+    /// Takes some of what has come, without waiting.
+    pub(crate) fn receive(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        let flags = RecvFlags::DONTWAIT;
+        rustix::io::retry_on_intr(|| rustix::net::recv(&self.socket, &mut *into, flags))
+            .map(|(_, received)| received)
+    }
+
+    /// Whether its other side has hung up, as far as is known.
+    fn has_left(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let mut byte = [0];
+        let peeked =
+            rustix::io::retry_on_intr(|| rustix::net::recv(&self.socket, &mut byte, flags));
+        !matches!(peeked, Ok((_, 1..)) | Err(Errno::AGAIN))
+    }
+
+    /// Answers a good preamble.
+    pub(crate) fn let_in(&mut self) -> io::Result<()> {
+        self.say(&Answer { status: Status::Ok, reason: String::new() }.encode())?;
+        self.answered = true;
+        Ok(())
+    }
+
+    /// Says why it is turned away.
+    pub(crate) fn refuse(&self, status: Status, reason: &str) -> io::Result<()> {
+        let answer = Answer { status, reason: reason.to_owned() };
+        if self.answered { self.say(&refusal(&answer)) } else { self.say(&answer.encode()) }
+    }
+
+    /// The few bytes always fit in the buffer of a fresh socket, so this never waits.
+    fn say(&self, bytes: &[u8]) -> io::Result<()> {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let sent = rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, &bytes, flags))?;
+        let sent = rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, bytes, flags))?;
         if sent < bytes.len() {
             return Err(io::ErrorKind::WriteZero.into());
         }
         Ok(())
     }
-
-    /// What the other side has said since its preamble, as far as is known; an error if it is gone.
-    pub(crate) fn speech(&self) -> Result<Speech, Errno> {
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let mut byte = [0];
-        let peeked =
-            rustix::io::retry_on_intr(|| rustix::net::recv(&self.socket, &mut byte, flags));
-        match peeked {
-            Ok((_, 0)) => Err(Errno::CONNRESET),
-            Ok(_) => Ok(Speech::Something),
-            Err(Errno::AGAIN) => Ok(Speech::Nothing),
-            Err(errno) => Err(errno),
-        }
-    }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Speech {
-    Nothing,
-    Something,
-}
-
-/// What became of a connection whose preamble is good.
+/// A source, before it has its place.
 #[derive(Debug)]
-pub(crate) enum Admitted {
-    /// It is on the board, or closed.
-    Done,
-    /// It is a control connection of a source that has yet to say something: another one is being
-    /// served that says nothing either, and whichever speaks first is the source.
-    Speechless(MigrationId, Incoming),
+pub(crate) struct Newcomer {
+    pub(crate) id: MigrationId,
+    pub(crate) incoming: Incoming,
+    /// Its first control frame, where one had to come.
+    greeting: Option<Vec<u8>>,
+    standing: Standing,
+}
+
+impl Newcomer {
+    /// It has greeted, so long after it was let in.
+    pub(crate) fn greeted(
+        id: MigrationId,
+        incoming: Incoming,
+        greeting: Vec<u8>,
+        round_trip: Duration,
+    ) -> Self {
+        Self { id, incoming, greeting: Some(greeting), standing: Standing::greeted(round_trip) }
+    }
+
+    /// It needs no greeting; its preamble is answered when it has its place.
+    pub(crate) fn stranger(id: MigrationId, incoming: Incoming) -> Self {
+        Self { id, incoming, greeting: None, standing: Standing::firm() }
+    }
+
+    /// Whether it waits for nothing any more.
+    pub(crate) fn has_left(&self) -> bool {
+        self.incoming.has_left()
+    }
+
+    /// It has its place.
+    fn take_place(&mut self) -> io::Result<()> {
+        self.incoming.socket.set_nonblocking(false)?;
+        if self.incoming.answered { Ok(()) } else { self.incoming.let_in() }
+    }
 }
 
 /// A connection that was not taken, for somebody to turn away.
@@ -76,16 +118,39 @@ pub(crate) struct Unwanted {
     pub(crate) reason: String,
 }
 
+impl Unwanted {
+    /// It said what no peer says, or not enough.
+    pub(crate) fn malformed(incoming: Incoming, reason: String) -> Self {
+        Self { incoming, status: Status::Malformed, reason }
+    }
+
+    /// Another one keeps its place.
+    pub(crate) fn busy(incoming: Incoming) -> Self {
+        let reason = "another migration is being served".to_owned();
+        Self { incoming, status: Status::Busy, reason }
+    }
+}
+
+/// A source that somebody has accepted.
+pub(crate) struct Accepted {
+    pub(crate) id: MigrationId,
+    pub(crate) control: Arc<Connection>,
+    /// Its first control frame, if that has come.
+    pub(crate) greeting: Option<Vec<u8>>,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Board {
     state: Mutex<State>,
     changed: Condvar,
+    /// Of strangers.
+    pub(crate) warnings: Warnings,
 }
 
 #[derive(Debug, Default)]
 struct State {
     current: Option<Migration>,
-    /// It has spoken while the current one did not, which therefore has to go.
+    /// It has greeted, while the current one did not answer, which therefore has to go.
     next: Option<Migration>,
     accept_interrupted: bool,
     stopped: Option<Stopped>,
@@ -101,7 +166,7 @@ struct Stopped {
 struct Migration {
     id: MigrationId,
     /// Until somebody accepts it.
-    control: Option<Incoming>,
+    newcomer: Option<Newcomer>,
     /// From then on.
     link: Weak<LinkState>,
     /// How many data channels there will be; [`MAX_CHANNELS`] until it is known.
@@ -116,21 +181,22 @@ enum DataChannel {
 }
 
 impl Migration {
-    fn new(id: MigrationId, control: Incoming) -> Self {
-        let (control, link) = (Some(control), Weak::new());
-        Self { id, control, link, channels: MAX_CHANNELS, data: BTreeMap::new() }
+    fn new(newcomer: Newcomer) -> Self {
+        let (id, link) = (newcomer.id, Weak::new());
+        let newcomer = Some(newcomer);
+        Self { id, newcomer, link, channels: MAX_CHANNELS, data: BTreeMap::new() }
     }
 
     /// Whether nobody accepted it yet, and nobody will: its source is gone.
     fn was_given_up(&self) -> bool {
-        self.control.as_ref().is_some_and(|control| control.speech().is_err())
+        self.newcomer.as_ref().is_some_and(Newcomer::has_left)
     }
 
-    /// Whether its source has greeted, and goes on. Strangers who speak a preamble do not.
-    fn keeps_place(&self) -> bool {
-        match &self.control {
-            Some(control) => control.speech() == Ok(Speech::Something),
-            None => self.link.upgrade().is_none_or(|link| link.keeps_place()),
+    fn place(&self) -> Place {
+        match &self.newcomer {
+            Some(newcomer) => newcomer.standing.place(Instant::now()),
+            // Without a link it has just ended.
+            None => self.link.upgrade().map_or(Place::Open, |link| link.place()),
         }
     }
 
@@ -149,22 +215,16 @@ impl Migration {
 }
 
 impl Board {
-    /// Takes a connection whose preamble is complete, or gives it back. Answers it only if it is
-    /// taken.
-    pub(crate) fn admit(
+    /// Takes a data connection of the current migration, or gives it back.
+    pub(crate) fn join(
         &self,
-        incoming: Incoming,
-        preamble: &Preamble,
-    ) -> Result<Admitted, Unwanted> {
+        mut incoming: Incoming,
+        id: MigrationId,
+        channel: u16,
+    ) -> Result<(), Unwanted> {
         let mut state = lock(&self.state);
-        let refusal = match (preamble.kind, &state.current) {
-            (Kind::Control, Some(current))
-                if !current.was_given_up() && (current.keeps_place() || state.next.is_some()) =>
-            {
-                Some((Status::Busy, "another migration is being served".to_owned()))
-            }
-            (Kind::Control, _) => None,
-            (Kind::Data { channel }, Some(current)) if current.id == preamble.id => {
+        let refused = match &state.current {
+            Some(current) if current.id == id => {
                 if channel >= current.channels {
                     let reason =
                         format!("data channel {channel} of only {} channels", current.channels);
@@ -176,62 +236,62 @@ impl Board {
                     None
                 }
             }
-            (Kind::Data { .. }, _) => {
+            _ => {
                 let reason = "no migration with this id is being served".to_owned();
                 Some((Status::UnknownMigration, reason))
             }
         };
-        if let Some((status, reason)) = refusal {
+        if let Some((status, reason)) = refused {
             return Err(Unwanted { incoming, status, reason });
         }
         let peer = incoming.peer;
-        let welcomed =
-            incoming.socket.set_nonblocking(false).and_then(|()| incoming.answer(Status::Ok, ""));
+        let welcomed = incoming.socket.set_nonblocking(false).and_then(|()| incoming.let_in());
         if let Err(error) = welcomed {
-            tracing::warn!(%peer, "closed a connection: failed to answer it: {error}");
-            return Ok(Admitted::Done);
+            self.warnings.warn(peer, format_args!("closed a data connection: {error}"));
+            return Ok(());
         }
-        tracing::debug!(%peer, migration = %preamble.id, kind = ?preamble.kind, "connected");
-        match (preamble.kind, &mut state.current) {
-            (Kind::Data { channel }, Some(current)) => {
-                current.data.insert(channel, DataChannel::Waiting(incoming));
-            }
-            (_, Some(current)) if !current.was_given_up() => {
-                return Ok(Admitted::Speechless(preamble.id, incoming));
-            }
-            (_, current) => *current = Some(Migration::new(preamble.id, incoming)),
+        tracing::debug!(%peer, migration = %id, channel, "connected");
+        if let Some(current) = &mut state.current {
+            current.data.insert(channel, DataChannel::Waiting(incoming));
         }
         self.changed.notify_all();
-        Ok(Admitted::Done)
+        Ok(())
     }
 
-    /// A source that was speechless has spoken: it takes the place of one that has not.
-    pub(crate) fn speaks(&self, id: MigrationId, incoming: Incoming) {
-        let peer = incoming.peer;
+    /// Gives a source its place; or gives the source back, if somebody has that.
+    pub(crate) fn admit(&self, mut newcomer: Newcomer) -> Option<(Newcomer, Holder)> {
         let mut state = lock(&self.state);
-        let displaced = match &state.current {
-            Some(current) if !current.was_given_up() => {
-                if current.keeps_place() || state.next.is_some() {
-                    // It was let in, so there are no words for this.
-                    tracing::warn!(%peer, "closed a connection: another migration is being served");
-                    return;
-                }
-                tracing::warn!(migration = %current.id, "given up: it says nothing, and another source does");
-                current.control.is_none().then(|| current.link.upgrade())
+        let current = state.current.as_ref().filter(|current| !current.was_given_up());
+        let displaced = match current {
+            None => None,
+            Some(Migration { id, .. }) if state.next.is_some() => {
+                let (id, place) = (*id, Place::Open);
+                return Some((newcomer, Holder { id, place }));
             }
-            _ => None,
+            Some(current) => match current.place() {
+                Place::Forfeited => Some(current.link.upgrade()),
+                place => return Some((newcomer, Holder { id: current.id, place })),
+            },
         };
-        let newcomer = Some(Migration::new(id, incoming));
-        if let Some(link) = displaced {
-            state.next = newcomer;
-            drop(state);
-            if let Some(link) = link {
-                link.interrupt();
-            }
-        } else {
+        let (id, peer) = (newcomer.id, newcomer.incoming.peer);
+        if let Err(error) = newcomer.take_place() {
+            self.warnings.warn(peer, format_args!("closed a connection: {error}"));
+            return None;
+        }
+        tracing::debug!(%peer, migration = %id, "has its place");
+        let newcomer = Some(Migration::new(newcomer));
+        let Some(link) = displaced else {
             state.current = newcomer;
             self.changed.notify_all();
+            return None;
+        };
+        state.next = newcomer;
+        drop(state);
+        if let Some(link) = link {
+            self.warnings.warn(peer, "displaces a source that does not answer its welcome");
+            link.displace();
         }
+        None
     }
 
     /// Waits for a control connection, and gives it to `link`, which is new. From then on whoever
@@ -240,7 +300,7 @@ impl Board {
         &self,
         timeout: Option<Duration>,
         link: &Arc<LinkState>,
-    ) -> Result<(MigrationId, Arc<Connection>), TransportError> {
+    ) -> Result<Accepted, TransportError> {
         let deadline = deadline_after(timeout);
         let mut state = lock(&self.state);
         loop {
@@ -252,13 +312,17 @@ impl Board {
                 state.current = None;
             }
             if let Some(current) = &mut state.current
-                && let Some(Incoming { socket, peer }) = current.control.take()
+                && let Some(newcomer) = current.newcomer.take()
             {
+                let Newcomer {
+                    incoming: Incoming { socket, peer, .. }, greeting, standing, ..
+                } = newcomer;
                 // With the lock held nobody displaces it yet. An interrupt that came first would be
                 // this call's error, and not the link's.
+                link.take_place(standing);
                 let control = link.adopt(socket, peer)?;
                 current.link = Arc::downgrade(link);
-                return Ok((current.id, control));
+                return Ok(Accepted { id: current.id, control, greeting });
             }
             state = self.wait(state, deadline).ok_or(TransportError::TimedOut {
                 operation: "accept a migration",
@@ -337,6 +401,13 @@ impl Board {
     pub(crate) fn stop(&self, cause: Option<Errno>) {
         lock(&self.state).stopped = Some(Stopped { cause });
         self.changed.notify_all();
+    }
+
+    /// Once it is stopped: sources that nobody has accepted.
+    pub(crate) fn left_over(&self) -> Vec<Newcomer> {
+        let mut state = lock(&self.state);
+        let State { current, next, .. } = &mut *state;
+        [current, next].into_iter().flatten().filter_map(|waits| waits.newcomer.take()).collect()
     }
 
     /// Whether the acceptor's thread was asked to end.

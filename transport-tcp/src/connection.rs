@@ -7,14 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, Standing, TransportError, ZeroCopyCounts};
+use pageferry::transport::{Interrupt, Place, Standing, TransportError, ZeroCopyCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
 
+use crate::framing::refusal;
 use crate::options;
 use crate::outstanding::Outstanding;
+use crate::preamble::{Answer, Status};
 use crate::raw_io;
 use crate::zero_copy::Unreleased;
 
@@ -59,7 +61,7 @@ impl LinkState {
     pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
             interrupted: AtomicBool::new(false),
-            standing: Mutex::default(),
+            standing: Mutex::new(Standing::firm()),
             connections: Mutex::default(),
             wake: Box::new(wake),
         })
@@ -73,9 +75,26 @@ impl LinkState {
         Ok(())
     }
 
-    /// Whether the source is none that another one may displace.
-    pub(crate) fn keeps_place(&self) -> bool {
-        lock(&self.standing).keeps_place(Instant::now())
+    /// Of the source that this link is of.
+    pub(crate) fn take_place(&self, standing: Standing) {
+        *lock(&self.standing) = standing;
+    }
+
+    /// Whether the source keeps its place.
+    pub(crate) fn place(&self) -> Place {
+        lock(&self.standing).place(Instant::now())
+    }
+
+    /// Ends the link for the sake of another source, and says so to this one: who has the place has only
+    /// its control connection.
+    pub(crate) fn displace(&self) {
+        let reason = "no answer to the welcome, and another source waits".to_owned();
+        let told = refusal(&Answer { status: Status::Busy, reason });
+        for connection in lock(&self.connections).iter().filter_map(Weak::upgrade) {
+            // Should a frame be half out it is cut short, for somebody who does not read either.
+            let _ = connection.send(&told, SendFlags::DONTWAIT);
+        }
+        self.interrupt();
     }
 
     /// Guest memory is registered.

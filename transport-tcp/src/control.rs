@@ -1,9 +1,4 @@
-//! The control channel: frames, each behind its length.
-//!
-//! | offset | bytes | field                                        |
-//! |-------:|------:|----------------------------------------------|
-//! |      0 |     4 | length, 1 to `MAX_FRAME_BYTES`, little-endian |
-//! |      4 |     … | the frame                                    |
+//! The control channel over its connection.
 
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
@@ -19,16 +14,35 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 use crate::connection::{Connection, deadline_after};
+use crate::framing::LENGTH_BYTES;
+use crate::preamble::{ANSWER_BYTES, Answer, Status};
 
-const LENGTH_BYTES: usize = 4;
 const SENDING: &str = "send a control frame";
 const RECEIVING: &str = "receive a control frame";
 
-pub(crate) fn channel(connection: &Arc<Connection>) -> ControlChannel {
+pub(crate) fn at_source(connection: &Arc<Connection>) -> ControlChannel {
+    channel(connection, true, None)
+}
+
+/// With the first frame, if that has come.
+pub(crate) fn at_destination(
+    connection: &Arc<Connection>,
+    first: Option<Vec<u8>>,
+) -> ControlChannel {
+    channel(connection, false, first)
+}
+
+fn channel(
+    connection: &Arc<Connection>,
+    may_be_refused: bool,
+    first: Option<Vec<u8>>,
+) -> ControlChannel {
     ControlChannel {
         sender: Box::new(TcpControlSender { connection: Arc::clone(connection), broken: false }),
         receiver: Box::new(TcpControlReceiver {
             connection: Arc::clone(connection),
+            first,
+            may_be_refused,
             length: [0; LENGTH_BYTES],
             frame: Vec::new(),
             filled: 0,
@@ -118,12 +132,22 @@ impl Drop for TcpControlSender {
 #[derive(Debug)]
 struct TcpControlReceiver {
     connection: Arc<Connection>,
+    /// Came before anybody asked for it.
+    first: Option<Vec<u8>>,
+    may_be_refused: bool,
     length: [u8; LENGTH_BYTES],
     /// As long as the length says once that is known, empty before.
     frame: Vec<u8>,
     /// Bytes there of length and frame together.
     filled: usize,
-    broken: Option<StreamError>,
+    broken: Option<Broken>,
+}
+
+/// Why nothing more is received.
+#[derive(Debug, Clone)]
+enum Broken {
+    Malformed(StreamError),
+    Refused(String),
 }
 
 impl TcpControlReceiver {
@@ -137,14 +161,49 @@ impl TcpControlReceiver {
     }
 
     /// Makes room for the frame once its length is known.
-    fn prepare(&mut self) -> Result<(), StreamError> {
+    fn prepare(&mut self) -> Result<(), Broken> {
         let announced = u32::from_le_bytes(self.length);
-        match usize::try_from(announced) {
-            Ok(length @ 1..=MAX_FRAME_BYTES) => {
-                self.frame = vec![0; length];
-                Ok(())
+        let length = match usize::try_from(announced) {
+            Ok(0) if self.may_be_refused => ANSWER_BYTES,
+            Ok(length @ 1..=MAX_FRAME_BYTES) => length,
+            _ => return Err(Broken::Malformed(StreamError::FrameLength(announced))),
+        };
+        self.frame = vec![0; length];
+        Ok(())
+    }
+
+    /// The frame that is whole; or why it is none, but the end.
+    fn take(&mut self) -> Result<Vec<u8>, Broken> {
+        self.filled = 0;
+        let frame = std::mem::take(&mut self.frame);
+        if self.length != [0; LENGTH_BYTES] {
+            self.connection.note_heard();
+            return Ok(frame);
+        }
+        let answer = frame.first_chunk().map(Answer::decode);
+        match answer {
+            Some(Ok(Answer { status, reason })) if status != Status::Ok => {
+                Err(Broken::Refused(reason))
             }
-            _ => Err(StreamError::FrameLength(announced)),
+            _ => Err(Broken::Malformed(StreamError::FrameLength(0))),
+        }
+    }
+
+    /// Nothing more is received.
+    fn break_off(&mut self, why: Broken) -> TransportError {
+        self.connection.shutdown(Shutdown::Both);
+        let error = self.error(&why);
+        self.broken = Some(why);
+        error
+    }
+
+    fn error(&self, why: &Broken) -> TransportError {
+        match why {
+            Broken::Malformed(error) => (*error).into(),
+            Broken::Refused(reason) => TransportError::Refused {
+                address: self.connection.peer().to_string(),
+                reason: reason.clone(),
+            },
         }
     }
 }
@@ -153,8 +212,11 @@ impl ControlReceiver for TcpControlReceiver {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
         let connection = Arc::clone(&self.connection);
         connection.check()?;
-        if let Some(error) = self.broken {
-            return Err(error.into());
+        if let Some(why) = &self.broken {
+            return Err(self.error(why));
+        }
+        if let Some(first) = self.first.take() {
+            return Ok(first);
         }
         let deadline = deadline_after(timeout);
         let mut flags = RecvFlags::DONTWAIT;
@@ -168,16 +230,12 @@ impl ControlReceiver for TcpControlReceiver {
                 Ok(received) => {
                     self.filled += received;
                     if self.filled == LENGTH_BYTES
-                        && let Err(error) = self.prepare()
+                        && let Err(why) = self.prepare()
                     {
-                        self.broken = Some(error);
-                        connection.shutdown(Shutdown::Both);
-                        return Err(error.into());
+                        return Err(self.break_off(why));
                     }
                     if self.filled == LENGTH_BYTES + self.frame.len() {
-                        self.filled = 0;
-                        connection.note_heard();
-                        return Ok(std::mem::take(&mut self.frame));
+                        return self.take().map_err(|why| self.break_off(why));
                     }
                 }
                 // Without a deadline the next `recv` may as well do the waiting.

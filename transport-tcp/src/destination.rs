@@ -12,6 +12,7 @@ use pageferry::transport::{
 };
 
 use crate::acceptor::Desk;
+use crate::board::Accepted;
 use crate::connection::{Connection, LinkState, close_all};
 use crate::data_socket::DataSocket;
 use crate::receiver::TcpPageReceiver;
@@ -31,23 +32,22 @@ pub struct TcpDestinationLink {
     state: Arc<LinkState>,
     /// Control first, then data.
     connections: Vec<Arc<Connection>>,
+    /// The first control frame, if that has come.
+    greeting: Option<Vec<u8>>,
     control_taken: bool,
     memory: Option<Arc<GuestMemory>>,
     opened: bool,
 }
 
 impl TcpDestinationLink {
-    pub(crate) fn new(
-        id: MigrationId,
-        desk: Arc<Desk>,
-        state: Arc<LinkState>,
-        control: Arc<Connection>,
-    ) -> Self {
+    pub(crate) fn new(accepted: Accepted, desk: Arc<Desk>, state: Arc<LinkState>) -> Self {
+        let Accepted { id, control, greeting } = accepted;
         Self {
             id,
             desk,
             state,
             connections: vec![control],
+            greeting,
             control_taken: false,
             memory: None,
             opened: false,
@@ -115,7 +115,7 @@ impl Link for TcpDestinationLink {
         if std::mem::replace(&mut self.control_taken, true) {
             return Err(TransportError::OutOfOrder("the control channel is taken"));
         }
-        Ok(control::channel(&self.connections[0]))
+        Ok(control::at_destination(&self.connections[0], self.greeting.take()))
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {

@@ -1,22 +1,21 @@
-//! Connections that have not said yet what they are for, and those that are being turned away.
+//! Connections that have not said yet what they are for, or who they are, and those that are being turned
+//! away.
 
-use std::fmt;
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::MigrationId;
+use pageferry::transport::{Admission, Warnings};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
 
-use crate::board::{Admitted, Board, Incoming, Speech, Unwanted};
-use crate::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Status, check_start};
+use crate::board::{Board, Incoming, Newcomer, Unwanted};
+use crate::greeting::Greeting;
+use crate::preamble::{Kind, PREAMBLE_BYTES, Preamble, PreambleError, Status, check_start};
 
 /// How long a refused connection may take to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long a source waits for one that is being served, before it is told to come later. Strangers
-/// that get in are gone sooner than that; in the order in which they came, nobody is overtaken.
-const TURN: Duration = Duration::from_secs(1);
+/// How long a greeting may take that goes on arriving. Sources wait for an answer for less.
+const GREETING_AT_MOST: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 pub(crate) struct HalfOpen {
@@ -31,127 +30,149 @@ enum Phase {
         bytes: [u8; PREAMBLE_BYTES],
         filled: usize,
     },
-    /// A source that came while another one is served; told so when time is up.
-    Waiting {
+    /// A source whose preamble was answered, and that has yet to greet.
+    Greeting {
         preamble: Preamble,
-        until: Instant,
+        answered: Instant,
+        greeting: Greeting,
     },
-    /// Let in, and said nothing yet.
-    Speechless(MigrationId),
     /// Answered and shut. Closing a socket with unread bytes in it sends a reset, which can
     /// destroy the answer before it is read: so read on until the other side has hung up.
     Refused,
 }
 
+/// What became of a connection.
+pub(crate) enum Step {
+    Stays(HalfOpen),
+    /// It is a source.
+    Comes(Newcomer),
+    /// It is on the board, or closed.
+    Done,
+}
+
+/// What an acceptor goes by.
+pub(crate) struct Rules<'a> {
+    pub(crate) admission: Admission,
+    /// How long a connection may say nothing.
+    pub(crate) silence: Duration,
+    pub(crate) warnings: &'a Warnings,
+}
+
 impl HalfOpen {
     pub(crate) fn new(incoming: Incoming, deadline: Instant) -> Self {
-        Self {
-            incoming,
-            deadline,
-            phase: Phase::Preamble { bytes: [0; PREAMBLE_BYTES], filled: 0 },
+        let phase = Phase::Preamble { bytes: [0; PREAMBLE_BYTES], filled: 0 };
+        Self { incoming, deadline, phase }
+    }
+
+    /// Goes on with what has come.
+    pub(crate) fn advance(self, board: &Board, rules: &Rules<'_>) -> Step {
+        match self.phase {
+            Phase::Preamble { .. } => self.hear(board, rules),
+            Phase::Greeting { .. } => self.listen(rules),
+            Phase::Refused => self.discard(),
         }
     }
 
-    /// Goes on with what has come. `None` when the connection went to the board or is closed.
-    pub(crate) fn advance(mut self, board: &Board) -> Option<Self> {
-        let (bytes, filled) = match &mut self.phase {
-            Phase::Preamble { bytes, filled } => (bytes, filled),
-            Phase::Waiting { preamble, until } => {
-                let (preamble, until) = (*preamble, *until);
-                if let Err(errno) = self.incoming.speech() {
-                    let peer = self.incoming.peer;
-                    tracing::warn!(%peer, "closed a connection that waited for its turn: {errno}");
-                    return None;
-                }
-                return self.submit(board, &preamble, until);
-            }
-            Phase::Speechless(id) => {
-                let id = *id;
-                return self.listen(board, id);
-            }
-            Phase::Refused => return self.discard(),
-        };
-        let room = &mut bytes[*filled..];
-        let received = rustix::io::retry_on_intr(|| {
-            rustix::net::recv(&self.incoming.socket, &mut *room, RecvFlags::DONTWAIT)
-        });
-        let peer = self.incoming.peer;
-        match received {
-            Ok((_, 0)) => {
-                tracing::warn!(%peer, "closed a connection: it ended within its preamble");
-                return None;
-            }
-            Ok((_, received)) => *filled += received,
-            Err(Errno::AGAIN) => return Some(self),
-            Err(errno) => {
-                tracing::warn!(%peer, "closed a connection: {errno}");
-                return None;
-            }
+    /// Reads the preamble.
+    fn hear(mut self, board: &Board, rules: &Rules<'_>) -> Step {
+        let Phase::Preamble { bytes, filled } = &mut self.phase else { return Step::Stays(self) };
+        match self.incoming.receive(&mut bytes[*filled..]) {
+            Ok(0) => return self.close(rules, "it ended within its preamble"),
+            Ok(received) => *filled += received,
+            Err(Errno::AGAIN) => return Step::Stays(self),
+            Err(errno) => return self.close(rules, &errno.to_string()),
         }
         let judged = match check_start(&bytes[..*filled]) {
-            Ok(()) if *filled < PREAMBLE_BYTES => return Some(self),
+            Ok(()) if *filled < PREAMBLE_BYTES => return Step::Stays(self),
             Ok(()) => Preamble::decode(bytes),
             Err(error) => Err(error),
         };
         match judged {
-            Ok(preamble) => self.submit(board, &preamble, Instant::now() + TURN),
+            Ok(preamble) => self.welcome(preamble, board, rules),
             Err(error) => {
                 let status = match error {
                     PreambleError::Version(_) => Status::Version,
                     _ => Status::Malformed,
                 };
                 let (incoming, reason) = (self.incoming, error.to_string());
-                Some(Self::refuse(Unwanted { incoming, status, reason }))
+                let unwanted = Unwanted { incoming, status, reason };
+                Step::Stays(Self::refuse(unwanted, rules.warnings))
             }
         }
     }
 
-    /// Puts it on the board. If that has no room for another source it waits, at most until then.
-    fn submit(self, board: &Board, preamble: &Preamble, until: Instant) -> Option<Self> {
-        let with = |incoming, phase| Some(Self { incoming, deadline: self.deadline, phase });
-        match board.admit(self.incoming, preamble) {
-            Ok(Admitted::Done) => None,
-            Ok(Admitted::Speechless(id, incoming)) => with(incoming, Phase::Speechless(id)),
-            Err(Unwanted { status: Status::Busy, incoming, .. }) if Instant::now() < until => {
-                with(incoming, Phase::Waiting { preamble: *preamble, until })
+    /// Its preamble is good.
+    fn welcome(mut self, preamble: Preamble, board: &Board, rules: &Rules<'_>) -> Step {
+        let answered = Instant::now();
+        match (preamble.kind, rules.admission) {
+            (Kind::Data { channel }, _) => match board.join(self.incoming, preamble.id, channel) {
+                Ok(()) => Step::Done,
+                Err(unwanted) => Step::Stays(Self::refuse(unwanted, rules.warnings)),
+            },
+            (Kind::Control, Admission::Anyone) => {
+                Step::Comes(Newcomer::stranger(preamble.id, self.incoming))
             }
-            Err(unwanted) => Some(Self::refuse(unwanted)),
+            (Kind::Control, Admission::Greeted) => match self.incoming.let_in() {
+                Ok(()) => {
+                    let greeting = Greeting::default();
+                    self.phase = Phase::Greeting { preamble, answered, greeting };
+                    // From here on it may be silent for as long again.
+                    self.deadline = answered + rules.silence;
+                    Step::Stays(self)
+                }
+                Err(error) => self.close(rules, &format!("failed to answer it: {error}")),
+            },
         }
     }
 
-    /// Looks whether it speaks.
-    fn listen(self, board: &Board, id: MigrationId) -> Option<Self> {
-        match self.incoming.speech() {
-            Ok(Speech::Something) => board.speaks(id, self.incoming),
-            Ok(Speech::Nothing) => return Some(self),
-            Err(errno) => {
-                tracing::warn!(peer = %self.incoming.peer, "closed a connection: {errno}");
+    /// Reads the greeting.
+    fn listen(mut self, rules: &Rules<'_>) -> Step {
+        let Phase::Greeting { preamble, answered, greeting } = &mut self.phase else {
+            return Step::Stays(self);
+        };
+        match greeting.receive(&self.incoming) {
+            Ok(None) => {}
+            Ok(Some(frame)) => {
+                let round_trip = answered.elapsed();
+                return Step::Comes(Newcomer::greeted(
+                    preamble.id,
+                    self.incoming,
+                    frame,
+                    round_trip,
+                ));
+            }
+            Err(why) => {
+                let unwanted = Unwanted::malformed(self.incoming, why);
+                return Step::Stays(Self::refuse(unwanted, rules.warnings));
             }
         }
-        None
+        // More of it has come.
+        self.deadline = (Instant::now() + rules.silence).min(*answered + GREETING_AT_MOST);
+        Step::Stays(self)
+    }
+
+    fn close(self, rules: &Rules<'_>, why: &str) -> Step {
+        rules.warnings.warn(self.incoming.peer, format_args!("closed a connection: {why}"));
+        Step::Done
     }
 
     /// Says why it is over, and gives the other side time to read it.
-    fn refuse(Unwanted { incoming, status, reason }: Unwanted) -> Self {
-        tracing::warn!(peer = %incoming.peer, ?status, "refused a connection: {reason}");
+    pub(crate) fn refuse(unwanted: Unwanted, warnings: &Warnings) -> Self {
+        let Unwanted { incoming, status, reason } = unwanted;
+        warnings.warn(incoming.peer, format_args!("refused a connection ({status:?}): {reason}"));
         // If the other side is gone, nobody misses the answer.
-        let _ = incoming.answer(status, &reason);
+        let _ = incoming.refuse(status, &reason);
         let _ = incoming.socket.shutdown(Shutdown::Write);
         Self { incoming, deadline: Instant::now() + FAREWELL, phase: Phase::Refused }
     }
 
     /// Reads what nobody wants.
-    fn discard(self) -> Option<Self> {
+    pub(crate) fn discard(self) -> Step {
         let mut unwanted = [0; 4096];
-        match rustix::net::recv(&self.incoming.socket, &mut unwanted, RecvFlags::DONTWAIT) {
-            Ok((_, 1..)) | Err(Errno::AGAIN | Errno::INTR) => Some(self),
-            Ok((_, 0)) | Err(_) => None,
+        match self.incoming.receive(&mut unwanted) {
+            Ok(1..) | Err(Errno::AGAIN) => Step::Stays(self),
+            Ok(0) | Err(_) => Step::Done,
         }
-    }
-
-    /// Whether it waits for something else than its other side.
-    pub(crate) fn is_waiting(&self) -> bool {
-        matches!(self.phase, Phase::Waiting { .. })
     }
 
     /// Whether it still matters to its other side that it lives.
@@ -159,45 +180,42 @@ impl HalfOpen {
         matches!(self.phase, Phase::Refused)
     }
 
-    /// Closes it for a reason of this side.
-    pub(crate) fn expire(self, why: Expiry) {
-        let peer = self.incoming.peer;
-        if let Phase::Speechless(_) | Phase::Waiting { .. } = self.phase {
-            tracing::warn!(%peer, "closed a connection: {why}, and it was no source yet");
+    /// Bytes that are kept of its greeting.
+    pub(crate) fn greeting_bytes(&self) -> usize {
+        match &self.phase {
+            Phase::Greeting { greeting, .. } => greeting.len(),
+            _ => 0,
         }
-        if let Phase::Preamble { filled, .. } = self.phase {
-            tracing::warn!(
-                %peer,
-                "closed a connection: {why} after {filled} of {PREAMBLE_BYTES} bytes of its preamble"
-            );
-            // A source whose connection is held up on the way reads this, and has said all it had to.
-            let reason = match why {
-                Expiry::Late(limit) => {
-                    format!(
-                        "of {PREAMBLE_BYTES} bytes of the preamble {filled} came within {limit:?}"
-                    )
-                }
-                Expiry::Crowded => why.to_string(),
-            };
-            let _ = self.incoming.answer(Status::Malformed, &reason);
-        }
+    }
+
+    /// Turns it away for a reason of this side; `None` if that has happened before.
+    pub(crate) fn expire(self, why: Expiry, warnings: &Warnings) -> Option<Self> {
+        // A source whose connection is held up on the way reads this, and has said all it had to.
+        let came = match &self.phase {
+            Phase::Preamble { filled, .. } => {
+                format!("of {PREAMBLE_BYTES} bytes of the preamble {filled} came")
+            }
+            Phase::Greeting { greeting, .. } => {
+                format!("of the greeting {} bytes came", greeting.len())
+            }
+            Phase::Refused => return None,
+        };
+        let reason = match why {
+            Expiry::Late(limit) => format!("{came} within {limit:?}"),
+            Expiry::Crowded => format!("{came}, and too many others"),
+            Expiry::Closed => format!("{came}, and nobody listens any more"),
+        };
+        Some(Self::refuse(Unwanted::malformed(self.incoming, reason), warnings))
     }
 }
 
 /// Why this side closes a connection that is still half open.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Expiry {
-    /// It had so long.
+    /// It had so long, or said nothing more for so long.
     Late(Duration),
     /// There is no room for more of them.
     Crowded,
-}
-
-impl fmt::Display for Expiry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Late(_) => "out of time",
-            Self::Crowded => "too many others came",
-        })
-    }
+    /// There is no acceptor any more.
+    Closed,
 }

@@ -10,11 +10,13 @@
 //! ```
 //! use std::time::Duration;
 //!
-//! use pageferry::transport::{Link, TransportError};
+//! use pageferry::transport::{Admission, Link, TransportError};
 //! use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 //!
 //! # fn main() -> Result<(), TransportError> {
-//! let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default())?;
+//! // Not for a migration: the source does not greet.
+//! let options = TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() };
+//! let acceptor = TcpAcceptor::bind("127.0.0.1:0", options)?;
 //! let address = acceptor.local_addr();
 //!
 //! // On the other host.
@@ -32,8 +34,8 @@
 //!
 //! # Who is let in
 //!
-//! Whoever reaches the port may start a migration, and whoever knows the migration id may join
-//! one; nothing is encrypted. Listen on a network that only hosts can reach.
+//! Whoever reaches the port and speaks pageferry's protocol may start a migration, and whoever knows the
+//! migration id may join one; nothing is encrypted. Listen on a network that only hosts can reach.
 //!
 //! # Thread safety
 //!
@@ -63,6 +65,8 @@ mod connector;
 mod control;
 mod data_socket;
 mod destination;
+mod framing;
+mod greeting;
 mod half_open;
 mod options;
 mod outstanding;

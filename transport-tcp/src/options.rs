@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use pageferry::transport::Admission;
 use socket2::{SockAddr, Socket, TcpKeepalive};
 
 /// The send buffer of a connection within one host, unless told otherwise. Such a path holds no
@@ -84,8 +85,11 @@ pub enum ZeroCopy {
 pub struct TcpOptions {
     /// At the source: how long one address may take to accept a connection and to answer.
     pub connect_timeout: Duration,
-    /// At the destination: how long a fresh connection may take to say what it wants.
+    /// At the destination: how long a fresh connection may say nothing more before it is known what it
+    /// wants, and, if it is a source, before it has greeted.
     pub preamble_timeout: Duration,
+    /// At the destination: what a source must have said to be served.
+    pub admission: Admission,
     /// How long sent bytes may stay unacknowledged by the other kernel, or its receive window
     /// shut, until the link counts as lost (`TCP_USER_TIMEOUT`). `None` leaves it to the
     /// kernel's retransmission limits, which take many minutes. The kernel counts whole milliseconds,
@@ -113,6 +117,7 @@ impl Default for TcpOptions {
         Self {
             connect_timeout: Duration::from_secs(10),
             preamble_timeout: Duration::from_secs(5),
+            admission: Admission::default(),
             user_timeout: Some(Duration::from_secs(30)),
             keepalive: Some(Keepalive::default()),
             send_buffer_bytes: None,

@@ -1,30 +1,43 @@
 //! The acceptor's thread: owns the listener, reads preambles, and never waits for a stranger.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry::transport::Turn;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use socket2::Socket;
 
-use crate::board::{Bell, Board, Incoming};
+use crate::board::{Bell, Board, Incoming, Newcomer, Unwanted};
 use crate::connection::until;
-use crate::half_open::{Expiry, HalfOpen};
+use crate::half_open::{Expiry, HalfOpen, Rules, Step};
 use crate::options::TcpOptions;
 
 /// An hour is for ever to a stranger, and a moment that any clock can name.
 const LONGEST_PREAMBLE: Duration = Duration::from_secs(60 * 60);
 
-/// Most connections that have not said yet what they are for. With more, the oldest goes: a peer
-/// of ours says it at once.
-const MAX_HALF_OPEN: usize = 64;
+/// Most connections that have not said yet what they are for, or who they are. With more, the oldest goes
+/// of those from one address, from the one that has most: a peer of ours says it at once, or within a
+/// round trip.
+const MAX_HALF_OPEN: usize = 512;
+/// Most bytes of greetings that are arriving. With more, the oldest goes.
+const MAX_GREETINGS_BYTES: usize = 8 << 20;
+/// Most sources that have greeted and wait for their place.
+const MAX_WAITING: usize = 16;
 /// Most connections taken from the listener before the others get their turn.
 const ACCEPTS_AT_ONCE: usize = 16;
 /// How often it is looked whether there is room for a source that waits.
 const GLANCE: Duration = Duration::from_millis(10);
 /// How long the listener rests when the machine has no descriptors or memory for a connection.
 const REST: Duration = Duration::from_millis(100);
+
+/// A source that has greeted.
+struct Waiting {
+    newcomer: Newcomer,
+    turn: Turn,
+}
 
 pub(crate) struct PollLoop {
     listener: Socket,
@@ -33,6 +46,8 @@ pub(crate) struct PollLoop {
     options: TcpOptions,
     /// Oldest first.
     half_open: Vec<HalfOpen>,
+    /// In the order in which they have greeted.
+    waiting: Vec<Waiting>,
     rests_until: Option<Instant>,
 }
 
@@ -43,7 +58,8 @@ impl PollLoop {
         board: Arc<Board>,
         options: TcpOptions,
     ) -> Self {
-        Self { listener, bell, board, options, half_open: Vec::new(), rests_until: None }
+        let (half_open, waiting) = (Vec::new(), Vec::new());
+        Self { listener, bell, board, options, half_open, waiting, rests_until: None }
     }
 
     /// Runs until the board is stopped.
@@ -54,13 +70,29 @@ impl PollLoop {
                 self.board.stop(Some(errno));
             }
         }
+        self.turn_all_away();
+    }
+
+    /// Nobody is served any more, and nobody is left without a word.
+    fn turn_all_away(self) {
+        let warnings = &self.board.warnings;
+        let half_open =
+            self.half_open.into_iter().filter_map(|it| it.expire(Expiry::Closed, warnings));
+        let waiting = self.waiting.into_iter().map(|waiting| waiting.newcomer);
+        let waiting = waiting.chain(self.board.left_over());
+        let busy =
+            |newcomer: Newcomer| HalfOpen::refuse(Unwanted::busy(newcomer.incoming), warnings);
+        for refused in half_open.chain(waiting.map(busy)) {
+            // What is unread would reset the connection, and the answer with it.
+            refused.discard();
+        }
     }
 
     /// Waits for something to happen, and deals with all that did.
     fn turn(&mut self) -> Result<(), Errno> {
         let now = Instant::now();
         self.rests_until = self.rests_until.filter(|&until| until > now);
-        let glance = self.half_open.iter().any(HalfOpen::is_waiting).then(|| now + GLANCE);
+        let glance = (!self.waiting.is_empty()).then(|| now + GLANCE);
         let deadlines = self.half_open.iter().map(|half_open| half_open.deadline);
         let deadline = deadlines.chain(self.rests_until).chain(glance).min();
 
@@ -69,10 +101,8 @@ impl PollLoop {
             PollFd::new(self.bell.fd(), PollFlags::IN),
             PollFd::new(&self.listener, listening),
         ];
-        polled.extend(self.half_open.iter().map(|half_open| {
-            let events = if half_open.is_waiting() { PollFlags::empty() } else { PollFlags::IN };
-            PollFd::new(&half_open.incoming.socket, events)
-        }));
+        let sockets = self.half_open.iter().map(|half_open| &half_open.incoming.socket);
+        polled.extend(sockets.map(|socket| PollFd::new(socket, PollFlags::IN)));
         match poll(&mut polled, deadline.map(until).as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(()),
@@ -82,6 +112,7 @@ impl PollLoop {
         drop(polled);
 
         self.serve_half_open(&ready[2..]);
+        self.serve_waiting();
         if ready[1] {
             self.accept();
         }
@@ -90,16 +121,74 @@ impl PollLoop {
 
     fn serve_half_open(&mut self, ready: &[bool]) {
         let now = Instant::now();
-        let late_after = Expiry::Late(self.options.preamble_timeout);
+        let (board, options) = (Arc::clone(&self.board), &self.options);
+        let (admission, silence) =
+            (options.admission, options.preamble_timeout.min(LONGEST_PREAMBLE));
+        let rules = Rules { admission, silence, warnings: &board.warnings };
+        let late_after = Expiry::Late(options.preamble_timeout);
         for (half_open, &ready) in std::mem::take(&mut self.half_open).into_iter().zip(ready) {
-            let due = ready || half_open.is_waiting();
-            let still_open = if due { half_open.advance(&self.board) } else { Some(half_open) };
-            match still_open {
-                Some(late) if late.deadline <= now => late.expire(late_after),
-                Some(half_open) => self.half_open.push(half_open),
-                None => {}
+            let step =
+                if ready { half_open.advance(&board, &rules) } else { Step::Stays(half_open) };
+            match step {
+                Step::Stays(late) if late.deadline <= now => {
+                    self.half_open.extend(late.expire(late_after, rules.warnings));
+                }
+                Step::Stays(half_open) => self.half_open.push(half_open),
+                Step::Comes(newcomer) => {
+                    self.waiting.push(Waiting { newcomer, turn: Turn::new(now) });
+                }
+                Step::Done => {}
             }
         }
+        let mut kept: usize = self.half_open.iter().map(HalfOpen::greeting_bytes).sum();
+        while kept > MAX_GREETINGS_BYTES
+            && let Some(at) = self.half_open.iter().position(|other| other.greeting_bytes() > 0)
+        {
+            kept -= self.half_open[at].greeting_bytes();
+            self.evict(at);
+        }
+    }
+
+    /// Gives the place to the first who waits, if it is to be had.
+    fn serve_waiting(&mut self) {
+        let board = Arc::clone(&self.board);
+        for Waiting { newcomer, mut turn } in std::mem::take(&mut self.waiting) {
+            if newcomer.has_left() {
+                let peer = newcomer.incoming.peer;
+                board.warnings.warn(peer, "closed a connection: it left while it waited");
+                continue;
+            }
+            let Some((newcomer, holder)) = board.admit(newcomer) else { continue };
+            let over = turn.is_over(Instant::now(), holder);
+            if over || self.waiting.len() >= MAX_WAITING {
+                let busy = Unwanted::busy(newcomer.incoming);
+                self.half_open.push(HalfOpen::refuse(busy, &board.warnings));
+            } else {
+                self.waiting.push(Waiting { newcomer, turn });
+            }
+        }
+    }
+
+    /// Turns one away that is half open.
+    fn evict(&mut self, at: usize) {
+        let refused = self.half_open.remove(at).expire(Expiry::Crowded, &self.board.warnings);
+        self.half_open.extend(refused);
+    }
+
+    /// Who goes first, where there are too many.
+    fn first_to_go(&self) -> usize {
+        // Those that are only being told why they were refused.
+        if let Some(at) = self.half_open.iter().position(HalfOpen::is_refused) {
+            return at;
+        }
+        let address = |half_open: &HalfOpen| half_open.incoming.peer.ip();
+        let mut counts = BTreeMap::<IpAddr, usize>::new();
+        for half_open in &self.half_open {
+            *counts.entry(address(half_open)).or_default() += 1;
+        }
+        let most = counts.values().max().copied();
+        let of_most = |half_open: &HalfOpen| counts.get(&address(half_open)).copied() == most;
+        self.half_open.iter().position(of_most).unwrap_or(0)
     }
 
     fn accept(&mut self) {
@@ -113,7 +202,8 @@ impl PollLoop {
                         // listener (see accept(2)).
                         Some(Errno::CONNABORTED | Errno::INTR | Errno::PROTO) => continue,
                         _ => {
-                            tracing::warn!("failed to accept a connection: {error}");
+                            let why = format_args!("failed to accept a connection: {error}");
+                            self.board.warnings.warn("unknown", why);
                             self.rests_until = Some(Instant::now() + REST);
                         }
                     }
@@ -126,16 +216,15 @@ impl PollLoop {
                 .and_then(|()| self.options.apply(&socket))
                 .and_then(|()| self.options.apply_to_path(&socket));
             if let Err(error) = prepared {
-                tracing::warn!(%peer, "closed a connection: failed to set it up: {error}");
+                let why = format_args!("closed a connection: failed to set it up: {error}");
+                self.board.warnings.warn(peer, why);
                 continue;
             }
             if self.half_open.len() >= MAX_HALF_OPEN {
-                // Those that are only being told why they were refused can go first.
-                let at = self.half_open.iter().position(HalfOpen::is_refused).unwrap_or(0);
-                self.half_open.remove(at).expire(Expiry::Crowded);
+                self.evict(self.first_to_go());
             }
             let deadline = Instant::now() + self.options.preamble_timeout.min(LONGEST_PREAMBLE);
-            self.half_open.push(HalfOpen::new(Incoming { socket, peer }, deadline));
+            self.half_open.push(HalfOpen::new(Incoming::new(socket, peer), deadline));
         }
     }
 }

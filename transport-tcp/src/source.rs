@@ -133,7 +133,7 @@ impl Link for TcpSourceLink {
         if std::mem::replace(&mut self.control_taken, true) {
             return Err(TransportError::OutOfOrder("the control channel is taken"));
         }
-        Ok(control::channel(&self.connections[0]))
+        Ok(control::at_source(&self.connections[0]))
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {

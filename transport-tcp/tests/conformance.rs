@@ -4,10 +4,12 @@
 use std::time::Duration;
 
 use pageferry::testing::conformance::Pair;
+use pageferry::transport::Admission;
 use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy, connect};
 
 fn pair(address: &str, options: TcpOptions) -> Pair {
-    let acceptor = TcpAcceptor::bind(address, options.clone()).expect("a port of loopback");
+    let there = TcpOptions { admission: Admission::Anyone, ..options.clone() };
+    let acceptor = TcpAcceptor::bind(address, there).expect("a port of loopback");
     let source = connect(acceptor.local_addr(), options).expect("the acceptor answers");
     let destination = acceptor.accept(Some(Duration::from_secs(10))).expect("a source came");
     (Box::new(source), Box::new(destination))

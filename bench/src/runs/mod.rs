@@ -9,8 +9,8 @@ use comfy_table::{Cell, CellAlignment};
 use indicatif::HumanBytes;
 use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use pageferry::transport::{
-    DestinationLink, Link, PageSender, Received, Run, RunKind, SourceLink, TransportError,
-    ZeroCopyCounts,
+    Admission, DestinationLink, Link, PageSender, Received, Run, RunKind, SourceLink,
+    TransportError, ZeroCopyCounts,
 };
 use pageferry_iouring::{IoUringOptions, Rings, ZeroCopy};
 use pageferry_rust_vmm::guest_memory;
@@ -96,11 +96,13 @@ pub(crate) fn run(args: &RunsArgs) -> Result<Outcome, Failure> {
 
 /// Takes one link after another, until somebody ends the process.
 fn take(address: &str, memory: &Arc<GuestMemory>) -> Result<Outcome, Failure> {
-    let acceptor = TcpAcceptor::bind(address, TcpOptions::default())?;
+    let acceptor = TcpAcceptor::bind(
+        address,
+        TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() },
+    )?;
     say!("listening on {}", acceptor.local_addr());
     loop {
         let mut link = acceptor.accept(None)?;
-        // Whose source has greeted is served to its end.
         link.control()?.receiver.receive(Some(PATIENCE))?;
         link.register(memory)?;
         let mut receivers = link.open_receivers(1, PATIENCE)?;

@@ -2,7 +2,7 @@
 //! heard it right. Whether they fit is decided by [`negotiate`](super::negotiate).
 
 use super::codec::{Reader, Writer};
-use super::{DecodeError, Message, speaks_ours};
+use super::{DecodeError, Kind, Message, speaks_ours};
 use crate::digest::Digest;
 use crate::memory::{Layout, MAX_REGIONS, RegionLayout};
 
@@ -12,6 +12,21 @@ pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;
 pub const MAX_STATE_SCHEMA_BYTES: usize = 256 << 10;
 
 const MAGIC: [u8; 8] = *b"PGFERRY\n";
+
+/// Type, magic and version range, which every hello begins with.
+const START_BYTES: usize = 2 + MAGIC.len() + 2 + 2;
+/// Page size, channels, flags and the number of regions.
+const FIXED_BYTES: usize = 4 + 2 + 1 + 4;
+const REGION_BYTES: usize = 3 * 8;
+
+/// Most bytes of a hello, as a message.
+pub const MAX_HELLO_BYTES: usize = START_BYTES
+    + FIXED_BYTES
+    + MAX_REGIONS * REGION_BYTES
+    + 4
+    + MAX_DESCRIPTION_BYTES
+    + 4
+    + MAX_STATE_SCHEMA_BYTES;
 
 const FLAG_VERIFY: u8 = 1;
 
@@ -53,6 +68,29 @@ pub struct Welcome {
 }
 
 impl Hello {
+    /// Whether the first `bytes` of a message of `message_bytes` may become a hello that is spoken here,
+    /// and are one if they are all of it. What comes in small pieces costs no more than what comes at
+    /// once: only its start is looked at, and then the whole.
+    pub fn check_arriving(bytes: &[u8], message_bytes: usize) -> Result<(), DecodeError> {
+        if message_bytes > MAX_HELLO_BYTES {
+            let len = u32::try_from(message_bytes).unwrap_or(u32::MAX);
+            return Err(DecodeError::TooLong { field: "hello", len, max: MAX_HELLO_BYTES });
+        }
+        if let Some(&[low, high]) = bytes.get(..2) {
+            let kind = u16::from_le_bytes([low, high]);
+            if kind != Kind::Hello as u16 {
+                return Err(DecodeError::NoGreeting(kind));
+            }
+        }
+        if bytes.len() == message_bytes {
+            return Message::decode(bytes).map(drop);
+        }
+        match Message::decode(&bytes[..bytes.len().min(START_BYTES)]) {
+            Err(DecodeError::Truncated { .. }) | Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Of all its bytes.
     pub(super) fn digest(&self) -> Digest {
         Digest::of_bytes(&[&Message::Hello(self.clone()).encode()])

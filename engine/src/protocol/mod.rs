@@ -16,7 +16,9 @@ mod table;
 use thiserror::Error;
 
 pub use conversation::{Conversation, Refusal, Why};
-pub use greeting::{Hello, MAX_DESCRIPTION_BYTES, MAX_STATE_SCHEMA_BYTES, Welcome};
+pub use greeting::{
+    Hello, MAX_DESCRIPTION_BYTES, MAX_HELLO_BYTES, MAX_STATE_SCHEMA_BYTES, Welcome,
+};
 pub use handshake::{Agreement, Incompatibility, negotiate};
 pub use kind::{Kind, Side};
 pub use message::{
@@ -85,6 +87,9 @@ pub enum DecodeError {
     /// A memory map that makes no sense.
     #[error("memory map makes no sense")]
     Layout(#[from] LayoutError),
+    /// Another message where a greeting is due.
+    #[error("message of type {0} where a greeting is due")]
+    NoGreeting(u16),
     /// A greeting of a version this engine does not speak.
     #[error("protocol versions {oldest} to {newest} are not spoken here")]
     Version {

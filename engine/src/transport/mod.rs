@@ -17,10 +17,12 @@
 //! feature `test-support`).
 
 pub mod addresses;
+mod admission;
 mod batch;
 pub mod byte_stream;
 mod standing;
 pub mod stream;
+mod warnings;
 
 use std::fmt;
 use std::io;
@@ -29,8 +31,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use admission::{Admission, MAX_GREETING_BYTES, check_greeting};
 pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
-pub use standing::Standing;
+pub use standing::{Holder, Place, Standing, Turn};
+pub use warnings::Warnings;
 
 use crate::memory::{GuestMemory, OutOfRange, PageRange};
 

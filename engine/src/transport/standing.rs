@@ -1,44 +1,122 @@
-//! Whether a source that was let in keeps its place before those that wait for it, for acceptors that
-//! serve one migration at a time. Pure: no clock.
+//! Who is served, for acceptors that serve one migration at a time. Pure: no clock.
+//!
+//! A source has the place once it has [greeted](super::Admission). Others that have greeted wait: as
+//! long as the one that has the place owes an answer, which is a bounded short time, or for a moment
+//! where it goes on.
 
 use std::time::{Duration, Instant};
 
-/// How long a source that has greeted may take for its next word while another one waits.
-const PATIENCE: Duration = Duration::from_millis(500);
+use super::MigrationId;
 
-/// What is known of a source that was let in.
+/// How long a source that was answered may take for its next word while another one waits, beyond the
+/// round trip.
+const ANSWER: Duration = Duration::from_millis(500);
+
+/// The same with the round trip, at most: whoever takes long for its greeting only seems to be far away.
+const ANSWER_AT_MOST: Duration = Duration::from_secs(2);
+
+/// How long a source waits for one that keeps its place, before it is told to come later. One that has
+/// just come to its end is gone sooner than that.
+const TURN: Duration = Duration::from_secs(1);
+
+/// How long a source waits in all: shorter than sources wait for an answer to their greeting
+/// ([`Timeouts::handshake`](crate::Timeouts::handshake)).
+const WAIT_AT_MOST: Duration = Duration::from_secs(8);
+
+/// Whether the one that is served keeps its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// It does: others are told to come later.
+    Kept,
+    /// That will show soon: others wait.
+    Open,
+    /// No: whoever waits is served.
+    Forfeited,
+}
+
+/// Who has the place that another one wants, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Holder {
+    /// Its migration.
+    pub id: MigrationId,
+    /// Whether it keeps the place.
+    pub place: Place,
+}
+
+/// What is known of the source that has the place.
 ///
-/// One that has said nothing is anybody, and so is one that has greeted, was answered, and says
-/// nothing more: whoever speaks takes its place. A source answers the *welcome* at once; from then on
-/// either side may be busy for long (with registration), and it keeps its place whatever it says.
-#[derive(Debug, Default, Clone, Copy)]
+/// One that has greeted may still be anybody, until it has answered the *welcome*, which a source does at
+/// once. From then on either side may be busy for long (with registration), and it keeps its place
+/// whatever it says.
+#[derive(Debug, Clone, Copy)]
 pub struct Standing {
-    heard: bool,
-    settled: bool,
-    owes_since: Option<Instant>,
+    answers_within: Duration,
+    told: Option<Instant>,
+    firm: bool,
 }
 
 impl Standing {
-    /// It has said something.
-    pub fn hear(&mut self) {
-        self.heard = true;
-        self.owes_since = None;
+    /// Of a source that has greeted, and took so long for that once it was let in: a round trip at
+    /// least.
+    pub fn greeted(round_trip: Duration) -> Self {
+        let answers_within = ANSWER.saturating_add(round_trip).min(ANSWER_AT_MOST);
+        Self { answers_within, told: None, firm: false }
     }
 
-    /// It was told something, and owes an answer if it does not already.
+    /// Of a source that needs no greeting.
+    pub fn firm() -> Self {
+        Self { firm: true, ..Self::greeted(Duration::ZERO) }
+    }
+
+    /// It has said something: the answer, if it owes one.
+    pub fn hear(&mut self) {
+        self.firm |= self.told.is_some();
+    }
+
+    /// It was told something, and owes an answer.
     pub fn tell(&mut self, now: Instant) {
-        self.owes_since.get_or_insert(now);
+        self.told.get_or_insert(now);
     }
 
     /// The greetings are over: guest memory is registered for it.
     pub fn settle(&mut self) {
-        self.settled = true;
+        self.firm = true;
     }
 
-    /// Whether others are told to come later.
-    pub fn keeps_place(&self, now: Instant) -> bool {
-        let owes = self.owes_since.map_or(Duration::ZERO, |since| now.duration_since(since));
-        self.heard && (self.settled || owes < PATIENCE)
+    /// Whether it keeps its place.
+    pub fn place(&self, now: Instant) -> Place {
+        match self.told {
+            _ if self.firm => Place::Kept,
+            Some(told) if now.saturating_duration_since(told) >= self.answers_within => {
+                Place::Forfeited
+            }
+            _ => Place::Open,
+        }
+    }
+}
+
+/// The wait of a source that has greeted, for the place that another one has.
+#[derive(Debug, Clone, Copy)]
+pub struct Turn {
+    since: Instant,
+    behind: Option<MigrationId>,
+    /// Of the one that has the place, if that keeps it.
+    until: Instant,
+}
+
+impl Turn {
+    /// Begins now.
+    pub fn new(now: Instant) -> Self {
+        Self { since: now, behind: None, until: now }
+    }
+
+    /// Whether it is told to come later, given who has the place.
+    pub fn is_over(&mut self, now: Instant, holder: Holder) -> bool {
+        let Holder { id, place } = holder;
+        if self.behind.replace(id) != Some(id) || place != Place::Kept {
+            self.until = now + TURN;
+        }
+        now >= self.until || now >= self.since + WAIT_AT_MOST
     }
 }
 
@@ -49,27 +127,63 @@ mod tests {
     #[test]
     fn whoever_greets_has_a_place_and_owes_an_answer() {
         let now = Instant::now();
-        let mut source = Standing::default();
-        assert!(!source.keeps_place(now), "it has said nothing");
+        let mut source = Standing::greeted(Duration::ZERO);
+        // Said before it was told anything: no answer to that.
         source.hear();
-        let late = now + 100 * PATIENCE;
-        assert!(source.keeps_place(late), "it waits for an answer");
+        let late = now + 100 * ANSWER;
+        assert_eq!(source.place(late), Place::Open, "it waits for an answer");
         source.tell(late);
-        assert!(source.keeps_place(late + PATIENCE / 2));
+        assert_eq!(source.place(late + ANSWER / 2), Place::Open);
         // Another word is no reason to wait for longer.
-        source.tell(late + PATIENCE / 2);
-        assert!(!source.keeps_place(late + PATIENCE));
+        source.tell(late + ANSWER / 2);
+        assert_eq!(source.place(late + ANSWER), Place::Forfeited);
         source.hear();
-        assert!(source.keeps_place(late + 100 * PATIENCE));
+        source.tell(late + ANSWER);
+        assert_eq!(source.place(late + 100 * ANSWER), Place::Kept);
     }
 
     #[test]
     fn a_source_whose_memory_is_registered_keeps_its_place() {
         let now = Instant::now();
-        let mut source = Standing::default();
-        source.hear();
+        let mut source = Standing::greeted(Duration::ZERO);
         source.tell(now);
         source.settle();
-        assert!(source.keeps_place(now + 100 * PATIENCE));
+        assert_eq!(source.place(now + 100 * ANSWER), Place::Kept);
+        assert_eq!(Standing::firm().place(now), Place::Kept);
+    }
+
+    #[test]
+    fn who_is_far_away_has_longer_but_not_for_ever() {
+        let now = Instant::now();
+        for (round_trip, due) in [
+            (Duration::from_millis(1400), Duration::from_millis(1900)),
+            (Duration::from_secs(60), ANSWER_AT_MOST),
+            (Duration::MAX, ANSWER_AT_MOST),
+        ] {
+            let mut source = Standing::greeted(round_trip);
+            source.tell(now);
+            assert_eq!(source.place(now + due / 2), Place::Open);
+            assert_eq!(source.place(now + due), Place::Forfeited);
+        }
+    }
+
+    #[test]
+    fn a_turn_lasts_as_long_as_one_keeps_the_place_and_not_for_ever() {
+        let (first, second) = (MigrationId([1; 16]), MigrationId([2; 16]));
+        let now = Instant::now();
+        let mut turn = Turn::new(now);
+        let by = |id, place| Holder { id, place };
+        assert!(!turn.is_over(now, by(first, Place::Kept)));
+        assert!(!turn.is_over(now + TURN / 2, by(first, Place::Kept)));
+        assert!(Turn { ..turn }.is_over(now + TURN, by(first, Place::Kept)));
+        // Another one has it since, and may answer, or not.
+        for (at, holder, place) in
+            [(1, second, Place::Kept), (2, second, Place::Open), (3, second, Place::Open)]
+        {
+            assert!(!turn.is_over(now + at * TURN, by(holder, place)));
+        }
+        assert!(!turn.is_over(now + 3 * TURN + TURN / 2, by(second, Place::Kept)));
+        assert!(turn.is_over(now + 4 * TURN, by(second, Place::Kept)));
+        assert!(turn.is_over(now + WAIT_AT_MOST, by(second, Place::Open)));
     }
 }

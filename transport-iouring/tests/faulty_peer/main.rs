@@ -22,7 +22,7 @@ use memory::{Lent, NEXT_USE};
 use pageferry::memory::PageRange;
 use pageferry::testing::Random;
 use pageferry::transport::{
-    DestinationLink, Interrupt, PageSender, Run, RunKind, SourceLink, TransportError,
+    Admission, DestinationLink, Interrupt, PageSender, Run, RunKind, SourceLink, TransportError,
 };
 use pageferry_iouring::{Feature, Features, IoUringOptions, Rings, ZeroCopy};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
@@ -117,7 +117,8 @@ fn round(seed: u64, fault: Fault, ends: (bool, bool), zero_copy: ZeroCopy) {
 
     // Links with a channel, and the relay between them.
     let tcp = TcpOptions { zero_copy, ..TcpOptions::default() };
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", tcp.clone()).expect("a port of loopback");
+    let welcoming = TcpOptions { admission: Admission::Anyone, ..tcp.clone() };
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", welcoming).expect("a port of loopback");
     let relay = Relay::start(acceptor.local_addr());
     let source = connect(relay.address(), tcp).expect("the acceptor answers");
     let destination = acceptor.accept(Some(BOUND)).expect("a source came");

@@ -108,11 +108,6 @@ impl Inlet {
         }
     }
 
-    /// Takes in what has come, without giving it out.
-    pub(crate) fn listen(&mut self) -> Result<(), TransportError> {
-        self.pump(None)
-    }
-
     /// The message in hand is dealt with.
     pub(crate) fn settle(&mut self) -> Result<(), TransportError> {
         if std::mem::take(&mut self.in_hand) {
@@ -193,7 +188,6 @@ impl Inlet {
             return Ok(());
         }
         self.credits.come()?;
-        self.connection.state.hear();
         let slot = usize::try_from(completion.work & !RECEIVE).unwrap_or(0);
         let len_bytes = completion.len_bytes as usize;
         self.waiting.push_back(if completion.with_immediate || len_bytes == 0 {

@@ -197,6 +197,30 @@ impl Outlet {
         Ok(self.credits.send())
     }
 
+    /// Sends a message, if there is room at once, and waits until the other side's NIC has it, at most for
+    /// so long: also where the link was interrupted.
+    pub(crate) fn last_word(
+        &mut self,
+        bytes: &[u8],
+        within: Duration,
+    ) -> Result<(), TransportError> {
+        if !self.has_room_at_once() || !self.has_slot() {
+            return Ok(());
+        }
+        let slot = self.next_slot();
+        self.slots.put(slot * SLOT_BYTES, bytes);
+        let span = span(&self.slots, slot, SLOT_BYTES, bytes.len());
+        self.post(Verb::Send, Some(span))?;
+        self.credits.send();
+        let (deadline, mut found) = (Instant::now() + within, Vec::new());
+        while self.done < self.posted && Instant::now() < deadline {
+            self.connection.qp.completions.poll(&mut found).map_err(failed)?;
+            found.drain(..).try_for_each(|completion| self.note(&completion))?;
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
     fn next_slot(&self) -> usize {
         usize::try_from(self.credits.sent() % u64::from(RECEIVES)).unwrap_or(0)
     }

@@ -11,7 +11,7 @@ use pageferry::transport::TransportError;
 use pageferry_rdma::{RdmaAcceptor, RdmaConnector, RdmaOptions, connect};
 use rustix::thread::gettid;
 
-use crate::support::{SOON, address};
+use crate::support::{SOON, address, of_anyone};
 use crate::{alone, interface};
 
 /// A neighbour of the device's that nobody is.
@@ -55,7 +55,8 @@ fn an_interrupt_before_is_heeded() {
 #[test]
 fn a_silent_address_does_not_hold_up_the_next() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
-    let acceptor = RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("it listens");
+    let acceptor =
+        RdmaAcceptor::bind((&*address, 0), of_anyone(RdmaOptions::default())).expect("it listens");
     let options = RdmaOptions { connect_timeout: 3 * SOON, ..RdmaOptions::default() };
     let addresses = [silent(&address), acceptor.local_addr()];
     let (began, source) = thread::scope(|scope| {
@@ -73,7 +74,8 @@ fn a_silent_address_does_not_hold_up_the_next() {
 fn addresses_that_refuse_are_gone_through_at_once() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
     let closed = SocketAddr::new(address.parse().expect("an address"), 1);
-    let acceptor = RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("it listens");
+    let acceptor =
+        RdmaAcceptor::bind((&*address, 0), of_anyone(RdmaOptions::default())).expect("it listens");
     let open = acceptor.local_addr();
     thread::scope(|scope| {
         let source =
@@ -106,7 +108,7 @@ fn link_local() -> String {
 fn scopes_have_names() {
     let (_alone, Some(_)) = (alone(), address()) else { return };
     let here = link_local();
-    let acceptor = RdmaAcceptor::bind(format!("[{here}]:0"), RdmaOptions::default());
+    let acceptor = RdmaAcceptor::bind(format!("[{here}]:0"), of_anyone(RdmaOptions::default()));
     let acceptor = acceptor.expect("it listens");
     let to = format!("{here}:{}", acceptor.local_addr().port());
     let source = thread::scope(|scope| {

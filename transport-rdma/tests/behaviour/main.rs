@@ -21,7 +21,7 @@ use pageferry::transport::{
 use pageferry_rdma::{
     Mtu, RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, RegistrationMode, connect,
 };
-use support::{SOON, address, linked};
+use support::{SOON, address, linked, of_anyone};
 
 const CHUNK_BYTES: u64 = 1 << 20;
 const CHUNK_PAGES: u64 = CHUNK_BYTES / PAGE_BYTES;
@@ -98,7 +98,9 @@ fn resources() -> String {
     static OPENED: Once = Once::new();
     OPENED.call_once(|| {
         let address = address().expect("a device");
-        drop(RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("listens"));
+        drop(
+            RdmaAcceptor::bind((&*address, 0), of_anyone(RdmaOptions::default())).expect("listens"),
+        );
     });
     let shown = Command::new("rdma").args(["resource", "show"]).output().expect("rdma of iproute2");
     assert!(shown.status.success(), "{shown:?}");
@@ -276,7 +278,8 @@ fn a_channel_may_end_before_all_is_registered() {
 #[test]
 fn a_device_that_is_not_there_is_named() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
-    let acceptor = RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("listens");
+    let acceptor =
+        RdmaAcceptor::bind((&*address, 0), of_anyone(RdmaOptions::default())).expect("listens");
     let options = RdmaOptions { device: Some("mlx5_9".into()), ..RdmaOptions::default() };
     let refused = [
         RdmaAcceptor::bind((&*address, 0), options.clone()).map(drop).expect_err("no such device"),
@@ -515,7 +518,8 @@ fn the_other_side() {
     let memory = memory();
     let mut keep: Vec<Box<dyn std::any::Any>> = Vec::new();
     if role == "destination" {
-        let acceptor = RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("listens");
+        let acceptor =
+            RdmaAcceptor::bind((&*address, 0), of_anyone(RdmaOptions::default())).expect("listens");
         println(&acceptor.local_addr().to_string());
         let mut link = acceptor.accept(Some(SOON)).expect("a source came");
         link.register(memory.memory()).expect("memory registers");
@@ -581,7 +585,8 @@ fn a_killed_destination_is_noticed() {
 fn a_killed_source_is_noticed_by_those_who_only_wait() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
     let before = resources();
-    let acceptor = RdmaAcceptor::bind((&*address, 0), RdmaOptions::default()).expect("listens");
+    let acceptor =
+        RdmaAcceptor::bind((&*address, 0), of_anyone(RdmaOptions::default())).expect("listens");
     let to = acceptor.local_addr().to_string();
     let there = memory();
     thread::scope(|scope| {

@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
+use pageferry::transport::Admission;
 use pageferry_rdma::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
 
 /// A bound on everything that should take no time.
@@ -21,12 +22,18 @@ pub(crate) fn address() -> Option<String> {
     address
 }
 
+/// The links of these tests have a protocol of their own.
+pub(crate) fn of_anyone(options: RdmaOptions) -> RdmaOptions {
+    RdmaOptions { admission: Admission::Anyone, ..options }
+}
+
 pub(crate) fn linked(
     address: &str,
     here: &RdmaOptions,
     there: &RdmaOptions,
 ) -> (RdmaSourceLink, RdmaDestinationLink) {
-    let acceptor = RdmaAcceptor::bind((address, 0), there.clone()).expect("the device listens");
+    let acceptor =
+        RdmaAcceptor::bind((address, 0), of_anyone(there.clone())).expect("the device listens");
     let to = acceptor.local_addr();
     thread::scope(|scope| {
         let source = scope.spawn(|| connect(to, here.clone()));

@@ -14,7 +14,7 @@ use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy, connect};
 
 use crate::support::memory::{assert_same, fill, guest_memory};
 use crate::support::{
-    Ends, PATIENCE, Pair, Random, acceptor, data, drain, pair, relay, until_landed, zero,
+    Ends, PATIENCE, Pair, Random, acceptor, data, drain, of_anyone, pair, relay, until_landed, zero,
 };
 
 /// Several regions, single pages, and one that is no multiple of anything.
@@ -136,7 +136,7 @@ fn pieces_of_any_length_move_pages_exactly() {
 #[test]
 fn ipv6_moves_pages_exactly() {
     let mut random = Random::new("ipv6");
-    let acceptor = match TcpAcceptor::bind("[::1]:0", TcpOptions::default()) {
+    let acceptor = match TcpAcceptor::bind("[::1]:0", of_anyone(&TcpOptions::default())) {
         Ok(acceptor) => acceptor,
         Err(error) => {
             eprintln!("SKIPPED: this machine has no IPv6 loopback: {error}");

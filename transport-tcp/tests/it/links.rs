@@ -8,7 +8,7 @@ use pageferry::transport::{DestinationLink, Link, Received, SourceLink, Transpor
 use pageferry_tcp::{TcpAcceptor, TcpConnector, TcpOptions, connect};
 
 use crate::support::memory::guest_memory;
-use crate::support::{Ends, PATIENCE, acceptor, data, interrupted, pair, raw, relay};
+use crate::support::{Ends, PATIENCE, acceptor, data, interrupted, of_anyone, pair, raw, relay};
 
 #[test]
 fn nobody_there_is_a_connect_error_with_the_address() {
@@ -83,10 +83,11 @@ fn a_port_in_use_is_a_listen_error() {
 
 #[test]
 fn the_host_may_start_the_thread() {
-    let acceptor = TcpAcceptor::bind_with("127.0.0.1:0", TcpOptions::default(), |body| {
-        thread::Builder::new().name("mine".to_owned()).spawn(body)
-    })
-    .unwrap();
+    let acceptor =
+        TcpAcceptor::bind_with("127.0.0.1:0", of_anyone(&TcpOptions::default()), |body| {
+            thread::Builder::new().name("mine".to_owned()).spawn(body)
+        })
+        .unwrap();
     connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
     let error = TcpAcceptor::bind_with("127.0.0.1:0", TcpOptions::default(), |_| {
         Err(std::io::ErrorKind::PermissionDenied.into())

@@ -3,6 +3,7 @@
 mod channels;
 mod control;
 mod failures;
+mod greetings;
 mod links;
 mod measure;
 mod strangers;

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::memory::{Layout, PAGE_BYTES, RegionLayout};
+use crate::protocol::MAX_HELLO_BYTES;
 
 fn a_layout() -> impl Strategy<Value = Layout> {
     prop::collection::vec((0_u64..1000, 1_u64..1000), 1..20).prop_map(|regions| {
@@ -100,6 +101,39 @@ proptest! {
         {
             prop_assert_eq!(message.encode(), bytes);
         }
+    }
+
+    /// However it is cut into pieces; and nothing else is one.
+    #[test]
+    fn a_hello_may_become_one_at_every_byte(message in a_message(), at: prop::sample::Index) {
+        let bytes = message.encode();
+        let at = at.index(bytes.len());
+        let arriving = Hello::check_arriving(&bytes[..at], bytes.len());
+        let arrived = Hello::check_arriving(&bytes, bytes.len());
+        if matches!(message, Message::Hello(_)) {
+            prop_assert_eq!((arriving, arrived), (Ok(()), Ok(())));
+        } else {
+            let number = message.kind() as u16;
+            prop_assert_eq!(arriving.is_err(), at >= 2);
+            prop_assert_eq!(arrived, Err(DecodeError::NoGreeting(number)));
+        }
+    }
+
+    /// At the first byte of its start that shows it, or once all is there.
+    #[test]
+    fn what_is_no_hello_is_not_waited_for(at in 0..14_usize, flip in 1_u8..) {
+        let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
+        let hello = Hello::new(Layout::new(vec![region]).unwrap(), 1, false, vec![7; 100]);
+        let mut bytes = Message::Hello(hello).encode();
+        bytes[at] ^= flip;
+        let seen_at = [2, 10, 14].into_iter().find(|end| at < *end).unwrap();
+        let judged = |end| Hello::check_arriving(&bytes[..end], bytes.len());
+        prop_assert_eq!(judged(seen_at - 1), Ok(()));
+        // A version range may still meet ours.
+        let no_hello = Message::decode(&bytes).is_err();
+        prop_assert_eq!(judged(seen_at).is_err(), no_hello);
+        prop_assert_eq!(judged(bytes.len()).is_err(), no_hello);
+        prop_assert!(Hello::check_arriving(&[], MAX_HELLO_BYTES + 1).is_err());
     }
 
     #[test]

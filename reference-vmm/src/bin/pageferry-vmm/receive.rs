@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, select, unbounded};
 use indicatif::HumanBytes;
 use pageferry::memory::GuestMemory;
 use pageferry::threads::PinnedThreads;
-use pageferry::transport::{DestinationLink, TransportError};
+use pageferry::transport::{DestinationLink, TransportError, Warnings};
 use pageferry::{
     Arrived, Blame, Destination, DestinationFailure, Error, Event, GuestAtDestination,
     MigrationHandle, Offer, Statistics,
@@ -37,13 +37,24 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     let acceptor = chosen.listen(&args.listen)?;
     // Scripts read the port from this line.
     say!("listening on {}", acceptor.local_addr());
+    // Strangers may be many.
+    let lines = Warnings::default();
     let come = loop {
         let Some((peer, link)) = await_source(&chosen, &acceptor, &wishes)? else {
             break Err("interrupted before a guest came".to_owned());
         };
-        say!("a source connected from {peer}");
-        match take_in(args, link, &wishes)? {
-            Come::Stranger(why) => say!("no guest came from {peer}: {why}; the next is waited for"),
+        let told = match lines.turn() {
+            Some(0) => Some(String::new()),
+            left_out => left_out.map(|others| format!(", after {others} others")),
+        };
+        if let Some(others) = &told {
+            say!("a source connected from {peer}{others}");
+        }
+        match take_in(args, link, &wishes, told.is_some())? {
+            Come::Stranger(why) if told.is_some() => {
+                say!("no guest came from {peer}: {why}; the next is waited for");
+            }
+            Come::Stranger(_) => {}
             Come::Interrupted => break Err("cancelled before a guest came".to_owned()),
             Come::Guest(guest) => break Ok(*guest),
         }
@@ -140,6 +151,7 @@ fn take_in(
     args: &ReceiveArgs,
     link: Box<dyn DestinationLink>,
     wishes: &Receiver<Wish>,
+    tell: bool,
 ) -> Result<Come> {
     let destination = Destination::new()
         .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
@@ -165,7 +177,9 @@ fn take_in(
         Ok(offer) => offer,
         Err(error) => return Ok(nothing(&error)),
     };
-    say!("it offers a guest of {}", HumanBytes(offer.layout().len_bytes()));
+    if tell {
+        say!("it offers a guest of {}", HumanBytes(offer.layout().len_bytes()));
+    }
     let channels = offer.channels();
     let (machine, memory) = match machine_for(args, &offer) {
         Ok(home) => home,

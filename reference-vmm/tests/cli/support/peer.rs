@@ -214,6 +214,12 @@ pub(crate) fn try_receive(stream: &mut TcpStream) -> io::Result<Message> {
     Message::decode(&frame).map_err(io::Error::other)
 }
 
+/// What who was let in hears when it is turned away.
+pub(crate) fn read_refusal(stream: &mut TcpStream) -> String {
+    stream.read_exact(&mut [0; 4]).expect("a frame of no bytes");
+    read_answer(stream).reason
+}
+
 /// A port that nobody listens on, and nobody can as long as this lives. With its address.
 pub(crate) fn closed_port() -> (OwnedFd, String) {
     let held = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");

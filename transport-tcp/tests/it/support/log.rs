@@ -28,6 +28,12 @@ pub(crate) fn capture() {
 
 /// Whether one line of the log has all of these.
 pub(crate) fn has_line(parts: &[&str]) -> bool {
+    count_lines(parts) > 0
+}
+
+/// How many have.
+pub(crate) fn count_lines(parts: &[&str]) -> usize {
     let log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
-    String::from_utf8_lossy(&log).lines().any(|line| parts.iter().all(|part| line.contains(part)))
+    let has_all = |line: &&str| parts.iter().all(|part| line.contains(part));
+    String::from_utf8_lossy(&log).lines().filter(has_all).count()
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use pageferry::memory::{GuestMemory, PageRange};
 use pageferry::testing::until_asleep;
 use pageferry::transport::{
-    DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
-    Ticket, TransportError,
+    Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind,
+    SourceLink, Ticket, TransportError,
 };
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 
@@ -56,7 +56,12 @@ pub(crate) struct Pair {
 }
 
 pub(crate) fn acceptor(options: &TcpOptions) -> TcpAcceptor {
-    TcpAcceptor::bind("127.0.0.1:0", options.clone()).unwrap()
+    TcpAcceptor::bind("127.0.0.1:0", of_anyone(options)).unwrap()
+}
+
+/// The links of these tests have a protocol of their own.
+pub(crate) fn of_anyone(options: &TcpOptions) -> TcpOptions {
+    TcpOptions { admission: Admission::Anyone, ..options.clone() }
 }
 
 /// A link over the loopback.
@@ -67,7 +72,7 @@ pub(crate) fn pair(options: &TcpOptions) -> Pair {
 /// A link to an address of the loopback. To another than the first, the ends have different
 /// addresses, so that nothing tells them that they are on one host.
 pub(crate) fn pair_at(address: &str, options: &TcpOptions) -> Pair {
-    let acceptor = TcpAcceptor::bind(address, options.clone()).unwrap();
+    let acceptor = TcpAcceptor::bind(address, of_anyone(options)).unwrap();
     let source = connect(acceptor.local_addr(), options.clone()).unwrap();
     let destination = acceptor.accept(Some(PATIENCE)).unwrap();
     Pair { source, destination }

@@ -135,6 +135,7 @@ impl LinkArgs {
     pub(crate) fn tcp(&self, zero_copy: ZeroCopy) -> TcpOptions {
         let defaults = TcpOptions::default();
         TcpOptions {
+            admission: defaults.admission,
             connect_timeout: self.connect_timeout.unwrap_or(defaults.connect_timeout),
             preamble_timeout: self.preamble_timeout.unwrap_or(defaults.preamble_timeout),
             user_timeout: self.tcp_user_timeout.map_or(defaults.user_timeout, OrOff::on),
@@ -176,6 +177,8 @@ impl LinkArgs {
 mod tests {
     use clap::Parser;
 
+    use pageferry::transport::Admission;
+
     use super::*;
 
     #[derive(Debug, Parser)]
@@ -211,6 +214,7 @@ mod tests {
             );
             let (idle, interval, probes) = (seconds(8), seconds(9), 10);
             let tcp = TcpOptions {
+                admission: Admission::Greeted,
                 connect_timeout: seconds(5),
                 preamble_timeout: seconds(6),
                 user_timeout: Some(seconds(7)),

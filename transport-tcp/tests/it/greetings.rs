@@ -1,0 +1,289 @@
+//! A source is who has greeted: whoever has not costs those nothing that have.
+
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pageferry::memory::{Layout, RegionLayout};
+use pageferry::protocol::{Hello, Message};
+use pageferry::transport::{ControlChannel, Link, MAX_GREETING_BYTES, TransportError};
+use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Status};
+use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
+use socket2::{Domain, Socket, Type};
+
+use crate::support::memory::guest_memory;
+use crate::support::{PATIENCE, log, raw};
+
+/// A source's first word.
+fn hello(description_bytes: usize) -> Vec<u8> {
+    let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
+    let layout = Layout::new(vec![region]).unwrap();
+    Message::Hello(Hello::new(layout, 1, false, vec![7; description_bytes])).encode()
+}
+
+fn frame(message: &[u8]) -> Vec<u8> {
+    [&u32::try_from(message.len()).unwrap().to_le_bytes(), message].concat()
+}
+
+fn acceptor(options: TcpOptions) -> TcpAcceptor {
+    TcpAcceptor::bind("127.0.0.1:0", options).unwrap()
+}
+
+/// A source that has greeted.
+fn greet(acceptor: &TcpAcceptor) -> (TcpSourceLink, ControlChannel) {
+    let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
+    let mut control = source.control().unwrap();
+    control.sender.send(&hello(0), PATIENCE).unwrap();
+    (source, control)
+}
+
+/// Accepts one who has greeted, and hears the greeting.
+fn accept(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlChannel) {
+    let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
+    let mut control = link.control().unwrap();
+    assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), hello(0));
+    (link, control)
+}
+
+/// The first attempt of a source succeeds.
+fn assert_serves(acceptor: &TcpAcceptor) {
+    let (source, _from) = greet(acceptor);
+    let (link, mut to) = accept(acceptor);
+    assert_eq!(link.migration_id(), source.migration_id());
+    to.sender.send(b"welcome", PATIENCE).unwrap();
+}
+
+/// What a connection that was let in hears when it is turned away.
+fn read_refusal(stream: &mut TcpStream) -> Answer {
+    use std::io::Read;
+    let mut bytes = [0; 4 + ANSWER_BYTES];
+    stream.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes[..4], [0; 4]);
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0, "nothing follows");
+    Answer::decode(bytes[4..].try_into().unwrap()).unwrap()
+}
+
+fn assert_busy(control: &mut ControlChannel, reason: &str) {
+    for _ in 0..2 {
+        match control.receiver.receive(Some(PATIENCE)) {
+            Err(TransportError::Refused { reason: told, .. }) => assert_eq!(told, reason),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn who_has_not_greeted_keeps_nobody_out() {
+    let acceptor = acceptor(TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() });
+    let hello = frame(&hello(100));
+    let said: [&[u8]; 4] = [b"", &hello[..2], &hello[..20], &hello[..hello.len() - 1]];
+    let _strangers: Vec<_> = (0..40)
+        .map(|stranger| {
+            let mut stream = raw::dial(acceptor.local_addr(), Kind::Control);
+            stream.write_all(said[stranger % said.len()]).unwrap();
+            stream
+        })
+        .collect();
+    assert!(matches!(
+        acceptor.accept(Some(Duration::from_millis(20))),
+        Err(TransportError::TimedOut { .. })
+    ));
+    assert_serves(&acceptor);
+}
+
+#[test]
+fn nonsense_is_told_so_at_once_and_costs_nobody_else_anything() {
+    let acceptor = acceptor(TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() });
+    let other = frame(&Message::Ping { number: 1 }.encode());
+    let mut magic = frame(&hello(0));
+    magic[8] ^= 1;
+    let mut version = frame(&hello(0));
+    version[14..18].fill(9);
+    let long = u32::try_from(MAX_GREETING_BYTES + 1).unwrap().to_le_bytes();
+    let mut layout = frame(&hello(0));
+    layout[4 + 14 + 11] = 1;
+    for (said, told) in [
+        (&[0xff; 44][..], "no greeting: field hello has length"),
+        (&long[..], "no greeting: field hello has length"),
+        (&[0; 4], "no greeting: message ends inside"),
+        (&other[..6], "no greeting: message of type 20 where a greeting is due"),
+        (&magic[..14], "no greeting: not a pageferry peer"),
+        (&version[..18], "no greeting: protocol versions"),
+        (&layout[..], "no greeting: memory map"),
+    ] {
+        let mut stream = raw::dial(acceptor.local_addr(), Kind::Control);
+        stream.write_all(said).unwrap();
+        let answer = read_refusal(&mut stream);
+        assert_eq!(answer.status, Status::Malformed);
+        assert!(answer.reason.starts_with(told), "{}", answer.reason);
+        assert_serves(&acceptor);
+    }
+}
+
+/// It takes longer than anybody may say nothing for.
+#[test]
+fn a_greeting_that_goes_on_arriving_is_heard() {
+    let options = TcpOptions { preamble_timeout: Duration::from_secs(2), ..TcpOptions::default() };
+    let silence = options.preamble_timeout;
+    let acceptor = acceptor(options);
+    let began = Instant::now();
+    let mut slow = raw::dial(acceptor.local_addr(), Kind::Control);
+    let hello = frame(&hello(100));
+    let pause = 2 * silence / u32::try_from(hello.len()).unwrap();
+    for byte in &hello {
+        slow.write_all(&[*byte]).unwrap();
+        thread::sleep(pause);
+    }
+    assert!(began.elapsed() > silence);
+    let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
+    assert_eq!(link.migration_id(), raw::ID);
+    // What follows it is the link's.
+    slow.write_all(&frame(b"more")).unwrap();
+    let mut control = link.control().unwrap();
+    assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), hello[4..]);
+    assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"more");
+}
+
+#[test]
+fn half_a_greeting_is_given_up_and_told_so() {
+    let options =
+        TcpOptions { preamble_timeout: Duration::from_millis(200), ..TcpOptions::default() };
+    let acceptor = acceptor(options);
+    for said in [0, 50] {
+        let mut half = raw::dial(acceptor.local_addr(), Kind::Control);
+        half.write_all(&frame(&hello(100))[..said]).unwrap();
+        let answer = read_refusal(&mut half);
+        assert_eq!(answer.reason, format!("of the greeting {said} bytes came within 200ms"));
+    }
+}
+
+/// They have nearly all of a greeting that is as long as one may be.
+#[test]
+fn greetings_that_do_not_end_have_a_bounded_share_of_memory() {
+    let acceptor = acceptor(TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() });
+    let length = u32::try_from(MAX_GREETING_BYTES).unwrap().to_le_bytes();
+    let mut said = [&length[..], &hello(64 << 10)].concat();
+    said.resize(MAX_GREETING_BYTES, 0);
+    let mut strangers: Vec<_> = (0..40)
+        .map(|_| {
+            let mut stream = raw::dial(acceptor.local_addr(), Kind::Control);
+            // The first ones are turned away while the last ones come.
+            let _ = stream.write_all(&said);
+            stream
+        })
+        .collect();
+    let answer = read_refusal(&mut strangers[0]);
+    assert!(answer.reason.ends_with(" bytes came, and too many others"), "{}", answer.reason);
+    assert_serves(&acceptor);
+}
+
+#[test]
+fn who_comes_while_another_one_keeps_its_place_is_told_so() {
+    let acceptor = acceptor(TcpOptions::default());
+    let (_source, mut from) = greet(&acceptor);
+    let (mut link, mut to) = accept(&acceptor);
+    to.sender.send(b"welcome", PATIENCE).unwrap();
+    from.sender.send(b"agreed", PATIENCE).unwrap();
+    assert_eq!(to.receiver.receive(Some(PATIENCE)).unwrap(), b"agreed");
+    for registered in [false, true] {
+        if registered {
+            link.register(&guest_memory(&[1])).unwrap();
+        }
+        let began = Instant::now();
+        let (_second, mut control) = greet(&acceptor);
+        assert_busy(&mut control, "another migration is being served");
+        assert!(began.elapsed() >= Duration::from_secs(1), "it waits a second for its turn");
+    }
+    from.sender.send(b"more", PATIENCE).unwrap();
+    assert_eq!(to.receiver.receive(Some(PATIENCE)).unwrap(), b"more");
+    // Nobody waits for what does not come any more.
+    let (_third, mut control) = greet(&acceptor);
+    drop((acceptor, link, to));
+    let error = control.receiver.receive(Some(PATIENCE)).unwrap_err();
+    assert!(matches!(error, TransportError::Refused { .. }), "{error}");
+}
+
+/// Two that come after it: both attempts succeed, one after the other.
+#[test]
+fn who_does_not_answer_its_welcome_gives_way_to_who_waits() {
+    let acceptor = acceptor(TcpOptions::default());
+    let (stranger, mut from_stranger) = greet(&acceptor);
+    let (link, mut to) = accept(&acceptor);
+    assert_eq!(link.migration_id(), stranger.migration_id());
+    to.sender.send(b"welcome", PATIENCE).unwrap();
+    assert_eq!(from_stranger.receiver.receive(Some(PATIENCE)).unwrap(), b"welcome");
+    let (first, _from_first) = greet(&acceptor);
+    let (second, _from_second) = greet(&acceptor);
+    let error = to.receiver.receive(Some(PATIENCE)).unwrap_err();
+    assert!(matches!(error, TransportError::Interrupted), "{error}");
+    assert_busy(&mut from_stranger, "no answer to the welcome, and another source waits");
+    drop((link, to));
+    for source in [first, second] {
+        let (link, _to) = accept(&acceptor);
+        assert_eq!(link.migration_id(), source.migration_id());
+    }
+}
+
+/// As far away as it seems by the time it took to greet.
+#[test]
+fn who_is_far_away_keeps_its_place_until_it_can_have_answered() {
+    const ROUND_TRIP: Duration = Duration::from_millis(1200);
+    let acceptor = acceptor(TcpOptions::default());
+    let mut far = raw::dial(acceptor.local_addr(), Kind::Control);
+    thread::sleep(ROUND_TRIP);
+    far.write_all(&frame(&hello(0))).unwrap();
+    let (_link, mut to) = accept(&acceptor);
+    to.sender.send(b"welcome", PATIENCE).unwrap();
+    let (_near, mut control) = greet(&acceptor);
+    thread::sleep(ROUND_TRIP);
+    far.write_all(&frame(b"agreed")).unwrap();
+    assert_eq!(to.receiver.receive(Some(PATIENCE)).unwrap(), b"agreed");
+    assert_busy(&mut control, "another migration is being served");
+}
+
+#[test]
+fn a_source_that_leaves_while_it_waits_is_forgotten() {
+    let acceptor = acceptor(TcpOptions::default());
+    drop(greet(&acceptor));
+    assert_serves(&acceptor);
+    let (_source, _from) = greet(&acceptor);
+    let (link, mut to) = accept(&acceptor);
+    to.sender.send(b"welcome", PATIENCE).unwrap();
+    drop(greet(&acceptor));
+    let (next, _from) = greet(&acceptor);
+    drop((link, to));
+    assert_eq!(accept(&acceptor).0.migration_id(), next.migration_id());
+}
+
+/// A connection from an address that the other tests do not have.
+fn from_elsewhere(to: SocketAddr) -> TcpStream {
+    const ELSEWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77));
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from((ELSEWHERE, 0)).into()).unwrap();
+    socket.connect(&to.into()).unwrap();
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+#[test]
+fn strangers_have_a_bounded_share_of_the_log() {
+    log::capture();
+    let acceptor = acceptor(TcpOptions::default());
+    let began = Instant::now();
+    for _ in 0..300 {
+        let mut stream = from_elsewhere(acceptor.local_addr());
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        assert_eq!(raw::read_answer(&stream).status, Status::Malformed);
+    }
+    let seconds = usize::try_from(began.elapsed().as_secs()).unwrap();
+    let lines = log::count_lines(&["WARN", "127.0.0.77"]);
+    assert!((1..=11 + seconds).contains(&lines), "{lines} lines");
+    // The next one tells of the others.
+    thread::sleep(Duration::from_secs(1));
+    let mut stream = from_elsewhere(acceptor.local_addr());
+    stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    assert_eq!(raw::read_answer(&stream).status, Status::Malformed);
+    assert!(log::has_line(&["WARN", "127.0.0.77", "left_out="]));
+}
