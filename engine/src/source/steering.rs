@@ -8,7 +8,7 @@ use crate::host::Guarded;
 use crate::machine::Machine;
 use crate::progress::Event;
 use crate::protocol::{MAX_DEVICE_STATE_BYTES, Message};
-use crate::session::Item;
+use crate::session::{Item, Patience};
 
 #[derive(Debug, Default)]
 pub(super) struct Steering {
@@ -22,6 +22,8 @@ pub(super) struct Steering {
     unanswered: Option<Instant>,
     /// When the destination answered last.
     pub(super) answered: Option<Instant>,
+    /// The switchover whose state the destination was asked to load, and has not, and for how long it may.
+    loading: Option<(u32, Patience)>,
 }
 
 impl Drive<'_> {
@@ -110,9 +112,32 @@ impl Drive<'_> {
         }
     }
 
+    /// The destination is asked to load device state.
+    pub(super) fn asked_to_load(&mut self, attempt: u32, patience: Patience) {
+        self.steering.loading = Some((attempt, patience));
+    }
+
+    /// It has, or what it was asked for did not go out.
+    pub(super) fn loads_no_more(&mut self, attempt: u32) {
+        self.steering.loading.take_if(|(asked, _)| *asked == attempt);
+    }
+
+    /// Waits until the destination has loaded what it was asked to, though that was called off: it does
+    /// nothing else until then. It would not say that a lost channel is closed, and what it is told of
+    /// rounds would pile up until the link takes no more.
+    pub(super) fn await_load(&mut self) -> Result<(), Error> {
+        while let Some((_, patience)) = self.steering.loading {
+            match self.session.next(patience)? {
+                Item::Report(report) => self.late.push_back(report),
+                Item::Message(message) => self.note_message(&message, "waiting for a load")?,
+            }
+        }
+        Ok(())
+    }
+
     /// Lets some time pass, and what comes meanwhile come.
     pub(super) fn rest(&mut self, time: Duration) -> Result<(), Error> {
-        let patience = crate::session::Patience::now("a rest to end", time);
+        let patience = Patience::now("a rest to end", time);
         loop {
             match self.session.next(patience) {
                 Ok(Item::Report(report)) => self.late.push_back(report),

@@ -223,9 +223,12 @@ impl Drive<'_> {
         self.statistics.downtime = Downtime::default();
         let now = self.now();
         self.convergence.called_off(now);
+        let number = self.handover.attempt();
+        if self.session.is_sending_aside() {
+            self.loads_no_more(number);
+        }
         // Nobody needs the rest of the device state, and nobody waits for it.
         self.session.recall();
-        let number = self.handover.attempt();
         let action = self.handover.handle(SourceInput::CalledOff);
         debug_assert_eq!(action, SourceAction::SendCalledOff(number));
         self.session.send(&Message::CalledOff { attempt: number })?;
@@ -235,6 +238,7 @@ impl Drive<'_> {
             self.await_round(&mut waiting, true, None)?;
             self.finish_round(&began);
         }
+        self.await_load()?;
         self.harvest()?;
         Ok(())
     }
@@ -275,10 +279,11 @@ impl Drive<'_> {
     fn prepare(&mut self, state: Vec<u8>, attempt: &Attempt) -> Result<Option<Prepared>, Error> {
         let state_bytes = state.len() as u64;
         let number = self.handover.attempt();
+        let load = self.source.common.timeouts.load;
+        self.asked_to_load(number, Patience::now("the destination to load the guest", load));
         self.send_state(state, Prepare { attempt: number, state_bytes })?;
         let due = attempt.due(self.convergence.after_commit()).and_then(|due| self.instant(due));
         let is_over = |due: Option<Instant>| due.is_some_and(|due| Instant::now() >= due);
-        let load = self.source.common.timeouts.load;
         let in_time = due.map(|due| due.saturating_duration_since(Instant::now()));
         let patience = match in_time {
             Some(left) if left < load => {
@@ -292,6 +297,7 @@ impl Drive<'_> {
             }
             match self.session.next(patience) {
                 Ok(Item::Message(Message::Prepared(prepared))) if prepared.attempt == number => {
+                    self.loads_no_more(number);
                     // Who answers what has not gone out yet must not have the commit wait for it.
                     return match self.session.sent_aside(patience) {
                         Err(Error::TimedOut { .. }) if is_over(due) => Ok(None),

@@ -237,6 +237,7 @@ impl Drive<'_> {
             Message::Pong { number } => self.take_pong(*number),
             // Of a switchover that was called off: too late, and still good to know.
             Message::Prepared(prepared) if self.was_called_off(prepared.attempt) => {
+                self.loads_no_more(prepared.attempt);
                 self.convergence.learn_load(Duration::from_nanos(prepared.load_ns));
             }
             _ => return Err(unexpected(message, state)),

@@ -1,0 +1,174 @@
+//! A destination that still loads device state of a switchover that was called off: it does nothing else
+//! meanwhile, and that costs the migration nothing.
+
+mod support;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, unbounded};
+use pageferry::convergence::Policy;
+use pageferry::dirty::DirtySources;
+use pageferry::memory::GuestMemory;
+use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::transport::{
+    Capabilities, ChannelCounters, ControlChannel, Interrupt, Link, PageSender, Registration, Run,
+    SourceLink, Ticket, TransportError, Watermarks,
+};
+use pageferry::{Destination, Event, Machine, MachineError, Source, SwitchoverStage, Timeouts};
+use support::{SharedLog, SoftwareLog, TestMachine};
+
+/// A link that loses its second data channel when it is told to.
+struct Unlucky {
+    inner: Box<dyn SourceLink>,
+    lost: Arc<AtomicBool>,
+}
+
+impl Link for Unlucky {
+    fn name(&self) -> &'static str {
+        "unlucky"
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.inner.control()
+    }
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.inner.register(memory)
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+impl SourceLink for Unlucky {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let mut senders = self.inner.open_senders(channels)?;
+        let inner = senders.remove(1);
+        senders.insert(1, Box::new(UnluckySender { inner, lost: Arc::clone(&self.lost) }));
+        Ok(senders)
+    }
+}
+
+struct UnluckySender {
+    inner: Box<dyn PageSender>,
+    lost: Arc<AtomicBool>,
+}
+
+impl UnluckySender {
+    fn check(&self) -> Result<(), TransportError> {
+        if self.lost.load(Ordering::SeqCst) {
+            let cause = io::ErrorKind::ConnectionReset.into();
+            return Err(TransportError::Lost { operation: "keep a channel", cause });
+        }
+        Ok(())
+    }
+}
+
+impl PageSender for UnluckySender {
+    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
+        self.check()?;
+        self.inner.send(runs)
+    }
+    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
+        self.check()?;
+        self.inner.watermarks(wait)
+    }
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.inner.finish()
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+/// Its first load goes on until it was called off, and for a while more.
+#[derive(Debug)]
+struct Loading {
+    inner: TestMachine,
+    called_off: Option<Receiver<()>>,
+    longer: Duration,
+}
+
+impl Machine for Loading {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.inner.pause()
+    }
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.inner.resume()
+    }
+    fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
+        self.inner.save(state)
+    }
+    fn check_state_schema(&self, source: &[u8]) -> Result<(), MachineError> {
+        self.inner.check_state_schema(source)
+    }
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        if let Some(called_off) = self.called_off.take() {
+            called_off.recv()?;
+            thread::sleep(self.longer);
+        }
+        self.inner.load(state)
+    }
+    fn release_resources(&mut self) -> Result<(), MachineError> {
+        self.inner.release_resources()
+    }
+    fn reacquire_resources(&mut self) -> Result<(), MachineError> {
+        self.inner.reacquire_resources()
+    }
+}
+
+#[test]
+fn a_load_that_outlives_its_switchover_costs_time_alone() {
+    let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
+    (0..500).for_each(|page| here.fill_page(0, page, 1));
+    let (source_link, destination_link) = memory_transport::pair();
+    let log = SoftwareLog::new(&here);
+    let mut mine = TestMachine::new(&here, &log, 100, 42);
+    mine.resume().unwrap();
+    mine.await_writes();
+    let mut inner = TestMachine::new(&there, &SoftwareLog::new(&there), 100, 43);
+    inner.contend_with(&mine);
+    // Nothing may take as long as half of it: no word on a lost channel, no page, no frame.
+    let patience = Duration::from_secs(2);
+    let (tell, told) = unbounded();
+    let theirs = Loading { inner, called_off: Some(told), longer: 2 * patience };
+
+    let lost = Arc::new(AtomicBool::new(false));
+    let timeouts = Timeouts { handshake: patience, stall: patience, ..Timeouts::default() };
+    let source = Source::new().channels(2).timeouts(timeouts).policy(Policy::KeepTrying);
+    // Which compares memory before the guest goes on.
+    let source = source.downtime_limit(Duration::from_millis(400)).verify(true);
+    let (handle, losing) = (source.handle(), Arc::clone(&lost));
+    let source = source.on_event(move |event| {
+        if let Event::CalledOff { stage: Some(SwitchoverStage::DeviceState), .. } = event {
+            losing.store(true, Ordering::SeqCst);
+            // What one load took is no reason against another.
+            handle.set_downtime_limit(Duration::from_secs(60));
+            tell.send(()).expect("the destination loads");
+        }
+    });
+    let (departed, arrived) = thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let offer = Destination::new().negotiate(Box::new(destination_link)).unwrap();
+            offer.receive(theirs, there.memory())
+        });
+        let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
+        let link = Box::new(Unlucky { inner: Box::new(source_link), lost });
+        let departed = source.migrate(mine, here.memory(), dirty, link);
+        (departed, receiving.join().expect("the destination does not panic"))
+    });
+    let departed = departed.expect("the source hands over");
+    let arrived = arrived.expect("the guest arrives");
+    assert_eq!(departed.statistics.lost_channels, 1);
+    assert!(departed.statistics.switchover_attempts > 1);
+    assert!(arrived.machine.called_off.is_none() && arrived.machine.inner.is_running());
+    assert!(arrived.verified);
+}
