@@ -9,20 +9,23 @@ use pageferry::transport::{Admission, DestinationLink, Link, Received, Run, RunK
 use pageferry_iouring::{IoUringOptions, Rings};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 use rustix::process::{Resource, Rlimit, geteuid, getpid, getrlimit, setrlimit};
-use rustix::thread::set_thread_res_uid;
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_res_uid};
 
 const SOON: Duration = Duration::from_secs(20);
 const PAGES: u32 = 1000;
 const CHANNELS: u16 = 8;
 
 /// From here on this thread, and those that it starts, are a user who has locked nothing yet, if
-/// they may become one.
+/// they may become one, without the privilege to exceed the limit.
 fn become_somebody() {
     if geteuid().is_root() {
         let pid = getpid().as_raw_nonzero().get().unsigned_abs();
         let somebody = rustix::process::Uid::from_raw(1_000_000 + pid);
         set_thread_res_uid(somebody, somebody, somebody).expect("another user");
     }
+    let mut sets = capabilities(None).expect("what this thread may do");
+    sets.effective.remove(CapabilitySet::IPC_LOCK);
+    set_capabilities(None, sets).expect("less than before");
 }
 
 fn limit(bytes: u64) {

@@ -104,11 +104,12 @@ const MEMLOCK: &str = "--memlock=65536:65536";
 /// where that can't be had, having said why.
 fn as_ordinary_user(name: &'static str, args: &[&str]) -> Option<Process> {
     let program = env!("CARGO_BIN_EXE_pageferry-vmm");
-    let mut user = vec!["prlimit", MEMLOCK];
+    // A user may have been given the right to exceed the limit.
+    let mut user = vec!["setpriv", "--inh-caps=-all"];
     if rustix::process::geteuid().is_root() {
-        user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"].to_vec();
-        user.extend(["prlimit", MEMLOCK]);
+        user.extend(["--reuid=65534", "--regid=65534", "--clear-groups"]);
     }
+    user.extend(["prlimit", MEMLOCK]);
     let mut may_run = Command::new(user[0]);
     match may_run.args(&user[1..]).args(["test", "-x", program]).output() {
         Ok(output) if output.status.success() => {}
