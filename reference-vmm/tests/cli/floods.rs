@@ -13,13 +13,14 @@ use pageferry::protocol::{FailureReason, MAX_DATA_RANGES, Message, negotiate};
 use pageferry::transport::stream::{ACK_BYTES, encode_batch};
 use pageferry::transport::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, Run, RunKind};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, PREAMBLE_BYTES, Status};
+use rustix::process::Signal;
 
 use crate::support::peer::{
     Opened, control_preamble, frame, guest_of, hello, hello_of, listen, ok_answer, receive, send,
     take, try_open, try_receive,
 };
 use crate::support::process::Process;
-use crate::support::sides::{SMALL_BYTES, destination, source_that_stays};
+use crate::support::sides::{SMALL_BYTES, destination, destination_that_stays, source_that_stays};
 
 /// More than a process that is idle has, at most.
 const MOST_MORE_BYTES: u64 = 64 << 20;
@@ -356,9 +357,9 @@ fn assert_destination_stands_sources(
     floods: &[Flood],
     way: impl Fn(&mut Opened) -> &mut TcpStream,
 ) {
-    let (mut destination, address) = destination(more);
+    let (mut destination, address) = destination_that_stays(more);
     let idle_bytes = destination.peak_memory_bytes() + SMALL_BYTES;
-    let mut source = source_that_stays(&["--workload=idle"]);
+    let mut source = source_that_stays(&["--workload=idle", "--verify"]);
     let hello = hello_of(guest_of(guest_bytes), 1);
     let (until, never) = (Instant::now() + FLOOD, AtomicBool::new(false));
     let (mut sent, mut last) = (0, None);
@@ -383,9 +384,15 @@ fn assert_destination_stands_sources(
     eprintln!("{} KiB went out", sent >> 10);
     drop(last);
     assert_gets_in(&mut source, &address);
-    assert_needs_little(&mut destination, idle_bytes);
     source.finish().assert_status(0);
-    destination.finish().report(0).assert_arrived();
+    let arrived = destination.await_report();
+    assert_eq!((arrived.text("outcome"), arrived.text("guest_at")), ("completed", "destination"));
+    assert_eq!(arrived.flag("memory_match"), Some(true), "{arrived:?}");
+    // It stays for this: who has ended has no memory.
+    assert_needs_little(&mut destination, idle_bytes);
+    destination.await_message("the guest runs here; Ctrl-C ends it");
+    destination.signal(Signal::INT);
+    destination.finish().assert_status(0);
 }
 
 fn range(first_page: u32, pages: u32) -> PageRange {
