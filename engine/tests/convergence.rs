@@ -3,6 +3,7 @@
 mod support;
 
 use std::num::{NonZeroU16, NonZeroU64};
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,6 +25,9 @@ const WORKING_SET: u64 = 200;
 /// Long enough for a busy machine to meet, short enough to wait for.
 const LIMIT: Duration = Duration::from_millis(400);
 
+/// What nothing takes that goes on.
+const HANG: Duration = Duration::from_secs(20);
+
 /// When a machine takes its time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Slow {
@@ -41,6 +45,8 @@ struct SlowMachine {
     slow: Slow,
     times: u32,
     takes: Duration,
+    /// Instead of that: as long as the source's guest stands still, by what is heard of it.
+    stands_still: Option<Receiver<bool>>,
     /// Bytes of device state beyond what it is about.
     padding: usize,
     throttled: Arc<Mutex<Vec<u8>>>,
@@ -57,7 +63,15 @@ impl SlowMachine {
     fn take_time(&mut self, at: Slow) {
         if at == self.slow && self.times > 0 {
             self.times -= 1;
-            thread::sleep(self.takes);
+            let Some(stands_still) = &self.stands_still else {
+                return thread::sleep(self.takes);
+            };
+            let mut stands = true;
+            while let Ok(now) =
+                stands_still.recv_timeout(if stands { HANG } else { Duration::ZERO })
+            {
+                stands = now;
+            }
         }
     }
 }
@@ -113,6 +127,8 @@ struct Scene {
     slow: (Slow, u32),
     /// How long each time.
     takes: Duration,
+    /// For the destination's machine.
+    stands_still: Option<Receiver<bool>>,
     padding: usize,
     faults: Faults,
     source: Source,
@@ -140,6 +156,7 @@ impl Scene {
             here,
             slow: (slow, times),
             takes: LIMIT,
+            stands_still: None,
             padding: 0,
             faults: Faults::default(),
             source: Source::new().channels(2).downtime_limit(LIMIT),
@@ -168,6 +185,7 @@ impl Scene {
             slow: self.slow.0,
             times: self.slow.1,
             takes: self.takes,
+            stands_still: None,
             padding: self.padding,
             throttled: Arc::clone(&self.throttled),
             rehearsals: 0,
@@ -177,6 +195,7 @@ impl Scene {
         mine.inner.await_writes();
         let mut theirs = machine(&there, &SoftwareLog::new(&there), 43);
         theirs.inner.contend_with(&mine.inner);
+        theirs.stands_still = self.stands_still;
         let hear_there = Arc::clone(&self.there_events);
         let destination =
             self.destination.on_event(move |event| hear_there.lock().unwrap().push(event.clone()));
@@ -249,7 +268,15 @@ fn a_switchover_that_takes_too_long_is_called_off_and_another_follows() {
         (Slow::Load, SwitchoverStage::DeviceState),
         (Slow::Save, SwitchoverStage::Pages),
     ] {
-        let mut scene = Scene::new(slow, 1).on_event(|_| {});
+        let (tell, stands_still) = mpsc::channel();
+        let mut scene = Scene::new(slow, 1).on_event(move |event| {
+            let stands = matches!(event, Event::GuestPaused);
+            if stands || matches!(event, Event::CalledOff { .. }) {
+                let _ = tell.send(stands);
+            }
+        });
+        // A load that lasts as long as the limit may be over before a busy source has seen that the limit is.
+        scene.stands_still = Some(stands_still);
         scene.source = scene.source.policy(Policy::KeepTrying);
         let (departed, _, stages) = scene.play().expect_moved();
         assert!(stages.contains(&stage) || slow == Slow::Save, "{slow:?}: {stages:?}");
