@@ -1,10 +1,12 @@
 //! A side that is killed or stands still in the middle, and guests that cannot be moved in time.
 
+use std::sync::Arc;
+
 use rustix::process::Signal;
 
-use crate::support::proxy::{Trouble, proxy};
+use crate::support::proxy::{Gate, Trouble, gated, proxy};
 use crate::support::report::Report;
-use crate::support::sides::{BUSY, destination, source, source_of, under_way};
+use crate::support::sides::{BUSY, destination, source, source_of, under_way, under_way_to};
 
 /// A side that has lost its link waits so long for the other one's word why: longer than a guest
 /// may stand still for a peer that does not do its part.
@@ -95,6 +97,41 @@ fn a_destination_that_stood_still_for_a_while_loses_no_channel() {
     source.say("cancel");
     let report = source.finish().report(3);
     assert_eq!(report.count("lost_channels"), 0, "{report:?}");
+}
+
+/// Nothing gets through on any connection for longer than one channel alone may be silent, and then all of
+/// it does: whatever was on its way when it stopped.
+fn assert_stands_an_outage(transport: &str) {
+    let (mut destination, address) = destination(&[transport]);
+    let gate = Arc::new(Gate::default());
+    let address = gated(&address, &gate);
+    let more =
+        ["--channels=4", "--dirty-rate=100000", "--stall-timeout=10s", "--verify", transport];
+    let (mut source, _) = under_way_to(&mut destination, &address, &more);
+    gate.shut();
+    std::thread::sleep(std::time::Duration::from_secs(6));
+    let messages = source.messages();
+    assert!(!messages.contains("round 3: "), "it got through: {messages}");
+    gate.open();
+    source.await_message("round 3: ");
+    source.say("downtime-limit 30s");
+    let departed = source.finish().report(0);
+    let arrived = destination.finish().report(0);
+    for report in [&departed, &arrived] {
+        assert_eq!(report.count("lost_channels"), 0, "{report:?}");
+        assert_eq!(report.flag("memory_match"), Some(true), "{report:?}");
+    }
+    arrived.assert_arrived();
+}
+
+#[test]
+fn an_outage_of_the_whole_link_loses_no_channel_of_tcp() {
+    assert_stands_an_outage("--transport=tcp");
+}
+
+#[test]
+fn an_outage_of_the_whole_link_loses_no_channel_of_io_uring() {
+    assert_stands_an_outage("--transport=auto");
 }
 
 #[test]

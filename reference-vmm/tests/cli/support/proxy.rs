@@ -1,9 +1,10 @@
-//! A link through which everything goes until the guest stands still, and then something happens to it.
+//! Links through which everything goes until something happens to them: when the guest stands still, or when
+//! a test says so.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
 use pageferry::protocol::Message;
@@ -112,4 +113,56 @@ impl Link {
         }
         Ok(())
     }
+}
+
+/// What a whole link goes through: shut, nothing passes on any of its connections, either way, and
+/// nobody is told.
+#[derive(Default)]
+pub(crate) struct Gate {
+    shut: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    pub(crate) fn shut(&self) {
+        *self.shut.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    pub(crate) fn open(&self) {
+        *self.shut.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.changed.notify_all();
+    }
+
+    /// Passes on what comes, and its end.
+    fn pass(&self, mut from: TcpStream, mut to: TcpStream) {
+        let mut bytes = vec![0; 64 << 10];
+        loop {
+            let read = from.read(&mut bytes).unwrap_or(0);
+            let shut = self.shut.lock().unwrap_or_else(PoisonError::into_inner);
+            drop(self.changed.wait_while(shut, |shut| *shut));
+            if read == 0 || to.write_all(&bytes[..read]).is_err() {
+                // Fails if it is gone altogether.
+                let _ = to.shutdown(Shutdown::Write);
+                return;
+            }
+        }
+    }
+}
+
+/// Listens for a source on its way to `destination`. With its own address.
+pub(crate) fn gated(destination: &str, gate: &Arc<Gate>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let address = listener.local_addr().expect("an address").to_string();
+    let (destination, gate) = (destination.to_owned(), Arc::clone(gate));
+    thread::spawn(move || {
+        for source in listener.incoming().map_while(Result::ok) {
+            let Ok(there) = TcpStream::connect(&destination) else { continue };
+            for (from, to) in [(&source, &there), (&there, &source)] {
+                let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) else { continue };
+                let gate = Arc::clone(&gate);
+                thread::spawn(move || gate.pass(from, to));
+            }
+        }
+    });
+    address
 }
