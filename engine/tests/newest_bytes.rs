@@ -22,9 +22,13 @@ use pageferry::transport::{
     PageReceiver, PageSender, Received, Registration, Run, SourceLink, Ticket, TransportError,
     Watermarks,
 };
-use pageferry::{Destination, Machine, MachineError, Source, Timeouts};
+use pageferry::{Destination, Error, GuestAtSource, Machine, MachineError, Source, Timeouts};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
+
+/// How long nothing may land where a channel falls silent, in many cases: half of it passes before the
+/// channel is closed.
+const STALL: Duration = Duration::from_secs(6);
 
 /// Small enough that pages are written many times, in several stripes and two regions.
 const REGION_PAGES: [u64; 2] = [1100, 70];
@@ -400,8 +404,8 @@ struct Migration {
     channels: u16,
     /// A channel that is lost, once so many pages have gone out on it.
     lose_channel: Option<(u16, u64)>,
-    /// Whether nobody is told: it falls silent.
-    silently: bool,
+    /// Nobody is told: it falls silent, and is closed after half the time in which anything must land.
+    silently: Option<Duration>,
     reorder_depth: usize,
     late_channel: Option<u16>,
     link: LinkLimits,
@@ -409,22 +413,18 @@ struct Migration {
 }
 
 /// Returns the first of [`PAGES`] that does not hold its newest bytes at the destination, and whether
-/// memory is the same otherwise.
-fn play(migration: Migration) -> (Option<(u16, u64)>, bool) {
+/// memory is the same otherwise; or why the guest was kept.
+fn play(migration: Migration) -> Result<(Option<(u16, u64)>, bool), Error> {
     let Migration { script, stalls, channels, reorder_depth, late_channel, link, seed, .. } =
         migration;
     let lose_channel = migration.lose_channel.map(|(channel, pages)| (channel, pages * 4096));
     let faults = Faults { reorder_depth, ..Faults::default() };
-    let (faults, timeouts) = if migration.silently {
-        // Half of it passes before a silent channel is closed. A machine that is busy with other things
-        // must not be silent for all of it.
-        let stall = Duration::from_secs(12);
-        (
+    let (faults, timeouts) = match migration.silently {
+        Some(stall) => (
             Faults { silent_channel: lose_channel, ..faults },
             Timeouts { stall, ..Timeouts::default() },
-        )
-    } else {
-        (Faults { lose_channel, ..faults }, Timeouts::default())
+        ),
+        None => (Faults { lose_channel, ..faults }, Timeouts::default()),
     };
     let (stalled, wanted) = (!stalls.is_empty(), stalls.len());
     let guest = Guest::new(script, stalls);
@@ -446,7 +446,7 @@ fn play(migration: Migration) -> (Option<(u16, u64)>, bool) {
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let offer = Destination::new().negotiate(there_link).unwrap();
-            offer.receive(Scripted(nobody), there.memory()).map(drop).unwrap();
+            offer.receive(Scripted(nobody), there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(Tracker(Arc::clone(&guest)))]);
         let source = if stalled {
@@ -456,24 +456,42 @@ fn play(migration: Migration) -> (Option<(u16, u64)>, bool) {
             Source::new().downtime_limit(Duration::from_millis(1)).bound(Bound::BestEffort)
         };
         source.handle().limit_bandwidth(link.limit);
-        let departed = source
-            .channels(channels)
-            .timeouts(timeouts)
-            .max_rounds(10_000)
-            .migrate(Scripted(Arc::clone(&guest)), guest.memory.memory(), dirty, Box::new(stepping))
-            .unwrap();
-        receiving.join().unwrap();
+        let outcome = source.channels(channels).timeouts(timeouts).max_rounds(10_000).migrate(
+            Scripted(Arc::clone(&guest)),
+            guest.memory.memory(),
+            dirty,
+            Box::new(stepping),
+        );
+        let arrived = receiving.join().unwrap();
+        let departed = match outcome {
+            Ok(departed) => departed,
+            Err(failure) => {
+                assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
+                assert!(arrived.is_err(), "two guests");
+                return Err(failure.error);
+            }
+        };
+        arrived.unwrap();
         // Stalls are noticed; one switchover may have those of several channels.
         let stalls = wanted - guest.state.lock().unwrap().stalls.len();
         let attempts = departed.statistics.switchover_attempts;
         assert!(stalls == 0 || attempts > 1, "{attempts} switchovers with {stalls} stalls");
         assert_eq!(departed.statistics.called_off > Duration::ZERO, attempts > 1);
-    });
+        Ok(())
+    })?;
     let newest = guest.state.lock().unwrap().newest;
     let stale = PAGES.into_iter().zip(newest).find(|((region, page), version)| {
         there.read(*region, *page) != version.to_le_bytes().repeat(512)
     });
-    (stale.map(|(page, _)| page), guest.memory.first_difference(&there).is_none())
+    Ok((stale.map(|(page, _)| page), guest.memory.first_difference(&there).is_none()))
+}
+
+/// The destination has the newest bytes.
+fn assert_newest(migration: Migration) {
+    match play(migration) {
+        Ok(found) => assert_eq!(found, (None, true)),
+        Err(error) => panic!("the guest was kept: {error:?}"),
+    }
 }
 
 /// A guest that writes on after each way of calling a switchover off, over channels that are lost
@@ -487,13 +505,13 @@ fn what_is_written_after_a_switchover_was_called_off_is_not_lost() {
             stalls,
             channels: 3,
             lose_channel: Some((1, 40)),
-            silently: false,
+            silently: None,
             reorder_depth: 0,
             late_channel: None,
             link: SHORT_BATCHES,
             seed: 1,
         };
-        assert_eq!(play(migration), (None, true));
+        assert_newest(migration);
     }
 }
 
@@ -505,13 +523,13 @@ fn what_a_silent_channel_had_under_way_is_not_lost() {
         stalls: vec![Stall::Release],
         channels: 3,
         lose_channel: Some((1, 40)),
-        silently: true,
+        silently: Some(Timeouts::default().stall),
         reorder_depth: 0,
         late_channel: Some(2),
         link: SHORT_BATCHES,
         seed: 1,
     };
-    assert_eq!(play(migration), (None, true));
+    assert_newest(migration);
 }
 
 /// The third page of a stripe that changes hands between two channels when a third one is lost,
@@ -523,13 +541,13 @@ fn what_a_former_owner_sent_does_not_land_on_newer_bytes() {
         stalls: Vec::new(),
         channels: 3,
         lose_channel: Some((1, 0)),
-        silently: false,
+        silently: None,
         reorder_depth: 0,
         late_channel: Some(2),
         link: SHORT_BATCHES,
         seed: 1,
     };
-    assert_eq!(play(migration), (None, true));
+    assert_newest(migration);
 }
 
 /// A channel is lost, mostly in the middle of a stripe: each has some 30 pages to be sent in each of
@@ -564,7 +582,7 @@ fn a_migration() -> impl Strategy<Value = Migration> {
                 script,
                 stalls,
                 channels,
-                silently: silently && lose_channel.is_some(),
+                silently: lose_channel.filter(|_| silently).map(|_| STALL),
                 lose_channel,
                 reorder_depth,
                 late_channel,
@@ -599,7 +617,14 @@ fn the_destination_ends_with_the_newest_bytes() {
         let random = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
         let mut runner = TestRunner::new_with_rng(config, random);
         let result = runner.run(&a_migration(), |migration| {
-            prop_assert_eq!(play(migration), (None, true));
+            let silently = migration.silently.is_some();
+            match play(migration) {
+                Ok(found) => prop_assert_eq!(found, (None, true)),
+                // Nothing landed for so long because the machine had other things to do, which is no fault.
+                // That the others take over is for a case of its own, with more time.
+                Err(Error::TimedOut { what: "pages to land", after: STALL }) if silently => {}
+                Err(error) => return Err(TestCaseError::fail(format!("kept: {error:?}"))),
+            }
             Ok(())
         });
         result.unwrap_or_else(|failure| panic!("PAGEFERRY_TEST_SEED={seed}: {failure}"));
