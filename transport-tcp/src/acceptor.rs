@@ -10,11 +10,11 @@ use std::time::Duration;
 use pageferry::transport::{Interrupt, TransportError, addresses};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::board::{Bell, Board};
+use crate::board::Board;
 use crate::connection::LinkState;
+use crate::desk::Desk;
 use crate::destination::TcpDestinationLink;
 use crate::options::TcpOptions;
-use crate::poll_loop::PollLoop;
 
 const BACKLOG: i32 = 128;
 /// Fits the kernel's 15 bytes.
@@ -89,20 +89,20 @@ impl TcpAcceptor {
     /// Waits for a source, at most `timeout` (`None`: until there is one). While the link of the
     /// migration before lives, no source is let in.
     pub fn accept(&self, timeout: Option<Duration>) -> Result<TcpDestinationLink, TransportError> {
-        let board = Arc::downgrade(&self.desk.board);
+        let board = Arc::downgrade(self.desk.board());
         let state = LinkState::new(move || {
             if let Some(board) = board.upgrade() {
                 board.wake_all();
             }
         });
-        let accepted = self.desk.board.next_migration(timeout, &state)?;
+        let accepted = self.desk.board().next_migration(timeout, &state)?;
         Ok(TcpDestinationLink::new(accepted, Arc::clone(&self.desk), state))
     }
 
     /// A handle that ends [`TcpAcceptor::accept`], now and later, with
     /// [`TransportError::Interrupted`]. Links that were accepted are not concerned.
     pub fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::new(AcceptInterrupter(Arc::clone(&self.desk.board)))
+        Arc::new(AcceptInterrupter(Arc::clone(self.desk.board())))
     }
 }
 
@@ -112,44 +112,6 @@ struct AcceptInterrupter(Arc<Board>);
 impl Interrupt for AcceptInterrupter {
     fn interrupt(&self) {
         self.0.interrupt_accept();
-    }
-}
-
-/// The acceptor's thread, shared by the acceptor and its links. Ends with the last of them.
-#[derive(Debug)]
-pub(crate) struct Desk {
-    board: Arc<Board>,
-    bell: Arc<Bell>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Desk {
-    fn open(
-        listener: Socket,
-        options: TcpOptions,
-        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
-    ) -> io::Result<Self> {
-        let board = Arc::new(Board::default());
-        let bell = Arc::new(Bell::new()?);
-        let poll_loop = PollLoop::new(listener, Arc::clone(&bell), Arc::clone(&board), options);
-        let thread = spawn(Box::new(move || poll_loop.run()))?;
-        Ok(Self { board, bell, thread: Some(thread) })
-    }
-
-    pub(crate) fn board(&self) -> &Board {
-        &self.board
-    }
-}
-
-impl Drop for Desk {
-    fn drop(&mut self) {
-        self.board.stop(None);
-        self.bell.ring();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the acceptor's thread panicked");
-        }
     }
 }
 

@@ -15,10 +15,9 @@ use socket2::Socket;
 
 use crate::framing::refusal;
 use crate::options;
-use crate::outstanding::Outstanding;
+use crate::outstanding::{Outstanding, Unreleased};
 use crate::preamble::{Answer, Status};
 use crate::raw_io;
-use crate::zero_copy::Unreleased;
 
 /// Locks, whatever happened to others: no critical section here leaves a state half changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

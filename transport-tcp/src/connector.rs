@@ -12,13 +12,27 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::connection::{Connection, LinkState, until};
+use crate::dial::{Attempt, Dialled};
 use crate::options::TcpOptions;
 use crate::preamble::{Kind, Preamble};
-use crate::source::{Attempt, TcpSourceLink};
+use crate::source::TcpSourceLink;
 
 /// How long an address may be silent before the next one is tried too: the connection attempt
 /// delay of RFC 8305.
 const STAGGER: Duration = Duration::from_millis(250);
+
+/// Connects to a destination that accepts migrations ([`TcpAcceptor`](crate::TcpAcceptor)).
+///
+/// Tries the addresses of a name one after another, and the next one too when one is silent for a
+/// quarter of a second (RFC 8305, "Happy Eyeballs"); the first that is connected is taken. Each is
+/// given at most [`TcpOptions::connect_timeout`]. A refusal is an answer: it is returned as
+/// [`TransportError::Refused`]. To be able to end it, use [`TcpConnector`].
+pub fn connect(
+    addr: impl ToSocketAddrs + fmt::Debug,
+    options: TcpOptions,
+) -> Result<TcpSourceLink, TransportError> {
+    TcpConnector::new(options).connect(addr)
+}
 
 /// Connects, and can be told to stop.
 ///
@@ -52,7 +66,7 @@ impl TcpConnector {
         Arc::clone(&self.state) as Arc<dyn Interrupt>
     }
 
-    /// As [`connect()`](crate::connect()).
+    /// As [`connect()`].
     pub fn connect(
         self,
         addr: impl ToSocketAddrs + fmt::Debug,
@@ -73,10 +87,7 @@ impl TcpConnector {
             last_error: unreachable(io::ErrorKind::NotFound.into()),
         };
         loop {
-            let answer = race
-                .winner()?
-                .greet(&preamble, &options)
-                .and_then(crate::source::Dialled::await_answer);
+            let answer = race.winner()?.greet(&preamble, &options).and_then(Dialled::await_answer);
             match answer {
                 Ok(control) => {
                     options.check_buffers(control.socket()).map_err(unreachable)?;

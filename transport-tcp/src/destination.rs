@@ -11,10 +11,10 @@ use pageferry::transport::{
     Registration, TransportError,
 };
 
-use crate::acceptor::Desk;
 use crate::board::Accepted;
 use crate::connection::{Connection, LinkState, close_all};
 use crate::data_socket::DataSocket;
+use crate::desk::Desk;
 use crate::receiver::TcpPageReceiver;
 use crate::{CAPABILITIES, NAME, control};
 

@@ -64,7 +64,9 @@ mod connection;
 mod connector;
 mod control;
 mod data_socket;
+mod desk;
 mod destination;
+mod dial;
 mod framing;
 mod greeting;
 mod half_open;
@@ -81,11 +83,11 @@ mod zero_copy;
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
 
 pub use acceptor::TcpAcceptor;
-pub use connector::TcpConnector;
+pub use connector::{TcpConnector, connect};
 pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
 pub use options::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
-pub use source::{TcpSourceLink, connect};
+pub use source::TcpSourceLink;
 
 /// Most data channels of a link; bounds how many connections a peer can make us hold.
 pub const MAX_CHANNELS: u16 = 256;

@@ -6,7 +6,9 @@
 //! order.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use pageferry::memory::GuestMemory;
 use pageferry::transport::{Ticket, ZeroCopyCounts};
 
 /// A range of completed sends, as the kernel reports it.
@@ -82,6 +84,14 @@ impl Outstanding {
         }
         counts
     }
+}
+
+/// Guest memory that the kernel may still read, for whoever closes the connection.
+#[derive(Debug)]
+pub(crate) struct Unreleased {
+    pub(crate) outstanding: Outstanding,
+    /// Not used; kept mapped, and from other use by its owner, until the kernel is done.
+    pub(crate) _memory: Arc<GuestMemory>,
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use pageferry::transport::{Ticket, TransportError, ZeroCopyCounts};
 
 use crate::connection::Connection;
 use crate::options::{TcpOptions, ZeroCopy};
-use crate::outstanding::Outstanding;
+use crate::outstanding::{Outstanding, Unreleased};
 use crate::raw_io;
 
 /// Page bytes from which a batch is sent zero-copy. It costs one more `sendmsg` (the head may not
@@ -39,14 +39,6 @@ enum Mode {
     Trying,
     /// Whatever comes of it.
     On,
-}
-
-/// Guest memory that the kernel may still read, for whoever closes the connection.
-#[derive(Debug)]
-pub(crate) struct Unreleased {
-    pub(crate) outstanding: Outstanding,
-    /// Not used; kept mapped, and from other use by its owner, until the kernel is done.
-    pub(crate) _memory: Arc<GuestMemory>,
 }
 
 #[derive(Debug)]
