@@ -13,11 +13,11 @@ use crate::addresses::advise;
 use crate::board::Board;
 use crate::check_libraries;
 use crate::cm::Id;
+use crate::desk::Desk;
 use crate::destination::RdmaDestinationLink;
 use crate::dial::{Request, check_device};
 use crate::options::RdmaOptions;
-use crate::reception::{Arrival, Reception};
-use crate::state::Bell;
+use crate::reception::Arrival;
 
 /// Requests that the kernel keeps for the acceptor's thread.
 const BACKLOG: i32 = 64;
@@ -95,15 +95,15 @@ impl RdmaAcceptor {
 
     /// Ends [`Self::accept`], now and later. Links that were accepted go on.
     pub fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::new(AcceptInterrupter(Arc::clone(&self.desk.board)))
+        Arc::new(AcceptInterrupter(Arc::clone(self.desk.board())))
     }
 
     /// Waits for a source, at most `timeout` (`None`: for as long as it takes). While the link of the
     /// migration before lives, no source is let in.
     pub fn accept(&self, timeout: Option<Duration>) -> Result<RdmaDestinationLink, TransportError> {
-        let arrival = self.desk.board.next_migration(timeout)?;
+        let arrival = self.desk.board().next_migration(timeout)?;
         RdmaDestinationLink::new(arrival, Arc::clone(&self.desk))
-            .inspect_err(|_| self.desk.board.end_migration())
+            .inspect_err(|_| self.desk.board().end_migration())
     }
 }
 
@@ -113,45 +113,6 @@ struct AcceptInterrupter(Arc<Board<Arrival, Request>>);
 impl Interrupt for AcceptInterrupter {
     fn interrupt(&self) {
         self.0.interrupt_accept();
-    }
-}
-
-/// The acceptor's thread, shared by the acceptor and its links. Ends with the last of them.
-#[derive(Debug)]
-pub(crate) struct Desk {
-    board: Arc<Board<Arrival, Request>>,
-    bell: Arc<Bell>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Desk {
-    fn open(
-        listener: Id,
-        local: SocketAddr,
-        options: RdmaOptions,
-        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>>,
-    ) -> io::Result<Self> {
-        let (board, bell) = (Arc::new(Board::default()), Arc::new(Bell::new()?));
-        let reception =
-            Reception::new(listener, local, Arc::clone(&bell), Arc::clone(&board), options);
-        let thread = spawn(Box::new(move || reception.run()))?;
-        Ok(Self { board, bell, thread: Some(thread) })
-    }
-
-    pub(crate) fn board(&self) -> &Board<Arrival, Request> {
-        &self.board
-    }
-}
-
-impl Drop for Desk {
-    fn drop(&mut self) {
-        self.board.stop(None);
-        self.bell.ring();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the acceptor's thread panicked");
-        }
     }
 }
 

@@ -39,6 +39,16 @@ pub(crate) trait Voice: Send + Sync + fmt::Debug {
     fn displace(&self);
 }
 
+impl Voice for LinkState {
+    fn place(&self) -> Place {
+        LinkState::place(self)
+    }
+
+    fn displace(&self) {
+        LinkState::displace(self);
+    }
+}
+
 /// What becomes of a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Part {

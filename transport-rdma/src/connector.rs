@@ -12,9 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::cm::{Id, RemoteAccess};
-use crate::dial::{Found, Search, Workshop, check_device};
+use crate::dial::{Connected, Found, Search, Workshop, check_device};
 use crate::options::RdmaOptions;
-use crate::pipe::Outlet;
 use crate::preamble::Purpose;
 use crate::source::RdmaSourceLink;
 use crate::state::LinkState;
@@ -23,6 +22,22 @@ use crate::{after, check_libraries};
 /// How long an address may be silent before the next one is tried too: the connection attempt delay
 /// of RFC 8305.
 const STAGGER: Duration = Duration::from_millis(250);
+
+/// Connects to a destination that listens at an RDMA device's address.
+///
+/// The address tells which device is used, unless one is asked for by [`RdmaOptions::device`];
+/// then it must be that one's.
+///
+/// Tries the addresses of a name one after another, and the next one too when one is silent for a
+/// quarter of a second; the first that is connected is taken. Each is given at most
+/// [`RdmaOptions::connect_timeout`]. A refusal is an answer: it is returned as
+/// [`TransportError::Refused`]. To be able to end it, use [`RdmaConnector`].
+pub fn connect(
+    address: impl ToSocketAddrs + fmt::Debug,
+    options: RdmaOptions,
+) -> Result<RdmaSourceLink, TransportError> {
+    RdmaConnector::new(options)?.connect(address)
+}
 
 /// Connects, and can be told to stop.
 #[derive(Debug)]
@@ -45,7 +60,7 @@ impl RdmaConnector {
         Arc::clone(&self.state) as Arc<dyn Interrupt>
     }
 
-    /// As [`connect()`](crate::connect()).
+    /// As [`connect()`].
     pub fn connect(
         self,
         address: impl ToSocketAddrs + fmt::Debug,
@@ -65,14 +80,6 @@ impl RdmaConnector {
         };
         RdmaSourceLink::new(race.winner()?)
     }
-}
-
-/// The first control connection of a link.
-#[derive(Debug)]
-pub(crate) struct Connected {
-    pub(crate) workshop: Workshop,
-    pub(crate) migration: MigrationId,
-    pub(crate) outlet: Outlet,
 }
 
 /// An address that is tried.

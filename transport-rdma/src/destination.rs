@@ -10,9 +10,9 @@ use pageferry::transport::{
     PageReceiver, Registration, TransportError,
 };
 
-use crate::acceptor::Desk;
 use crate::announce::{Announcer, hear_all};
 use crate::cm::RemoteAccess;
+use crate::desk::Desk;
 use crate::dial::{Request, Workshop};
 use crate::memory::Registered;
 use crate::options::Mtu;

@@ -242,6 +242,14 @@ pub(crate) fn resolve(
     }
 }
 
+/// The first control connection of a link.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    pub(crate) workshop: Workshop,
+    pub(crate) migration: MigrationId,
+    pub(crate) outlet: Outlet,
+}
+
 impl Workshop {
     /// For the device of an id.
     pub(crate) fn at(

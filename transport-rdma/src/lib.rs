@@ -50,6 +50,7 @@ mod cm;
 mod connection;
 mod connector;
 mod control;
+mod desk;
 mod destination;
 mod dial;
 #[doc(hidden)]
@@ -79,10 +80,10 @@ use thiserror::Error;
 
 pub use acceptor::RdmaAcceptor;
 pub use addresses::{DeviceAddress, addresses};
-pub use connector::RdmaConnector;
+pub use connector::{RdmaConnector, connect};
 pub use destination::RdmaDestinationLink;
 pub use options::{Mtu, RdmaOptions, RegistrationMode};
-pub use source::{RdmaSourceLink, connect};
+pub use source::RdmaSourceLink;
 
 const NAME: &str = "rdma";
 

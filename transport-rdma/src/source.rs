@@ -1,7 +1,6 @@
 //! The source's end of a link.
 
-use std::fmt;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
@@ -12,10 +11,9 @@ use pageferry::transport::{
 
 use crate::announce::{Directory, tell_all};
 use crate::cm::RemoteAccess;
-use crate::connector::{Connected, RdmaConnector};
-use crate::dial::Workshop;
+use crate::dial::{Connected, Workshop};
 use crate::memory::Registered;
-use crate::options::{Mtu, RdmaOptions};
+use crate::options::Mtu;
 use crate::preamble::Purpose;
 use crate::reader::RdmaReadGrant;
 use crate::sender::RdmaPageSender;
@@ -37,22 +35,6 @@ pub struct RdmaSourceLink {
     migration: MigrationId,
     mtu: u32,
     workshop: Workshop,
-}
-
-/// Connects to a destination that listens at an RDMA device's address.
-///
-/// The address tells which device is used, unless one is asked for by [`RdmaOptions::device`];
-/// then it must be that one's.
-///
-/// Tries the addresses of a name one after another, and the next one too when one is silent for a
-/// quarter of a second; the first that is connected is taken. Each is given at most
-/// [`RdmaOptions::connect_timeout`]. A refusal is an answer: it is returned as
-/// [`TransportError::Refused`]. To be able to end it, use [`RdmaConnector`].
-pub fn connect(
-    address: impl ToSocketAddrs + fmt::Debug,
-    options: RdmaOptions,
-) -> Result<RdmaSourceLink, TransportError> {
-    RdmaConnector::new(options)?.connect(address)
 }
 
 impl RdmaSourceLink {

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use pageferry::transport::{Interrupt, Place, Standing, TransportError};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::board::Voice;
 use crate::port::PortHealth;
 use crate::verbs::{Context, Watch};
 
@@ -87,6 +86,17 @@ impl LinkState {
     /// Of the source that this link is of.
     pub(crate) fn take_place(&self, standing: Standing) {
         *self.standing() = standing;
+    }
+
+    /// Whether the source keeps its place.
+    pub(crate) fn place(&self) -> Place {
+        self.standing().place(Instant::now())
+    }
+
+    /// Ends the link for the sake of another source.
+    pub(crate) fn displace(&self) {
+        self.displaced.store(true, Ordering::Release);
+        Interrupt::interrupt(self);
     }
 
     /// A control frame has come.
@@ -216,16 +226,5 @@ impl ChannelState {
     pub(crate) fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Release);
         self.bell.ring();
-    }
-}
-
-impl Voice for LinkState {
-    fn place(&self) -> Place {
-        self.standing().place(Instant::now())
-    }
-
-    fn displace(&self) {
-        self.displaced.store(true, Ordering::Release);
-        Interrupt::interrupt(self);
     }
 }
