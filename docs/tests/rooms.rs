@@ -352,7 +352,7 @@ fn roots() -> Vec<PathBuf> {
 }
 
 /// Rings that are still there, by crate. The list only gets shorter.
-const STILL_THERE: [(&str, usize); 1] = [("engine", 2)];
+const STILL_THERE: [(&str, usize); 1] = [("engine", 1)];
 
 #[test]
 fn no_modules_form_a_ring() {

@@ -1,8 +1,8 @@
-//! The greeting: what the two sides say of themselves, and the digests by which each knows that the other
-//! heard it right. Whether they fit is decided by [`negotiate`](super::negotiate).
+//! The greeting: what the two sides say of themselves. Whether they fit is decided by
+//! [`negotiate`](super::negotiate).
 
 use super::codec::{Reader, Writer};
-use super::{DecodeError, Kind, Message, speaks_ours};
+use super::{DecodeError, speaks_ours};
 use crate::digest::Digest;
 use crate::memory::{Layout, MAX_REGIONS, RegionLayout};
 
@@ -14,7 +14,7 @@ pub const MAX_STATE_SCHEMA_BYTES: usize = 256 << 10;
 const MAGIC: [u8; 8] = *b"PGFERRY\n";
 
 /// Type, magic and version range, which every hello begins with.
-const START_BYTES: usize = 2 + MAGIC.len() + 2 + 2;
+pub(super) const START_BYTES: usize = 2 + MAGIC.len() + 2 + 2;
 /// Page size, channels, flags and the number of regions.
 const FIXED_BYTES: usize = 4 + 2 + 1 + 4;
 const REGION_BYTES: usize = 3 * 8;
@@ -60,7 +60,7 @@ pub struct Welcome {
     pub channels: u16,
     /// Whether destination memory is all zero, so that zero pages need not be sent.
     pub memory_zeroed: bool,
-    /// Whether the source is to say where there may be data ([`Message::DataRanges`]).
+    /// Whether the source is to say where there may be data ([`Message::DataRanges`](super::Message::DataRanges)).
     pub wants_data_ranges: bool,
     /// The digest of the greeting as the destination knows it: of the hello it heard, and of this
     /// answer, in which this digest itself is zero ([`Welcome::to`]).
@@ -68,34 +68,6 @@ pub struct Welcome {
 }
 
 impl Hello {
-    /// Whether the first `bytes` of a message of `message_bytes` may become a hello that is spoken here,
-    /// and are one if they are all of it. What comes in small pieces costs no more than what comes at
-    /// once: only its start is looked at, and then the whole.
-    pub fn check_arriving(bytes: &[u8], message_bytes: usize) -> Result<(), DecodeError> {
-        if message_bytes > MAX_HELLO_BYTES {
-            let len = u32::try_from(message_bytes).unwrap_or(u32::MAX);
-            return Err(DecodeError::TooLong { field: "hello", len, max: MAX_HELLO_BYTES });
-        }
-        if let Some(&[low, high]) = bytes.get(..2) {
-            let kind = u16::from_le_bytes([low, high]);
-            if kind != Kind::Hello as u16 {
-                return Err(DecodeError::NoGreeting(kind));
-            }
-        }
-        if bytes.len() == message_bytes {
-            return Message::decode(bytes).map(drop);
-        }
-        match Message::decode(&bytes[..bytes.len().min(START_BYTES)]) {
-            Err(DecodeError::Truncated { .. }) | Ok(_) => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Of all its bytes.
-    pub(super) fn digest(&self) -> Digest {
-        Digest::of_bytes(&[&Message::Hello(self.clone()).encode()])
-    }
-
     pub(super) fn encode(&self, w: &mut Writer) {
         // Magic and version range stay where they are in every version to come.
         w.array(&MAGIC);
@@ -157,27 +129,6 @@ impl Hello {
 }
 
 impl Welcome {
-    /// With the digest of the greeting that `hello` began.
-    #[must_use]
-    pub fn to(self, hello: &Hello) -> Self {
-        Self { greeting: self.digest(hello.digest()), ..self }
-    }
-
-    /// The digest of the greeting up to this answer, to a hello of that digest.
-    pub(super) fn digest(&self, hello: Digest) -> Digest {
-        Self { greeting: Digest::default(), ..*self }.confirmation(hello)
-    }
-
-    /// The digest of the whole greeting, as the source confirms it, after a hello of that digest.
-    pub(super) fn confirmation(&self, hello: Digest) -> Digest {
-        Digest::of_bytes(&[&hello.0, &Message::Welcome(*self).encode()])
-    }
-
-    /// The source's confirmation of this answer to `hello`.
-    pub fn agreed(&self, hello: &Hello) -> Message {
-        Message::Agreed { greeting: self.confirmation(hello.digest()) }
-    }
-
     pub(super) fn encode(&self, w: &mut Writer) {
         w.u16(self.version);
         w.u16(self.channels);

@@ -6,6 +6,7 @@
 //! other to ([`Conversation`]). Byte diagrams and the table: `docs/protocol.md`.
 
 mod codec;
+mod confirmation;
 mod conversation;
 mod greeting;
 mod handshake;
