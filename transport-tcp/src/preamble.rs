@@ -1,5 +1,6 @@
 //! How every connection begins: the source says what the connection is for, the destination
-//! answers. Control frames or batches follow only after an answer of [`Status::Ok`].
+//! answers. Control frames or batches follow only after an answer of [`Status::Ok`]. A source that is
+//! turned away after that hears another answer on its control connection, behind a frame of no bytes.
 //!
 //! All integers are little-endian.
 //!
@@ -94,13 +95,13 @@ pub enum PreambleError {
 pub enum Status {
     /// 0: go on.
     Ok,
-    /// 1: another migration is being served.
+    /// 1: another migration is being served, or another source waits and this one does not answer.
     Busy,
     /// 2: a data channel names a migration that is not being served.
     UnknownMigration,
     /// 3: the preamble's version is not supported.
     Version,
-    /// 4: the preamble is malformed.
+    /// 4: the preamble, or the first frame behind it, is malformed.
     Malformed,
     /// 5: the data channel with this index is there already.
     ChannelTaken,

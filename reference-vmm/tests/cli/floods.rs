@@ -2,9 +2,8 @@
 //! memory than one that does not, and serves others meanwhile.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use pageferry::transport::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, Run, RunKind};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, PREAMBLE_BYTES, Status};
 use rustix::process::Signal;
 
+use crate::support::long_way::long_way;
 use crate::support::peer::{
     Opened, control_preamble, frame, guest_of, hello, hello_of, listen, ok_answer, receive, send,
     take, try_open, try_receive,
@@ -241,44 +241,6 @@ fn strangers_that_greet_and_fall_silent() {
 #[test]
 fn strangers_that_greet_and_leave() {
     assert_destination_stands_strangers(Says::HelloAndLeaves);
-}
-
-/// Forwards what comes, so much later.
-fn delay(from: TcpStream, to: TcpStream, by: Duration) {
-    let (later, due) = mpsc::channel::<(Instant, Vec<u8>)>();
-    thread::spawn(move || {
-        let mut to = to;
-        for (at, bytes) in due {
-            thread::sleep(at.saturating_duration_since(Instant::now()));
-            if to.write_all(&bytes).is_err() {
-                break;
-            }
-        }
-        let _ = to.shutdown(Shutdown::Write);
-    });
-    thread::spawn(move || {
-        let (mut from, mut piece) = (from, vec![0; 256 << 10]);
-        while let Ok(length @ 1..) = from.read(&mut piece) {
-            if later.send((Instant::now() + by, piece[..length].to_vec())).is_err() {
-                break;
-            }
-        }
-    });
-}
-
-/// The way to an address, as long as the test: so much each way.
-fn long_way(to: &str, by: Duration) -> String {
-    let (listener, address) = listen();
-    let to = to.to_owned();
-    thread::spawn(move || {
-        while let Ok((near, _)) = listener.accept() {
-            let Ok(far) = TcpStream::connect(&to) else { continue };
-            let clone = |stream: &TcpStream| stream.try_clone().expect("clone");
-            delay(clone(&near), clone(&far), by);
-            delay(far, near, by);
-        }
-    });
-    address
 }
 
 /// Whoever else is there, a source that is far away gets in at the first attempt.

@@ -2,6 +2,7 @@
 
 pub(crate) mod host;
 pub(crate) mod lines;
+pub(crate) mod long_way;
 pub(crate) mod peer;
 pub(crate) mod process;
 pub(crate) mod proxy;
