@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::memory::PageRange;
-use pageferry::testing::{Random, TestMemory, until_asleep};
+use pageferry::testing::{Random, TestMemory, drain, settle, until_asleep};
 use pageferry::transport::{
     Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind,
     SourceLink, TransportError,
@@ -66,17 +66,6 @@ fn data(first_page: u64, pages: u32) -> Run {
     Run { range: PageRange { region: 0, first_page, pages }, kind: RunKind::Data }
 }
 
-fn drain(receiver: &mut Box<dyn PageReceiver>) {
-    while let Received::Batch(_) = receiver.receive().expect("a batch or the end") {}
-}
-
-fn settle(sender: &mut Box<dyn PageSender>, ticket: u64) {
-    let began = Instant::now();
-    while sender.watermarks(Some(Duration::from_millis(10))).expect("watermarks").landed < ticket {
-        assert!(began.elapsed() < SOON, "batch {ticket} never landed");
-    }
-}
-
 #[test]
 fn a_trial_ends_zero_copy_where_the_kernel_copies() {
     let mut opened = open(&IoUringOptions { queue_bytes: 1 << 20, ..IoUringOptions::default() });
@@ -86,12 +75,12 @@ fn a_trial_ends_zero_copy_where_the_kernel_copies() {
     }
     opened.here.fill(1);
     thread::scope(|scope| {
-        scope.spawn(|| drain(&mut opened.receiver));
+        scope.spawn(|| drain(&mut *opened.receiver));
         let mut last = 0;
         for first in (0..REGION_PAGES).step_by(256) {
             last = opened.sender.send(&[data(first, 256)]).expect("a batch goes out");
         }
-        settle(&mut opened.sender, last);
+        settle(&mut *opened.sender, last);
         opened.sender.finish().expect("the channel ends");
     });
     assert_eq!(opened.here.first_difference(&opened.there), None);
@@ -109,11 +98,11 @@ fn forced_zero_copy_is_counted() {
     let mut opened = open(&options);
     opened.here.fill(2);
     thread::scope(|scope| {
-        scope.spawn(|| drain(&mut opened.receiver));
+        scope.spawn(|| drain(&mut *opened.receiver));
         // Long enough, too short, long enough: the second goes with the copied bytes.
         let runs = [data(0, 100), data(200, 2), data(300, 50)];
         let ticket = opened.sender.send(&runs).expect("a batch goes out");
-        settle(&mut opened.sender, ticket);
+        settle(&mut *opened.sender, ticket);
         opened.sender.finish().expect("the channel ends");
     });
     let counts = opened.sender.counters().zero_copy;
@@ -128,7 +117,7 @@ fn many_batches_are_few_system_calls() {
     opened.here.fill(3);
     let batches = 16;
     thread::scope(|scope| {
-        scope.spawn(|| drain(&mut opened.receiver));
+        scope.spawn(|| drain(&mut *opened.receiver));
         let mut last = 0;
         for batch in 0..batches {
             last = opened.sender.send(&[data(batch * 256, 256)]).expect("a batch goes out");
@@ -207,7 +196,7 @@ fn a_channel_may_change_threads() {
             let Opened { sender, receiver, .. } = &mut opened;
             scope.spawn(move || {
                 let ticket = sender.send(&[data(step * 512, 512)]).expect("a batch goes out");
-                settle(sender, ticket);
+                settle(&mut **sender, ticket);
             });
             scope.spawn(move || receiver.receive().expect("a batch"));
         });

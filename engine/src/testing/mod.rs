@@ -6,6 +6,7 @@
 //! - [`faulty`]: a wrapper that makes any transport slow, choppy, unordered between channels, or
 //!   breaks it, by a seed;
 //! - [`TestMemory`]: guest memory of its own, with a pattern to compare;
+//! - [`drain`] and [`settle`]: what a channel carries, to its end and until it has landed;
 //! - [`until_asleep`]: for tests of what ends a wait.
 
 pub mod conformance;
@@ -15,7 +16,39 @@ pub mod memory_transport;
 
 mod test_memory;
 
+use std::time::{Duration, Instant};
+
+use crate::transport::{PageReceiver, PageSender, Received, Ticket};
+
 pub use test_memory::TestMemory;
+
+/// Longer than anything takes that is to happen, on a machine that has other things to do.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Receives until the channel ends; the number of batches.
+///
+/// # Panics
+///
+/// If it is lost.
+pub fn drain(receiver: &mut dyn PageReceiver) -> u64 {
+    let mut batches = 0;
+    while let Received::Batch(_) = receiver.receive().expect("a batch or the end") {
+        batches += 1;
+    }
+    batches
+}
+
+/// Waits until a batch has landed.
+///
+/// # Panics
+///
+/// If the channel is lost, or that takes for ever.
+pub fn settle(sender: &mut dyn PageSender, ticket: Ticket) {
+    let began = Instant::now();
+    while sender.watermarks(Some(Duration::from_millis(10))).expect("watermarks").landed < ticket {
+        assert!(began.elapsed() < SOON, "batch {ticket} never landed");
+    }
+}
 
 /// Waits until a thread of this process sleeps in the kernel (state `S` in proc_pid_stat(5)).
 ///

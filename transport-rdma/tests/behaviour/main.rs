@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::memory::{PAGE_BYTES, PageRange};
-use pageferry::testing::TestMemory;
+use pageferry::testing::{TestMemory, drain, settle};
 use pageferry::transport::{
     ControlChannel, DestinationLink, Link, PageReceiver, PageSender, Received, Registration, Run,
     RunKind, SourceLink, TransportError,
@@ -74,17 +74,6 @@ fn open(address: &str, source: RegistrationMode, destination: RegistrationMode) 
     Opened { sender, receiver, source, destination, here, there, costs }
 }
 
-fn drain(receiver: &mut Box<dyn PageReceiver>) {
-    while let Received::Batch(_) = receiver.receive().expect("a batch or the end") {}
-}
-
-fn settle(sender: &mut Box<dyn PageSender>, ticket: u64) {
-    let began = Instant::now();
-    while sender.watermarks(Some(Duration::from_millis(10))).expect("watermarks").landed < ticket {
-        assert!(began.elapsed() < SOON, "batch {ticket} never landed");
-    }
-}
-
 /// An error and its causes, in one line.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let causes =
@@ -140,8 +129,8 @@ fn a_wait_is_as_long_as_asked_without_a_credit_for_a_mark() {
         }
     });
     thread::scope(|scope| {
-        scope.spawn(|| drain(&mut opened.receiver));
-        settle(&mut opened.sender, 40);
+        scope.spawn(|| drain(&mut *opened.receiver));
+        settle(&mut *opened.sender, 40);
         // As long as there is, and no longer than there is something to wait for.
         assert_eq!(opened.sender.watermarks(Some(Duration::MAX)).expect("watermarks").landed, 40);
         opened.sender.send(&[data(0, 1)]).expect("a batch goes out");
@@ -163,10 +152,10 @@ fn registration_at_start_is_paid_before_the_first_page() {
     assert_ne!(resources(), before, "registered memory is seen");
     opened.here.fill(1);
     thread::scope(|scope| {
-        scope.spawn(|| drain(&mut opened.receiver));
+        scope.spawn(|| drain(&mut *opened.receiver));
         let all = u32::try_from(CHUNKS * CHUNK_PAGES).expect("small");
         let ticket = opened.sender.send(&[data(0, all)]).expect("a batch goes out");
-        settle(&mut opened.sender, ticket);
+        settle(&mut *opened.sender, ticket);
         opened.sender.finish().expect("the channel ends");
     });
     assert_eq!(opened.here.first_difference(&opened.there), None);
@@ -188,11 +177,11 @@ fn registration_ahead_is_paid_on_the_way() {
     assert_eq!(opened.costs, (Registration::default(), Registration::default()));
     opened.here.fill(2);
     thread::scope(|scope| {
-        scope.spawn(|| drain(&mut opened.receiver));
+        scope.spawn(|| drain(&mut *opened.receiver));
         // The end of one chunk and the beginning of the next, then the last: it is announced late.
         let runs = [data(2 * CHUNK_PAGES - 5, 10), data(CHUNKS * CHUNK_PAGES - 3, 3)];
         let ticket = opened.sender.send(&runs).expect("a batch goes out");
-        settle(&mut opened.sender, ticket);
+        settle(&mut *opened.sender, ticket);
         opened.sender.finish().expect("the channel ends");
     });
     for page in [2 * CHUNK_PAGES - 5, 2 * CHUNK_PAGES + 4, CHUNKS * CHUNK_PAGES - 1] {
@@ -219,7 +208,7 @@ fn modes_may_differ() {
         let mut opened = open(&address, source, destination);
         opened.here.fill(3);
         thread::scope(|scope| {
-            scope.spawn(|| drain(&mut opened.receiver));
+            scope.spawn(|| drain(&mut *opened.receiver));
             for chunk in 0..CHUNKS {
                 let pages = u32::try_from(CHUNK_PAGES).expect("small");
                 opened.sender.send(&[data(chunk * CHUNK_PAGES, pages)]).expect("a batch goes out");
@@ -252,7 +241,7 @@ fn a_page_waits_for_its_chunk() {
                 assert!(matches!(result, Err(TransportError::Interrupted)), "{result:?}");
                 return;
             }
-            let receiving = scope.spawn(move || drain(&mut receiver));
+            let receiving = scope.spawn(move || drain(&mut *receiver));
             let (mut sender, result) = sending.join().expect("no panic");
             result.expect("the batch goes out");
             sender.finish().expect("the channel ends");
@@ -320,7 +309,7 @@ fn path_mtus_that_differ_are_agreed_on() {
         thread::scope(|scope| {
             scope.spawn(|| {
                 let mut receivers = destination.open_receivers(1, SOON).expect("a channel");
-                drain(&mut receivers[0]);
+                drain(&mut *receivers[0]);
             });
             let mut sender = source.open_senders(1).expect("a channel opens").remove(0);
             sender.send(&[data(0, 64)]).expect("a batch goes out");
@@ -392,14 +381,14 @@ fn a_port_that_is_down_for_a_moment_ends_nothing() {
     let interface = interface();
     let mut control = opened.destination.control().expect("once").receiver;
     thread::scope(|scope| {
-        scope.spawn(|| drain(&mut opened.receiver));
+        scope.spawn(|| drain(&mut *opened.receiver));
         set(&interface, "down");
         // As long as the port is down, somebody sleeps who hears of it.
         let waited = control.receive(Some(Duration::from_millis(300)));
         set(&interface, "up");
         assert!(matches!(waited, Err(TransportError::TimedOut { .. })), "{waited:?}");
         let ticket = opened.sender.send(&[data(0, 16)]).expect("a batch goes out");
-        settle(&mut opened.sender, ticket);
+        settle(&mut *opened.sender, ticket);
         opened.sender.finish().expect("the channel ends");
     });
     assert!((0..16).all(|page| opened.here.read(0, page) == opened.there.read(0, page)));
@@ -484,7 +473,7 @@ fn one_channel_is_interrupted_and_the_other_goes_on() {
             matches!(at_the_other_end, Err(TransportError::Lost { .. })),
             "{at_the_other_end:?}"
         );
-        scope.spawn(|| drain(&mut receiver));
+        scope.spawn(|| drain(&mut *receiver));
         other.send(&[data(0, 16)]).expect("a batch goes out");
         other.finish().expect("the channel ends");
     });
@@ -562,7 +551,7 @@ fn a_killed_destination_is_noticed() {
     source.register(here.memory()).expect("memory registers");
     let mut sender = source.open_senders(1).expect("a channel opens").remove(0);
     let ticket = sender.send(&[data(0, 16)]).expect("a batch goes out");
-    settle(&mut sender, ticket);
+    settle(&mut *sender, ticket);
     child.kill().expect("it was alive");
     let killed = Instant::now();
     let error = loop {

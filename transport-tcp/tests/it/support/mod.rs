@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::memory::{GuestMemory, PageRange};
+pub(crate) use pageferry::testing::drain;
 use pageferry::testing::until_asleep;
 use pageferry::transport::{
-    Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind,
+    Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, Run, RunKind,
     SourceLink, Ticket, TransportError,
 };
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
@@ -116,15 +117,6 @@ pub(crate) fn until_landed(sender: &mut dyn PageSender, ticket: Ticket) {
             return;
         }
     }
-}
-
-/// Receives until the end; the number of batches.
-pub(crate) fn drain(receiver: &mut dyn PageReceiver) -> u64 {
-    let mut batches = 0;
-    while let Received::Batch(_) = receiver.receive().unwrap() {
-        batches += 1;
-    }
-    batches
 }
 
 /// Runs `blocking` in a thread, waits until it sleeps, interrupts it, and hands out its result.
