@@ -115,7 +115,8 @@ impl Dialled {
                 Ok(received) => filled += received,
                 Err(Errno::AGAIN) => {
                     if connection.wait(PollFlags::IN, deadline)?.is_empty() {
-                        let what = format!("{}, but its preamble is not answered", connected(kind));
+                        let what =
+                            format!("{}, its preamble not answered: timed out", connected(kind));
                         return Err(failed(io::Error::new(io::ErrorKind::TimedOut, what)));
                     }
                 }

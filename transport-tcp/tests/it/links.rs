@@ -64,7 +64,7 @@ fn a_data_connection_that_is_held_up_before_its_answer_says_so() {
             ),
             TransportError::Connect { cause, .. } if at_source == short => {
                 assert_eq!(cause.kind(), std::io::ErrorKind::TimedOut);
-                let what = "data channel 1 is connected, but its preamble is not answered";
+                let what = "data channel 1 is connected, its preamble not answered: timed out";
                 assert_eq!(cause.to_string(), what);
             }
             error => panic!("{error}"),
