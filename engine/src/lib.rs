@@ -15,35 +15,23 @@
 //! [`partition`] → [`ledger`] → sender → [`transport`] ‖ receiver → [`memory`]. Beside it runs the control
 //! plane: [`protocol`] → [`convergence`] → [`handover`] → [`stats`].
 
-pub mod convergence;
-pub mod destination;
-pub mod digest;
-pub mod dirty;
+mod config;
+mod control;
 pub mod error;
-pub mod handover;
-pub mod ledger;
+mod host;
 pub mod machine;
-pub mod memory;
-pub mod partition;
+mod migration;
+mod pages;
 pub mod progress;
-pub mod protocol;
-pub mod source;
 pub mod stats;
 #[cfg(feature = "test-support")]
 pub mod testing;
 pub mod threads;
 pub mod transport;
 
-mod ahead;
-mod balance;
-mod config;
-mod host;
-mod limit;
-mod pace;
-mod receiver;
-mod sender;
-mod session;
-mod sync;
+pub use control::{convergence, handover, protocol};
+pub use migration::{destination, source};
+pub use pages::{digest, dirty, ledger, memory, partition};
 
 pub use config::{MAX_CHANNELS, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use crossbeam_utils::CachePadded;
 
+use crate::control::limit::Limiter;
 use crate::convergence::{Bound, Forecast, Policy, Settings, Verdict};
 use crate::error::Error;
 use crate::host::caught;
-use crate::limit::Limiter;
 use crate::machine::{MachineError, MachineOperation};
 use crate::protocol::Agreement;
 use crate::stats::{ChannelGauge, RoundStatistics};

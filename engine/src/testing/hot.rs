@@ -10,10 +10,10 @@ use crate::config::Timeouts;
 use crate::dirty::{DirtyBitmap, DirtySources};
 use crate::ledger::Ledger;
 use crate::memory::GuestMemory;
+use crate::migration::sender::{self, Command, SenderReport, SenderSetup};
+use crate::migration::session::Input;
 use crate::partition::Partition;
 use crate::progress::Shared;
-use crate::sender::{self, Command, SenderReport, SenderSetup};
-use crate::session::Input;
 use crate::stats::ChannelGauge;
 use crate::transport::{Capabilities, PageCounts, PageSender};
 

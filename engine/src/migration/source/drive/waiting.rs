@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use super::Drive;
 use super::closing::Moved;
-use super::drive::Drive;
 use crate::error::Error;
 use crate::handover::SourceState;
+use crate::migration::sender::SenderReport;
+use crate::migration::session::{Item, Patience, unexpected};
 use crate::progress::Event;
 use crate::protocol::Message;
-use crate::sender::SenderReport;
-use crate::session::{Item, Patience, unexpected};
 use crate::transport::TransportError;
 
 /// How often a waiting driver looks what has landed.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::drive::{DIRTY_SOURCES, Drive};
+use super::{DIRTY_SOURCES, Drive};
 use crate::convergence::{HEAT_PARTS, Round, Verdict};
 use crate::error::Error;
 use crate::host::{Guarded, caught};

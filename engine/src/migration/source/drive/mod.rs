@@ -1,6 +1,13 @@
 //! The source's driver: one straight line from the handshake to the handover, and one place
 //! where every failure ends.
 
+mod channels;
+mod closing;
+mod rounds;
+mod steering;
+mod switchover;
+mod waiting;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,10 +15,6 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 
-use super::channels::Channels;
-use super::closing::Closing;
-use super::steering::Steering;
-use super::switchover::Switchover;
 use super::{Departed, GuestAtSource, Source, SourceFailure};
 use crate::convergence::Convergence;
 use crate::dirty::DirtySources;
@@ -20,16 +23,20 @@ use crate::handover::{SourceHandover, SourceInput, SourceState};
 use crate::host::{Guarded, caught};
 use crate::machine::{GuestAlarm, Machine};
 use crate::memory::GuestMemory;
+use crate::migration::sender::{self, SenderReport, SenderSetup};
+use crate::migration::session::{LIFE_SIGNS, Patience, Session, unexpected};
 use crate::progress::{Event, Phase};
 use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, Side};
-use crate::sender::{self, SenderReport, SenderSetup};
-use crate::session::{LIFE_SIGNS, Patience, Session, unexpected};
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{SourceLink, TransportError};
+use channels::Channels;
+use closing::Closing;
+use steering::Steering;
+use switchover::Switchover;
 
 /// Who it was, if one of them panics.
-pub(super) const DIRTY_SOURCES: &str = "a dirty source";
+const DIRTY_SOURCES: &str = "a dirty source";
 
 /// Moves the guest; everything that began is ended, whatever happens.
 pub(super) fn migrate<M: Machine>(
@@ -106,33 +113,33 @@ pub(super) fn migrate<M: Machine>(
     }
 }
 
-pub(super) struct Drive<'a> {
-    pub(super) source: &'a mut Source,
+struct Drive<'a> {
+    source: &'a mut Source,
     // Dropped in this order: senders learn that there are no more
     // commands, threads end, and only then the link they use.
-    pub(super) channels: Channels,
-    pub(super) session: Session<SenderReport>,
+    channels: Channels,
+    session: Session<SenderReport>,
     link: Box<dyn SourceLink>,
-    pub(super) memory: Arc<GuestMemory>,
-    pub(super) dirty: Arc<DirtySources>,
+    memory: Arc<GuestMemory>,
+    dirty: Arc<DirtySources>,
     /// Whether `dirty` was started.
     tracking: bool,
-    pub(super) handover: SourceHandover,
+    handover: SourceHandover,
     /// Whether the machine was asked to release its resources: it may have, also if it failed.
-    pub(super) may_be_released: bool,
+    may_be_released: bool,
     /// Whether the guest may stand still outside of a switchover.
-    pub(super) must_resume: bool,
-    pub(super) closing: Closing,
+    must_resume: bool,
+    closing: Closing,
     /// Reports that came while nobody waited for any.
-    pub(super) late: VecDeque<SenderReport>,
-    pub(super) convergence: Convergence,
-    pub(super) steering: Steering,
+    late: VecDeque<SenderReport>,
+    convergence: Convergence,
+    steering: Steering,
     /// What `now` is counted from.
     clock: Instant,
     /// When the trackers were asked last, or began.
-    pub(super) harvested: Instant,
+    harvested: Instant,
     stop: Arc<AtomicBool>,
-    pub(super) statistics: Statistics,
+    statistics: Statistics,
 }
 
 impl Drive<'_> {
@@ -160,23 +167,23 @@ impl Drive<'_> {
     }
 
     /// Since the transfer began: the time of all that is learned and decided.
-    pub(super) fn now(&self) -> Duration {
+    fn now(&self) -> Duration {
         self.clock.elapsed()
     }
 
     /// A moment on that clock as one of the system's; `None` if it never comes.
-    pub(super) fn instant(&self, at: Duration) -> Option<Instant> {
+    fn instant(&self, at: Duration) -> Option<Instant> {
         self.clock.checked_add(at)
     }
 
     /// Tells the host. A sink that panics hears no more.
-    pub(super) fn emit(&mut self, event: &Event) -> Result<(), Error> {
+    fn emit(&mut self, event: &Event) -> Result<(), Error> {
         caught("the event sink", || (self.source.events)(event))
             .inspect_err(|_| self.source.events = Box::new(|_| {}))
     }
 
     /// The same, where nothing that a sink does changes what follows.
-    pub(super) fn tell(&mut self, event: &Event) {
+    fn tell(&mut self, event: &Event) {
         if let Err(panic) = self.emit(event) {
             tracing::error!(error = %panic.chain(), "an event was not heard");
         }

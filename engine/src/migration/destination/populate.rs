@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::memory::{GuestMemory, PageRange};
-use crate::receiver::ReceiverReport;
-use crate::session::Session;
+use crate::migration::receiver::ReceiverReport;
+use crate::migration::session::Session;
 use crate::stats::Populated;
 use crate::threads::ThreadRole;
 

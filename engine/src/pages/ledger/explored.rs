@@ -42,7 +42,7 @@ impl World {
     }
 }
 
-/// What the driver tells a sender, as [`crate::sender::Command`].
+/// What the driver tells a sender, as [`crate::migration::sender::Command`].
 enum Command {
     Round(Share),
     Settle,

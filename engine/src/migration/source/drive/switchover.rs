@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::drive::Drive;
+use super::Drive;
 use super::rounds::RoundBegan;
 use super::steering::check_state_bytes;
 use super::waiting::Waiting;
@@ -17,9 +17,9 @@ use crate::error::Error;
 use crate::handover::{SourceAction, SourceInput, SourceState};
 use crate::host::Guarded;
 use crate::machine::Machine;
+use crate::migration::session::{Item, Patience, unexpected};
 use crate::progress::{Event, Phase, SwitchoverStage};
 use crate::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared};
-use crate::session::{Item, Patience, unexpected};
 use crate::stats::Downtime;
 
 /// Device state up to here fits into any buffer on its way; more goes out by a thread of its own, whose

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::drive::Drive;
+use super::Drive;
 use crate::error::Error;
 use crate::protocol::Message;
 use crate::stats::ChannelGauge;

@@ -1,6 +1,6 @@
 //! A sender thread: owns one data channel, and for each round its share of the ledger.
 //!
-//! For each dirty stripe: see that it is [re-armed](crate::ahead), look at each dirty page, and put it
+//! For each dirty stripe: see that it is [re-armed](crate::pages::ahead), look at each dirty page, and put it
 //! into a batch as data or as zero, or leave it out because the destination knows it to be zero.
 //! Batches go out in order; what has not landed is remembered, so that it can be put back.
 
@@ -13,16 +13,16 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use crossbeam_utils::CachePadded;
 
-use crate::ahead::Ahead;
+use crate::control::pace::Pace;
 use crate::dirty::{DirtySources, STRIPE_WORDS, WORD_PAGES, runs};
 use crate::error::Error;
 use crate::host::caught;
 use crate::ledger::{Share, StripeBits};
 use crate::memory::{GuestMemory, PAGE_BYTES, PageRange};
-use crate::pace::Pace;
+use crate::migration::session::Input;
+use crate::pages::ahead::Ahead;
 use crate::partition::Stripe;
 use crate::progress::Shared;
-use crate::session::Input;
 use crate::stats::ChannelGauge;
 use crate::threads::ThreadRole;
 use crate::transport::{
@@ -35,7 +35,7 @@ use crate::transport::{
 /// (`pageferry-bench throughput --batch`).
 pub(crate) const BATCH_BYTES: u64 = 4 << 20;
 
-/// Bounds on what was sent and has not landed, a channel, beside its [pace](crate::pace). Zero pages are little to remember and to send, but the destination writes them all: half a second
+/// Bounds on what was sent and has not landed, a channel, beside its [pace](crate::control::pace). Zero pages are little to remember and to send, but the destination writes them all: half a second
 /// of work where its memory was never touched, and more than enough for a long way.
 const IN_FLIGHT_ZERO_PAGES: u64 = 8 * MAX_BATCH_ZERO_PAGES;
 const IN_FLIGHT_BATCHES: usize = 256;

@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::drive::Drive;
+use super::Drive;
 use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::Machine;
+use crate::migration::session::{Item, Patience};
 use crate::progress::Event;
 use crate::protocol::{MAX_DEVICE_STATE_BYTES, Message};
-use crate::session::{Item, Patience};
 
 #[derive(Debug, Default)]
 pub(super) struct Steering {

@@ -212,7 +212,7 @@ fn every_cell_is_as_the_table_says() {
 
 #[test]
 fn the_documentation_has_this_table() {
-    let document = include_str!("../../../../docs/protocol.md");
+    let document = include_str!("../../../../../docs/protocol.md");
     assert!(document.contains(&table()), "docs/protocol.md lacks\n\n{}", table());
     for kind in Kind::ALL {
         let row = format!("| {} | {kind} |", kind as u16);

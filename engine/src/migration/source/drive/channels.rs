@@ -7,13 +7,13 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use crossbeam_utils::CachePadded;
 
-use crate::balance::{self, Lane};
+use crate::control::balance::{self, Lane};
 use crate::dirty::DirtyBitmap;
 use crate::error::Error;
 use crate::ledger::{Ledger, Loan};
 use crate::memory::Layout;
+use crate::migration::sender::Command;
 use crate::partition::Partition;
-use crate::sender::Command;
 use crate::stats::ChannelGauge;
 use crate::transport::{Interrupt, Run};
 

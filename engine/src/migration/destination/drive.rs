@@ -16,13 +16,13 @@ use crate::handover::{DestinationAction, DestinationHandover, DestinationInput, 
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::memory::{GuestMemory, Layout};
+use crate::migration::receiver::{self, ReceiverReport};
+use crate::migration::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
 use crate::progress::{Event, EventSink, Phase, Shared};
 use crate::protocol::{
     Agreement, FailureReason, Hello, Incompatibility, Message, Prepare, Prepared, Side, Welcome,
     negotiate as negotiate_hello,
 };
-use crate::receiver::{self, ReceiverReport};
-use crate::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{DestinationLink, TransportError};

@@ -8,7 +8,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::error::Error;
 use crate::memory::PAGE_BYTES;
-use crate::session::Input;
+use crate::migration::session::Input;
 use crate::stats::ChannelGauge;
 use crate::transport::{PageReceiver, Received};
 

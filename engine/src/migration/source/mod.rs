@@ -1,12 +1,6 @@
 //! The source's embedding API.
 
-mod channels;
-mod closing;
 mod drive;
-mod rounds;
-mod steering;
-mod switchover;
-mod waiting;
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -19,9 +13,9 @@ use crate::dirty::DirtySources;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::memory::GuestMemory;
+use crate::migration::sender::BATCH_BYTES;
 use crate::progress::{Event, EventSink, MigrationHandle, Shared, check_settings};
 use crate::protocol::MAX_DESCRIPTION_BYTES;
-use crate::sender::BATCH_BYTES;
 use crate::stats::Statistics;
 use crate::threads::Spawn;
 use crate::transport::SourceLink;

@@ -33,8 +33,8 @@ use std::ops::Range;
 
 use crate::dirty::{DirtyBitmap, STRIPE_WORDS};
 use crate::memory::Layout;
+use crate::pages::sync::{self, Arc, AtomicBool, Ordering, UnsafeCell};
 use crate::partition::{Partition, Stripe};
-use crate::sync::{self, Arc, AtomicBool, Ordering, UnsafeCell};
 
 /// The bitmap words of one stripe; beyond the end of a region they are 0.
 pub type StripeBits = [u64; STRIPE_WORDS];

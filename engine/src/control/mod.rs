@@ -1,0 +1,9 @@
+//! The control plane: what the two sides say to each other, and what is decided when. Pure: no socket, no
+//! thread.
+
+pub(crate) mod balance;
+pub mod convergence;
+pub mod handover;
+pub(crate) mod limit;
+pub(crate) mod pace;
+pub mod protocol;
