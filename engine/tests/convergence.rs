@@ -524,9 +524,11 @@ fn a_guest_is_not_faster_than_it_is_because_rounds_are_short() {
 #[test]
 fn a_guest_is_not_slowed_down_for_a_bandwidth_limit() {
     let mut scene = too_fast(Policy::Throttle(Throttling::default()));
-    scene.source.handle().set_switchover_bandwidth(None);
+    let handle = scene.source.handle();
+    handle.set_switchover_bandwidth(None);
+    handle.limit_bandwidth(NonZeroU64::new(2 << 20));
     // What remains takes twice as long by the bandwidth limit.
-    scene.source = scene.source.downtime_limit(Duration::from_millis(100));
+    scene.source = scene.source.downtime_limit(Duration::from_millis(200));
     let outcome = scene.play();
     assert!(outcome.throttled.is_empty(), "{:?}", outcome.throttled);
     let (departed, _, _) = outcome.expect_moved();

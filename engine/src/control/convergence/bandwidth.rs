@@ -83,11 +83,11 @@ impl Bandwidth {
         });
     }
 
-    /// Takes what has landed on each channel since the beginning.
-    pub fn sample(&mut self, now: Duration, landed: &[u64]) {
+    /// Takes what has landed on each channel since the beginning. Whether it tells something.
+    pub fn sample(&mut self, now: Duration, landed: &[u64]) -> bool {
         let took = now.saturating_sub(self.last.0);
         if took.is_zero() {
-            return;
+            return false;
         }
         let sum: u64 = landed
             .iter()
@@ -97,7 +97,7 @@ impl Bandwidth {
         // But that it is faster than was thought.
         let slower = self.bytes_per_second().is_some_and(|r| sum as f64 <= r * took.as_secs_f64());
         if self.too_short && slower {
-            return;
+            return false;
         }
         self.channels.resize_with(landed.len().max(self.channels.len()), Windows::default);
         for (channel, landed) in landed.iter().enumerate() {
@@ -108,6 +108,7 @@ impl Bandwidth {
             self.closed_at = now;
         }
         self.last = (now, landed.to_vec());
+        sum > 0
     }
 
     /// What has landed up to now does not count.

@@ -31,12 +31,23 @@ pub(super) struct Link {
     limit: Option<NonZeroU64>,
     /// What is taken for the free link as long as nobody has seen it.
     assumed: f64,
+    /// Rounds that showed it, those of switchovers included.
+    free_rounds: u32,
+    /// How much more than what was seen of the free link is hoped for.
+    hope: f64,
 }
 
 impl Link {
     pub(super) fn new(averaging: Averaging) -> Self {
         let unknown = Bandwidth::new(averaging);
-        Self { limited: unknown.clone(), free: unknown, limit: None, assumed: ASSUMED }
+        Self {
+            limited: unknown.clone(),
+            free: unknown,
+            limit: None,
+            assumed: ASSUMED,
+            free_rounds: 0,
+            hope: 1.0,
+        }
     }
 
     /// What holds from now on.
@@ -51,6 +62,7 @@ impl Link {
         bytes: u64,
         round_trip: Duration,
     ) {
+        self.free_rounds += u32::from(self.limit.is_none());
         self.limited.round_began(now, landed, bytes, round_trip);
         self.free.round_began(now, landed, bytes, round_trip);
     }
@@ -60,8 +72,11 @@ impl Link {
             Some(_) => (&mut self.limited, &mut self.free),
             None => (&mut self.free, &mut self.limited),
         };
-        measured.sample(now, landed);
+        let tells = measured.sample(now, landed);
         other.skip(now, landed);
+        if tells && self.limit.is_none() {
+            self.hope = 1.0;
+        }
     }
 
     /// As it is just now. A limit that has just been lifted is all that is known.
@@ -85,14 +100,34 @@ impl Link {
         let measured = self.now();
         let rate = measured.bytes_per_second().filter(|rate| *rate > 0.0)?;
         let deviation = measured.deviation(now);
-        match (self.limit, self.free.bytes_per_second()) {
-            (Some(limit), Some(free)) if rate >= limit.get() as f64 * HELD && free > rate => {
-                Some((free, self.free.deviation(now)))
+        let hope = if may_try { self.hope } else { 1.0 };
+        match self.free.bytes_per_second() {
+            Some(free) if self.is_held() && free * hope > rate => {
+                Some((free * hope, self.free.deviation(now)))
             }
-            (Some(limit), None) if rate >= limit.get() as f64 * HELD && may_try => {
-                Some((rate.max(self.assumed), ASSUMED_DEVIATION))
-            }
+            None if self.is_held() && may_try => Some((rate.max(self.assumed), ASSUMED_DEVIATION)),
             _ => Some((rate, deviation)),
+        }
+    }
+
+    /// Whether it is the limit that holds pages back, and not the link.
+    fn is_held(&self) -> bool {
+        let rate = self.limited.bytes_per_second();
+        self.limit.zip(rate).is_some_and(|(limit, rate)| rate >= limit.get() as f64 * HELD)
+    }
+
+    /// Whether all that is known of the free link is what so many switchovers have shown, which were called
+    /// off: each is a moment, and it may have been a bad one.
+    pub(super) fn is_barely_known(&self, switchovers: u32) -> bool {
+        let seen = self.free.bytes_per_second().is_some();
+        self.is_held() && seen && self.free_rounds <= switchovers
+    }
+
+    /// Hopes that it carries more than was seen of it, where only a switchover can tell.
+    pub(super) fn hope(&mut self, share: f64) {
+        let most = self.free.bytes_per_second().map_or(1.0, |free| MOST_ASSUMED / free.max(1.0));
+        if self.is_held() {
+            self.hope = (self.hope / share).min(most).max(1.0);
         }
     }
 
@@ -100,10 +135,9 @@ impl Link {
     /// switchover can tell, and costs less than a guest that is slowed down in vain. Whether it does.
     pub(super) fn assumes_more(&mut self) -> bool {
         let Some(rate) = self.limited.bytes_per_second() else { return false };
-        let held = self.limit.is_some_and(|limit| rate >= limit.get() as f64 * HELD);
         let unseen = self.free.bytes_per_second().is_none();
         let more = 2.0 * self.assumed.max(rate);
-        if !held || !unseen || more > MOST_ASSUMED {
+        if !self.is_held() || !unseen || more > MOST_ASSUMED {
             return false;
         }
         self.assumed = more;
@@ -180,6 +214,39 @@ mod tests {
         let mut seen = Seen::nothing().at(20, Some(20));
         seen.0.set_limit(None);
         assert_eq!(seen.expected(None, true), Some(20.0));
+    }
+
+    #[test]
+    fn of_what_only_a_switchover_shows_more_is_hoped_for() {
+        let barely = |seen: &Seen| seen.0.is_barely_known(1);
+        let mut seen = Seen::nothing().at(20, Some(20));
+        assert!(!barely(&seen), "nobody has seen anything of it");
+        // A switchover.
+        seen.0.set_limit(None);
+        seen.0.round_began(seen.1, &[seen.2], 1_000_000, Duration::ZERO);
+        seen.0.sample(seen.1 + 100 * MS, &[seen.2 + 1_000_000]);
+        seen.0.set_limit(NonZeroU64::new(20_000_000));
+        assert!(barely(&seen));
+        // It was slower than the limit, which is what counts then.
+        assert_eq!(seen.expected(None, true), Some(20.0));
+        (0..4).for_each(|_| seen.0.hope(0.5));
+        assert_eq!(seen.expected(None, true), Some(160.0));
+        assert_eq!(
+            seen.expected(None, false),
+            Some(20.0),
+            "hope costs a switchover that is not called off"
+        );
+        // The next one shows that there was reason.
+        seen.0.set_limit(None);
+        seen.0.sample(seen.1 + 200 * MS, &[seen.2 + 9_000_000]);
+        seen.0.set_limit(NonZeroU64::new(20_000_000));
+        assert!(seen.expected(None, true).is_some_and(|rate| (20.0..80.0).contains(&rate)));
+        for _ in 0..1000 {
+            seen.0.hope(0.5);
+        }
+        assert_eq!(seen.expected(None, true), Some(MOST_ASSUMED / 1e6));
+        let seen = Seen::nothing().at(90, None).at(20, Some(20));
+        assert!(!seen.0.is_barely_known(0), "a round has shown it");
     }
 
     #[test]

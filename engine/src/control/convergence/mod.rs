@@ -60,6 +60,8 @@ const MOST_BACK_OFF: Duration = Duration::from_secs(10);
 /// What is left, round by round, of what the last switchover took too long for, once that time is
 /// over: it may have been bad luck, and only another one can tell.
 const HOPE: f64 = 0.7;
+/// Switchovers that must have been called off before it is believed what they alone have shown.
+const TELLING_SWITCHOVERS: u32 = 3;
 
 /// How old what is known of device state may become.
 const REHEARSE_AGAIN: Duration = Duration::from_secs(30);
@@ -475,15 +477,21 @@ impl Convergence {
                     self.caution *= COURAGE;
                     self.bolder_from = now.saturating_add(BOLDER_EVERY);
                 }
-            } else if self.times_called_off > 0 && !self.pages_take_long(now) {
-                self.terms.hope(HOPE);
+            } else if self.times_called_off > 0 {
+                if self.pages_take_long(now) {
+                    self.link.hope(HOPE);
+                } else {
+                    self.terms.hope(HOPE);
+                }
             }
         }
         // What is expected to fit waits for something else than a slower guest.
         let hopeless = expected > self.settings.downtime_limit
             && (self.stale_rounds >= STALE_ROUNDS
                 || self.forecast.is_some_and(|forecast| !forecast.meets_limit));
-        if hopeless && self.may_try() && self.link.assumes_more() {
+        let doubtful = self.times_called_off < TELLING_SWITCHOVERS
+            && self.link.is_barely_known(self.times_called_off);
+        if hopeless && self.may_try() && (doubtful || self.link.assumes_more()) {
             self.hopeless_rounds = 0;
             return Verdict::Iterate { expected: Some(expected) };
         }

@@ -246,3 +246,38 @@ fn what_is_called_off_again_and_again_is_tried_less_often_and_given_up_at_the_de
     let waits: Vec<_> = at.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).collect();
     assert!(waits.windows(2).all(|pair| pair[1] > pair[0]), "{waits:?}");
 }
+
+/// A switchover under a bandwidth limit is the only time that shows the link without it.
+#[test]
+fn what_a_switchover_alone_has_shown_is_not_believed_at_once_and_never_for_good() {
+    const GIB: u64 = 1 << 30;
+    let throttled = Policy::Throttle(Throttling::default());
+    let mut scene = Scene::new(settings(200 * MS, throttled));
+    let limit = NonZeroU64::new(GIB);
+    scene.convergence.set_bandwidth_limit(limit);
+    // By the limit what is dirty takes 500 ms. In a switchover it would take half.
+    let dirty = PAGES_A_GIB / 2;
+    let mut pages = PAGES_A_GIB;
+    let mut throttled_at = Vec::new();
+    for tried in 0..6 {
+        let mut rounds = 0;
+        while !matches!(scene.round(pages, dirty), Verdict::Approach { .. }) {
+            pages = dirty;
+            rounds += 1;
+            assert!(rounds < 100, "after {tried} nothing is tried any more");
+        }
+        throttled_at.push(scene.convergence.throttle_percent() > 0);
+        // On a bad day: a little more than the limit lets through, and what would be left is too little.
+        scene.convergence.set_bandwidth_limit(None);
+        scene.convergence.round_began(scene.now, &[scene.landed], dirty);
+        for _ in 0..4 {
+            scene.now += 50 * MS;
+            scene.landed += GIB / 18;
+            scene.convergence.landed(scene.now, &[scene.landed]);
+        }
+        scene.convergence.set_bandwidth_limit(limit);
+        scene.convergence.called_off(scene.now);
+    }
+    assert_eq!(throttled_at[..3], [false; 3], "{throttled_at:?}");
+    assert!(throttled_at[5], "{throttled_at:?}");
+}

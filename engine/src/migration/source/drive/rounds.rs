@@ -115,6 +115,7 @@ impl Drive<'_> {
         let landed = self.channels.landed();
         let landed_bytes = landed.iter().sum();
         let began = RoundBegan { at: Instant::now(), dirty_pages, landed_bytes };
+        self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
         self.convergence.round_began(self.now(), &landed, dirty_pages);
         self.channels.lend(settle)?;
         self.source.shared.set_round(round, dirty_pages);
