@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::convergence::Term;
-use crate::dirty::DirtyError;
+use crate::control::convergence::Term;
+use crate::control::protocol::{DecodeError, FailureReason, Incompatibility, Refusal};
 use crate::machine::{MachineError, MachineOperation};
-use crate::memory::{LayoutError, OutOfRange};
-use crate::protocol::{DecodeError, FailureReason, Incompatibility, Refusal};
+use crate::pages::dirty::DirtyError;
+use crate::pages::memory::{LayoutError, OutOfRange};
 use crate::transport::TransportError;
 
 /// What an operator does about [`Error::Uncertain`]. These are the words, here and everywhere: a
@@ -143,9 +143,9 @@ pub enum Error {
     )]
     MemoryDiffers {
         /// Digest of the paused source.
-        source_digest: crate::digest::Digest,
+        source_digest: crate::pages::digest::Digest,
         /// Digest of what arrived.
-        destination_digest: crate::digest::Digest,
+        destination_digest: crate::pages::digest::Digest,
     },
     /// The link was lost after the commit was sent and before its answer came.
     #[error(

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use crossbeam_utils::CachePadded;
 
+use crate::control::convergence::{Bound, Forecast, Policy, Settings, Verdict};
 use crate::control::limit::Limiter;
-use crate::convergence::{Bound, Forecast, Policy, Settings, Verdict};
+use crate::control::protocol::Agreement;
 use crate::error::Error;
 use crate::host::caught;
 use crate::machine::{MachineError, MachineOperation};
-use crate::protocol::Agreement;
 use crate::stats::{ChannelGauge, RoundStatistics};
 use crate::transport::{Interrupt, PageCounts, Registration, TransportError};
 

@@ -7,8 +7,8 @@ use crossbeam_channel::Sender;
 use crossbeam_utils::CachePadded;
 
 use crate::error::Error;
-use crate::memory::PAGE_BYTES;
 use crate::migration::session::Input;
+use crate::pages::memory::PAGE_BYTES;
 use crate::stats::ChannelGauge;
 use crate::transport::{PageReceiver, Received};
 

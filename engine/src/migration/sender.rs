@@ -14,14 +14,14 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use crossbeam_utils::CachePadded;
 
 use crate::control::pace::Pace;
-use crate::dirty::{DirtySources, STRIPE_WORDS, WORD_PAGES, runs};
 use crate::error::Error;
 use crate::host::caught;
-use crate::ledger::{Share, StripeBits};
-use crate::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use crate::migration::session::Input;
 use crate::pages::ahead::Ahead;
-use crate::partition::Stripe;
+use crate::pages::dirty::{DirtySources, STRIPE_WORDS, WORD_PAGES, runs};
+use crate::pages::ledger::{Share, StripeBits};
+use crate::pages::memory::{GuestMemory, PAGE_BYTES, PageRange};
+use crate::pages::partition::Stripe;
 use crate::progress::Shared;
 use crate::stats::ChannelGauge;
 use crate::threads::ThreadRole;

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select_biased, unbounded};
 
+use crate::control::protocol::{Message, Side};
 use crate::error::Error;
 use crate::host::caught;
 use crate::progress::Shared;
-use crate::protocol::{Message, Side};
 use crate::threads::{Crew, Spawn, ThreadRole};
 use crate::transport::{ControlChannel, ControlReceiver, Interrupt, TransportError};
 use control::Control;

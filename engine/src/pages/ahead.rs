@@ -13,9 +13,9 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crate::dirty::{DirtyError, DirtySources, STRIPE_WORDS, WORD_PAGES};
-use crate::ledger::Share;
-use crate::partition::Stripe;
+use crate::pages::dirty::{DirtyError, DirtySources, STRIPE_WORDS, WORD_PAGES};
+use crate::pages::ledger::Share;
+use crate::pages::partition::Stripe;
 
 /// How long before it is read a page is re-armed, about.
 const AHEAD: Duration = Duration::from_millis(10);
@@ -96,10 +96,10 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::dirty::{DirtyBitmap, DirtySource};
-    use crate::ledger::Ledger;
-    use crate::memory::{Layout, PAGE_BYTES, RegionLayout};
-    use crate::partition::Partition;
+    use crate::pages::dirty::{DirtyBitmap, DirtySource};
+    use crate::pages::ledger::Ledger;
+    use crate::pages::memory::{Layout, PAGE_BYTES, RegionLayout};
+    use crate::pages::partition::Partition;
 
     fn layout(regions: &[u64]) -> Layout {
         let mut guest_addr = 0;

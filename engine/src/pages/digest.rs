@@ -7,7 +7,7 @@ use std::fmt;
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::memory::{GuestMemory, OutOfRange, PageRange};
+use crate::pages::memory::{GuestMemory, OutOfRange, PageRange};
 
 /// 128 bits of XXH3: of all pages in the order of the layout, or of a greeting.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]

@@ -31,10 +31,10 @@
 
 use std::ops::Range;
 
-use crate::dirty::{DirtyBitmap, STRIPE_WORDS};
-use crate::memory::Layout;
+use crate::pages::dirty::{DirtyBitmap, STRIPE_WORDS};
+use crate::pages::memory::Layout;
+use crate::pages::partition::{Partition, Stripe};
 use crate::pages::sync::{self, Arc, AtomicBool, Ordering, UnsafeCell};
-use crate::partition::{Partition, Stripe};
 
 /// The bitmap words of one stripe; beyond the end of a region they are 0.
 pub type StripeBits = [u64; STRIPE_WORDS];
@@ -325,7 +325,7 @@ impl Cells {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::memory::{PAGE_BYTES, RegionLayout};
+    use crate::pages::memory::{PAGE_BYTES, RegionLayout};
 
     fn layout(pages: u64) -> Layout {
         let len_bytes = pages * PAGE_BYTES;

@@ -8,8 +8,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::dirty::{DirtyBitmap, STRIPE_WORDS, WORD_PAGES};
-use crate::memory::Layout;
+use crate::pages::dirty::{DirtyBitmap, STRIPE_WORDS, WORD_PAGES};
+use crate::pages::memory::Layout;
 
 /// Stripes that are dealt out together, where there are plenty: runs of pages get long, and threads
 /// read lines of the bitmap apart from each other.
@@ -195,7 +195,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::{PAGE_BYTES, RegionLayout};
+    use crate::pages::memory::{PAGE_BYTES, RegionLayout};
 
     proptest! {
         #[test]

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Random;
-use crate::memory::GuestMemory;
+use crate::pages::memory::GuestMemory;
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, Interrupt, Link,
     PageSender, ReadGrant, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
@@ -386,7 +386,7 @@ fn pieces(runs: &[Run], pages: Option<u32>) -> Vec<Vec<Run>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{PAGE_BYTES, PageRange};
+    use crate::pages::memory::{PAGE_BYTES, PageRange};
     use crate::transport::RunKind;
 
     #[test]

@@ -7,12 +7,12 @@ use std::sync::atomic::AtomicBool;
 use crossbeam_channel::unbounded;
 
 use crate::config::Timeouts;
-use crate::dirty::{DirtyBitmap, DirtySources};
-use crate::ledger::Ledger;
-use crate::memory::GuestMemory;
 use crate::migration::sender::{self, Command, SenderReport, SenderSetup};
 use crate::migration::session::Input;
-use crate::partition::Partition;
+use crate::pages::dirty::{DirtyBitmap, DirtySources};
+use crate::pages::ledger::Ledger;
+use crate::pages::memory::GuestMemory;
+use crate::pages::partition::Partition;
 use crate::progress::Shared;
 use crate::stats::ChannelGauge;
 use crate::transport::{Capabilities, PageCounts, PageSender};

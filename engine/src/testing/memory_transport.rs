@@ -9,7 +9,7 @@ use crossbeam_channel::{
     Receiver, Sender, TryRecvError, after, at, bounded, never, select, unbounded,
 };
 
-use crate::memory::GuestMemory;
+use crate::pages::memory::GuestMemory;
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
     Interrupt, Link, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageCounts, PageReceiver, PageSender,

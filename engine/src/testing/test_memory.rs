@@ -10,7 +10,7 @@ use memmap2::MmapRaw;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::Random;
-use crate::memory::{
+use crate::pages::memory::{
     FileBacking, GuestMemory, Layout, PAGE_BYTES, PageRange, RawRegion, RegionLayout,
 };
 

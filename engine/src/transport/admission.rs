@@ -1,8 +1,8 @@
 //! What a source must have said for an acceptor to serve it.
 
-use crate::protocol::{DecodeError, Hello};
+use crate::control::protocol::{DecodeError, Hello};
 
-pub use crate::protocol::MAX_HELLO_BYTES as MAX_GREETING_BYTES;
+pub use crate::control::protocol::MAX_HELLO_BYTES as MAX_GREETING_BYTES;
 
 /// Whom an acceptor serves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! What a sender hands to a transport: runs of pages.
 
-use crate::memory::{PAGE_BYTES, PageRange};
+use crate::pages::memory::{PAGE_BYTES, PageRange};
 
 /// Most runs any batch may have. With one more vector for the header, a batch fits in one
 /// `sendmsg` (`IOV_MAX` is 1024, see `sendmsg(2)`).

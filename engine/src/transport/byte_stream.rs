@@ -16,7 +16,7 @@ use super::{
     Interrupt, Link, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, Received,
     Registration, Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
 };
-use crate::memory::{GuestMemory, PageRange};
+use crate::pages::memory::{GuestMemory, PageRange};
 
 const CAPABILITIES: Capabilities = Capabilities {
     one_sided_write: false,

@@ -36,7 +36,7 @@ pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
 pub use standing::{Holder, Place, Standing, Turn};
 pub use warnings::Warnings;
 
-use crate::memory::{GuestMemory, OutOfRange, PageRange};
+use crate::pages::memory::{GuestMemory, OutOfRange, PageRange};
 
 /// Largest control frame in bytes. A sender may not pass more, a receiver refuses more before
 /// it allocates.

@@ -18,7 +18,7 @@ use thiserror::Error;
 
 use super::batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, Run, RunKind};
 use super::{PageCounts, Ticket};
-use crate::memory::{Layout, PAGE_BYTES, PageRange};
+use crate::pages::memory::{Layout, PAGE_BYTES, PageRange};
 
 /// Length of a batch header in bytes, the last 8 of which are zero.
 pub const HEADER_BYTES: usize = 32;

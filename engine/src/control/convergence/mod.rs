@@ -31,7 +31,7 @@ pub use policy::{Policy, Settings, Throttling};
 pub use prediction::{Prediction, Term};
 
 use crate::machine::Rehearsal;
-use crate::memory::PAGE_BYTES;
+use crate::pages::memory::PAGE_BYTES;
 use estimate::{NEVER, from_seconds};
 use link::Link;
 use prediction::Terms;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::estimate::{Estimate, Learned, from_seconds};
 use crate::machine::Rehearsal;
-use crate::memory::PAGE_BYTES;
+use crate::pages::memory::PAGE_BYTES;
 
 /// What is assumed of a term that was not seen yet: of most machines it is less.
 const ASSUMED: Duration = Duration::from_micros(500);

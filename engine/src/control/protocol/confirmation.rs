@@ -3,7 +3,7 @@
 
 use super::greeting::{MAX_HELLO_BYTES, START_BYTES};
 use super::{DecodeError, Hello, Kind, Message, Welcome};
-use crate::digest::Digest;
+use crate::pages::digest::Digest;
 
 impl Hello {
     /// Whether the first `bytes` of a message of `message_bytes` may become a hello that is spoken here,

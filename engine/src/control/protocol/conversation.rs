@@ -12,8 +12,8 @@ use thiserror::Error;
 use super::kind::{Kind, Side};
 use super::table::{Stage, follows};
 use super::{MAX_DEVICE_STATE_BYTES, Message, Prepared};
-use crate::digest::Digest;
-use crate::memory::{Layout, PageRange, RegionLayout};
+use crate::pages::digest::Digest;
+use crate::pages::memory::{Layout, PageRange, RegionLayout};
 
 /// Why a message has no place in a conversation.
 #[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 
 use super::codec::{Reader, Writer};
 use super::{DecodeError, speaks_ours};
-use crate::digest::Digest;
-use crate::memory::{Layout, MAX_REGIONS, RegionLayout};
+use crate::pages::digest::Digest;
+use crate::pages::memory::{Layout, MAX_REGIONS, RegionLayout};
 
 /// Most bytes of the description a host may send along with the greeting.
 pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;

@@ -4,8 +4,8 @@
 use thiserror::Error;
 
 use super::{Hello, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Welcome, speaks_ours};
-use crate::digest::Digest;
-use crate::memory::{Layout, PAGE_BYTES};
+use crate::pages::digest::Digest;
+use crate::pages::memory::{Layout, PAGE_BYTES};
 
 /// The page size of this engine, as the greeting carries it.
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
@@ -173,7 +173,7 @@ impl Hello {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::RegionLayout;
+    use crate::pages::memory::RegionLayout;
 
     fn hello() -> Hello {
         let region =

@@ -4,8 +4,8 @@ use std::fmt;
 
 use super::codec::{Reader, Writer};
 use super::{DecodeError, Hello, Kind, Welcome};
-use crate::digest::Digest;
-use crate::memory::PageRange;
+use crate::pages::digest::Digest;
+use crate::pages::memory::PageRange;
 
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;

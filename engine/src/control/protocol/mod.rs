@@ -28,7 +28,7 @@ pub use message::{
 };
 pub use table::{Stage, table};
 
-use crate::memory::LayoutError;
+use crate::pages::memory::LayoutError;
 
 /// The protocol version this engine speaks. Both sides offer a range and take the highest
 /// common one.

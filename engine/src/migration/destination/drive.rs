@@ -10,19 +10,21 @@ use super::closing::Closing;
 use super::populate::Populating;
 use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
 use crate::config::Timeouts;
-use crate::digest::Digest;
-use crate::error::{Chain, Error};
-use crate::handover::{DestinationAction, DestinationHandover, DestinationInput, DestinationState};
-use crate::host::{Guarded, caught};
-use crate::machine::Machine;
-use crate::memory::{GuestMemory, Layout};
-use crate::migration::receiver::{self, ReceiverReport};
-use crate::migration::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
-use crate::progress::{Event, EventSink, Phase, Shared};
-use crate::protocol::{
+use crate::control::handover::{
+    DestinationAction, DestinationHandover, DestinationInput, DestinationState,
+};
+use crate::control::protocol::{
     Agreement, FailureReason, Hello, Incompatibility, Message, Prepare, Prepared, Side, Welcome,
     negotiate as negotiate_hello,
 };
+use crate::error::{Chain, Error};
+use crate::host::{Guarded, caught};
+use crate::machine::Machine;
+use crate::migration::receiver::{self, ReceiverReport};
+use crate::migration::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
+use crate::pages::digest::Digest;
+use crate::pages::memory::{GuestMemory, Layout};
+use crate::progress::{Event, EventSink, Phase, Shared};
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{DestinationLink, TransportError};

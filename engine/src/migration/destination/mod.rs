@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::config::{Common, MAX_CHANNELS, Timeouts};
 use crate::error::Error;
 use crate::machine::Machine;
-use crate::memory::{GuestMemory, Layout};
+use crate::pages::memory::{GuestMemory, Layout};
 use crate::progress::{Event, EventSink, MigrationHandle, Shared};
 use crate::stats::Statistics;
 use crate::threads::Spawn;

@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
-use crate::memory::{GuestMemory, PageRange};
 use crate::migration::receiver::ReceiverReport;
 use crate::migration::session::Session;
+use crate::pages::memory::{GuestMemory, PageRange};
 use crate::stats::Populated;
 use crate::threads::ThreadRole;
 

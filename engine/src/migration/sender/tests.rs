@@ -4,8 +4,8 @@ use crossbeam_channel::unbounded;
 
 use super::*;
 use crate::config::Timeouts;
-use crate::ledger::Ledger;
-use crate::partition::Partition;
+use crate::pages::ledger::Ledger;
+use crate::pages::partition::Partition;
 use crate::testing::TestMemory;
 use crate::transport::{ChannelCounters, Interrupt, Watermarks};
 

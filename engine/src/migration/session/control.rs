@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::control::protocol::{Conversation, DecodeError, Incompatibility, Message, Side};
 use crate::error::Error;
 use crate::host::caught;
-use crate::protocol::{Conversation, DecodeError, Incompatibility, Message, Side};
 use crate::transport::ControlSender;
 
 /// What those who send and those who hear share.

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{Common, MAX_CHANNELS, Timeouts};
-use crate::convergence::{Bound, Policy};
-use crate::dirty::DirtySources;
+use crate::control::convergence::{Bound, Policy};
+use crate::control::protocol::MAX_DESCRIPTION_BYTES;
 use crate::error::Error;
 use crate::machine::Machine;
-use crate::memory::GuestMemory;
 use crate::migration::sender::BATCH_BYTES;
+use crate::pages::dirty::DirtySources;
+use crate::pages::memory::GuestMemory;
 use crate::progress::{Event, EventSink, MigrationHandle, Shared, check_settings};
-use crate::protocol::MAX_DESCRIPTION_BYTES;
 use crate::stats::Statistics;
 use crate::threads::Spawn;
 use crate::transport::SourceLink;

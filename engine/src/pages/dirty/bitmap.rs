@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::memory::Layout;
+use crate::pages::memory::Layout;
 
 /// Pages in one bitmap word.
 pub const WORD_PAGES: u64 = u64::BITS as u64;
@@ -192,7 +192,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::{PAGE_BYTES, RegionLayout};
+    use crate::pages::memory::{PAGE_BYTES, RegionLayout};
 
     fn layout(region_pages: &[u64]) -> Layout {
         let mut guest_addr = 0;

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 pub use bitmap::{DirtyBitmap, STRIPE_WORDS, WORD_PAGES, pages_in, runs};
 
-use crate::memory::Layout;
+use crate::pages::memory::Layout;
 
 /// Why a tracker failed.
 #[derive(Debug, Error)]

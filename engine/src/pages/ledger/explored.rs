@@ -6,7 +6,7 @@ use loom::sync::mpsc::{Receiver, Sender, channel};
 use loom::thread;
 
 use super::*;
-use crate::memory::{PAGE_BYTES, RegionLayout};
+use crate::pages::memory::{PAGE_BYTES, RegionLayout};
 
 const STRIPES: usize = 2;
 

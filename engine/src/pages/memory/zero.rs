@@ -143,7 +143,7 @@ unsafe fn avx2(addr: *const u8, len_bytes: usize) -> bool {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::memory::PageRange;
+    use crate::pages::memory::PageRange;
     use crate::testing::TestMemory;
 
     fn ways() -> Vec<(&'static str, Look)> {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::fixture::say;
 use super::{PROMPT, Trial};
-use crate::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
-use crate::protocol::{Message, negotiate};
+use crate::control::protocol::{Message, negotiate};
+use crate::pages::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use crate::testing::TestMemory;
 use crate::transport::{ControlChannel, Received};
 use crate::{Error, GuestAtSource, Machine, MachineError, Source, Timeouts};

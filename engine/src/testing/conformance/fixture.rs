@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{PROMPT, Trial};
-use crate::memory::{PAGE_BYTES, PageRange};
+use crate::pages::memory::{PAGE_BYTES, PageRange};
 use crate::testing::TestMemory;
 use crate::transport::{
     ControlChannel, ControlReceiver, ControlSender, DestinationLink, PageCounts, PageReceiver,

@@ -4,7 +4,7 @@ use super::Trial;
 use super::fixture::{
     Opened, REGION_PAGES, batches, data, drain, is_zero, release, run, send, settle, zero,
 };
-use crate::memory::PAGE_BYTES;
+use crate::pages::memory::PAGE_BYTES;
 use crate::testing::Random;
 use crate::transport::{PageCounts, Run, RunKind, TransportError};
 

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::fixture::{REGION_PAGES, data, drain};
 use super::{PROMPT, Trial};
-use crate::memory::PageRange;
+use crate::pages::memory::PageRange;
 use crate::transport::TransportError;
 
 /// A reader brings the source's pages to their place here and touches nothing else, as long as the

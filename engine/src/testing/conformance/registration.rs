@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::fixture::{Opened, REGION_PAGES};
 use super::{PROMPT, Trial};
-use crate::memory::PAGE_BYTES;
+use crate::pages::memory::PAGE_BYTES;
 use crate::testing::TestMemory;
 use crate::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
 

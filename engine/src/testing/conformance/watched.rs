@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Pair;
 use super::watch::Watch;
-use crate::memory::{GuestMemory, PageRange};
+use crate::pages::memory::{GuestMemory, PageRange};
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
     Interrupt, Link, PageReader, PageReceiver, PageSender, ReadGrant, Received, Registration, Run,

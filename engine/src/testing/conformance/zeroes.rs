@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Trial;
 use super::fixture::{Opened, run};
-use crate::memory::PageRange;
+use crate::pages::memory::PageRange;
 use crate::transport::{MAX_BATCH_ZERO_PAGES, Received, RunKind, TransportError};
 
 /// Links that are tried: the thread that interrupts may get its turn too late.

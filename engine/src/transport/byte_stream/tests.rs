@@ -2,7 +2,7 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
-use crate::memory::PageRange;
+use crate::pages::memory::PageRange;
 use crate::testing::TestMemory;
 
 /// Bytes to be read, in small reads; notes for how many it is asked at most.

@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::memory::RegionLayout;
+use crate::pages::memory::RegionLayout;
 
 fn layout() -> Layout {
     let region = |guest_addr, pages| RegionLayout {

@@ -3,8 +3,8 @@ use proptest::prelude::*;
 use super::super::table::TABLE;
 use super::super::{FailureReason, Hello, Prepare, Welcome, negotiate, table};
 use super::*;
-use crate::memory::PAGE_BYTES;
-use crate::protocol::MAX_STATE_CHUNK_BYTES;
+use crate::control::protocol::MAX_STATE_CHUNK_BYTES;
+use crate::pages::memory::PAGE_BYTES;
 
 const CHANNELS: u16 = 3;
 const PAGES: [u64; 2] = [100, 7];

@@ -1,8 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::memory::{Layout, PAGE_BYTES, RegionLayout};
-use crate::protocol::MAX_HELLO_BYTES;
+use crate::control::protocol::MAX_HELLO_BYTES;
+use crate::pages::memory::{Layout, PAGE_BYTES, RegionLayout};
 
 fn a_layout() -> impl Strategy<Value = Layout> {
     prop::collection::vec((0_u64..1000, 1_u64..1000), 1..20).prop_map(|regions| {

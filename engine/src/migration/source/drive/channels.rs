@@ -8,12 +8,12 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use crossbeam_utils::CachePadded;
 
 use crate::control::balance::{self, Lane};
-use crate::dirty::DirtyBitmap;
 use crate::error::Error;
-use crate::ledger::{Ledger, Loan};
-use crate::memory::Layout;
 use crate::migration::sender::Command;
-use crate::partition::Partition;
+use crate::pages::dirty::DirtyBitmap;
+use crate::pages::ledger::{Ledger, Loan};
+use crate::pages::memory::Layout;
+use crate::pages::partition::Partition;
 use crate::stats::ChannelGauge;
 use crate::transport::{Interrupt, Run};
 

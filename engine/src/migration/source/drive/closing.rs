@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Drive;
+use crate::control::protocol::Message;
 use crate::error::Error;
-use crate::protocol::Message;
 use crate::stats::ChannelGauge;
 use crate::transport::TransportError;
 

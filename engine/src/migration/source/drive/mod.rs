@@ -16,17 +16,19 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::unbounded;
 
 use super::{Departed, GuestAtSource, Source, SourceFailure};
-use crate::convergence::Convergence;
-use crate::dirty::DirtySources;
+use crate::control::convergence::Convergence;
+use crate::control::handover::{SourceHandover, SourceInput, SourceState};
+use crate::control::protocol::{
+    Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, Side,
+};
 use crate::error::Error;
-use crate::handover::{SourceHandover, SourceInput, SourceState};
 use crate::host::{Guarded, caught};
 use crate::machine::{GuestAlarm, Machine};
-use crate::memory::GuestMemory;
 use crate::migration::sender::{self, SenderReport, SenderSetup};
 use crate::migration::session::{LIFE_SIGNS, Patience, Session, unexpected};
+use crate::pages::dirty::DirtySources;
+use crate::pages::memory::GuestMemory;
 use crate::progress::{Event, Phase};
-use crate::protocol::{Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, Side};
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{SourceLink, TransportError};

@@ -3,13 +3,13 @@
 use std::time::Instant;
 
 use super::{DIRTY_SOURCES, Drive};
-use crate::convergence::{HEAT_PARTS, Round, Verdict};
+use crate::control::convergence::{HEAT_PARTS, Round, Verdict};
+use crate::control::protocol::Message;
 use crate::error::Error;
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
-use crate::memory::PAGE_BYTES;
+use crate::pages::memory::PAGE_BYTES;
 use crate::progress::{Event, Phase};
-use crate::protocol::Message;
 use crate::stats::RoundStatistics;
 
 /// A round with no more page bytes ends when all have landed. Buffers on the way could swallow all of

@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use super::Drive;
+use crate::control::protocol::{MAX_DEVICE_STATE_BYTES, Message};
 use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::Machine;
 use crate::migration::session::{Item, Patience};
 use crate::progress::Event;
-use crate::protocol::{MAX_DEVICE_STATE_BYTES, Message};
 
 #[derive(Debug, Default)]
 pub(super) struct Steering {

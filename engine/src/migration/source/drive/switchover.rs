@@ -11,15 +11,15 @@ use super::Drive;
 use super::rounds::RoundBegan;
 use super::steering::check_state_bytes;
 use super::waiting::Waiting;
-use crate::convergence::Attempt;
-use crate::digest::Digest;
+use crate::control::convergence::Attempt;
+use crate::control::handover::{SourceAction, SourceInput, SourceState};
+use crate::control::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared};
 use crate::error::Error;
-use crate::handover::{SourceAction, SourceInput, SourceState};
 use crate::host::Guarded;
 use crate::machine::Machine;
 use crate::migration::session::{Item, Patience, unexpected};
+use crate::pages::digest::Digest;
 use crate::progress::{Event, Phase, SwitchoverStage};
-use crate::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared};
 use crate::stats::Downtime;
 
 /// Device state up to here fits into any buffer on its way; more goes out by a thread of its own, whose

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use super::Drive;
 use super::closing::Moved;
+use crate::control::handover::SourceState;
+use crate::control::protocol::Message;
 use crate::error::Error;
-use crate::handover::SourceState;
 use crate::migration::sender::SenderReport;
 use crate::migration::session::{Item, Patience, unexpected};
 use crate::progress::Event;
-use crate::protocol::Message;
 use crate::transport::TransportError;
 
 /// How often a waiting driver looks what has landed.
