@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use crate::support::PATIENCE;
 use crate::support::host::guest_kind;
-use crate::support::peer::{is_being_dialled, let_in, listen, silent, take};
+use crate::support::peer::{is_being_dialled, listen, silent, take, welcomed};
 use crate::support::process::Process;
 use crate::support::sides::{
     BUSY, SMALL, TIGHT, destination, source, source_that_stays, under_way,
@@ -42,7 +42,7 @@ fn at_a_destination_that_nobody_came_to() {
 #[test]
 fn at_a_destination_whose_source_says_nothing() {
     let (mut destination, address) = destination(&[]);
-    let _silent = let_in(&address);
+    let _silent = welcomed(&address, 1);
     destination.await_message("a source connected");
     destination.signal(Signal::INT);
     let why = ["cancelled before a guest came"];

@@ -98,8 +98,6 @@ fn nonsense_is_told_so_at_once_and_costs_nobody_else_anything() {
     let other = frame(&Message::Ping { number: 1 }.encode());
     let mut magic = frame(&hello(0));
     magic[8] ^= 1;
-    let mut version = frame(&hello(0));
-    version[14..18].fill(9);
     let long = u32::try_from(MAX_GREETING_BYTES + 1).unwrap().to_le_bytes();
     let mut layout = frame(&hello(0));
     layout[4 + 14 + 11] = 1;
@@ -109,7 +107,6 @@ fn nonsense_is_told_so_at_once_and_costs_nobody_else_anything() {
         (&[0; 4], "no greeting: message ends inside"),
         (&other[..6], "no greeting: message of type 20 where a greeting is due"),
         (&magic[..14], "no greeting: not a pageferry peer"),
-        (&version[..18], "no greeting: protocol versions"),
         (&layout[..], "no greeting: memory map"),
     ] {
         let mut stream = raw::dial(acceptor.local_addr(), Kind::Control);

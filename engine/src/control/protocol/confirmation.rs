@@ -6,8 +6,9 @@ use super::{DecodeError, Hello, Kind, Message, Welcome};
 use crate::pages::digest::Digest;
 
 impl Hello {
-    /// Whether the first `bytes` of a message of `message_bytes` may become a hello that is spoken here,
-    /// and are one if they are all of it. What comes in small pieces costs no more than what comes at
+    /// Whether the first `bytes` of a message of `message_bytes` may become a hello, and are one if they are
+    /// all of it. One of versions that are not spoken here is one too, as far as can be told: who serves it
+    /// says so. What comes in small pieces costs no more than what comes at
     /// once: only its start is looked at, and then the whole.
     pub fn check_arriving(bytes: &[u8], message_bytes: usize) -> Result<(), DecodeError> {
         if message_bytes > MAX_HELLO_BYTES {
@@ -20,11 +21,11 @@ impl Hello {
                 return Err(DecodeError::NoGreeting(kind));
             }
         }
-        if bytes.len() == message_bytes {
-            return Message::decode(bytes).map(drop);
-        }
-        match Message::decode(&bytes[..bytes.len().min(START_BYTES)]) {
-            Err(DecodeError::Truncated { .. }) | Ok(_) => Ok(()),
+        let whole = bytes.len() == message_bytes;
+        let seen = if whole { bytes } else { &bytes[..bytes.len().min(START_BYTES)] };
+        match Message::decode(seen) {
+            Ok(_) | Err(DecodeError::Version { .. }) => Ok(()),
+            Err(DecodeError::Truncated { .. }) if !whole => Ok(()),
             Err(error) => Err(error),
         }
     }

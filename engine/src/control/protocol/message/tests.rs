@@ -121,18 +121,15 @@ proptest! {
 
     /// At the first byte of its start that shows it, or once all is there.
     #[test]
-    fn what_is_no_hello_is_not_waited_for(at in 0..14_usize, flip in 1_u8..) {
+    fn what_is_no_hello_is_not_waited_for(at in 0..10_usize, flip in 1_u8..) {
         let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
         let hello = Hello::new(Layout::new(vec![region]).unwrap(), 1, false, vec![7; 100]);
         let mut bytes = Message::Hello(hello).encode();
         bytes[at] ^= flip;
-        let seen_at = [2, 10, 14].into_iter().find(|end| at < *end).unwrap();
+        let seen_at = [2, 10].into_iter().find(|end| at < *end).unwrap();
         let judged = |end| Hello::check_arriving(&bytes[..end], bytes.len());
         prop_assert_eq!(judged(seen_at - 1), Ok(()));
-        // A version range may still meet ours.
-        let no_hello = Message::decode(&bytes).is_err();
-        prop_assert_eq!(judged(seen_at).is_err(), no_hello);
-        prop_assert_eq!(judged(bytes.len()).is_err(), no_hello);
+        prop_assert!(judged(seen_at).is_err() && judged(bytes.len()).is_err());
         prop_assert!(Hello::check_arriving(&[], MAX_HELLO_BYTES + 1).is_err());
     }
 
