@@ -200,12 +200,15 @@ impl HalfOpen {
             }
             Phase::Refused => return None,
         };
-        let reason = match why {
-            Expiry::Late(limit) => format!("{came} within {limit:?}"),
-            Expiry::Crowded => format!("{came}, and too many others"),
-            Expiry::Closed => format!("{came}, and nobody listens any more"),
+        let (status, reason) = match why {
+            Expiry::Late(limit) => (Status::Malformed, format!("{came} within {limit:?}")),
+            Expiry::Crowded => (Status::Busy, format!("too many connect, and {came}")),
+            Expiry::Closed => {
+                (Status::Busy, format!("nobody is accepted here any more, and {came}"))
+            }
         };
-        Some(Self::refuse(Unwanted::malformed(self.incoming, reason), warnings))
+        let unwanted = Unwanted { incoming: self.incoming, status, reason };
+        Some(Self::refuse(unwanted, warnings))
     }
 }
 

@@ -95,13 +95,13 @@ pub enum PreambleError {
 pub enum Status {
     /// 0: go on.
     Ok,
-    /// 1: another migration is being served, or another source waits and this one does not answer.
+    /// 1: not now: another source is served or waits, too many connect, or nobody is accepted any more.
     Busy,
     /// 2: a data channel names a migration that is not being served.
     UnknownMigration,
     /// 3: the preamble's version is not supported.
     Version,
-    /// 4: the preamble, or the first frame behind it, is malformed.
+    /// 4: the preamble, or the first frame behind it, is malformed, or is not there in time.
     Malformed,
     /// 5: the data channel with this index is there already.
     ChannelTaken,

@@ -118,6 +118,22 @@ fn nonsense_is_told_so_at_once_and_costs_nobody_else_anything() {
     }
 }
 
+#[test]
+fn who_is_about_to_say_who_it_is_when_nobody_is_accepted_any_more_is_told_to_come_later() {
+    let acceptor = acceptor(TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() });
+    let silent = raw::stream(acceptor.local_addr());
+    let mut let_in = raw::dial(acceptor.local_addr(), Kind::Control);
+    let_in.write_all(&frame(&hello(0))[..20]).unwrap();
+    // Whoever is served now, these two have come and done nothing wrong.
+    assert_serves(&acceptor);
+    drop(acceptor);
+    let why = "nobody is accepted here any more, and of";
+    for answer in [raw::read_answer(&silent), read_refusal(&mut let_in)] {
+        assert_eq!(answer.status, Status::Busy);
+        assert!(answer.reason.starts_with(why), "{}", answer.reason);
+    }
+}
+
 /// It takes longer than anybody may say nothing for.
 #[test]
 fn a_greeting_that_goes_on_arriving_is_heard() {
@@ -171,7 +187,12 @@ fn greetings_that_do_not_end_have_a_bounded_share_of_memory() {
         })
         .collect();
     let answer = read_refusal(&mut strangers[0]);
-    assert!(answer.reason.ends_with(" bytes came, and too many others"), "{}", answer.reason);
+    assert_eq!(answer.status, Status::Busy);
+    assert!(
+        answer.reason.starts_with("too many connect, and of the greeting "),
+        "{}",
+        answer.reason
+    );
     assert_serves(&acceptor);
 }
 

@@ -92,8 +92,9 @@ fn many_silent_clients_lock_nobody_out() {
     assert_serves(&acceptor);
     // The first ones had to go for the last.
     let first = crowd.into_iter().next().unwrap();
-    let reason = raw::read_answer(&first).reason;
-    assert_eq!(reason, "of 32 bytes of the preamble 0 came, and too many others");
+    let answer = raw::read_answer(&first);
+    assert_eq!(answer.status, Status::Busy, "it has done nothing wrong");
+    assert_eq!(answer.reason, "too many connect, and of 32 bytes of the preamble 0 came");
 }
 
 #[test]
