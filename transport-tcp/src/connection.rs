@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use pageferry::transport::stream::StreamError;
 use pageferry::transport::{Interrupt, Place, Standing, TransportError, ZeroCopyCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -40,9 +41,31 @@ pub(crate) fn until(deadline: Instant) -> Timespec {
     Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })
 }
 
+/// Why a link is over before its time. What fails then fails for this.
+#[derive(Debug)]
+pub(crate) enum Ending {
+    /// The destination has turned this source away.
+    Refused { by: SocketAddr, reason: String },
+    /// The other side's control frames are none.
+    Malformed(StreamError),
+}
+
+impl From<&Ending> for TransportError {
+    fn from(ending: &Ending) -> Self {
+        match ending {
+            Ending::Malformed(error) => (*error).into(),
+            Ending::Refused { by, reason } => {
+                Self::Refused { address: by.to_string(), reason: reason.clone() }
+            }
+        }
+    }
+}
+
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
     interrupted: AtomicBool,
+    /// Once that is known.
+    ending: OnceLock<Ending>,
     /// Of a source at the destination.
     standing: Mutex<Standing>,
     connections: Mutex<Vec<Weak<Connection>>>,
@@ -60,18 +83,19 @@ impl LinkState {
     pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
             interrupted: AtomicBool::new(false),
+            ending: OnceLock::new(),
             standing: Mutex::new(Standing::firm()),
             connections: Mutex::default(),
             wake: Box::new(wake),
         })
     }
 
-    /// Fails once the link was interrupted.
+    /// Fails once the link was interrupted, or it is known why it is over.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         if self.interrupted.load(Ordering::Acquire) {
             return Err(TransportError::Interrupted);
         }
-        Ok(())
+        self.ending.get().map_or(Ok(()), |ending| Err(ending.into()))
     }
 
     /// Of the source that this link is of.
@@ -186,12 +210,17 @@ impl Connection {
         self.peer
     }
 
-    /// Fails once the link or this connection was interrupted.
+    /// Fails once the link or this connection was interrupted, or it is known why the link is over.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         if self.interrupted.load(Ordering::Acquire) {
             return Err(TransportError::Interrupted);
         }
         self.link.check()
+    }
+
+    /// The link is over; the first cause of that.
+    pub(crate) fn end_link(&self, why: Ending) -> TransportError {
+        self.link.ending.get_or_init(|| why).into()
     }
 
     /// A control frame has come.

@@ -5,55 +5,30 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::stream::StreamError;
 use pageferry::transport::{
     ControlChannel, ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError,
 };
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use rustix::net::{SendAncillaryBuffer, SendFlags};
 
 use crate::connection::{Connection, deadline_after};
 use crate::framing::LENGTH_BYTES;
-use crate::preamble::{ANSWER_BYTES, Answer, Status};
+use crate::inbox::{Inbox, RECEIVING};
 
 const SENDING: &str = "send a control frame";
-const RECEIVING: &str = "receive a control frame";
 
-pub(crate) fn at_source(connection: &Arc<Connection>) -> ControlChannel {
-    channel(connection, true, None)
-}
-
-/// With the first frame, if that has come.
-pub(crate) fn at_destination(
-    connection: &Arc<Connection>,
-    first: Option<Vec<u8>>,
-) -> ControlChannel {
-    channel(connection, false, first)
-}
-
-fn channel(
-    connection: &Arc<Connection>,
-    may_be_refused: bool,
-    first: Option<Vec<u8>>,
-) -> ControlChannel {
-    ControlChannel {
-        sender: Box::new(TcpControlSender { connection: Arc::clone(connection), broken: false }),
-        receiver: Box::new(TcpControlReceiver {
-            connection: Arc::clone(connection),
-            first,
-            may_be_refused,
-            length: [0; LENGTH_BYTES],
-            frame: Vec::new(),
-            filled: 0,
-            broken: None,
-        }),
-    }
+/// Both halves.
+pub(crate) fn channel(inbox: Arc<Inbox>) -> ControlChannel {
+    let connection = Arc::clone(inbox.connection());
+    let sender = TcpControlSender { connection, inbox: Arc::clone(&inbox), broken: false };
+    ControlChannel { sender: Box::new(sender), receiver: Box::new(TcpControlReceiver { inbox }) }
 }
 
 #[derive(Debug)]
 struct TcpControlSender {
     connection: Arc<Connection>,
+    inbox: Arc<Inbox>,
     /// Half a frame may be out: nothing sensible can follow it.
     broken: bool,
 }
@@ -83,7 +58,10 @@ impl TcpControlSender {
                         return Ok(false);
                     }
                 }
-                Err(errno) => return Err(self.connection.failed(SENDING, errno.into())),
+                Err(errno) => {
+                    self.inbox.look_for_the_end();
+                    return Err(self.connection.failed(SENDING, errno.into()));
+                }
             }
         }
         Ok(true)
@@ -128,125 +106,21 @@ impl Drop for TcpControlSender {
     }
 }
 
-/// Keeps what it has of a frame over calls, so a timeout in the middle of one loses nothing.
 #[derive(Debug)]
 struct TcpControlReceiver {
-    connection: Arc<Connection>,
-    /// Came before anybody asked for it.
-    first: Option<Vec<u8>>,
-    may_be_refused: bool,
-    length: [u8; LENGTH_BYTES],
-    /// As long as the length says once that is known, empty before.
-    frame: Vec<u8>,
-    /// Bytes there of length and frame together.
-    filled: usize,
-    broken: Option<Broken>,
-}
-
-/// Why nothing more is received.
-#[derive(Debug, Clone)]
-enum Broken {
-    Malformed(StreamError),
-    Refused(String),
-}
-
-impl TcpControlReceiver {
-    /// Where the next bytes go; empty when the frame is complete.
-    fn room(&mut self) -> &mut [u8] {
-        if self.filled < LENGTH_BYTES {
-            &mut self.length[self.filled..]
-        } else {
-            &mut self.frame[self.filled - LENGTH_BYTES..]
-        }
-    }
-
-    /// Makes room for the frame once its length is known.
-    fn prepare(&mut self) -> Result<(), Broken> {
-        let announced = u32::from_le_bytes(self.length);
-        let length = match usize::try_from(announced) {
-            Ok(0) if self.may_be_refused => ANSWER_BYTES,
-            Ok(length @ 1..=MAX_FRAME_BYTES) => length,
-            _ => return Err(Broken::Malformed(StreamError::FrameLength(announced))),
-        };
-        self.frame = vec![0; length];
-        Ok(())
-    }
-
-    /// The frame that is whole; or why it is none, but the end.
-    fn take(&mut self) -> Result<Vec<u8>, Broken> {
-        self.filled = 0;
-        let frame = std::mem::take(&mut self.frame);
-        if self.length != [0; LENGTH_BYTES] {
-            self.connection.note_heard();
-            return Ok(frame);
-        }
-        let answer = frame.first_chunk().map(Answer::decode);
-        match answer {
-            Some(Ok(Answer { status, reason })) if status != Status::Ok => {
-                Err(Broken::Refused(reason))
-            }
-            _ => Err(Broken::Malformed(StreamError::FrameLength(0))),
-        }
-    }
-
-    /// Nothing more is received.
-    fn break_off(&mut self, why: Broken) -> TransportError {
-        self.connection.shutdown(Shutdown::Both);
-        let error = self.error(&why);
-        self.broken = Some(why);
-        error
-    }
-
-    fn error(&self, why: &Broken) -> TransportError {
-        match why {
-            Broken::Malformed(error) => (*error).into(),
-            Broken::Refused(reason) => TransportError::Refused {
-                address: self.connection.peer().to_string(),
-                reason: reason.clone(),
-            },
-        }
-    }
+    inbox: Arc<Inbox>,
 }
 
 impl ControlReceiver for TcpControlReceiver {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
-        let connection = Arc::clone(&self.connection);
-        connection.check()?;
-        if let Some(why) = &self.broken {
-            return Err(self.error(why));
-        }
-        if let Some(first) = self.first.take() {
-            return Ok(first);
-        }
         let deadline = deadline_after(timeout);
-        let mut flags = RecvFlags::DONTWAIT;
         loop {
-            match connection.receive(self.room(), flags) {
-                Ok(0) if self.filled == 0 && !connection.is_lost() => {
-                    connection.check()?;
-                    return Err(TransportError::Closed);
-                }
-                Ok(0) => return Err(connection.ended(RECEIVING)),
-                Ok(received) => {
-                    self.filled += received;
-                    if self.filled == LENGTH_BYTES
-                        && let Err(why) = self.prepare()
-                    {
-                        return Err(self.break_off(why));
-                    }
-                    if self.filled == LENGTH_BYTES + self.frame.len() {
-                        return self.take().map_err(|why| self.break_off(why));
-                    }
-                }
-                // Without a deadline the next `recv` may as well do the waiting.
-                Err(Errno::AGAIN) if deadline.is_none() => flags = RecvFlags::empty(),
-                Err(Errno::AGAIN) => {
-                    if connection.wait(PollFlags::IN, deadline)?.is_empty() {
-                        let after = timeout.unwrap_or_default();
-                        return Err(TransportError::TimedOut { operation: RECEIVING, after });
-                    }
-                }
-                Err(errno) => return Err(connection.failed(RECEIVING, errno.into())),
+            if let Some(frame) = self.inbox.next()? {
+                return Ok(frame);
+            }
+            if self.inbox.connection().wait(PollFlags::IN, deadline)?.is_empty() {
+                let after = timeout.unwrap_or_default();
+                return Err(TransportError::TimedOut { operation: RECEIVING, after });
             }
         }
     }

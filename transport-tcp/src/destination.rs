@@ -15,6 +15,7 @@ use crate::board::Accepted;
 use crate::connection::{Connection, LinkState, close_all};
 use crate::data_socket::DataSocket;
 use crate::desk::Desk;
+use crate::inbox::{Inbox, Side};
 use crate::receiver::TcpPageReceiver;
 use crate::{CAPABILITIES, NAME, control};
 
@@ -64,7 +65,7 @@ impl TcpDestinationLink {
         self.connections[0].peer()
     }
 
-    /// Fails once the link was interrupted.
+    /// Fails once the link was interrupted, or it is known why it is over.
     pub fn check(&self) -> Result<(), TransportError> {
         self.state.check()
     }
@@ -115,7 +116,9 @@ impl Link for TcpDestinationLink {
         if std::mem::replace(&mut self.control_taken, true) {
             return Err(TransportError::OutOfOrder("the control channel is taken"));
         }
-        Ok(control::at_destination(&self.connections[0], self.greeting.take()))
+        let greeting = self.greeting.take();
+        let inbox = Inbox::new(&self.connections[0], Side::Destination, greeting);
+        Ok(control::channel(Arc::new(inbox)))
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {

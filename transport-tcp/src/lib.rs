@@ -70,6 +70,7 @@ mod dial;
 mod framing;
 mod greeting;
 mod half_open;
+mod inbox;
 mod options;
 mod outstanding;
 mod poll_loop;

@@ -12,6 +12,7 @@ use pageferry::transport::{
 use crate::connection::{Connection, LinkState, close_all};
 use crate::data_socket::DataSocket;
 use crate::dial::Dialled;
+use crate::inbox::{Inbox, Side};
 use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{Kind, Preamble};
 use crate::sender::TcpPageSender;
@@ -32,6 +33,7 @@ pub struct TcpSourceLink {
     /// Control first, then data. Held open here, so that dropping a channel sends no reset
     /// after what was sent last.
     connections: Vec<Arc<Connection>>,
+    inbox: Arc<Inbox>,
     control_taken: bool,
     memory: Option<Arc<GuestMemory>>,
     opened: bool,
@@ -44,11 +46,13 @@ impl TcpSourceLink {
         state: Arc<LinkState>,
         control: Arc<Connection>,
     ) -> Self {
+        let inbox = Arc::new(Inbox::new(&control, Side::Source, None));
         Self {
             id,
             options,
             state,
             connections: vec![control],
+            inbox,
             control_taken: false,
             memory: None,
             opened: false,
@@ -65,7 +69,7 @@ impl TcpSourceLink {
         self.connections[0].peer()
     }
 
-    /// Fails once the link was interrupted.
+    /// Fails once the link was interrupted, or it is known why it is over.
     pub fn check(&self) -> Result<(), TransportError> {
         self.state.check()
     }
@@ -83,6 +87,17 @@ impl TcpSourceLink {
         if self.opened {
             return Err(TransportError::OutOfOrder("data channels are open"));
         }
+        let connections = self.dial(channels).map_err(|error| {
+            // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
+            self.inbox.look_for_the_end();
+            self.state.check().err().unwrap_or(error)
+        })?;
+        self.opened = true;
+        self.connections.extend(connections.iter().cloned());
+        Ok(connections)
+    }
+
+    fn dial(&self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
         let peer = self.peer_addr();
         // All preambles go out before the first answer is waited for.
         let dialled = (0..channels)
@@ -91,11 +106,7 @@ impl TcpSourceLink {
                 Dialled::begin(peer, &preamble, &self.options, &self.state)
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let connections =
-            dialled.into_iter().map(Dialled::await_answer).collect::<Result<Vec<_>, _>>()?;
-        self.opened = true;
-        self.connections.extend(connections.iter().cloned());
-        Ok(connections)
+        dialled.into_iter().map(Dialled::await_answer).collect()
     }
 }
 
@@ -113,7 +124,7 @@ impl Link for TcpSourceLink {
         if std::mem::replace(&mut self.control_taken, true) {
             return Err(TransportError::OutOfOrder("the control channel is taken"));
         }
-        Ok(control::at_source(&self.connections[0]))
+        Ok(control::channel(Arc::clone(&self.inbox)))
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {

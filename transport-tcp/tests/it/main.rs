@@ -2,6 +2,7 @@
 
 mod channels;
 mod control;
+mod endings;
 mod failures;
 mod greetings;
 mod links;

@@ -1,0 +1,164 @@
+//! What comes over the control connection, whichever half of the channel reads it.
+
+use std::collections::VecDeque;
+use std::net::Shutdown;
+use std::sync::{Arc, Mutex};
+
+use pageferry::transport::stream::StreamError;
+use pageferry::transport::{MAX_FRAME_BYTES, TransportError};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+
+use crate::connection::{Connection, Ending, lock};
+use crate::framing::{LENGTH_BYTES, refusal};
+use crate::preamble::{ANSWER_BYTES, Answer, Status};
+
+pub(crate) const RECEIVING: &str = "receive a control frame";
+/// Most frames that are read before anybody asks for them.
+const MOST_AHEAD: usize = 8;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// May hear that it is turned away.
+    Source,
+    /// May say so.
+    Destination,
+}
+
+/// Keeps what it has of a frame over calls, so a timeout in the middle of one loses nothing.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    connection: Arc<Connection>,
+    side: Side,
+    arriving: Mutex<Arriving>,
+}
+
+#[derive(Debug, Default)]
+struct Arriving {
+    /// Came before anybody asked for them.
+    ahead: VecDeque<Vec<u8>>,
+    length: [u8; LENGTH_BYTES],
+    /// As long as the length says once that is known, empty before.
+    frame: Vec<u8>,
+    /// Bytes there of length and frame together.
+    filled: usize,
+}
+
+impl Inbox {
+    /// With the first frame, if that has come.
+    pub(crate) fn new(connection: &Arc<Connection>, side: Side, first: Option<Vec<u8>>) -> Self {
+        let arriving = Arriving { ahead: first.into_iter().collect(), ..Arriving::default() };
+        Self { connection: Arc::clone(connection), side, arriving: Mutex::new(arriving) }
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// The next frame; `None` if it is not there yet.
+    pub(crate) fn next(&self) -> Result<Option<Vec<u8>>, TransportError> {
+        // With the lock held nobody is about to find out why the connection ends.
+        let mut arriving = lock(&self.arriving);
+        self.connection.check()?;
+        match arriving.ahead.pop_front() {
+            Some(frame) => Ok(Some(frame)),
+            None => self.read(&mut arriving),
+        }
+    }
+
+    /// Looks why the connection has ended, for who cannot go on with it: what the other side said about
+    /// that may be here, and not read yet. It is an [`Ending`] then, which every call tells.
+    pub(crate) fn look_for_the_end(&self) {
+        let mut arriving = lock(&self.arriving);
+        while arriving.ahead.len() < MOST_AHEAD
+            && self.connection.check().is_ok()
+            && let Ok(Some(frame)) = self.read(&mut arriving)
+        {
+            arriving.ahead.push_back(frame);
+        }
+    }
+
+    /// Reads the next frame, as far as it is there.
+    fn read(&self, arriving: &mut Arriving) -> Result<Option<Vec<u8>>, TransportError> {
+        let connection = &self.connection;
+        loop {
+            match connection.receive(arriving.room(), RecvFlags::DONTWAIT) {
+                Ok(0) if arriving.filled == 0 && !connection.is_lost() => {
+                    connection.check()?;
+                    return Err(TransportError::Closed);
+                }
+                Ok(0) => return Err(connection.ended(RECEIVING)),
+                Ok(received) => arriving.filled += received,
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(errno) => return Err(connection.failed(RECEIVING, errno.into())),
+            }
+            if arriving.filled == LENGTH_BYTES {
+                arriving.prepare(self.side).map_err(|why| self.break_off(why))?;
+            }
+            if arriving.filled == LENGTH_BYTES + arriving.frame.len() {
+                let frame = self.take(arriving).map_err(|why| self.break_off(why))?;
+                connection.note_heard();
+                return Ok(Some(frame));
+            }
+        }
+    }
+
+    /// The frame that is whole; or why it is none, but the end.
+    fn take(&self, arriving: &mut Arriving) -> Result<Vec<u8>, Ending> {
+        arriving.filled = 0;
+        let frame = std::mem::take(&mut arriving.frame);
+        if arriving.length != [0; LENGTH_BYTES] {
+            return Ok(frame);
+        }
+        let answer = frame.first_chunk().map(Answer::decode);
+        match answer {
+            Some(Ok(Answer { status, reason })) if status != Status::Ok => {
+                Err(Ending::Refused { by: self.connection.peer(), reason })
+            }
+            _ => Err(Ending::Malformed(StreamError::FrameLength(0))),
+        }
+    }
+
+    /// Nothing more is received, or sent.
+    fn break_off(&self, why: Ending) -> TransportError {
+        let farewell = match (&why, self.side) {
+            (Ending::Malformed(error), Side::Destination) => Some(error.to_string()),
+            _ => None,
+        };
+        // Before the connection is shut: who sends meanwhile fails for this, and not for that.
+        let error = self.connection.end_link(why);
+        let Some(reason) = farewell else {
+            self.connection.shutdown(Shutdown::Both);
+            return error;
+        };
+        let told = refusal(&Answer { status: Status::Malformed, reason });
+        // Should a frame be half out it is cut short, for somebody who does not keep to them either.
+        let _ = self.connection.send(&told, SendFlags::DONTWAIT);
+        // What it still sends is read when the link is closed: unread, it would reset the connection.
+        self.connection.shutdown(Shutdown::Write);
+        error
+    }
+}
+
+impl Arriving {
+    /// Where the next bytes go; never empty.
+    fn room(&mut self) -> &mut [u8] {
+        if self.filled < LENGTH_BYTES {
+            &mut self.length[self.filled..]
+        } else {
+            &mut self.frame[self.filled - LENGTH_BYTES..]
+        }
+    }
+
+    /// Makes room for the frame once its length is known.
+    fn prepare(&mut self, side: Side) -> Result<(), Ending> {
+        let announced = u32::from_le_bytes(self.length);
+        let length = match usize::try_from(announced) {
+            Ok(0) if side == Side::Source => ANSWER_BYTES,
+            Ok(length @ 1..=MAX_FRAME_BYTES) => length,
+            _ => return Err(Ending::Malformed(StreamError::FrameLength(announced))),
+        };
+        self.frame = vec![0; length];
+        Ok(())
+    }
+}
