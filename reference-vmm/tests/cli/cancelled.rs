@@ -3,11 +3,14 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pageferry::protocol::{Hello, Message};
 use rustix::process::Signal;
 
 use crate::support::PATIENCE;
 use crate::support::host::guest_kind;
-use crate::support::peer::{is_being_dialled, listen, silent, take, welcomed};
+use crate::support::peer::{
+    hello_of, is_being_dialled, let_in, listen, receive, send, silent, small_guest, take, welcomed,
+};
 use crate::support::process::Process;
 use crate::support::sides::{
     BUSY, SMALL, TIGHT, destination, source, source_that_stays, under_way,
@@ -47,6 +50,36 @@ fn at_a_destination_whose_source_says_nothing() {
     destination.signal(Signal::INT);
     let why = ["cancelled before a guest came"];
     destination.finish().report(3).assert_did_not_come("cancelled", &why);
+}
+
+/// Who is told no is given time to read it; somebody who wants to end it is heard meanwhile too.
+#[test]
+fn at_a_destination_that_turns_a_stranger_away() {
+    for (transport, signal) in [("tcp", Signal::INT), ("auto", Signal::TERM)] {
+        let (mut destination, address) = destination(&["--transport", transport]);
+        let mut stranger = let_in(&address);
+        let cat = Hello { description: b"a cat".to_vec(), ..hello_of(small_guest(), 1) };
+        send(&mut stranger, &Message::Hello(cat).encode());
+        assert!(matches!(receive(&mut stranger), Message::Failed { .. }));
+        destination.signal(signal);
+        let why = ["before a guest came"];
+        destination.finish().report(3).assert_did_not_come("cancelled", &why);
+    }
+}
+
+/// Which of both it sees first is open.
+#[test]
+fn at_a_destination_whose_stranger_leaves_at_that_moment() {
+    for _ in 0..8 {
+        let (mut destination, address) = destination(&[]);
+        let stranger = welcomed(&address, 2);
+        destination.stop();
+        drop(stranger);
+        destination.signal(Signal::INT);
+        destination.signal(Signal::CONT);
+        let why = ["before a guest came"];
+        destination.finish().report(3).assert_did_not_come("cancelled", &why);
+    }
 }
 
 #[test]

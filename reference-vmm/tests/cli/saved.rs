@@ -1,8 +1,9 @@
 //! A guest that goes on from a file, and what people see of its state.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::Signal;
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_128;
@@ -118,6 +119,19 @@ fn a_file_that_is_no_guest_is_refused() {
     let (status, _, messages) = run(&["restore", "/nowhere"]);
     assert_eq!(status, Some(1));
     assert!(messages.contains("failed to open /nowhere"), "{messages}");
+}
+
+#[test]
+fn a_guest_that_does_not_come_out_of_a_pipe_can_be_waited_for_no_longer() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let pipe = directory.path().join("pipe");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RWXU, 0).expect("make a pipe");
+    let mut process = Process::start("program", &["restore", pipe.to_str().expect("letters")]);
+    // Once this is open there too, the wait for what is written to it has begun.
+    let writer = File::options().write(true).open(&pipe).expect("open");
+    process.signal(Signal::INT);
+    assert_eq!(process.finish_for_people(), (None, String::new()));
+    drop(writer);
 }
 
 /// Makes both digests of a file right: the one after the device state, and the last.
@@ -260,7 +274,7 @@ fn state_is_read_from_stdin() {
     let kept = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/1-process.state");
     let program = std::process::Command::new(env!("CARGO_BIN_EXE_pageferry-vmm"))
         .args(["inspect", "-"])
-        .stdin(fs::File::open(kept).unwrap())
+        .stdin(File::open(kept).unwrap())
         .output()
         .expect("start the program");
     let text = String::from_utf8(program.stdout).unwrap();

@@ -7,10 +7,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::ValueEnum;
-use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
+use crossbeam_channel::{Receiver, after, bounded, never, select_biased, unbounded};
 use pageferry::Statistics;
 use pageferry_vmm::guest::{GuestConfig, GuestKind};
 use pageferry_vmm::tracking::DirtyTracking;
@@ -21,6 +21,7 @@ use crate::outcome::Outcome;
 use crate::page;
 use crate::report::{GuestAt, Report};
 use crate::signals::{Wish, listen_to_signals};
+use crate::timeline::Timeline;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -42,7 +43,9 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
     };
     let mut destination =
         Process::start("destination", &destination_args(args, &listen), Stdio::piped())?;
-    let address = destination.listening_on()?;
+    let Some(address) = destination.listening_on(&wishes)? else {
+        return finish(args, called_off(args, &config, tracking), [None, None]);
+    };
     let mut source = Process::start(
         "source",
         &source_args(args, config.kind, tracking, &address),
@@ -61,7 +64,14 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
         .and_then(|arrived| arrived.ok_or_else(|| "the destination was interrupted".into()));
     let there = arrived.as_mut().ok().and_then(|arrived| arrived.timeline.take());
     let timelines = [departed.timeline.take(), there];
-    let mut report = merge(departed, arrived);
+    finish(args, merge(departed, arrived), timelines)
+}
+
+fn finish(
+    args: &DemoArgs,
+    mut report: Report,
+    timelines: [Option<Timeline>; 2],
+) -> Result<Outcome> {
     if let Some(path) = &args.report
         && let Err(error) = page::write(path, &report, timelines)
     {
@@ -192,16 +202,25 @@ impl Process {
         Ok(Self { name, child, lines })
     }
 
-    /// The address from the line that a listening destination writes.
-    fn listening_on(&mut self) -> Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+    /// The address from the line that a listening destination writes; `None` if a Ctrl-C came first.
+    fn listening_on(&mut self, wishes: &Receiver<Wish>) -> Result<Option<String>> {
+        let timer = after(PATIENCE);
         let lines = self.lines.as_ref().ok_or("the destination's messages are not read")?;
-        while let Ok(line) = lines.recv_deadline(deadline) {
-            if let Some(address) = line.strip_prefix("listening on ") {
-                return Ok(address.to_owned());
+        let silent = "the destination did not start to listen; its messages are above";
+        loop {
+            select_biased! {
+                recv(wishes) -> wish => if matches!(wish, Ok(Wish::Interrupt)) {
+                    return Ok(None);
+                },
+                recv(lines) -> line => {
+                    let line = line.map_err(|_| silent)?;
+                    if let Some(address) = line.strip_prefix("listening on ") {
+                        return Ok(Some(address.to_owned()));
+                    }
+                }
+                recv(timer) -> _ => return Err(silent.into()),
             }
         }
-        Err("the destination did not start to listen; its messages are above".into())
     }
 
     /// Waits for the process to end, and reads its report; `None` if a Ctrl-C ended it before
@@ -222,12 +241,12 @@ impl Process {
         });
         let timer = patience.map_or_else(never, after);
         let text = loop {
-            select! {
-                recv(timer) -> _ => return Err(format!("the {} does not end", self.name).into()),
-                recv(ended) -> text => break text??,
+            select_biased! {
                 recv(wishes) -> wish => if matches!(wish, Ok(Wish::Interrupt)) {
                     self.interrupt();
-                }
+                },
+                recv(ended) -> text => break text??,
+                recv(timer) -> _ => return Err(format!("the {} does not end", self.name).into()),
             }
         };
         let status = self.child.wait()?;

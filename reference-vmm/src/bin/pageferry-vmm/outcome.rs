@@ -21,13 +21,22 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    pub(crate) fn of(error: &Error) -> Self {
+    /// Of a migration that ended by an error, and whether somebody here had cancelled it. That wins:
+    /// what the link and the other side do at that moment may be seen first. A fault of this host or
+    /// of the guest's memory is one all the same.
+    pub(crate) fn of(error: &Error, cancelled: bool) -> Self {
         match error {
             error if error.is_uncertain() => Self::Uncertain,
             // By someone at the other side.
             Error::PeerFailed { reason: FailureReason::Cancelled, .. } => Self::Cancelled,
-            error if error.blame() == Blame::Cancelled => Self::Cancelled,
-            _ => Self::Failed,
+            error => match error.blame() {
+                Blame::Cancelled => Self::Cancelled,
+                Blame::GuestMemory | Blame::Machine | Blame::Host | Blame::Configuration => {
+                    Self::Failed
+                }
+                _ if cancelled => Self::Cancelled,
+                _ => Self::Failed,
+            },
         }
     }
 
@@ -39,5 +48,25 @@ impl Outcome {
             Self::Cancelled => 3,
             Self::Uncertain => 4,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pageferry::transport::TransportError;
+
+    use super::*;
+
+    #[test]
+    fn who_cancelled_is_told_so_whatever_was_seen_first() {
+        let closed = || Error::Transport(TransportError::Closed);
+        assert_eq!(Outcome::of(&closed(), false), Outcome::Failed);
+        assert_eq!(Outcome::of(&closed(), true), Outcome::Cancelled);
+        assert_eq!(Outcome::of(&Error::Cancelled, false), Outcome::Cancelled);
+        assert_eq!(Outcome::of(&Error::Internal("a defect"), true), Outcome::Failed);
+        for cancelled in [false, true] {
+            let uncertain = Error::Uncertain(Box::new(closed()));
+            assert_eq!(Outcome::of(&uncertain, cancelled), Outcome::Uncertain);
+        }
     }
 }

@@ -4,14 +4,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crossbeam_channel::{Receiver, select, unbounded};
+use crossbeam_channel::{Receiver, unbounded};
 use indicatif::HumanBytes;
 use pageferry::memory::GuestMemory;
 use pageferry::threads::PinnedThreads;
-use pageferry::transport::{DestinationLink, TransportError, Warnings};
+use pageferry::transport::{DestinationLink, Warnings};
 use pageferry::{
-    Arrived, Blame, Destination, DestinationFailure, Error, Event, GuestAtDestination,
-    MigrationHandle, Offer, Statistics,
+    Arrived, Blame, Destination, DestinationFailure, Event, GuestAtDestination, Offer, Statistics,
 };
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
@@ -22,7 +21,7 @@ use crate::links::{Acceptor, Chosen};
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
-use crate::signals::{Wish, end_with_parent, listen_to_signals, wait_or_quit};
+use crate::signals::{Wish, end_with_parent, listen_to_signals, until_interrupted, wait_or_quit};
 use crate::watch::Watch;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -31,10 +30,11 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     if args.with_parent {
         end_with_parent()?;
     }
-    let (wishes_in, wishes) = unbounded();
-    listen_to_signals(wishes_in)?;
     let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
     let acceptor = chosen.listen(&args.listen)?;
+    // Not before: looking up a name may take long, and a signal ends it as long as nobody hears it.
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
     // Scripts read the port from this line.
     say!("listening on {}", acceptor.local_addr());
     // Strangers may be many.
@@ -64,7 +64,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     let report = |outcome, at, channels, memory_bytes, statistics: &Statistics| {
         Report::new(outcome, at, chosen.name(), channels, memory_bytes, statistics)
     };
-    let Coming { channels, config, result } = match come {
+    let Coming { channels, config, result, cancelled } = match come {
         Ok(coming) => coming,
         Err(why) => {
             say!("{why}");
@@ -89,7 +89,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
                 GuestAtDestination::AtSource | GuestAtDestination::GivenBack => GuestAt::Source,
                 _ => GuestAt::Unknown,
             };
-            let outcome = Outcome::of(&failure.error);
+            let outcome = Outcome::of(&failure.error, cancelled);
             let mut report = report(outcome, at, channels, memory_bytes, &failure.statistics);
             report.guest(&config);
             report.error = Some(failure.error.chain().to_string());
@@ -109,23 +109,10 @@ fn await_source(
     wishes: &Receiver<Wish>,
 ) -> Result<Option<(SocketAddr, Box<dyn DestinationLink>)>> {
     let interrupt = acceptor.interrupter();
-    let (done, accepted) = crossbeam_channel::bounded(1);
-    let accepting = std::thread::scope(|scope| {
-        scope.spawn(|| done.send(chosen.accept(acceptor)));
-        loop {
-            select! {
-                recv(accepted) -> link => break link,
-                recv(wishes) -> wish => {
-                    if matches!(wish, Ok(Wish::Interrupt)) {
-                        interrupt.interrupt();
-                    }
-                }
-            }
-        }
-    });
-    match accepting.map_err(|_| TransportError::Closed)? {
-        Err(TransportError::Interrupted) => Ok(None),
-        link => Ok(Some(link?)),
+    let accept = || chosen.accept(acceptor);
+    match until_interrupted(wishes, accept, || interrupt.interrupt())? {
+        (_, true) => Ok(None),
+        (link, false) => Ok(Some(link?)),
     }
 }
 
@@ -135,7 +122,7 @@ enum Come {
     Guest(Box<Coming>),
     /// Nothing: it was no source, or not one for this host, or left too early. Why.
     Stranger(String),
-    /// A Ctrl-C came before a guest was on its way.
+    /// Nothing, and a Ctrl-C came meanwhile.
     Interrupted,
 }
 
@@ -144,6 +131,8 @@ struct Coming {
     channels: u16,
     config: GuestConfig,
     result: std::result::Result<Arrived<GuestMachine>, Box<DestinationFailure<GuestMachine>>>,
+    /// Whether a Ctrl-C came meanwhile: too late if the guest is here.
+    cancelled: bool,
 }
 
 /// Takes in the guest of somebody who connected, if there is one.
@@ -168,14 +157,26 @@ fn take_in(
         }
         show(event);
     });
-    let _migrating = cancel_on_interrupt(wishes, &handle);
-    let nothing = |error: &Error| match error {
-        Error::Cancelled => Come::Interrupted,
-        error => Come::Stranger(error.chain().to_string()),
-    };
+    let migrate = || take_in_uninterrupted(args, destination, link, &begun, tell);
+    let (come, interrupted) = until_interrupted(wishes, migrate, || handle.cancel())?;
+    Ok(match come {
+        Come::Guest(coming) => Come::Guest(Box::new(Coming { cancelled: interrupted, ..*coming })),
+        _ if interrupted => Come::Interrupted,
+        come => come,
+    })
+}
+
+/// As [`take_in`], and hears nobody. `begun` is set once the guest is on its way.
+fn take_in_uninterrupted(
+    args: &ReceiveArgs,
+    destination: Destination,
+    link: Box<dyn DestinationLink>,
+    begun: &AtomicBool,
+    tell: bool,
+) -> Come {
     let offer = match destination.negotiate(link) {
         Ok(offer) => offer,
-        Err(error) => return Ok(nothing(&error)),
+        Err(error) => return Come::Stranger(error.chain().to_string()),
     };
     if tell {
         say!("it offers a guest of {}", HumanBytes(offer.layout().len_bytes()));
@@ -186,7 +187,7 @@ fn take_in(
         Err(error) => {
             let reason = pageferry::Chain::of(&*error).to_string();
             offer.decline(&reason);
-            return Ok(Come::Stranger(reason));
+            return Come::Stranger(reason);
         }
     };
     let config = machine.guest.config().clone();
@@ -198,9 +199,9 @@ fn take_in(
     };
     match result {
         Err(failure) if !begun.load(Ordering::Relaxed) || is_stranger(&failure) => {
-            Ok(nothing(&failure.error))
+            Come::Stranger(failure.error.chain().to_string())
         }
-        result => Ok(Come::Guest(Box::new(Coming { channels, config, result }))),
+        result => Come::Guest(Box::new(Coming { channels, config, result, cancelled: false })),
     }
 }
 
@@ -255,39 +256,6 @@ fn run_on(
         report.timeline.get_or_insert_default().add_gaps(guest.heartbeat_gaps());
     }
     finish(&report, args.json)
-}
-
-/// Cancels the migration on Ctrl-C, until dropped.
-fn cancel_on_interrupt(wishes: &Receiver<Wish>, handle: &MigrationHandle) -> CancelOnInterrupt {
-    let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
-    let (wishes, handle) = (wishes.clone(), handle.clone());
-    let thread = std::thread::spawn(move || {
-        loop {
-            select! {
-                recv(stopped) -> _ => return,
-                recv(wishes) -> wish => match wish {
-                    Ok(Wish::Interrupt) => handle.cancel(),
-                    Ok(_) => {}
-                    Err(_) => return,
-                }
-            }
-        }
-    });
-    CancelOnInterrupt { stop: Some(stop), thread: Some(thread) }
-}
-
-struct CancelOnInterrupt {
-    stop: Option<crossbeam_channel::Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Drop for CancelOnInterrupt {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
 
 /// The copy of a guest whose owner is unknown is kept until the operator ends this process.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, after, bounded, never, select, unbounded};
+use crossbeam_channel::{Receiver, after, bounded, never, select_biased, unbounded};
 use pageferry::machine::MachineOperation;
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::{SourceLink, TransportError};
@@ -26,7 +26,9 @@ use crate::links::Chosen;
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
-use crate::signals::{Wish, end_with_parent, listen_to_signals, listen_to_stdin, wait_or_quit};
+use crate::signals::{
+    Wish, end_with_parent, hearing, listen_to_signals, listen_to_stdin, wait_or_quit,
+};
 use crate::timeline::Timeline;
 use crate::watch::Watch;
 
@@ -90,9 +92,9 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
     let mut timer = if planned { after(args.migrate_after) } else { never() };
     let mut last = Outcome::Completed;
     loop {
-        let wish = select! {
-            recv(timer) -> _ => Wish::Migrate(None),
+        let wish = select_biased! {
             recv(wishes) -> wish => wish?,
+            recv(timer) -> _ => Wish::Migrate(None),
         };
         match wish {
             // What was asked for will not happen: whoever waits for the report is told.
@@ -162,6 +164,11 @@ fn status(guest: &Guest) {
     }
 }
 
+/// Whether a wish that comes during a migration is to end it.
+fn cancels(wish: &Wish) -> bool {
+    matches!(wish, Wish::Interrupt | Wish::Cancel)
+}
+
 /// What a wish that comes during a migration does to it.
 fn steer(handle: &MigrationHandle, wish: &Wish) {
     match wish {
@@ -223,7 +230,6 @@ fn migrate(
         }
     });
     machine.guest.reset_heartbeat_gap();
-    let (done, ended) = bounded(1);
     let tcp = migration.link.tcp(migration.zero_copy.into());
     let chosen = migration.transport.choose(tcp, &migration.rdma);
     let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
@@ -232,20 +238,15 @@ fn migrate(
         Err(error) => Err(error.into()),
     };
     let cpu = cpu_time();
-    let result = thread::scope(|scope| {
-        scope.spawn(move || {
-            // The receiver waits below for just this.
-            let _ = done.send(depart(source, machine, link));
-        });
-        loop {
-            select! {
-                recv(ended) -> result => break result,
-                recv(wishes) -> wish => if let Ok(wish) = wish {
-                    steer(&handle, &wish);
-                }
-            }
-        }
-    })?;
+    let mut cancelled = false;
+    let result = hearing(
+        wishes,
+        || depart(source, machine, link),
+        |wish| {
+            cancelled |= cancels(&wish);
+            steer(&handle, &wish);
+        },
+    )?;
     let cpu = cpu_time().saturating_sub(cpu);
     drop(watch);
     let report = |outcome, at, statistics: &Statistics| {
@@ -280,7 +281,7 @@ fn migrate(
                 GuestAtSource::Paused(_) => GuestAt::Paused,
                 _ => GuestAt::Unknown,
             };
-            let mut report = report(Outcome::of(&error), at, &statistics);
+            let mut report = report(Outcome::of(&error, cancelled), at, &statistics);
             report.error = Some(error.chain().to_string());
             report.timeline = timeline;
             if matches!(error, pageferry::Error::MemoryDiffers { .. }) {
@@ -316,18 +317,18 @@ fn connect_to(
         let _ = done.send(connector.connect(&address));
     });
     loop {
-        select! {
-            recv(connected) -> link => {
-                let link = link.map_err(|_| TransportError::Closed)??;
-                return Ok(link);
-            }
+        select_biased! {
             recv(wishes) -> wish => if let Ok(wish) = wish {
                 steer(handle, &wish);
-                if matches!(wish, Wish::Interrupt | Wish::Cancel) {
+                if cancels(&wish) {
                     // The thread is not waited for: it may be looking up a name.
                     interrupter.interrupt();
                     return Err(pageferry::Error::Cancelled);
                 }
+            },
+            recv(connected) -> link => {
+                let link = link.map_err(|_| TransportError::Closed)??;
+                return Ok(link);
             }
         }
     }

@@ -110,14 +110,16 @@ pub(crate) fn save(args: &SaveArgs) -> Result<Outcome> {
 
 /// Runs the guest that a file holds for a while.
 pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome> {
-    let (wishes_in, wishes) = unbounded();
-    listen_to_signals(wishes_in)?;
     let path = args.file.display();
     let began = Instant::now();
     let file = File::open(&args.file).map_err(|error| format!("failed to open {path}: {error}"))?;
     let (mut guest, read) = snapshot::restore(&mut BufReader::new(file), args.backing)
         .map_err(|error| format!("{path}: {}", pageferry::Chain::of(&error)))?;
     let took = began.elapsed();
+    // Not before: the file may be a pipe that nobody writes to, and a signal ends the wait for it as
+    // long as nobody hears it.
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
     // It is right before it has done anything here.
     let before = guest.check_oracle();
     if !before.ok {

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use crossbeam_channel::{Receiver, Sender, after, never, select};
+use crossbeam_channel::{Receiver, RecvError, Sender, after, bounded, never, select_biased};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 use crate::args::{self, BoundChoice, PolicyChoice};
@@ -73,16 +73,55 @@ pub(crate) fn listen_to_stdin(wishes: Sender<Wish>) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Does a job on a thread of its own, and meanwhile tells `hear` every wish. One that is there when
+/// the job ends is heard as well, and is not left to what comes next.
+pub(crate) fn hearing<T: Send>(
+    wishes: &Receiver<Wish>,
+    job: impl FnOnce() -> T + Send,
+    mut hear: impl FnMut(Wish),
+) -> Result<T, RecvError> {
+    let (done, ended) = bounded(1);
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            // The receiver waits below for just this.
+            let _ = done.send(job());
+        });
+        loop {
+            select_biased! {
+                recv(wishes) -> wish => hear(wish?),
+                recv(ended) -> result => return result,
+            }
+        }
+    })
+}
+
+/// Does a job, which `end` is to end on a Ctrl-C. What came of it, and whether there was a Ctrl-C:
+/// the job may have ended by something else at that moment, and that somebody wants to end stays.
+pub(crate) fn until_interrupted<T: Send>(
+    wishes: &Receiver<Wish>,
+    job: impl FnOnce() -> T + Send,
+    end: impl Fn(),
+) -> Result<(T, bool), RecvError> {
+    let mut interrupted = false;
+    let result = hearing(wishes, job, |wish| {
+        if wish == Wish::Interrupt {
+            interrupted = true;
+            end();
+        }
+    })?;
+    Ok((result, interrupted))
+}
+
 /// Waits for the time to pass, or for someone to quit.
 pub(crate) fn wait_or_quit(wishes: &Receiver<Wish>, time: Option<Duration>) {
     let timer = time.map_or_else(never, after);
     loop {
-        select! {
-            recv(timer) -> _ => return,
+        select_biased! {
             recv(wishes) -> wish => match wish {
                 Ok(Wish::Interrupt | Wish::Quit) | Err(_) => return,
                 Ok(_) => {}
-            }
+            },
+            recv(timer) -> _ => return,
         }
     }
 }
@@ -133,7 +172,26 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
 
 #[cfg(test)]
 mod tests {
+    use crossbeam_channel::unbounded;
+
     use super::*;
+
+    #[test]
+    fn who_wants_to_end_is_heard_whatever_the_job_ends_by() {
+        let (wishes_in, wishes) = unbounded();
+        let (go_in, go) = unbounded();
+        let end = || go_in.send(()).expect("the job waits");
+        wishes_in.send(Wish::Interrupt).unwrap();
+        let ended = until_interrupted(&wishes, || go.recv().map(|()| "another error"), end);
+        assert_eq!(ended, Ok((Ok("another error"), true)));
+        // The job is over already.
+        wishes_in.send(Wish::Interrupt).unwrap();
+        assert_eq!(until_interrupted(&wishes, || 7, || {}), Ok((7, true)));
+        assert_eq!(until_interrupted(&wishes, || 7, || {}), Ok((7, false)));
+        // Other wishes end nothing.
+        wishes_in.send(Wish::Status).unwrap();
+        assert_eq!(until_interrupted(&wishes, || 7, || panic!("ended")), Ok((7, false)));
+    }
 
     #[test]
     fn lines_are_wishes_or_complaints() {
