@@ -1,12 +1,13 @@
 //! A file that has its name once it is whole.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
-use tempfile::{Builder, NamedTempFile};
+use tempfile::{Builder, TempPath};
 
 use super::SnapshotError;
 
@@ -16,6 +17,8 @@ const MOST_LINKS: usize = 40;
 /// A file that is being written under a name of its own, beside the one it is to have. Nobody
 /// takes half a guest for one: the file gets its name, in place of one that had it before, when
 /// all of it is on the disk. A symbolic link stays one, it is what it leads to that is written.
+/// What a file that is replaced allows to whom stays as it was; its owner and its group do where the
+/// one who runs this may give a file to them, as root may.
 ///
 /// # Resource cleanup
 ///
@@ -23,7 +26,9 @@ const MOST_LINKS: usize = 40;
 /// `pageferry-XXXXXX.partial` in that directory, of no use to anybody.
 #[derive(Debug)]
 pub struct NewFile {
-    out: BufWriter<NamedTempFile>,
+    out: BufWriter<File>,
+    /// The name that it has meanwhile.
+    partial: TempPath,
     path: PathBuf,
 }
 
@@ -33,34 +38,54 @@ impl NewFile {
     pub fn create(path: &Path) -> Result<Self, SnapshotError> {
         let failed = |source| SnapshotError::Io { operation: "create", source };
         let path = followed(path).map_err(failed)?;
+        // The kernel would refuse that only as the file gets its name: "new/", "new/." and "".
+        let named = path
+            .file_name()
+            .is_some_and(|name| path.as_os_str().as_bytes().ends_with(name.as_bytes()));
+        if !named {
+            let why = "it ends with the name of no file";
+            return Err(failed(io::Error::new(ErrorKind::IsADirectory, why)));
+        }
         // Another sort of file (a device, say) would be replaced, and not written to.
-        let permissions = match fs::metadata(&path) {
+        let replaced = match fs::metadata(&path) {
             Ok(there) if !there.is_file() => {
                 let what = if there.is_dir() { "a directory" } else { "no regular file" };
                 let why = format!("what has that name is {what}");
                 return Err(failed(io::Error::new(ErrorKind::AlreadyExists, why)));
             }
             // Who may not read the one that is there reads no other in its place.
-            Ok(there) => there.permissions(),
-            Err(error) if error.kind() == ErrorKind::NotFound => Permissions::from_mode(0o666),
+            Ok(there) => Some(there),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(failed(error)),
         };
         // Names are bounded, and this one may have the longest there is: so it is no part of the other.
+        let mode = if replaced.is_some() { 0o600 } else { 0o666 };
         let file = Builder::new()
             .prefix("pageferry-")
             .suffix(".partial")
-            .permissions(permissions)
-            .tempfile_in(directory_of(&path))
+            // By hand, since the other way names the file in its errors, where it tells nobody anything.
+            .make_in(directory_of(&path), |partial| {
+                OpenOptions::new().write(true).create_new(true).mode(mode).open(partial)
+            })
             .map_err(failed)?;
-        Ok(Self { out: BufWriter::new(file), path })
+        let (file, partial) = file.into_parts();
+        if let Some(replaced) = replaced {
+            // First, since it takes bits away from the mode. Who is not root keeps the file, and may
+            // give it to a group that is one of their own.
+            let _ = fchown(&file, Some(replaced.uid()), None);
+            let _ = fchown(&file, None, Some(replaced.gid()));
+            // Not as the file is made, where the umask takes bits away.
+            file.set_permissions(replaced.permissions()).map_err(failed)?;
+        }
+        Ok(Self { out: BufWriter::new(file), partial, path })
     }
 
     /// Has the disk take all of it, and gives it its name.
     pub fn keep(self) -> Result<(), SnapshotError> {
         let failed = |source| SnapshotError::Io { operation: "write", source };
         let file = self.out.into_inner().map_err(|error| failed(error.into_error()))?;
-        file.as_file().sync_all().map_err(failed)?;
-        file.persist(&self.path).map_err(|error| failed(error.error))?;
+        file.sync_all().map_err(failed)?;
+        self.partial.persist(&self.path).map_err(|error| failed(error.error))?;
         // A name is the directory's to remember.
         File::open(directory_of(&self.path))
             .and_then(|directory| directory.sync_all())
@@ -104,7 +129,8 @@ impl Write for NewFile {
 #[cfg(test)]
 mod tests {
     use std::ffi::OsString;
-    use std::os::unix::fs::symlink;
+    use std::fs::Permissions;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
 
@@ -168,9 +194,39 @@ mod tests {
         fs::write(&usual, b"").unwrap();
         write(&path, b"one").unwrap();
         assert_eq!(mode(&path), mode(&usual));
-        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        for kept in [0o600, 0o644, 0o664, 0o666, 0o755, 0o777, 0o400] {
+            fs::set_permissions(&path, Permissions::from_mode(kept)).unwrap();
+            write(&path, b"two").unwrap();
+            assert_eq!(mode(&path), kept, "{kept:o}");
+        }
+    }
+
+    /// Who is not root may give a file to nobody, and replaces it with one of its own.
+    #[test]
+    fn a_file_has_the_owner_of_the_one_before_where_that_is_allowed() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("guest");
+        write(&path, b"one").unwrap();
+        let owner = |path: &Path| fs::metadata(path).map(|file| (file.uid(), file.gid())).unwrap();
+        let given = fchown(File::open(&path).unwrap(), Some(65_534), Some(65_533));
+        let expected = if given.is_ok() { (65_534, 65_533) } else { owner(&path) };
+        fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
         write(&path, b"two").unwrap();
-        assert_eq!(mode(&path), 0o600);
+        assert_eq!(owner(&path), expected);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+    }
+
+    #[test]
+    fn the_name_of_a_directory_is_refused_before_anything_is_written() {
+        let root = tempfile::tempdir().unwrap();
+        let link = root.path().join("link");
+        symlink("new/", &link).unwrap();
+        let paths = ["new/", "new//", "new/."].map(|name| root.path().join(name));
+        for path in paths.into_iter().chain([link, PathBuf::new()]) {
+            let error = NewFile::create(&path).unwrap_err();
+            assert!(matches!(error, SnapshotError::Io { operation: "create", .. }), "{error}");
+            assert_eq!(names_in(root.path()), ["link"]);
+        }
     }
 
     #[test]

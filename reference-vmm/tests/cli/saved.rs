@@ -158,12 +158,14 @@ fn names_in(directory: &Path) -> Vec<String> {
 #[test]
 fn where_no_file_can_be_made_no_guest_runs() {
     let directory = tempfile::tempdir().expect("a directory");
-    for path in [Path::new("/proc/pageferry"), directory.path(), Path::new("/dev/null")] {
+    let none = directory.path().join("new/");
+    for path in [Path::new("/proc/pageferry"), directory.path(), Path::new("/dev/null"), &none] {
         let path = path.to_str().expect("a path of letters");
         let (status, out, messages) = run(&["save", path, "--memory=16M", "--working-set=4M"]);
         assert_eq!((status, out.as_str()), (Some(1), ""), "{messages}");
         let why = format!("failed to save the guest to {path}: failed to create the file: ");
         assert!(messages.contains(&why), "{messages}");
+        assert!(!messages.contains(".partial"), "{messages}");
     }
     assert!(names_in(directory.path()).is_empty());
     assert!(!fs::metadata("/dev/null").expect("a device").is_file());
@@ -184,6 +186,8 @@ fn assert_no_room(wrapper: &[&str], directory: &Path, why: &str) {
     assert_eq!((&report["outcome"], &report["oracle_ok"]), (&"failed".into(), &true.into()));
     let error = report["error"].as_str().expect("why");
     assert!(error.contains("failed to write the file: ") && error.contains(why), "{report}");
+    // The name that it has in vain tells nobody anything.
+    assert!(error.contains(file_name) && !error.contains(".partial"), "{report}");
     assert!(report["heartbeats"].as_u64() >= Some(20), "{report}");
     process.await_message("the guest runs on here");
     assert!(process.lives());
