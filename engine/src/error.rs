@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::control::convergence::Term;
+use crate::control::convergence::{NEVER, Term};
 use crate::control::protocol::{DecodeError, FailureReason, Incompatibility, Refusal};
 use crate::machine::{MachineError, MachineOperation};
 use crate::pages::dirty::DirtyError;
@@ -118,9 +118,10 @@ pub enum Error {
     },
     /// A switchover takes longer than the downtime limit allows.
     #[error(
-        "not converging after {rounds} rounds: {at_fault} takes about {takes:?}, all of a switchover \
-         with the {dirty_pages} pages of the last round about {expected:?} against a downtime limit of \
-         {limit:?}; raise the limit, or {}", at_fault.advice()
+        "not converging after {rounds} rounds: {at_fault} takes {}, all of a switchover \
+         with the {dirty_pages} pages of the last round {} against a downtime limit of \
+         {limit:?}; raise the limit, or {}",
+        about(*takes), about(*expected), at_fault.advice()
     )]
     NotConverging {
         /// Rounds made.
@@ -248,6 +249,11 @@ impl Error {
     }
 }
 
+/// A time to expect, of which more than [`NEVER`] is not told apart.
+fn about(time: Duration) -> String {
+    if time < NEVER { format!("about {time:?}") } else { "more than a day".to_owned() }
+}
+
 /// Shows an error with its causes: "failed to …: cause: cause".
 #[derive(Debug)]
 pub struct Chain<'a>(&'a (dyn std::error::Error + 'static));
@@ -274,6 +280,23 @@ impl fmt::Display for Chain<'_> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_that_is_no_estimate_is_not_told_as_one() {
+        let not_converging = |takes| Error::NotConverging {
+            rounds: 3,
+            dirty_pages: 7,
+            expected: takes + Duration::from_millis(2),
+            limit: Duration::from_millis(1),
+            at_fault: Term::FinalPages,
+            takes,
+        };
+        let day = not_converging(NEVER).to_string();
+        assert!(day.contains("takes more than a day, ") && !day.contains("86400"), "{day}");
+        assert_eq!(day.matches("more than a day").count(), 2, "{day}");
+        let second = not_converging(Duration::from_secs(1)).to_string();
+        assert!(second.contains("takes about 1s, ") && second.contains("about 1.002s"), "{second}");
+    }
 
     #[test]
     fn errors_and_documentation_say_the_same_of_an_uncertain_guest() {

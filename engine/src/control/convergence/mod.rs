@@ -26,13 +26,14 @@ use std::time::Duration;
 pub use attempt::{Attempt, Bound};
 pub use bandwidth::{Averaging, Bandwidth};
 pub use dirty_rate::DirtyRate;
+pub(crate) use estimate::NEVER;
 pub use estimate::{Estimate, Learned};
 pub use policy::{Policy, Settings, Throttling};
 pub use prediction::{Prediction, Term};
 
 use crate::machine::Rehearsal;
 use crate::pages::memory::PAGE_BYTES;
-use estimate::{NEVER, from_seconds};
+use estimate::from_seconds;
 use link::Link;
 use prediction::Terms;
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::convergence::{Bound, Policy, Throttling};
+use pageferry::memory::PAGE_BYTES;
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::Serialize;
@@ -208,8 +209,8 @@ pub(crate) struct MigrationArgs {
     /// Send pages without a copy in the kernel (MSG_ZEROCOPY).
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub(crate) zero_copy: ZeroCopyChoice,
-    /// How long the guest may stand still.
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
+    /// How long the guest may stand still, which is never no time at all.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = downtime)]
     pub(crate) downtime_limit: Duration,
     /// What the limit means once the guest is paused.
     #[arg(long, value_name = "BOUND", default_value = "strict")]
@@ -225,11 +226,12 @@ pub(crate) struct MigrationArgs {
     /// there is time for].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_rounds: Option<u32>,
-    /// Page bytes a second over all channels, while the guest runs [default: as fast as it goes].
+    /// Page bytes a second over all channels, while the guest runs, 4K at least, which is one page
+    /// [default: as fast as it goes].
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub(crate) bandwidth_limit: Option<NonZeroU64>,
-    /// Page bytes a second to expect while the guest stands still, when no bandwidth limit holds
-    /// [default: what was seen without one; if there always was one, 10 Gb/s, and more
+    /// Page bytes a second to expect while the guest stands still, when no bandwidth limit holds,
+    /// 4K at least [default: what was seen without one; if there always was one, 10 Gb/s, and more
     /// before the guest is slowed down for it].
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub(crate) switchover_bandwidth: Option<NonZeroU64>,
@@ -343,7 +345,8 @@ pub(crate) struct ReceiveArgs {
 #[derive(Debug, Args)]
 pub(crate) struct SaveArgs {
     /// The file. It is there once it is whole; who is killed before leaves pageferry-*.partial
-    /// beside it.
+    /// beside it. One that it replaces keeps its permissions; and its owner and group where the
+    /// caller may give files to them, or else it is the caller's.
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
@@ -403,7 +406,26 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// "100M": bytes a second.
 pub(crate) fn rate(text: &str) -> Result<NonZeroU64, String> {
-    NonZeroU64::new(size(text)?).ok_or_else(|| "a rate of nothing never ends".to_owned())
+    match NonZeroU64::new(size(text)?) {
+        Some(rate) if rate.get() >= PAGE_BYTES => Ok(rate),
+        _ => Err(format!(
+            "less than {PAGE_BYTES} bytes a second, one page; a rate is like 100M, and most often \
+             more than the guest writes"
+        )),
+    }
+}
+
+/// "300ms": how long a guest may stand still.
+pub(crate) fn downtime(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        Duration::ZERO => {
+            Err("a guest stands still for some time whenever it moves: with no time \
+                               for that it is sent until the deadline, and stays; a time is like \
+                               300ms or 2s"
+                .to_owned())
+        }
+        limit => Ok(limit),
+    }
 }
 
 /// A time as [`time`] reads it, whatever it is.

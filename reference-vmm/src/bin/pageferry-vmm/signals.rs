@@ -144,7 +144,7 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         (Some("switchover-bandwidth"), Some(rate)) => {
             Wish::SwitchoverBandwidth(Some(args::rate(rate)?))
         }
-        (Some("downtime-limit"), Some(limit)) => Wish::DowntimeLimit(args::time(limit)?),
+        (Some("downtime-limit"), Some(limit)) => Wish::DowntimeLimit(args::downtime(limit)?),
         (Some("downtime-bound"), Some(bound)) => {
             Wish::DowntimeBound(BoundChoice::from_str(bound, false)?)
         }
@@ -201,12 +201,18 @@ mod tests {
         assert_eq!(parse("quit"), Ok(Some(Wish::Quit)));
         assert_eq!(parse("limit off"), Ok(Some(Wish::Limit(None))));
         assert_eq!(parse("limit 1M"), Ok(Some(Wish::Limit(NonZeroU64::new(1 << 20)))));
-        assert!(parse("limit fast").is_err() && parse("limit 0").is_err());
+        for rate in ["fast", "0", "1", "4095"] {
+            assert!(parse(&format!("limit {rate}")).is_err(), "{rate}");
+            assert!(parse(&format!("switchover-bandwidth {rate}")).is_err(), "{rate}");
+        }
+        assert_eq!(parse("limit 4096"), Ok(Some(Wish::Limit(NonZeroU64::new(4096)))));
         let expected = Wish::SwitchoverBandwidth(NonZeroU64::new(1 << 30));
         assert_eq!(parse("switchover-bandwidth 1G"), Ok(Some(expected)));
         let limit = Wish::DowntimeLimit(Duration::from_millis(20));
         assert_eq!(parse("downtime-limit 20ms"), Ok(Some(limit)));
-        assert!(parse("downtime-limit 20").is_err() && parse("downtime-limit").is_err());
+        for limit in ["20", "", "0s"] {
+            assert!(parse(&format!("downtime-limit {limit}")).is_err(), "{limit}");
+        }
         let bound = Wish::DowntimeBound(BoundChoice::BestEffort);
         assert_eq!(parse("downtime-bound best-effort"), Ok(Some(bound)));
         let policy = Wish::NotConverging(PolicyChoice::KeepTrying);

@@ -11,6 +11,7 @@ use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Phase, Progress};
 
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const TICK: Duration = Duration::from_millis(50);
 /// How long a round goes on until it is said how fast, and again. So nothing is slow without a word.
 const PACE: Duration = Duration::from_secs(5);
@@ -130,22 +131,31 @@ fn draw(bar: &ProgressBar, handle: &MigrationHandle, stop: &AtomicBool) {
     }
 }
 
+/// A time to expect. The engine tells no times beyond a day apart.
+fn ms(expected: &Duration) -> String {
+    if *expected < DAY {
+        format!("{} ms", expected.as_millis())
+    } else {
+        "more than a day".to_owned()
+    }
+}
+
 /// What a person wants to hear of an event.
 fn line(event: &Event) -> Option<String> {
     Some(match event {
         Event::RoundFinished { round, statistics, verdict } => {
             let next = match verdict {
                 Verdict::Iterate { expected: Some(expected) } => {
-                    format!("would take {} ms to switch over: not yet", expected.as_millis())
+                    format!("would take {} to switch over: not yet", ms(expected))
                 }
                 Verdict::SwitchOver { expected } => {
-                    format!("switching over in about {} ms", expected.as_millis())
+                    format!("switching over in about {}", ms(expected))
                 }
                 Verdict::GiveUp { expected } => {
-                    format!("would still take {} ms, giving up", expected.as_millis())
+                    format!("would still take {}, giving up", ms(expected))
                 }
                 Verdict::PostCopy { expected } => {
-                    format!("would still take {} ms, post-copy is due", expected.as_millis())
+                    format!("would still take {}, post-copy is due", ms(expected))
                 }
                 _ => "again".to_owned(),
             };

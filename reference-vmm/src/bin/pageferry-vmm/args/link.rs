@@ -28,8 +28,9 @@ pub(crate) struct LinkArgs {
     /// that it is at that [default: 5m].
     #[arg(long, value_name = "TIME", value_parser = limit)]
     pub(crate) release_timeout: Option<Duration>,
-    /// For the commit and its answer; then it is uncertain who has the guest [default: 30s].
-    #[arg(long, value_name = "TIME", value_parser = limit)]
+    /// For the commit and its answer, 10ms at least; then it is uncertain who has the guest
+    /// [default: 30s].
+    #[arg(long, value_name = "TIME", value_parser = round_trip)]
     pub(crate) commit_timeout: Option<Duration>,
     /// At the source: for one address to accept a connection and to answer [default: 10s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
@@ -37,9 +38,9 @@ pub(crate) struct LinkArgs {
     /// At the destination: for a fresh connection to say what it wants [default: 5s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
     pub(crate) preamble_timeout: Option<Duration>,
-    /// How long sent bytes may stay unacknowledged by the other kernel until the link is lost, or
-    /// off to leave it to the kernel, which takes many minutes [default: 30s].
-    #[arg(long, value_name = "TIME|off", value_parser = limit_or_off)]
+    /// How long sent bytes may stay unacknowledged by the other kernel until the link is lost, 10ms
+    /// at least, or off to leave it to the kernel, which takes many minutes [default: 30s].
+    #[arg(long, value_name = "TIME|off", value_parser = round_trip_or_off)]
     pub(crate) tcp_user_timeout: Option<OrOff<Duration>>,
     /// When a silent connection is probed: silence before the first probe, time between probes,
     /// and how many are not answered until the connection is lost; or off [default: 10s,5s,4].
@@ -80,6 +81,10 @@ impl<T> OrOff<T> {
     }
 }
 
+/// Where too late is uncertain, less can only harm: an answer takes a network, and two hosts that are
+/// busy.
+const LEAST_ROUND_TRIP: Duration = Duration::from_millis(10);
+
 /// A time within which something can happen.
 fn limit(text: &str) -> Result<Duration, String> {
     match time(text)? {
@@ -88,8 +93,20 @@ fn limit(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn limit_or_off(text: &str) -> Result<OrOff<Duration>, String> {
-    OrOff::parse(text, limit)
+/// A time for the other side to answer in where it is uncertain who has the guest if it does not.
+fn round_trip(text: &str) -> Result<Duration, String> {
+    match time(text)? {
+        short if short < LEAST_ROUND_TRIP => Err(format!(
+            "less than {}: an answer takes a round trip and some work, and if it comes too late it \
+             is uncertain who has the guest",
+            time_text(&LEAST_ROUND_TRIP)
+        )),
+        time => Ok(time),
+    }
+}
+
+fn round_trip_or_off(text: &str) -> Result<OrOff<Duration>, String> {
+    OrOff::parse(text, round_trip)
 }
 
 fn keepalive(text: &str) -> Result<OrOff<Keepalive>, String> {
