@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Holder, MigrationId, Place, Standing, TransportError, Warnings};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
@@ -46,6 +47,14 @@ impl Incoming {
         let peeked =
             rustix::io::retry_on_intr(|| rustix::net::recv(&self.socket, &mut byte, flags));
         !matches!(peeked, Ok((_, 1..)) | Err(Errno::AGAIN))
+    }
+
+    /// Whether its other side has shut its half, whatever of that is unread.
+    fn has_hung_up(&self) -> bool {
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let mut polled = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let looked = rustix::io::retry_on_intr(|| poll(&mut polled, Some(&Timespec::default())));
+        looked.is_ok() && polled[0].revents().intersects(gone)
     }
 
     /// Answers a good preamble.
@@ -100,7 +109,13 @@ impl Newcomer {
 
     /// Whether it waits for nothing any more.
     pub(crate) fn has_left(&self) -> bool {
-        self.incoming.has_left()
+        // A source that has greeted keeps its half open; what others say, and how, is their own matter.
+        if self.greeting.is_some() { self.incoming.has_hung_up() } else { self.incoming.has_left() }
+    }
+
+    /// Bytes that are kept of its greeting.
+    pub(crate) fn greeting_bytes(&self) -> usize {
+        self.greeting.as_ref().map_or(0, Vec::len)
     }
 
     /// It has its place.
@@ -122,6 +137,12 @@ impl Unwanted {
     /// It said what no peer says, or not enough.
     pub(crate) fn malformed(incoming: Incoming, reason: String) -> Self {
         Self { incoming, status: Status::Malformed, reason }
+    }
+
+    /// There is no room for more that wait.
+    pub(crate) fn crowded(incoming: Incoming) -> Self {
+        let reason = "another migration is being served, and too many wait".to_owned();
+        Self { incoming, status: Status::Busy, reason }
     }
 
     /// Another one keeps its place.

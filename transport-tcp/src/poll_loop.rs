@@ -1,11 +1,10 @@
 //! The acceptor's thread: owns the listener, reads preambles, and never waits for a stranger.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::Turn;
+use pageferry::transport::{WaitingRoom, first_of_the_most};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use socket2::Socket;
@@ -22,22 +21,16 @@ const LONGEST_PREAMBLE: Duration = Duration::from_secs(60 * 60);
 /// of those from one address, from the one that has most: a peer of ours says it at once, or within a
 /// round trip.
 const MAX_HALF_OPEN: usize = 512;
-/// Most bytes of greetings that are arriving. With more, the oldest goes.
+/// Most bytes of greetings that are arriving, and as many of those that wait. With more, the oldest goes.
 const MAX_GREETINGS_BYTES: usize = 8 << 20;
-/// Most sources that have greeted and wait for their place.
-const MAX_WAITING: usize = 16;
+/// Most sources that have greeted and wait for their place. Each is a connection.
+const MAX_WAITING: usize = 64;
 /// Most connections taken from the listener before the others get their turn.
 const ACCEPTS_AT_ONCE: usize = 16;
 /// How often it is looked whether there is room for a source that waits.
 const GLANCE: Duration = Duration::from_millis(10);
 /// How long the listener rests when the machine has no descriptors or memory for a connection.
 const REST: Duration = Duration::from_millis(100);
-
-/// A source that has greeted.
-struct Waiting {
-    newcomer: Newcomer,
-    turn: Turn,
-}
 
 pub(crate) struct PollLoop {
     listener: Socket,
@@ -46,8 +39,8 @@ pub(crate) struct PollLoop {
     options: TcpOptions,
     /// Oldest first.
     half_open: Vec<HalfOpen>,
-    /// In the order in which they have greeted.
-    waiting: Vec<Waiting>,
+    /// Have greeted.
+    waiting: WaitingRoom<Newcomer>,
     rests_until: Option<Instant>,
 }
 
@@ -58,7 +51,8 @@ impl PollLoop {
         board: Arc<Board>,
         options: TcpOptions,
     ) -> Self {
-        let (half_open, waiting) = (Vec::new(), Vec::new());
+        let half_open = Vec::new();
+        let waiting = WaitingRoom::new(MAX_WAITING, MAX_GREETINGS_BYTES);
         Self { listener, bell, board, options, half_open, waiting, rests_until: None }
     }
 
@@ -78,8 +72,7 @@ impl PollLoop {
         let warnings = &self.board.warnings;
         let half_open =
             self.half_open.into_iter().filter_map(|it| it.expire(Expiry::Closed, warnings));
-        let waiting = self.waiting.into_iter().map(|waiting| waiting.newcomer);
-        let waiting = waiting.chain(self.board.left_over());
+        let waiting = self.waiting.empty().chain(self.board.left_over());
         let busy =
             |newcomer: Newcomer| HalfOpen::refuse(Unwanted::busy(newcomer.incoming), warnings);
         for refused in half_open.chain(waiting.map(busy)) {
@@ -111,21 +104,23 @@ impl PollLoop {
         let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(polled);
 
-        self.serve_half_open(&ready[2..]);
-        self.serve_waiting();
+        let greeted = self.serve_half_open(&ready[2..]);
+        self.serve_waiting(greeted);
         if ready[1] {
             self.accept();
         }
         Ok(())
     }
 
-    fn serve_half_open(&mut self, ready: &[bool]) {
+    /// Goes on with those that are half open; who of them has greeted.
+    fn serve_half_open(&mut self, ready: &[bool]) -> Vec<Newcomer> {
         let now = Instant::now();
         let (board, options) = (Arc::clone(&self.board), &self.options);
         let (admission, silence) =
             (options.admission, options.preamble_timeout.min(LONGEST_PREAMBLE));
         let rules = Rules { admission, silence, warnings: &board.warnings };
         let late_after = Expiry::Late(options.preamble_timeout);
+        let mut greeted = Vec::new();
         for (half_open, &ready) in std::mem::take(&mut self.half_open).into_iter().zip(ready) {
             let step =
                 if ready { half_open.advance(&board, &rules) } else { Step::Stays(half_open) };
@@ -134,9 +129,7 @@ impl PollLoop {
                     self.half_open.extend(late.expire(late_after, rules.warnings));
                 }
                 Step::Stays(half_open) => self.half_open.push(half_open),
-                Step::Comes(newcomer) => {
-                    self.waiting.push(Waiting { newcomer, turn: Turn::new(now) });
-                }
+                Step::Comes(newcomer) => greeted.push(newcomer),
                 Step::Done => {}
             }
         }
@@ -147,26 +140,30 @@ impl PollLoop {
             kept -= self.half_open[at].greeting_bytes();
             self.evict(at);
         }
+        greeted
     }
 
     /// Gives the place to the first who waits, if it is to be had.
-    fn serve_waiting(&mut self) {
-        let board = Arc::clone(&self.board);
-        for Waiting { newcomer, mut turn } in std::mem::take(&mut self.waiting) {
-            if newcomer.has_left() {
-                let peer = newcomer.incoming.peer;
-                board.warnings.warn(peer, "closed a connection: it left while it waited");
-                continue;
-            }
-            let Some((newcomer, holder)) = board.admit(newcomer) else { continue };
-            let over = turn.is_over(Instant::now(), holder);
-            if over || self.waiting.len() >= MAX_WAITING {
-                let busy = Unwanted::busy(newcomer.incoming);
-                self.half_open.push(HalfOpen::refuse(busy, &board.warnings));
-            } else {
-                self.waiting.push(Waiting { newcomer, turn });
+    fn serve_waiting(&mut self, greeted: Vec<Newcomer>) {
+        let (now, board) = (Instant::now(), Arc::clone(&self.board));
+        // Who has left keeps nobody out.
+        for left in self.waiting.without(|newcomer| newcomer.has_left()) {
+            let peer = left.incoming.peer;
+            board.warnings.warn(peer, "closed a connection: it left while it waited");
+        }
+        for newcomer in greeted {
+            let (from, bytes) = (newcomer.incoming.peer.ip(), newcomer.greeting_bytes());
+            for crowded in self.waiting.enter(now, newcomer, from, bytes) {
+                self.turn_away(Unwanted::crowded(crowded.incoming));
             }
         }
+        for later in self.waiting.serve(now, |newcomer| board.admit(newcomer)) {
+            self.turn_away(Unwanted::busy(later.incoming));
+        }
+    }
+
+    fn turn_away(&mut self, unwanted: Unwanted) {
+        self.half_open.push(HalfOpen::refuse(unwanted, &self.board.warnings));
     }
 
     /// Turns one away that is half open.
@@ -181,14 +178,8 @@ impl PollLoop {
         if let Some(at) = self.half_open.iter().position(HalfOpen::is_refused) {
             return at;
         }
-        let address = |half_open: &HalfOpen| half_open.incoming.peer.ip();
-        let mut counts = BTreeMap::<IpAddr, usize>::new();
-        for half_open in &self.half_open {
-            *counts.entry(address(half_open)).or_default() += 1;
-        }
-        let most = counts.values().max().copied();
-        let of_most = |half_open: &HalfOpen| counts.get(&address(half_open)).copied() == most;
-        self.half_open.iter().position(of_most).unwrap_or(0)
+        let from = self.half_open.iter().map(|half_open| half_open.incoming.peer.ip());
+        first_of_the_most(from).unwrap_or(0)
     }
 
     fn accept(&mut self) {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::{Layout, RegionLayout};
 use pageferry::protocol::{Hello, Message};
-use pageferry::transport::{ControlChannel, Link, MAX_GREETING_BYTES, TransportError};
-use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Status};
+use pageferry::transport::{ControlChannel, Link, MAX_GREETING_BYTES, MigrationId, TransportError};
+use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 use socket2::{Domain, Socket, Type};
 
@@ -283,6 +283,64 @@ fn from_elsewhere(to: SocketAddr) -> TcpStream {
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
+}
+
+/// A stranger that has greeted, and says something more.
+fn stranger(acceptor: &TcpAcceptor, more: &[u8]) -> TcpStream {
+    let mut stream = raw::dial(acceptor.local_addr(), Kind::Control);
+    stream.write_all(&[&frame(&hello(0)), more].concat()).unwrap();
+    stream
+}
+
+/// Found by a flood: twenty were too many.
+#[test]
+fn who_comes_last_of_many_waits_and_is_served() {
+    const MANY: usize = 40;
+    let acceptor = acceptor(TcpOptions::default());
+    let (_holder, _from) = greet(&acceptor);
+    let (mut link, mut to) = accept(&acceptor);
+    let _many: Vec<_> = (0..MANY).map(|_| stranger(&acceptor, b"")).collect();
+    let (last, _control) = greet(&acceptor);
+    for _ in 0..MANY {
+        drop((link, to));
+        (link, to) = accept(&acceptor);
+        assert_eq!(link.migration_id(), raw::ID);
+    }
+    drop((link, to));
+    assert_eq!(accept(&acceptor).0.migration_id(), last.migration_id());
+}
+
+/// What they have said beyond their greeting hides nothing.
+#[test]
+fn strangers_that_greet_and_leave_keep_nobody_out() {
+    let acceptor = acceptor(TcpOptions::default());
+    let (_holder, _from) = greet(&acceptor);
+    let (link, to) = accept(&acceptor);
+    for _ in 0..200 {
+        drop(stranger(&acceptor, b"and more"));
+    }
+    let (source, _control) = greet(&acceptor);
+    drop((link, to));
+    assert_eq!(accept(&acceptor).0.migration_id(), source.migration_id());
+}
+
+#[test]
+fn a_crowd_from_one_address_costs_who_comes_from_another_nothing() {
+    const ROOM: usize = 64;
+    let acceptor = acceptor(TcpOptions::default());
+    let (_holder, _from) = greet(&acceptor);
+    let (link, to) = accept(&acceptor);
+    let mut crowd: Vec<_> = (0..ROOM).map(|_| stranger(&acceptor, b"")).collect();
+    let mut elsewhere = from_elsewhere(acceptor.local_addr());
+    let id = MigrationId([77; 16]);
+    elsewhere.write_all(&Preamble { id, kind: Kind::Control }.encode()).unwrap();
+    assert_eq!(raw::read_answer(&elsewhere).status, Status::Ok);
+    elsewhere.write_all(&frame(&hello(0))).unwrap();
+    let answer = read_refusal(&mut crowd[0]);
+    assert_eq!(answer.status, Status::Busy);
+    assert_eq!(answer.reason, "another migration is being served, and too many wait");
+    drop((link, to));
+    assert_eq!(accept(&acceptor).0.migration_id(), id);
 }
 
 #[test]

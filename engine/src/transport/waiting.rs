@@ -1,0 +1,184 @@
+//! Sources that have greeted and wait for the place that another one has: how many, and who is next.
+//! Fair by address, so that many from one cost a source from another one nothing. Pure: no clock.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Instant;
+
+use super::{Holder, Turn};
+
+/// The first of those from the address that most are from: who goes where there are too many. They are
+/// given in the order in which they came.
+pub fn first_of_the_most(from: impl Iterator<Item = IpAddr> + Clone) -> Option<usize> {
+    let counts = count(from.clone());
+    let most = counts.values().max();
+    from.into_iter().position(|address| counts.get(&address) == most)
+}
+
+fn count(from: impl Iterator<Item = IpAddr>) -> BTreeMap<IpAddr, usize> {
+    let mut counts = BTreeMap::new();
+    for address in from {
+        *counts.entry(address).or_default() += 1;
+    }
+    counts
+}
+
+#[derive(Debug)]
+struct Waits<T> {
+    who: T,
+    from: IpAddr,
+    greeting_bytes: usize,
+    turn: Turn,
+}
+
+/// Who waits.
+#[derive(Debug)]
+pub struct WaitingRoom<T> {
+    /// In the order in which they have come.
+    waiting: Vec<Waits<T>>,
+    most: usize,
+    most_bytes: usize,
+}
+
+impl<T> WaitingRoom<T> {
+    /// For so many, whose greetings have at most so many bytes together.
+    pub fn new(most: usize, most_bytes: usize) -> Self {
+        Self { waiting: Vec::new(), most, most_bytes }
+    }
+
+    /// Whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Somebody comes. Gives back who has to go for it: who waits longest of the address that most are
+    /// from.
+    pub fn enter(&mut self, now: Instant, who: T, from: IpAddr, greeting_bytes: usize) -> Vec<T> {
+        self.waiting.push(Waits { who, from, greeting_bytes, turn: Turn::new(now) });
+        let mut gone = Vec::new();
+        while (self.waiting.len() > self.most || self.bytes() > self.most_bytes)
+            && let Some(at) = first_of_the_most(self.waiting.iter().map(|waits| waits.from))
+        {
+            gone.push(self.waiting.remove(at).who);
+        }
+        gone
+    }
+
+    fn bytes(&self) -> usize {
+        self.waiting.iter().map(|waits| waits.greeting_bytes).sum()
+    }
+
+    /// Gives back who waits for nothing any more.
+    pub fn without(&mut self, mut has_left: impl FnMut(&mut T) -> bool) -> Vec<T> {
+        self.waiting
+            .extract_if(.., |waits| has_left(&mut waits.who))
+            .map(|waits| waits.who)
+            .collect()
+    }
+
+    /// Offers the place to all of them: first to who waits longest of the address that fewest are from. Who
+    /// does not get it comes back from `offer`, with who has it. Gives back who is to come later.
+    pub fn serve(
+        &mut self,
+        now: Instant,
+        mut offer: impl FnMut(T) -> Option<(T, Holder)>,
+    ) -> Vec<T> {
+        let counts = count(self.waiting.iter().map(|waits| waits.from));
+        let mut by_rank: Vec<_> =
+            std::mem::take(&mut self.waiting).into_iter().enumerate().collect();
+        // Stable: of one address they stay as they came.
+        by_rank.sort_by_key(|(_, waits)| counts.get(&waits.from).copied());
+        let (mut left, mut over) = (Vec::new(), Vec::new());
+        for (came, Waits { who, from, greeting_bytes, mut turn }) in by_rank {
+            match offer(who) {
+                None => {}
+                Some((who, holder)) if turn.is_over(now, holder) => over.push(who),
+                Some((who, _)) => left.push((came, Waits { who, from, greeting_bytes, turn })),
+            }
+        }
+        left.sort_by_key(|(came, _)| *came);
+        self.waiting.extend(left.into_iter().map(|(_, waits)| waits));
+        over
+    }
+
+    /// All of them: nobody is served any more.
+    pub fn empty(self) -> impl Iterator<Item = T> {
+        self.waiting.into_iter().map(|waits| waits.who)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::transport::{MigrationId, Place};
+
+    fn address(last: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, last])
+    }
+
+    fn holder(place: Place) -> Holder {
+        Holder { id: MigrationId([1; 16]), place }
+    }
+
+    /// In the order in which they are offered the place.
+    fn order(room: &mut WaitingRoom<u32>) -> Vec<u32> {
+        let mut offered = Vec::new();
+        let over = room.serve(Instant::now(), |who| {
+            offered.push(who);
+            Some((who, holder(Place::Open)))
+        });
+        assert!(over.is_empty());
+        offered
+    }
+
+    #[test]
+    fn who_waits_longest_of_the_address_that_most_are_from_goes() {
+        let (now, mut room) = (Instant::now(), WaitingRoom::new(4, usize::MAX));
+        assert!(room.enter(now, 1, address(1), 0).is_empty());
+        for who in 2..5 {
+            assert!(room.enter(now, who, address(2), 0).is_empty());
+        }
+        for who in 5..100 {
+            assert_eq!(room.enter(now, who, address(2), 0), [who - 3]);
+        }
+        assert_eq!(order(&mut room), [1, 97, 98, 99]);
+    }
+
+    #[test]
+    fn the_next_is_of_the_address_that_fewest_are_from_and_else_who_waits_longest() {
+        let (now, mut room) = (Instant::now(), WaitingRoom::new(64, usize::MAX));
+        for (who, from) in [(1, 1), (2, 1), (3, 2), (4, 1), (5, 2), (6, 3)] {
+            assert!(room.enter(now, who, address(from), 0).is_empty());
+        }
+        for _ in 0..2 {
+            assert_eq!(order(&mut room), [6, 3, 5, 1, 2, 4]);
+        }
+        // Of those from one address, in the order in which they came.
+        assert!(room.serve(now, |who| (who != 6).then_some((who, holder(Place::Open)))).is_empty());
+        assert_eq!(room.without(|who| *who == 3 || *who == 5), [3, 5]);
+        assert_eq!(order(&mut room), [1, 2, 4]);
+    }
+
+    #[test]
+    fn greetings_of_those_who_wait_have_a_bounded_share_of_memory() {
+        let (now, mut room) = (Instant::now(), WaitingRoom::new(64, 100));
+        assert!(room.enter(now, 1, address(1), 40).is_empty());
+        assert!(room.enter(now, 2, address(2), 40).is_empty());
+        assert!(room.enter(now, 3, address(2), 20).is_empty());
+        assert_eq!(room.enter(now, 4, address(2), 60), [2, 3]);
+        assert_eq!(room.enter(now, 5, address(3), 101), [1, 4, 5], "whoever it is");
+        assert!(room.is_empty());
+    }
+
+    #[test]
+    fn who_has_waited_for_its_turn_is_given_back() {
+        let (now, mut room) = (Instant::now(), WaitingRoom::new(64, 100));
+        assert!(room.enter(now, 1, address(1), 0).is_empty());
+        let kept = |who| Some((who, holder(Place::Kept)));
+        assert!(room.serve(now, kept).is_empty());
+        assert_eq!(room.serve(now + Duration::from_secs(2), kept), [1]);
+        assert_eq!(room.empty().count(), 0);
+    }
+}
