@@ -14,7 +14,8 @@ pub struct Timeouts {
     /// For each step of the handshake, and for opening the data channels.
     pub handshake: Duration,
     /// For the other side to register a GiB of guest memory (to pin it, say), on top of
-    /// [`handshake`](Self::handshake); and as long for the source to begin its first round. Counts by the size of the guest, a started GiB as a whole one.
+    /// [`handshake`](Self::handshake); and as long for the source to begin its first round. Counts by the
+    /// size of the guest, a started GiB as a whole one.
     pub registration_per_gib: Duration,
     /// For any page to land, while pages are being sent; and for the link to take a message.
     pub stall: Duration,

@@ -39,8 +39,8 @@ pub trait Machine {
     /// returns an error the guest must not have executed an instruction.
     fn resume(&mut self) -> Result<(), MachineError>;
 
-    /// Appends the state of vCPUs and devices to `state`, and leaves what is in it. The guest is paused. May still dirty
-    /// guest memory: the engine harvests once more afterwards.
+    /// Appends the state of vCPUs and devices to `state`, and leaves what is in it. The guest is paused.
+    /// May still dirty guest memory: the engine harvests once more afterwards.
     fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError>;
 
     /// Describes what `save` would append, for

@@ -22,8 +22,8 @@ use crate::pipe::{Inlet, Message, Outlet};
 use crate::preamble::{Preamble, Purpose};
 use crate::state::{Bell, LinkState};
 
-/// Most sources whose control connections are not there yet, or that have not greeted. With more, the oldest goes: a source of
-/// ours makes them at once.
+/// Most sources whose control connections are not there yet, or that have not greeted. With more, the
+/// oldest goes: a source of ours makes them at once.
 const MAX_HALF_OPEN: usize = 16;
 /// Most requests taken from the listener before the others get their turn.
 const REQUESTS_AT_ONCE: usize = 64;

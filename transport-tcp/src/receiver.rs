@@ -3,8 +3,8 @@
 //! Page bytes go from the socket into guest memory by `recvmsg`; only headers and tables touch
 //! buffers of ours. No record is shorter than a lead ([`LEAD_BYTES`]), so the rest of a batch and
 //! the lead of the next record are received by one call that waits for all of it, and a batch of
-//! up to [`LEAD_RUNS`](stream::LEAD_RUNS) runs costs no other. A sender that has nothing more to send and waits for news sends a
-//! request or the end, so that call never waits for longer than the sender does.
+//! up to [`LEAD_RUNS`](stream::LEAD_RUNS) runs costs no other. A sender that has nothing more to send and
+//! waits for news sends a request or the end, so that call never waits for longer than the sender does.
 //!
 //! # When batches are acknowledged
 //!

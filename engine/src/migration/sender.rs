@@ -35,8 +35,9 @@ use crate::transport::{
 /// (`pageferry-bench throughput --batch`).
 pub(crate) const BATCH_BYTES: u64 = 4 << 20;
 
-/// Bounds on what was sent and has not landed, a channel, beside its [pace](crate::control::pace). Zero pages are little to remember and to send, but the destination writes them all: half a second
-/// of work where its memory was never touched, and more than enough for a long way.
+/// Bounds on what was sent and has not landed, a channel, beside its [pace](crate::control::pace). Zero
+/// pages are little to remember and to send, but the destination writes them all: half a second of work
+/// where its memory was never touched, and more than enough for a long way.
 const IN_FLIGHT_ZERO_PAGES: u64 = 8 * MAX_BATCH_ZERO_PAGES;
 const IN_FLIGHT_BATCHES: usize = 256;
 

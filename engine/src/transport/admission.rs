@@ -7,7 +7,7 @@ pub use crate::control::protocol::MAX_HELLO_BYTES as MAX_GREETING_BYTES;
 /// Whom an acceptor serves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Admission {
-    /// Who has greeted: the first control frame is a whole *hello* of a version that is spoken here.
+    /// Who has greeted: the first control frame is a whole *hello*, of whatever version.
     /// Whoever has not keeps nobody out.
     #[default]
     Greeted,

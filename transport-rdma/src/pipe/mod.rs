@@ -12,8 +12,9 @@
 //! message, and [`QUESTIONS`] after the last one.
 //!
 //! A **mark** is a message without bytes: a write with immediate data that writes nothing, or an
-//! empty send where the provider has no such writes (siw), and where the queue pair is not for pages. It arrives after all that was written
-//! before it on the queue pair is in memory, so a mark that was taken says that all of that landed.
+//! empty send where the provider has no such writes (siw), and where the queue pair is not for pages. It
+//! arrives after all that was written before it on the queue pair is in memory, so a mark that was taken
+//! says that all of that landed.
 
 mod credits;
 mod inlet;
