@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{
-    Admission, MigrationId, Place, Standing, TransportError, Turn, Warnings, check_greeting,
+    Admission, MAX_GREETING_BYTES, MigrationId, Place, Standing, TransportError, WaitingRoom,
+    Warnings, check_greeting, first_of_the_most,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -23,12 +24,12 @@ use crate::preamble::{Preamble, Purpose};
 use crate::state::{Bell, LinkState};
 
 /// Most sources whose control connections are not there yet, or that have not greeted. With more, the
-/// oldest goes: a source of ours makes them at once.
+/// oldest goes of those from one address, from the one that has most: a source of ours makes them at once.
 const MAX_HALF_OPEN: usize = 16;
 /// Most requests taken from the listener before the others get their turn.
 const REQUESTS_AT_ONCE: usize = 64;
-/// Most sources that have greeted and wait for their place.
-const MAX_WAITING: usize = 8;
+/// Most sources that have greeted and wait for their place. Each is two queue pairs.
+const MAX_WAITING: usize = 16;
 /// How long a greeting may take that goes on arriving. Sources wait for an answer for less.
 const GREETING_AT_MOST: Duration = Duration::from_secs(60);
 /// How often it is looked what a source has said, and whether there is room for one that waits.
@@ -172,14 +173,10 @@ impl Arrived for Arrival {
     }
 }
 
-/// A source that has greeted.
-struct Waiting {
-    arrival: Arrival,
-    turn: Turn,
-}
-
 /// What a source hears while another one keeps its place.
 const BUSY: &str = "another migration is being served";
+/// And while too many wait for it.
+const CROWDED: &str = "another migration is being served, and too many wait";
 
 pub(crate) struct Reception {
     listener: Id,
@@ -189,8 +186,8 @@ pub(crate) struct Reception {
     options: RdmaOptions,
     /// Oldest first.
     half_open: Vec<Arrival>,
-    /// In the order in which they have greeted.
-    waiting: Vec<Waiting>,
+    /// Have greeted.
+    waiting: WaitingRoom<Arrival>,
     rests_until: Option<Instant>,
 }
 
@@ -202,7 +199,8 @@ impl Reception {
         board: Arc<Board<Arrival, Request>>,
         options: RdmaOptions,
     ) -> Self {
-        let (half_open, waiting) = (Vec::new(), Vec::new());
+        let half_open = Vec::new();
+        let waiting = WaitingRoom::new(MAX_WAITING, MAX_WAITING * MAX_GREETING_BYTES);
         Self { listener, local, bell, board, options, half_open, waiting, rests_until: None }
     }
 
@@ -214,7 +212,7 @@ impl Reception {
                 self.board.stop(Some(error.kind()));
             }
         }
-        let waiting = self.waiting.into_iter().map(|waiting| waiting.arrival);
+        let waiting = self.waiting.empty();
         for arrival in self.half_open.into_iter().chain(waiting).chain(self.board.left_over()) {
             arrival.refuse(BUSY, &self.board.warnings);
         }
@@ -246,37 +244,40 @@ impl Reception {
         }
         let listening = !polled[1].revents().is_empty();
         drop(polled);
-        self.advance();
-        self.serve_waiting();
+        let greeted = self.advance();
+        self.serve_waiting(greeted);
         if listening { self.take_in() } else { Ok(()) }
     }
 
-    /// Goes on with those that are not known to be sources yet.
-    fn advance(&mut self) {
+    /// Goes on with those that are not known to be sources yet; who of them has greeted.
+    fn advance(&mut self) -> Vec<Arrival> {
+        let mut greeted = Vec::new();
         for mut arrival in std::mem::take(&mut self.half_open) {
             match arrival.advance() {
                 Ok(false) => self.half_open.push(arrival),
-                Ok(true) => {
-                    self.waiting.push(Waiting { arrival, turn: Turn::new(Instant::now()) });
-                }
+                Ok(true) => greeted.push(arrival),
                 Err(why) => arrival.refuse(&why, &self.board.warnings),
             }
         }
+        greeted
     }
 
     /// Gives the place to the first who waits, if it is to be had.
-    fn serve_waiting(&mut self) {
-        for Waiting { mut arrival, mut turn } in std::mem::take(&mut self.waiting) {
-            if arrival.has_left() {
-                arrival.refuse("it left while it waited", &self.board.warnings);
-                continue;
+    fn serve_waiting(&mut self, greeted: Vec<Arrival>) {
+        let (now, board) = (Instant::now(), Arc::clone(&self.board));
+        // Who has left keeps nobody out.
+        for left in self.waiting.without(Arrival::has_left) {
+            left.refuse("it left while it waited", &board.warnings);
+        }
+        for arrival in greeted {
+            let from = arrival.workshop.peer.ip();
+            let bytes = arrival.greeting.as_ref().map_or(0, Vec::len);
+            for crowded in self.waiting.enter(now, arrival, from, bytes) {
+                crowded.refuse(CROWDED, &board.warnings);
             }
-            let Some((arrival, holder)) = self.board.admit(arrival) else { continue };
-            if turn.is_over(Instant::now(), holder) || self.waiting.len() >= MAX_WAITING {
-                arrival.refuse(BUSY, &self.board.warnings);
-            } else {
-                self.waiting.push(Waiting { arrival, turn });
-            }
+        }
+        for later in self.waiting.serve(now, |arrival| board.admit(arrival)) {
+            later.refuse(BUSY, &board.warnings);
         }
     }
 
@@ -340,7 +341,9 @@ impl Reception {
 
     fn begin(&mut self, request: Request) -> Result<(), TransportError> {
         if self.half_open.len() >= MAX_HALF_OPEN {
-            self.half_open.remove(0).refuse("too many others came", &self.board.warnings);
+            let from = self.half_open.iter().map(|arrival| arrival.workshop.peer.ip());
+            let at = first_of_the_most(from).unwrap_or(0);
+            self.half_open.remove(at).refuse("too many others came", &self.board.warnings);
         }
         let arrival = Arrival::begin(request, self.local, &self.options, &self.board)?;
         self.half_open.push(arrival);
