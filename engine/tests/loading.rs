@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,10 +12,10 @@ use crossbeam_channel::{Receiver, unbounded};
 use pageferry::convergence::Policy;
 use pageferry::dirty::DirtySources;
 use pageferry::memory::GuestMemory;
-use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::testing::{BreakingSender, TestMemory, memory_transport};
 use pageferry::transport::{
-    Capabilities, ChannelCounters, ControlChannel, Interrupt, Link, PageSender, Registration, Run,
-    SourceLink, Ticket, TransportError, Watermarks,
+    Capabilities, ControlChannel, Interrupt, Link, PageSender, Registration, SourceLink,
+    TransportError,
 };
 use pageferry::{Destination, Event, Machine, MachineError, Source, SwitchoverStage, Timeouts};
 use support::{SharedLog, SoftwareLog, TestMachine};
@@ -49,43 +48,8 @@ impl SourceLink for Unlucky {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         let mut senders = self.inner.open_senders(channels)?;
         let inner = senders.remove(1);
-        senders.insert(1, Box::new(UnluckySender { inner, lost: Arc::clone(&self.lost) }));
+        senders.insert(1, Box::new(BreakingSender::new(inner, Arc::clone(&self.lost))));
         Ok(senders)
-    }
-}
-
-struct UnluckySender {
-    inner: Box<dyn PageSender>,
-    lost: Arc<AtomicBool>,
-}
-
-impl UnluckySender {
-    fn check(&self) -> Result<(), TransportError> {
-        if self.lost.load(Ordering::SeqCst) {
-            let cause = io::ErrorKind::ConnectionReset.into();
-            return Err(TransportError::Lost { operation: "keep a channel", cause });
-        }
-        Ok(())
-    }
-}
-
-impl PageSender for UnluckySender {
-    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
-        self.check()?;
-        self.inner.send(runs)
-    }
-    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
-        self.check()?;
-        self.inner.watermarks(wait)
-    }
-    fn counters(&self) -> ChannelCounters {
-        self.inner.counters()
-    }
-    fn finish(&mut self) -> Result<(), TransportError> {
-        self.inner.finish()
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.inner.interrupter()
     }
 }
 

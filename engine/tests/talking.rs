@@ -2,7 +2,6 @@
 
 mod support;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,7 +11,7 @@ use pageferry::convergence::Bound;
 use pageferry::dirty::DirtySources;
 use pageferry::memory::GuestMemory;
 use pageferry::protocol::Message;
-use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::testing::{BreakingSender, TestMemory, memory_transport};
 use pageferry::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, Interrupt, Link, PageSender,
     Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
@@ -104,7 +103,7 @@ impl SourceLink for Deaf {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         let senders = self.inner.open_senders(channels)?.into_iter();
         let broken = &self.broken;
-        let sender = |inner| Box::new(BreakingSender { inner, broken: Arc::clone(broken) }) as _;
+        let sender = |inner| Box::new(BreakingSender::new(inner, Arc::clone(broken))) as _;
         Ok(senders.map(sender).collect())
     }
 }
@@ -124,41 +123,6 @@ impl ControlReceiver for DeafReceiver {
                 return heard;
             }
         }
-    }
-}
-
-struct BreakingSender {
-    inner: Box<dyn PageSender>,
-    broken: Arc<AtomicBool>,
-}
-
-impl BreakingSender {
-    fn check(&self) -> Result<(), TransportError> {
-        if self.broken.load(Ordering::SeqCst) {
-            let cause = io::ErrorKind::ConnectionReset.into();
-            return Err(TransportError::Lost { operation: "keep a link", cause });
-        }
-        Ok(())
-    }
-}
-
-impl PageSender for BreakingSender {
-    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
-        self.check()?;
-        self.inner.send(runs)
-    }
-    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
-        self.check()?;
-        self.inner.watermarks(wait)
-    }
-    fn counters(&self) -> ChannelCounters {
-        self.inner.counters()
-    }
-    fn finish(&mut self) -> Result<(), TransportError> {
-        self.inner.finish()
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.inner.interrupter()
     }
 }
 
