@@ -1,4 +1,4 @@
-//! A destination that talks and does nothing, and one that says nothing more.
+//! A destination that does nothing, one that talks too much, and one that says nothing more.
 
 mod support;
 
@@ -22,31 +22,38 @@ use support::{SharedLog, SoftwareLog, TestMachine};
 /// How long it keeps silent: so that the source has always something to hear.
 const SILENCE: Duration = Duration::ZERO;
 
-/// A link whose other end takes all, has nothing land, and says *pong* all the time.
-struct Chatty(Box<dyn SourceLink>);
+/// A link whose other end takes all and has nothing land.
+struct Landless {
+    inner: Box<dyn SourceLink>,
+    /// Whether it says *pong* all the time.
+    chatty: bool,
+}
 
-impl Link for Chatty {
+impl Link for Landless {
     fn name(&self) -> &'static str {
-        "chatty"
+        "landless"
     }
     fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
+        self.inner.capabilities()
     }
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        let ControlChannel { sender, receiver } = self.0.control()?;
+        let ControlChannel { sender, receiver } = self.inner.control()?;
+        if !self.chatty {
+            return Ok(ControlChannel { sender, receiver });
+        }
         Ok(ControlChannel { sender, receiver: Box::new(Chatter { inner: receiver, frames: 0 }) })
     }
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.0.register(memory)
+        self.inner.register(memory)
     }
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.0.interrupter()
+        self.inner.interrupter()
     }
 }
 
-impl SourceLink for Chatty {
+impl SourceLink for Landless {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let senders = self.0.open_senders(channels)?.into_iter();
+        let senders = self.inner.open_senders(channels)?.into_iter();
         Ok(senders.map(|inner| Box::new(Sink { inner, sent: 0 }) as _).collect())
     }
 }
@@ -60,8 +67,9 @@ impl ControlReceiver for Chatter {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
         // Once the greetings are over, which a pong has no place in.
         if self.frames < GREETINGS {
-            self.frames += 1;
-            return self.inner.receive(timeout);
+            let heard = self.inner.receive(timeout);
+            self.frames += u32::from(heard.is_ok());
+            return heard;
         }
         match self.inner.receive(Some(SILENCE)) {
             Err(TransportError::TimedOut { .. }) => Ok(Message::Pong { number: u32::MAX }.encode()),
@@ -201,8 +209,23 @@ impl PageSender for Sink {
 }
 
 #[test]
-fn a_peer_that_talks_and_lands_nothing_is_given_up() {
-    let stall = Duration::from_millis(300);
+fn a_peer_that_lands_nothing_is_given_up_in_time() {
+    let (said, took) = migrate_to_who_lands_nothing(false);
+    assert!(said.contains("pages to land"), "{said}");
+    assert!(took >= STALL, "{took:?}");
+}
+
+/// It is not heard until its time is up: that it says anything is against the protocol.
+#[test]
+fn a_peer_that_says_what_nobody_asked_is_refused() {
+    let (said, _) = migrate_to_who_lands_nothing(true);
+    assert!(said.contains("it sent pong at the stage copying"), "{said}");
+}
+
+const STALL: Duration = Duration::from_millis(300);
+
+/// What was said of it, and how long it took.
+fn migrate_to_who_lands_nothing(chatty: bool) -> (String, Duration) {
     let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
     (0..500).for_each(|page| here.fill_page(0, page, 1));
     let (source_link, destination_link) = memory_transport::pair();
@@ -211,7 +234,7 @@ fn a_peer_that_talks_and_lands_nothing_is_given_up() {
     mine.resume().unwrap();
     let mut theirs = TestMachine::new(&there, &SoftwareLog::new(&there), 10, 43);
     theirs.contend_with(&mine);
-    let source = Source::new().timeouts(Timeouts { stall, ..Timeouts::default() });
+    let source = Source::new().timeouts(Timeouts { stall: STALL, ..Timeouts::default() });
     // Should it be held all the same, that is no hang.
     let handle = source.handle();
     let began = Instant::now();
@@ -227,15 +250,14 @@ fn a_peer_that_talks_and_lands_nothing_is_given_up() {
             offer.receive(theirs, there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
-        let link = Box::new(Chatty(Box::new(source_link)));
+        let link = Box::new(Landless { inner: Box::new(source_link), chatty });
         let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("nothing landed");
         drop(over);
         failure
     });
-    assert!(began.elapsed() < Duration::from_secs(5), "{failure:?}");
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(5), "{failure:?}");
     assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
-    // Either its chatter is refused, or its time is up.
-    let said = failure.error.to_string();
-    assert!(said.contains("pages to land") || said.contains("pong"), "{said}");
     failure.machine.await_writes();
+    (failure.error.to_string(), took)
 }

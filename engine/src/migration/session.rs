@@ -344,7 +344,8 @@ impl<R: Send + 'static> Session<R> {
         }
     }
 
-    /// The peer's own account of a broken link, if it gives one soon; else the error itself.
+    /// Why a link broke, if that is known soon: by the peer's own account, or because it was ended here for
+    /// what the peer said or a thread did. Else the error itself.
     pub(crate) fn explain(&mut self, error: Error) -> Error {
         let lost = matches!(
             &error,
@@ -365,11 +366,11 @@ impl<R: Send + 'static> Session<R> {
                 return error;
             }
             match self.next_committed(patience) {
-                Err(explained @ Error::PeerFailed { .. }) => return explained,
                 Err(Error::TimedOut { .. }) => return error,
                 // The control channel ended too: nothing more will come.
                 Err(Error::Transport(_)) if self.is_idle() => return error,
-                _ => {}
+                Ok(_) | Err(Error::Transport(_)) => {}
+                Err(explained) => return explained,
             }
         }
     }
@@ -482,12 +483,12 @@ mod tests {
     use super::*;
     use crate::testing::memory_transport;
     use crate::threads::StdThreads;
-    use crate::transport::Link;
+    use crate::transport::{ControlSender, Link};
 
     type Wait = fn(&mut Session<u32>, Patience) -> Result<Item<u32>, Error>;
 
-    /// A session over a link whose other end takes frames.
-    fn session() -> (Session<u32>, impl Sized) {
+    /// A session over a link whose other end takes frames, and what that says.
+    fn session() -> (Session<u32>, Box<dyn ControlSender>, impl Sized) {
         let (mut source, mut destination) = memory_transport::pair();
         let (control, interrupter) = (source.control().unwrap(), source.interrupter());
         let ControlChannel { sender, receiver: mut theirs } = destination.control().unwrap();
@@ -502,12 +503,12 @@ mod tests {
             Duration::from_secs(9),
             None,
         );
-        (opened.unwrap(), (destination, sender))
+        (opened.unwrap(), sender, destination)
     }
 
     #[test]
     fn who_never_stops_talking_does_not_hold_a_driver() {
-        let (mut session, _destination) = session();
+        let (mut session, _sender, _destination) = session();
         let feed = session.feed();
         for wait in [Session::next as Wait, Session::next_committed] {
             let patience = Patience::now("silence", Duration::from_millis(20));
@@ -521,6 +522,20 @@ mod tests {
                 }
             };
             assert!(matches!(error, Error::TimedOut { what: "silence", .. }), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_link_that_was_ended_for_what_the_peer_said_is_explained_by_that() {
+        for (said, expected) in [
+            (Message::Pong { number: 1 }.encode(), "it sent pong at the stage silence"),
+            (vec![255], "the peer misbehaved"),
+        ] {
+            let (mut session, mut sender, _destination) = session();
+            sender.send(&said, Duration::from_secs(9)).unwrap();
+            // As a send finds it that was interrupted for that.
+            let error = session.explain(Error::Transport(TransportError::Closed));
+            assert!(error.chain().to_string().contains(expected), "{error:?}");
         }
     }
 }
