@@ -91,7 +91,8 @@ enum Outlet {
     Here,
     /// A thread's that has more to send, and says when that is out.
     Lent {
-        returned: Receiver<Result<(), Error>>,
+        /// Whether it has sent all.
+        returned: Receiver<Result<bool, Error>>,
         /// Set when what is left need not be sent any more.
         recalled: Arc<AtomicBool>,
     },
@@ -215,21 +216,28 @@ impl<R: Send + 'static> Session<R> {
         self.outlet = Outlet::Lent { returned, recalled: Arc::clone(&recalled) };
         let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
         self.spawn(ThreadRole::DeviceState, move || {
-            let mut messages = messages.take_while(|_| !recalled.load(Relaxed));
-            let sent = messages.try_for_each(|message| talk.put(&message, timeout));
+            let send = || {
+                for message in messages {
+                    if recalled.load(Relaxed) {
+                        return Ok(false);
+                    }
+                    talk.put(&message, timeout)?;
+                }
+                Ok(true)
+            };
             // The session may be over.
-            let _ = give_back.send(sent);
+            let _ = give_back.send(send());
         })
     }
 
-    /// Waits until all is sent that a thread was to send.
-    pub(crate) fn sent_aside(&mut self, patience: Patience) -> Result<(), Error> {
+    /// Waits until a thread has sent what it was to send. Whether that was all of it.
+    pub(crate) fn sent_aside(&mut self, patience: Patience) -> Result<bool, Error> {
         let wake = self.shared.wake().clone();
         self.wait_for_outlet(patience, &wake)
     }
 
-    fn wait_for_outlet(&mut self, patience: Patience, wake: &Receiver<()>) -> Result<(), Error> {
-        let Outlet::Lent { returned: lent, .. } = &self.outlet else { return Ok(()) };
+    fn wait_for_outlet(&mut self, patience: Patience, wake: &Receiver<()>) -> Result<bool, Error> {
+        let Outlet::Lent { returned: lent, .. } = &self.outlet else { return Ok(true) };
         let returned = loop {
             select_biased! {
                 recv(lent) -> returned => break returned,
@@ -238,7 +246,7 @@ impl<R: Send + 'static> Session<R> {
             }
         };
         self.outlet = if returned.is_ok() { Outlet::Here } else { Outlet::Gone };
-        returned.unwrap_or(Ok(()))
+        returned.unwrap_or(Ok(true))
     }
 
     /// Whether a thread still has to send what it was given.
@@ -246,17 +254,20 @@ impl<R: Send + 'static> Session<R> {
         matches!(&self.outlet, Outlet::Lent { returned, .. } if returned.is_empty())
     }
 
-    /// What a thread is to send and has not begun with is sent no more.
-    pub(crate) fn recall(&self) {
+    /// What a thread is to send and has not begun with is sent no more. Whether all of it goes out
+    /// nevertheless, which only that thread knows.
+    pub(crate) fn recall(&mut self) -> Result<bool, Error> {
         if let Outlet::Lent { recalled, .. } = &self.outlet {
             recalled.store(true, Relaxed);
         }
+        self.shared.check()?;
+        // Each of its sends is bounded, and cancelling ends the wait.
+        self.sent_aside(Patience::now("the transport to send", FAR))
     }
 
     /// Waits until the outlet is here.
     fn take_outlet(&mut self) -> Result<(), Error> {
         self.shared.check()?;
-        // Each of its sends is bounded, and cancelling ends the wait.
         self.sent_aside(Patience::now("the transport to send", FAR))?;
         self.outlet()
     }

@@ -224,13 +224,13 @@ impl Drive<'_> {
         let now = self.now();
         self.convergence.called_off(now);
         let number = self.handover.attempt();
-        if self.session.is_sending_aside() {
-            self.loads_no_more(number);
-        }
-        // Nobody needs the rest of the device state, and nobody waits for it.
-        self.session.recall();
         let action = self.handover.handle(SourceInput::CalledOff);
         debug_assert_eq!(action, SourceAction::SendCalledOff(number));
+        // Nobody needs the rest of the device state. Only where something of it is left has the
+        // destination not been asked to load.
+        if !self.session.recall()? {
+            self.loads_no_more(number);
+        }
         self.session.send(&Message::CalledOff { attempt: number })?;
         let Overdue { stage, round } = overdue;
         self.emit(&Event::CalledOff { attempt: number, stage: Some(stage), stood })?;
@@ -301,7 +301,7 @@ impl Drive<'_> {
                     // Who answers what has not gone out yet must not have the commit wait for it.
                     return match self.session.sent_aside(patience) {
                         Err(Error::TimedOut { .. }) if is_over(due) => Ok(None),
-                        sent => sent.map(|()| Some(prepared)),
+                        sent => sent.map(|_| Some(prepared)),
                     };
                 }
                 Ok(Item::Message(other)) => {
