@@ -34,7 +34,8 @@ pub struct NewFile {
 
 impl NewFile {
     /// Begins one in the directory of `path`, which may have to be written to for the first time:
-    /// whether that is possible is known when this returns.
+    /// whether that is possible is known when this returns, and whether a file that has that name may be
+    /// replaced.
     pub fn create(path: &Path) -> Result<Self, SnapshotError> {
         let failed = |source| SnapshotError::Io { operation: "create", source };
         let path = followed(path).map_err(failed)?;
@@ -54,7 +55,16 @@ impl NewFile {
                 return Err(failed(io::Error::new(ErrorKind::AlreadyExists, why)));
             }
             // Who may not read the one that is there reads no other in its place.
-            Ok(there) => Some(there),
+            Ok(there) => {
+                if is_kept(&path) {
+                    let why = "the file that has that name may not be replaced: it is another \
+                               user's in a directory where each may replace their own (its sticky \
+                               bit is set, as that of /tmp), or it is immutable; have it removed, \
+                               or save under another name";
+                    return Err(failed(io::Error::new(ErrorKind::PermissionDenied, why)));
+                }
+                Some(there)
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(failed(error)),
         };
@@ -100,6 +110,14 @@ fn directory_of(path: &Path) -> &Path {
     }
 }
 
+/// Whether the file of that name stays where it is whatever this user does. The kernel asks the same of
+/// a rename, at the very end; here it is asked to remove a directory, and what is none is never removed:
+/// where it might have been, that is the complaint.
+fn is_kept(path: &Path) -> bool {
+    let complaint = fs::remove_dir(path).err();
+    complaint.and_then(|error| error.raw_os_error()) == Some(Errno::PERM.raw_os_error())
+}
+
 /// Where a path leads in the end, which need not be there: as a file that is opened to be made.
 fn followed(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
@@ -131,6 +149,10 @@ mod tests {
     use std::ffi::OsString;
     use std::fs::Permissions;
     use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::thread;
+
+    use rustix::process::Uid;
+    use rustix::thread::set_thread_res_uid;
 
     use super::*;
 
@@ -210,10 +232,57 @@ mod tests {
         let owner = |path: &Path| fs::metadata(path).map(|file| (file.uid(), file.gid())).unwrap();
         let given = fchown(File::open(&path).unwrap(), Some(65_534), Some(65_533));
         let expected = if given.is_ok() { (65_534, 65_533) } else { owner(&path) };
-        fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
-        write(&path, b"two").unwrap();
-        assert_eq!(owner(&path), expected);
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+        // Who changes the owner of a file that is run as another takes that from its mode.
+        for kept in [0o640, 0o6755] {
+            fs::set_permissions(&path, Permissions::from_mode(kept)).unwrap();
+            write(&path, b"two").unwrap();
+            assert_eq!(owner(&path), expected);
+            let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+            assert_eq!(mode, kept, "{mode:o}");
+        }
+    }
+
+    /// Only root may become somebody else, and only root's file is sure to be another's.
+    #[test]
+    fn a_file_that_may_not_be_replaced_is_found_before_anything_is_written() {
+        if !rustix::process::geteuid().is_root() {
+            let why = b"a_file_that_may_not_be_replaced skipped, because this is not root\n";
+            return io::stderr().write_all(why).unwrap();
+        }
+        let root = tempfile::tempdir().unwrap();
+        let (theirs, mine) = (root.path().join("theirs"), root.path().join("mine"));
+        for path in [&theirs, &mine] {
+            fs::write(path, b"before").unwrap();
+            fs::set_permissions(path, Permissions::from_mode(0o666)).unwrap();
+        }
+        let nobody = Uid::from_raw(65_534);
+        fchown(File::open(&mine).unwrap(), Some(nobody.as_raw()), None).unwrap();
+        let as_nobody = |path: &Path| {
+            thread::scope(|scope| {
+                let writing = scope.spawn(|| {
+                    // Of this thread, and not of the process.
+                    set_thread_res_uid(nobody, nobody, nobody).unwrap();
+                    write(path, b"after")
+                });
+                writing.join().unwrap()
+            })
+        };
+        // As /tmp is.
+        fs::set_permissions(root.path(), Permissions::from_mode(0o1777)).unwrap();
+        as_nobody(&mine).unwrap();
+        as_nobody(&root.path().join("new")).unwrap();
+        let error = as_nobody(&theirs).unwrap_err();
+        assert!(
+            matches!(&error, SnapshotError::Io { operation: "create", source }
+            if source.to_string().contains("sticky")),
+            "{error:?}"
+        );
+        assert_eq!(fs::read(&theirs).unwrap(), b"before");
+        assert_eq!(names_in(root.path()), ["mine", "new", "theirs"]);
+        // Who may replace what is anybody's may do that.
+        fs::set_permissions(root.path(), Permissions::from_mode(0o777)).unwrap();
+        as_nobody(&theirs).unwrap();
+        assert_eq!(fs::read(&theirs).unwrap(), b"after");
     }
 
     #[test]

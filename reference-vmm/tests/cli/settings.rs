@@ -6,6 +6,7 @@ use pageferry_iouring::{IoUringOptions, Rings};
 use crate::support::host::skipped;
 use crate::support::process::Process;
 use crate::support::report::Report;
+use crate::support::sides::{destination, source};
 
 /// The longest time that the command line can tell.
 const LONGEST: &str = "18446744073709551615s";
@@ -105,6 +106,20 @@ fn a_demo_takes_the_longest_times() {
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     for transport in ["--transport=tcp", "--transport=auto"] {
         completes(&[&options[..], &[transport]].concat());
+    }
+}
+
+/// How long a destination waits for a release bounds a wait that has a least length of its own: nobody is
+/// uncertain for it, wherever it is given.
+#[test]
+fn the_shortest_time_for_a_release_leaves_nobody_uncertain() {
+    for time in ["--release-timeout=1ns", "--release-timeout=1ms"] {
+        completes(&[time]);
+        let (mut destination, address) = destination(&[time]);
+        let mut source = source(&[time]);
+        source.say(format!("migrate {address}"));
+        source.finish().report(0).assert_departed();
+        destination.finish().report(0).assert_arrived();
     }
 }
 

@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use rustix::process::Signal;
 
-use crate::support::host::{guest_kind, skipped};
+use crate::support::host::{can_trace, guest_kind};
 use crate::support::process::Process;
 use crate::support::sides::{SMALL, destination};
 
@@ -97,15 +96,6 @@ fn assert_documented(directory: &Path) -> BTreeSet<String> {
         seen.insert(role.clone());
     }
     seen
-}
-
-fn can_trace() -> bool {
-    let traces = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status();
-    let traces = traces.is_ok_and(|status| status.success());
-    if !traces {
-        skipped("there is no strace, or it may not trace");
-    }
-    traces
 }
 
 fn limited(transport: &str) {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::process::Command;
 use std::sync::OnceLock;
 
 use pageferry_rust_vmm::PagemapScan;
@@ -28,6 +29,16 @@ pub(crate) fn process_guests_work() -> bool {
             false
         }
     }
+}
+
+/// Whether system calls can be looked at here, having said why not.
+pub(crate) fn can_trace() -> bool {
+    let traces = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status();
+    let traces = traces.is_ok_and(|status| status.success());
+    if !traces {
+        skipped("there is no strace, or it may not trace");
+    }
+    traces
 }
 
 /// Says that the test that runs shows nothing here, and why.
