@@ -7,6 +7,7 @@ mod device_state;
 mod hot;
 mod latency;
 mod migrate;
+mod rearm;
 mod runs;
 mod shapes;
 mod simulate;

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::support::run;
+use crate::support::{no_kvm, run};
 
 /// A value with types in place of values; of a list, of its first one.
 fn shape(value: &Value) -> Value {
@@ -41,4 +41,13 @@ fn of_throughput() {
 #[test]
 fn of_hot() {
     insta::assert_json_snapshot!(shape_of(&["hot", "framing"]));
+}
+
+#[test]
+fn of_rearm() {
+    if no_kvm() {
+        return;
+    }
+    let args = ["rearm", "--json", "--vcpus=1", "--memory=128M", "--samples=1", "--gigabits=100"];
+    insta::assert_json_snapshot!(shape_of(&args));
 }

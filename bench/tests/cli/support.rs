@@ -46,6 +46,17 @@ pub(crate) fn no_rings() -> bool {
     }
 }
 
+/// Whether there is no KVM for us; says so.
+pub(crate) fn no_kvm() -> bool {
+    match pageferry_vmm::guest::kvm_available() {
+        Ok(()) => false,
+        Err(reason) => {
+            eprintln!("KVM skipped, because {reason}");
+            true
+        }
+    }
+}
+
 /// A number that must be there and not negative. Parts of the name are separated by dots.
 pub(crate) fn number(report: &Value, name: &str) -> f64 {
     let value = name.split('.').fold(report, |value, part| &value[part]);
