@@ -1,6 +1,7 @@
 //! One connected queue pair, and all that can end a wait for it.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::verbs::{Completion, QueuePair};
 
 /// How long a wait looks for completions itself before it sleeps: a sleep and its end cost a
 /// system call each and an interrupt.
-const SPIN: Duration = Duration::from_micros(20);
+pub(crate) const SPIN: Duration = Duration::from_micros(20);
 
 /// A connected queue pair. Used by one thread at a time.
 #[derive(Debug)]
@@ -128,31 +129,91 @@ impl Connection {
 
     /// Sleeps until anything happens; true if it was a completion.
     fn sleep(&mut self, time: Duration) -> io::Result<bool> {
-        let link = &self.state.link;
-        let look_in = link.look_at().map(|at| at.saturating_duration_since(Instant::now()));
-        let time = look_in.map_or(time, |look_in| look_in.min(time));
-        let time = Timespec::try_from(time).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
-        let (bell, device) = (link.bell(), link.device());
-        let own = [self.qp.completions.fd(), self.id.fd(), self.state.bell()];
-        let watched = [own[0], own[1], own[2], bell, device.unwrap_or(bell)];
-        let mut fds = watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        let count = if device.is_some() { 5 } else { 4 };
         self.system_calls += 1;
-        match poll(&mut fds[..count], Some(&time)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        let ready = fds.map(|fd| !fd.revents().is_empty());
-        if ready[0] {
+        let woken = sleep(self.qp.completions.fd(), &self.id, &self.state, time)?;
+        if woken.by_completion {
             self.qp.completions.take_event();
         }
-        if ready[1] {
+        if woken.by_event {
             self.take_events()?;
         }
-        if ready[4] || look_in.is_some() {
+        if woken.by_device {
             self.state.link.look();
         }
-        Ok(ready[0])
+        Ok(woken.by_completion)
+    }
+
+    /// For who waits, and is to keep nobody else from this connection meanwhile.
+    pub(crate) fn sleeper(&self) -> io::Result<Sleeper> {
+        Ok(Sleeper {
+            completions: self.qp.completions.fd().try_clone_to_owned()?,
+            id: Arc::clone(&self.id),
+            state: Arc::clone(&self.state),
+        })
+    }
+
+    /// Takes in what has woken a [`Sleeper`], and has the next completion wake it. One that came just before
+    /// does not: look once more.
+    pub(crate) fn wake(&mut self) -> Result<(), TransportError> {
+        let failed = |cause| TransportError::Io { operation: "wait for completions", cause };
+        self.qp.completions.take_event();
+        self.take_events().map_err(failed)?;
+        self.state.link.look();
+        self.qp.completions.ask_for_event().map_err(failed)
+    }
+}
+
+/// What ended a sleep, of what is to be taken in.
+struct Woken {
+    by_completion: bool,
+    by_event: bool,
+    by_device: bool,
+}
+
+/// Sleeps until anything happens to a connection, at most for so long.
+fn sleep(
+    completions: BorrowedFd<'_>,
+    id: &Id,
+    state: &ChannelState,
+    time: Duration,
+) -> io::Result<Woken> {
+    let link = &state.link;
+    let look_in = link.look_at().map(|at| at.saturating_duration_since(Instant::now()));
+    let time = look_in.map_or(time, |look_in| look_in.min(time));
+    let time = Timespec::try_from(time).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+    let (bell, device) = (link.bell(), link.device());
+    let watched = [completions, id.fd(), state.bell(), bell, device.unwrap_or(bell)];
+    let mut fds = watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    let count = if device.is_some() { 5 } else { 4 };
+    match poll(&mut fds[..count], Some(&time)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let ready = fds.map(|fd| !fd.revents().is_empty());
+    Ok(Woken {
+        by_completion: ready[0],
+        by_event: ready[1],
+        by_device: ready[4] || look_in.is_some(),
+    })
+}
+
+/// Waits for what happens to a connection that others use meanwhile.
+#[derive(Debug)]
+pub(crate) struct Sleeper {
+    completions: OwnedFd,
+    id: Arc<Id>,
+    state: Arc<ChannelState>,
+}
+
+impl Sleeper {
+    pub(crate) fn state(&self) -> &ChannelState {
+        &self.state
+    }
+
+    /// Sleeps until anything happens, at most for so long. What it was is for [`Connection::wake`].
+    pub(crate) fn sleep(&self, time: Duration) -> Result<(), TransportError> {
+        let failed = |cause| TransportError::Io { operation: "wait for completions", cause };
+        sleep(self.completions.as_fd(), &self.id, &self.state, time).map(drop).map_err(failed)
     }
 }
 

@@ -1,23 +1,6 @@
 //! Control frames over two pipes, one each way.
-//!
-//! A frame goes as one message or several:
-//!
-//! ```text
-//! 0  1     5
-//! +--+-----+----------------
-//! |1 |left | bytes of the frame
-//! +--+-----+----------------
-//! |2 |  the sender dropped its half in order
-//! +--+
-//! |3 |  text: the destination does not serve this source, or no longer
-//! +--+
-//! ```
-//!
-//! left: bytes of the frame from this message on, little-endian; so the first message of a frame
-//! has its length. Marks say that somebody is there, and nothing else.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
@@ -26,12 +9,9 @@ use pageferry::transport::{
 };
 
 use crate::dial::LINGER;
-use crate::pipe::{Inlet, KEEPALIVE, Message, Outlet, SLOT_BYTES};
-
-const PIECE: u8 = 1;
-const END: u8 = 2;
-const REFUSED: u8 = 3;
-const HEAD_BYTES: usize = 5;
+use crate::frames::{END, HEAD_BYTES, PIECE, REFUSED};
+use crate::inbox::Inbox;
+use crate::pipe::{KEEPALIVE, Outlet, SLOT_BYTES};
 
 /// How long a source has to be told that it is turned away: its NIC, which needs nobody for that.
 const FAREWELL: Duration = Duration::from_millis(100);
@@ -45,85 +25,21 @@ pub(crate) fn refuse(outlet: &mut Outlet, reason: &str) {
     }
 }
 
-/// Both halves at the source, of the control channel to `peer`.
-pub(crate) fn at_source(outlet: Outlet, inlet: Inlet, peer: SocketAddr) -> ControlChannel {
-    channel(outlet, inlet, Some(peer), None)
-}
-
-/// Both halves at the destination, and the first frame, if that has come.
-pub(crate) fn at_destination(
-    outlet: Outlet,
-    inlet: Inlet,
-    first: Option<Vec<u8>>,
-) -> ControlChannel {
-    channel(outlet, inlet, None, first)
-}
-
-/// Who receives looks after the outlet, too, for as long as it is there: a sender may have nothing to send
-/// for minutes, and the other side asks meanwhile whether anybody is here.
-fn channel(
-    outlet: Outlet,
-    inlet: Inlet,
-    destination: Option<SocketAddr>,
-    first: Option<Vec<u8>>,
-) -> ControlChannel {
+/// Both halves. Who receives looks after the outlet, too, for as long as it is there: a sender may have
+/// nothing to send for minutes, and the other side asks meanwhile whether anybody is here.
+pub(crate) fn channel(outlet: Outlet, inbox: &Arc<Inbox>) -> ControlChannel {
     let outlet = Arc::new(Mutex::new(outlet));
-    let receiver = RdmaControlReceiver {
-        inlet,
-        outlet: Arc::downgrade(&outlet),
-        destination,
-        first,
-        frame: Frame::default(),
-        end: None,
-    };
-    let sender = RdmaControlSender { outlet, broken: false };
+    let receiver =
+        RdmaControlReceiver { inbox: Arc::clone(inbox), outlet: Arc::downgrade(&outlet) };
+    let sender = RdmaControlSender { outlet, inbox: Arc::clone(inbox), broken: false };
     ControlChannel { sender: Box::new(sender), receiver: Box::new(receiver) }
 }
-
-/// A frame as its pieces come.
-#[derive(Debug, Default)]
-pub(crate) struct Frame {
-    bytes: Vec<u8>,
-    left: usize,
-}
-
-impl Frame {
-    /// What has come of it.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// Bytes that it will have.
-    pub(crate) fn len(&self) -> usize {
-        self.bytes.len() + self.left
-    }
-
-    /// Takes a piece of it; true if that completes it.
-    pub(crate) fn take_in(&mut self, message: &[u8]) -> Result<bool, TransportError> {
-        let [PIECE, rest @ ..] = message else { return Err(OUT_OF_STEP) };
-        let (left, bytes) = rest.split_first_chunk::<4>().ok_or(OUT_OF_STEP)?;
-        let left = usize::try_from(u32::from_le_bytes(*left)).unwrap_or(usize::MAX);
-        let due = if self.bytes.is_empty() { left } else { self.left };
-        if left != due || left > MAX_FRAME_BYTES || bytes.is_empty() || bytes.len() > left {
-            return Err(OUT_OF_STEP);
-        }
-        self.bytes.extend(bytes);
-        self.left = left - bytes.len();
-        Ok(self.left == 0)
-    }
-
-    /// The frame that is whole. The next one may come.
-    pub(crate) fn take(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.bytes)
-    }
-}
-
-const OUT_OF_STEP: TransportError =
-    TransportError::Violation("pieces of control frames that do not fit together");
 
 #[derive(Debug)]
 struct RdmaControlSender {
     outlet: Arc<Mutex<Outlet>>,
+    /// Closed after the last word: closing it ends the other side's half.
+    inbox: Arc<Inbox>,
     broken: bool,
 }
 
@@ -168,7 +84,7 @@ impl ControlSender for RdmaControlSender {
         outlet.connection.state.link.note_told();
         let result = put(&mut outlet, frame, deadline);
         self.broken = result.is_err();
-        result.map_err(|error| match error {
+        result.map_err(|error| match self.inbox.explain(error) {
             TransportError::TimedOut { .. } => {
                 TransportError::TimedOut { operation: OPERATION, after: timeout }
             }
@@ -198,31 +114,9 @@ impl Drop for RdmaControlSender {
 
 #[derive(Debug)]
 struct RdmaControlReceiver {
-    inlet: Inlet,
+    inbox: Arc<Inbox>,
     /// The other half's.
     outlet: Weak<Mutex<Outlet>>,
-    /// At the source: who may say that it is turned away.
-    destination: Option<SocketAddr>,
-    /// Came before anybody asked for it.
-    first: Option<Vec<u8>>,
-    frame: Frame,
-    end: Option<End>,
-}
-
-/// Why nothing more comes.
-#[derive(Debug, Clone)]
-enum End {
-    InOrder,
-    Refused { address: String, reason: String },
-}
-
-impl From<&End> for TransportError {
-    fn from(end: &End) -> Self {
-        match end.clone() {
-            End::InOrder => Self::Closed,
-            End::Refused { address, reason } => Self::Refused { address, reason },
-        }
-    }
 }
 
 impl RdmaControlReceiver {
@@ -239,53 +133,24 @@ impl RdmaControlReceiver {
             tracing::debug!("the other half of the control channel: {error}");
         }
     }
-
-    /// Takes a message in; true if it completes a frame.
-    fn take_in(&mut self, message: &[u8]) -> Result<bool, TransportError> {
-        let between_frames = self.frame.bytes().is_empty();
-        self.end = match (message, self.destination) {
-            ([END], _) if between_frames => Some(End::InOrder),
-            ([REFUSED, reason @ ..], Some(destination)) => {
-                let reason = String::from_utf8_lossy(reason);
-                // It will be shown on a terminal.
-                let reason = reason.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
-                Some(End::Refused { address: destination.to_string(), reason })
-            }
-            _ => return self.frame.take_in(message),
-        };
-        Ok(false)
-    }
 }
 
 impl ControlReceiver for RdmaControlReceiver {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
-        self.inlet.connection.check()?;
-        if let Some(first) = self.first.take() {
-            return Ok(first);
-        }
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
-            if let Some(end) = &self.end {
-                return Err(end.into());
-            }
             self.attend();
-            let turn = Instant::now() + KEEPALIVE;
-            let turn = deadline.map_or(turn, |deadline| deadline.min(turn));
-            match self.inlet.next(Some(turn))? {
-                Some(Message::Bytes(message)) if self.take_in(&message)? => {
-                    self.inlet.settle()?;
-                    self.inlet.connection.state.link.note_heard();
-                    return Ok(self.frame.take());
-                }
-                Some(_) => {}
-                None if deadline.is_some_and(|deadline| Instant::now() >= deadline) => {
-                    return Err(TransportError::TimedOut {
-                        operation: "receive a control frame",
-                        after: timeout.unwrap_or_default(),
-                    });
-                }
-                None => {}
+            if let Some(frame) = self.inbox.next()? {
+                return Ok(frame);
             }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(TransportError::TimedOut {
+                    operation: "receive a control frame",
+                    after: timeout.unwrap_or_default(),
+                });
+            }
+            self.inbox.sleep(left.map_or(KEEPALIVE, |left| left.min(KEEPALIVE)))?;
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::announce::{Announcer, hear_all};
 use crate::cm::RemoteAccess;
 use crate::desk::Desk;
 use crate::dial::{Request, Workshop};
+use crate::inbox::Inbox;
 use crate::memory::Registered;
 use crate::options::Mtu;
 use crate::preamble::Purpose;
@@ -38,7 +39,7 @@ pub struct RdmaDestinationLink {
     opened: bool,
     migration: MigrationId,
     mtu: u32,
-    workshop: Workshop,
+    pub(crate) workshop: Workshop,
     desk: Arc<Desk>,
 }
 
@@ -49,7 +50,7 @@ impl RdmaDestinationLink {
         let outlet = outlet.ok_or(TransportError::OutOfOrder("half of a control channel"))?;
         let mtu = inlet.connection.mtu;
         workshop.state.take_place(standing);
-        let control = Some(control::at_destination(outlet, inlet, greeting));
+        let control = Some(control::channel(outlet, &Inbox::at_destination(inlet, greeting)?));
         Ok(Self { control, registered: None, opened: false, migration, mtu, workshop, desk })
     }
 

@@ -53,8 +53,12 @@ mod control;
 mod desk;
 mod destination;
 mod dial;
+#[cfg(test)]
+mod endings;
+mod frames;
 #[doc(hidden)]
 pub mod hot;
+mod inbox;
 mod memory;
 mod options;
 mod pipe;

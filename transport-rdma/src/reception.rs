@@ -16,8 +16,9 @@ use rustix::io::Errno;
 
 use crate::board::{Arrived, Board, Part, Voice};
 use crate::cm::{Event, Id, RemoteAccess};
-use crate::control::{self, Frame};
+use crate::control;
 use crate::dial::{Request, Workshop};
+use crate::frames::Frame;
 use crate::options::RdmaOptions;
 use crate::pipe::{Inlet, Message, Outlet};
 use crate::preamble::{Preamble, Purpose};

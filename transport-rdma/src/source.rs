@@ -12,6 +12,7 @@ use pageferry::transport::{
 use crate::announce::{Directory, tell_all};
 use crate::cm::RemoteAccess;
 use crate::dial::{Connected, Workshop};
+use crate::inbox::Inbox;
 use crate::memory::Registered;
 use crate::options::Mtu;
 use crate::preamble::Purpose;
@@ -29,6 +30,7 @@ use crate::{CAPABILITIES, NAME, control};
 #[derive(Debug)]
 pub struct RdmaSourceLink {
     control: Option<ControlChannel>,
+    inbox: Arc<Inbox>,
     registered: Option<Arc<Registered>>,
     /// Whether data channels were opened: once.
     opened: bool,
@@ -44,8 +46,9 @@ impl RdmaSourceLink {
         workshop.watch(&outlet.connection.id)?;
         let inlet = workshop.dial_inlet(&workshop.preamble(Purpose::ControlBack, migration))?;
         let mtu = outlet.connection.mtu;
-        let control = Some(control::at_source(outlet, inlet, workshop.peer));
-        Ok(Self { control, registered: None, opened: false, migration, mtu, workshop })
+        let inbox = Inbox::at_source(inlet, workshop.peer)?;
+        let control = Some(control::channel(outlet, &inbox));
+        Ok(Self { control, inbox, registered: None, opened: false, migration, mtu, workshop })
     }
 
     /// What this migration is called on the wire.
@@ -61,6 +64,42 @@ impl RdmaSourceLink {
     /// The destination's address.
     pub fn peer_addr(&self) -> SocketAddr {
         self.workshop.peer
+    }
+
+    /// What came of opening connections. Whoever is turned away meanwhile has no migration there, and is
+    /// told that for each of them.
+    fn explained<T>(&self, opened: Result<T, TransportError>) -> Result<T, TransportError> {
+        opened.map_err(|error| self.inbox.explain(error))
+    }
+
+    fn dial_senders(
+        &self,
+        here: &Arc<Registered>,
+        channels: u16,
+    ) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        let preamble = |purpose| self.workshop.preamble(purpose, self.migration);
+        let table = self.workshop.dial_inlet(&preamble(Purpose::Table))?;
+        let directory = Arc::new(Directory::new(table, here.memory.layout()));
+        let slice_bytes = self.workshop.slice_bytes();
+        (0..channels)
+            .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
+                let preamble = preamble(Purpose::Pages { channel });
+                let outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Nothing)?;
+                let (here, directory) = (Arc::clone(here), Arc::clone(&directory));
+                let sender =
+                    RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
+                Ok(Box::new(sender))
+            })
+            .collect()
+    }
+
+    fn dial_grant(&self, registered: Arc<Registered>) -> Result<RdmaReadGrant, TransportError> {
+        // The destination may ask for any page.
+        registered.all_now()?;
+        let preamble = self.workshop.preamble(Purpose::Reads, self.migration);
+        let mut outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Read)?;
+        tell_all(&mut outlet, &registered)?;
+        Ok(RdmaReadGrant::new(outlet, registered))
     }
 
     fn registered(&self) -> Result<Arc<Registered>, TransportError> {
@@ -79,6 +118,7 @@ impl Link for RdmaSourceLink {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.workshop.state.check()?;
         self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
     }
 
@@ -95,35 +135,19 @@ impl Link for RdmaSourceLink {
 
 impl SourceLink for RdmaSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        self.workshop.state.check()?;
         let here = self.registered()?;
         if self.opened {
             return Err(TransportError::OutOfOrder("data channels are open"));
         }
-        let preamble = |purpose| self.workshop.preamble(purpose, self.migration);
-        let table = self.workshop.dial_inlet(&preamble(Purpose::Table))?;
-        let directory = Arc::new(Directory::new(table, here.memory.layout()));
-        let slice_bytes = self.workshop.slice_bytes();
-        let senders = (0..channels)
-            .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
-                let preamble = preamble(Purpose::Pages { channel });
-                let outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Nothing)?;
-                let (here, directory) = (Arc::clone(&here), Arc::clone(&directory));
-                let sender =
-                    RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
-                Ok(Box::new(sender))
-            })
-            .collect::<Result<_, _>>()?;
+        let senders = self.explained(self.dial_senders(&here, channels))?;
         self.opened = true;
         Ok(senders)
     }
 
     fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
+        self.workshop.state.check()?;
         let registered = self.registered()?;
-        // The destination may ask for any page.
-        registered.all_now()?;
-        let preamble = self.workshop.preamble(Purpose::Reads, self.migration);
-        let mut outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Read)?;
-        tell_all(&mut outlet, &registered)?;
-        Ok(Box::new(RdmaReadGrant::new(outlet, registered)))
+        Ok(Box::new(self.explained(self.dial_grant(registered))?))
     }
 }

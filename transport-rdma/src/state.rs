@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -49,11 +50,26 @@ impl Watched {
     }
 }
 
+/// What a source hears that is turned away.
+#[derive(Debug)]
+struct Refusal {
+    by: SocketAddr,
+    reason: String,
+}
+
+impl From<&Refusal> for TransportError {
+    fn from(Refusal { by, reason }: &Refusal) -> Self {
+        Self::Refused { address: by.to_string(), reason: reason.clone() }
+    }
+}
+
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
     interrupted: AtomicBool,
     /// Interrupted for the sake of another source.
     displaced: AtomicBool,
+    /// Who has turned this source away, and why, once that is known. What fails then fails for this.
+    refused: OnceLock<Refusal>,
     /// What happened to the device.
     broken: OnceLock<&'static str>,
     /// Tells of that, once the device is known.
@@ -70,6 +86,7 @@ impl LinkState {
         Ok(Arc::new(Self {
             interrupted: AtomicBool::new(false),
             displaced: AtomicBool::new(false),
+            refused: OnceLock::new(),
             broken: OnceLock::new(),
             watched: OnceLock::new(),
             bell: Bell::new()?,
@@ -129,10 +146,20 @@ impl LinkState {
         Ok(())
     }
 
-    /// Fails once the link was interrupted, or its device failed.
+    /// The destination has turned this source away, which ends the link.
+    pub(crate) fn refuse(&self, by: SocketAddr, reason: String) -> TransportError {
+        let refusal = self.refused.get_or_init(|| Refusal { by, reason });
+        self.ring();
+        refusal.into()
+    }
+
+    /// Fails once the link was interrupted, this source was turned away, or its device failed.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         if self.interrupted.load(Ordering::Acquire) {
             return Err(TransportError::Interrupted);
+        }
+        if let Some(refusal) = self.refused.get() {
+            return Err(refusal.into());
         }
         match self.broken.get() {
             Some(what) => Err(TransportError::Lost {
@@ -210,7 +237,7 @@ impl ChannelState {
         Ok(Self { link: Arc::clone(link), interrupted: AtomicBool::new(false), bell: Bell::new()? })
     }
 
-    /// Fails once the connection or the link was interrupted, or its device failed.
+    /// Fails once the connection was interrupted, or the link is over.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         if self.interrupted.load(Ordering::Acquire) {
             return Err(TransportError::Interrupted);

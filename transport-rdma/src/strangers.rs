@@ -20,7 +20,7 @@ use crate::verbs::{Access, Completion, MemoryRegion, Request, Span, Verb};
 use crate::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
 
 /// A bound on what should take no time.
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// Within which a source gets in, whoever else is there.
 const GETS_IN: Duration = Duration::from_secs(5);
 
@@ -42,7 +42,7 @@ fn acceptor_of(admission: Admission) -> Option<RdmaAcceptor> {
 }
 
 /// Of sources that need not greet.
-fn acceptor() -> Option<RdmaAcceptor> {
+pub(crate) fn acceptor() -> Option<RdmaAcceptor> {
     acceptor_of(Admission::Anyone)
 }
 
@@ -84,7 +84,7 @@ fn other_half(to: SocketAddr, migration: MigrationId) -> Inlet {
     workshop.dial_inlet(&say).expect("accepted")
 }
 
-fn serve(acceptor: &RdmaAcceptor) -> (RdmaSourceLink, RdmaDestinationLink) {
+pub(crate) fn serve(acceptor: &RdmaAcceptor) -> (RdmaSourceLink, RdmaDestinationLink) {
     let to = acceptor.local_addr();
     let began = Instant::now();
     let link = thread::scope(|scope| {

@@ -28,6 +28,8 @@ pub(crate) struct Inlet {
     acks: MemoryRegion,
     /// Messages that came and were not given out, as many as there are credits for.
     waiting: VecDeque<Message>,
+    /// Why there are no more, for who has taken those.
+    failed: Option<TransportError>,
     credits: Taking,
     /// Whether the one that was given out last counts as dealt with by the next call.
     in_hand: bool,
@@ -53,6 +55,7 @@ impl Inlet {
             slots: slots.map_err(register)?,
             acks: acks.map_err(register)?,
             waiting: VecDeque::new(),
+            failed: None,
             credits: Taking::default(),
             in_hand: false,
             posted: 0,
@@ -87,25 +90,35 @@ impl Inlet {
                 self.in_hand = true;
                 return Ok(Some(message));
             }
+            if let Some(error) = self.failed.take() {
+                return Err(error);
+            }
             let now = Instant::now();
             if deadline.is_some_and(|deadline| now >= deadline) {
-                self.pump(None)?;
-                if self.waiting.is_empty() {
+                self.failed = self.pump(None).err();
+                if self.waiting.is_empty() && self.failed.is_none() {
                     return Ok(None);
                 }
                 continue;
             }
             let keepalive = self.heard + KEEPALIVE;
-            self.pump(Some(deadline.map_or(keepalive, |deadline| deadline.min(keepalive))))?;
-            if self.heard.elapsed() >= KEEPALIVE {
-                self.heard = Instant::now();
-                // One that is not complete asks already.
-                if self.posted == self.done {
-                    self.credits.ask();
-                    self.speak()?;
-                }
-            }
+            let until = deadline.map_or(keepalive, |deadline| deadline.min(keepalive));
+            self.failed = self.pump(Some(until)).and_then(|()| self.ask_if_silent()).err();
         }
+    }
+
+    /// Asks whether anybody is there, if nothing was heard for a while.
+    pub(crate) fn ask_if_silent(&mut self) -> Result<(), TransportError> {
+        if self.heard.elapsed() < KEEPALIVE {
+            return Ok(());
+        }
+        self.heard = Instant::now();
+        // One that is not complete asks already.
+        if self.posted > self.done {
+            return Ok(());
+        }
+        self.credits.ask();
+        self.speak()
     }
 
     /// The message in hand is dealt with.

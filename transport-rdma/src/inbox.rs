@@ -1,0 +1,150 @@
+//! What comes over the control channel, whichever half of it reads that.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pageferry::transport::TransportError;
+
+use crate::connection::{SPIN, Sleeper};
+use crate::frames::{END, Frame, REFUSED};
+use crate::pipe::{Inlet, Message};
+
+/// Most frames that are read before anybody asks for them.
+const MOST_AHEAD: usize = 8;
+
+/// Keeps what it has of a frame over calls, so a timeout in the middle of one loses nothing.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    /// At the source: who may say that it is turned away.
+    destination: Option<SocketAddr>,
+    sleeper: Sleeper,
+    arriving: Mutex<Arriving>,
+}
+
+#[derive(Debug)]
+struct Arriving {
+    inlet: Inlet,
+    /// Came before anybody asked for them, and why there are no more.
+    ahead: VecDeque<Vec<u8>>,
+    failed: Option<TransportError>,
+    frame: Frame,
+    /// The other side dropped its half in order.
+    over: bool,
+}
+
+impl Inbox {
+    /// At the source, of the control channel to `destination`.
+    pub(crate) fn at_source(
+        inlet: Inlet,
+        destination: SocketAddr,
+    ) -> Result<Arc<Self>, TransportError> {
+        Self::new(inlet, Some(destination), None)
+    }
+
+    /// At the destination; with the first frame, if that has come.
+    pub(crate) fn at_destination(
+        inlet: Inlet,
+        first: Option<Vec<u8>>,
+    ) -> Result<Arc<Self>, TransportError> {
+        Self::new(inlet, None, first)
+    }
+
+    fn new(
+        inlet: Inlet,
+        destination: Option<SocketAddr>,
+        first: Option<Vec<u8>>,
+    ) -> Result<Arc<Self>, TransportError> {
+        let sleeper = inlet.connection.sleeper().map_err(|cause| TransportError::Io {
+            operation: "share a channel of completions",
+            cause,
+        })?;
+        let arriving = Arriving {
+            inlet,
+            ahead: first.into_iter().collect(),
+            failed: None,
+            frame: Frame::default(),
+            over: false,
+        };
+        Ok(Arc::new(Self { destination, sleeper, arriving: Mutex::new(arriving) }))
+    }
+
+    fn arriving(&self) -> MutexGuard<'_, Arriving> {
+        // A thread that panicked in there has left the queue pair as it is; what it counted stays true.
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next frame; `None` if it is not there yet, which ends the next [`Self::sleep`].
+    pub(crate) fn next(&self) -> Result<Option<Vec<u8>>, TransportError> {
+        // With the lock held nobody is about to find out why the link ends.
+        let mut arriving = self.arriving();
+        self.sleeper.state().check()?;
+        if let Some(frame) = arriving.ahead.pop_front() {
+            return Ok(Some(frame));
+        }
+        if let Some(error) = arriving.failed.take() {
+            return Err(error);
+        }
+        if let Some(frame) = self.read(&mut arriving, Instant::now() + SPIN)? {
+            return Ok(Some(frame));
+        }
+        arriving.inlet.ask_if_silent()?;
+        arriving.inlet.connection.wake()?;
+        self.read(&mut arriving, Instant::now())
+    }
+
+    /// Sleeps until anything happens, at most for so long; keeps nobody from reading.
+    pub(crate) fn sleep(&self, time: Duration) -> Result<(), TransportError> {
+        self.sleeper.sleep(time)
+    }
+
+    /// Looks why the link has ended, for who cannot go on with it: what the other side said about that may
+    /// be here, and not read yet. It is what every call tells then; else the error itself.
+    pub(crate) fn explain(&self, error: TransportError) -> TransportError {
+        let mut arriving = self.arriving();
+        let state = self.sleeper.state();
+        while arriving.ahead.len() < MOST_AHEAD
+            && arriving.failed.is_none()
+            && state.check().is_ok()
+        {
+            match self.read(&mut arriving, Instant::now()) {
+                Ok(Some(frame)) => arriving.ahead.push_back(frame),
+                Ok(None) => break,
+                Err(error) => arriving.failed = Some(error),
+            }
+        }
+        state.check().err().unwrap_or(error)
+    }
+
+    /// Reads the next frame, as far as it is there until then.
+    fn read(
+        &self,
+        arriving: &mut Arriving,
+        until: Instant,
+    ) -> Result<Option<Vec<u8>>, TransportError> {
+        while !arriving.over {
+            let Some(message) = arriving.inlet.next(Some(until))? else { return Ok(None) };
+            // It says that somebody is there.
+            let Message::Bytes(message) = message else { continue };
+            match (&message[..], self.destination) {
+                ([END], _) if arriving.frame.bytes().is_empty() => arriving.over = true,
+                ([REFUSED, reason @ ..], Some(destination)) => {
+                    let reason = String::from_utf8_lossy(reason);
+                    // It will be shown on a terminal.
+                    let shown = reason.chars().map(|c| if c.is_control() { '?' } else { c });
+                    let link = &self.sleeper.state().link;
+                    return Err(link.refuse(destination, shown.collect()));
+                }
+                (message, _) => {
+                    if arriving.frame.take_in(message)? {
+                        arriving.inlet.settle()?;
+                        self.sleeper.state().link.note_heard();
+                        return Ok(Some(arriving.frame.take()));
+                    }
+                }
+            }
+        }
+        Err(TransportError::Closed)
+    }
+}
