@@ -30,7 +30,7 @@ const MAX_HALF_OPEN: usize = 16;
 /// Most requests taken from the listener before the others get their turn.
 const REQUESTS_AT_ONCE: usize = 64;
 /// Most sources that have greeted and wait for their place. Each is two queue pairs.
-const MAX_WAITING: usize = 16;
+pub(crate) const MAX_WAITING: usize = 16;
 /// How long a greeting may take that goes on arriving. Sources wait for an answer for less.
 const GREETING_AT_MOST: Duration = Duration::from_secs(60);
 /// How often it is looked what a source has said, and whether there is room for one that waits.
@@ -177,7 +177,7 @@ impl Arrived for Arrival {
 /// What a source hears while another one keeps its place.
 const BUSY: &str = "another migration is being served";
 /// And while too many wait for it.
-const CROWDED: &str = "another migration is being served, and too many wait";
+pub(crate) const CROWDED: &str = "another migration is being served, and too many wait";
 
 pub(crate) struct Reception {
     listener: Id,

@@ -2,6 +2,7 @@
 //! address is in `PAGEFERRY_RDMA_ADDRESS`. In the crate, since strangers say what no source does.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,24 +12,31 @@ use pageferry::transport::{
     Admission, ControlChannel, ControlReceiver, Link, MigrationId, TransportError,
 };
 
-use crate::cm::RemoteAccess;
+use crate::cm::{Id, RemoteAccess};
+use crate::connection::Connection;
 use crate::dial::{Workshop, resolve};
 use crate::pipe::{ACKS, Inlet, KEEPALIVE, Message, Outlet, RECEIVES, SLOT_BYTES};
 use crate::preamble::Purpose;
+use crate::reception::{CROWDED, MAX_WAITING};
 use crate::state::LinkState;
-use crate::verbs::{Access, Completion, MemoryRegion, Request, Span, Verb};
+use crate::verbs::{Access, Completion, MemoryRegion, ProtectionDomain, Request, Span, Verb};
 use crate::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
 
 /// A bound on what should take no time.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// Within which a source gets in, whoever else is there.
-const GETS_IN: Duration = Duration::from_secs(5);
+pub(crate) const GETS_IN: Duration = Duration::from_secs(5);
+
+/// How long a flooder waits before it looks whether that is enough.
+const TURN: Duration = Duration::from_millis(100);
+/// Messages of a flooder that are under way.
+pub(crate) const UNDER_WAY: usize = 64;
 
 /// Frames of one message each that get through from who reads no word about them: half of the room for
 /// each word that is there or under way, and all of it after the last.
 const MOST_FRAMES: u32 = 2 * ACKS * RECEIVES / 2 + 2 * RECEIVES;
 
-fn acceptor_of(admission: Admission) -> Option<RdmaAcceptor> {
+pub(crate) fn acceptor_of(admission: Admission) -> Option<RdmaAcceptor> {
     if let Err(unavailable) = crate::available() {
         eprintln!("tests over RDMA skipped, because {unavailable}");
         return None;
@@ -47,7 +55,7 @@ pub(crate) fn acceptor() -> Option<RdmaAcceptor> {
 }
 
 /// Somebody who is about to connect, and can say anything.
-fn stranger(to: SocketAddr) -> Workshop {
+pub(crate) fn stranger(to: SocketAddr) -> Workshop {
     let (options, state) =
         (RdmaOptions::default(), LinkState::new(|| {}).expect("an event counter"));
     let id = resolve(to, &options, &state).expect("a way");
@@ -106,7 +114,11 @@ fn hello() -> Vec<u8> {
 
 /// A source that has greeted.
 fn greet(acceptor: &RdmaAcceptor) -> (RdmaSourceLink, ControlChannel) {
-    let mut source = connect(acceptor.local_addr(), RdmaOptions::default()).expect("it is let in");
+    greet_with(acceptor, RdmaOptions::default())
+}
+
+fn greet_with(acceptor: &RdmaAcceptor, options: RdmaOptions) -> (RdmaSourceLink, ControlChannel) {
+    let mut source = connect(acceptor.local_addr(), options).expect("it is let in");
     let mut control = source.control().expect("once");
     control.sender.send(&hello(), SOON).expect("it goes out");
     (source, control)
@@ -225,6 +237,61 @@ fn who_comes_while_another_one_keeps_its_place_is_told_so() {
     assert_eq!(to.receiver.receive(Some(SOON)).expect("it comes"), b"more");
     drop((link, to));
     assert_gets_in(&acceptor);
+}
+
+/// What a source connects with that comes from another address of the device that it connects to.
+fn from_elsewhere(acceptor: &RdmaAcceptor) -> Option<RdmaOptions> {
+    let here = acceptor.local_addr().ip();
+    let id = Id::new().expect("an id");
+    id.bind(SocketAddr::new(here, 0)).expect("the device's address");
+    let context = id.context().expect("its device");
+    let index = (0..16).find(|&index| {
+        let address = context.gid_address(id.port(), index).ok().flatten();
+        address.is_some_and(|address| address.is_ipv4() && address != here)
+    });
+    if index.is_none() {
+        eprintln!("a test over RDMA skipped, because {here} is the only address of its device");
+    }
+    index.map(|index| RdmaOptions { gid_index: Some(index), ..RdmaOptions::default() })
+}
+
+/// All places of those that wait, and more, while nobody accepts the one that came first.
+#[test]
+fn many_sources_of_one_address_keep_none_of_another_out() {
+    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
+    let Some(elsewhere) = from_elsewhere(&acceptor) else { return };
+    let (holder, _from_holder) = greet(&acceptor);
+    let mut many: Vec<_> = (0..MAX_WAITING).map(|_| greet(&acceptor)).collect();
+    let (source, _control) = greet_with(&acceptor, elsewhere);
+    many.extend((0..2).map(|_| greet(&acceptor)));
+    // Those that waited longest make room for the last three.
+    for (_, control) in &mut many[..3] {
+        assert_turned_away(&mut *control.receiver, CROWDED);
+    }
+    let (link, to) = accept(&acceptor);
+    assert_eq!(link.migration_id(), holder.migration_id());
+    drop((link, to));
+    let (link, _to) = accept(&acceptor);
+    assert_ne!(link.peer_addr().ip(), acceptor.local_addr().ip());
+    assert_eq!(link.migration_id(), source.migration_id());
+}
+
+/// More than there are places for, one after another: of those none is waiting any more.
+#[test]
+fn sources_that_greet_and_leave_keep_nobody_out() {
+    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
+    let (holder, _from_holder) = greet(&acceptor);
+    let (source, _control) = greet(&acceptor);
+    let mut leaves = greet(&acceptor);
+    for _ in 0..MAX_WAITING {
+        // By the time that the next one is let in, it is known that this one has greeted.
+        leaves = greet(&acceptor);
+    }
+    drop(leaves);
+    let (link, to) = accept(&acceptor);
+    assert_eq!(link.migration_id(), holder.migration_id());
+    drop((link, to));
+    assert_eq!(accept(&acceptor).0.migration_id(), source.migration_id());
 }
 
 #[test]
@@ -369,34 +436,46 @@ fn who_only_receives_frames_answers_when_asked_whether_anybody_is_there() {
     });
 }
 
-/// Sends frames of one byte for ever, and reads no word about them; until it is told off.
-fn flood(workshop: &Workshop, outlet: &mut Outlet) {
-    const FRAME: [u8; 6] = [1, 1, 0, 0, 0, 7];
-    let mut bytes = MemoryRegion::own(&workshop.pd, FRAME.len(), Access::Local).expect("memory");
-    bytes.put(0, &FRAME);
-    let span = Span { address: bytes.address(), len_bytes: 6, key: bytes.local_key() };
+/// Somebody's memory, and a message in it; none for a mark.
+pub(crate) fn message(bytes: &mut MemoryRegion, message: &[u8]) -> Option<Span> {
+    bytes.put(0, message);
+    let len_bytes = u32::try_from(message.len()).expect("a message");
+    let span = Span { address: bytes.address(), len_bytes, key: bytes.local_key() };
+    Some(span).filter(|span| span.len_bytes > 0)
+}
+
+pub(crate) fn memory(pd: &Arc<ProtectionDomain>) -> MemoryRegion {
+    MemoryRegion::own(pd, SLOT_BYTES, Access::Local).expect("memory")
+}
+
+/// Sends a message, or marks, over and over, whatever it was given credits for, and reads no word about
+/// them. Until the connection ends, or enough has gone out; how many did.
+pub(crate) fn pour(
+    connection: &mut Connection,
+    pd: &Arc<ProtectionDomain>,
+    said: &[u8],
+    is_enough: impl Fn(u64) -> bool,
+) -> u64 {
+    let mut bytes = memory(pd);
+    let span = message(&mut bytes, said);
     let (mut posted, mut under_way, mut found) = (0, 0, Vec::new());
-    let began = Instant::now();
-    loop {
-        assert!(began.elapsed() < SOON, "nobody minds {posted} messages");
-        let more = (under_way..64).map(|_| {
+    while !is_enough(posted) {
+        let more = (under_way..UNDER_WAY).map(|_| {
             posted += 1;
-            Request { work: posted, verb: Verb::Send, span: Some(span), signalled: true }
+            Request { work: posted, verb: Verb::Send, span, signalled: true }
         });
-        if outlet.connection.qp.post(more).is_err() {
-            return;
-        }
         found.clear();
-        let turn = Instant::now() + Duration::from_millis(100);
-        if outlet.connection.completions(&mut found, Some(turn)).is_err() {
-            return;
-        }
-        if found.iter().any(Completion::is_error) {
-            return;
+        let turn = Instant::now() + TURN;
+        if connection.qp.post(more).is_err()
+            || connection.completions(&mut found, Some(turn)).is_err()
+            || found.iter().any(Completion::is_error)
+        {
+            break;
         }
         let sent = found.iter().filter(|completion| completion.work <= posted).count();
-        under_way = 64 - sent;
+        under_way = UNDER_WAY - sent;
     }
+    posted
 }
 
 /// Each message waits for a credit, unless its sender takes what he was not given.
@@ -410,7 +489,14 @@ fn a_source_that_floods_is_told_off_and_costs_no_more_than_its_credits() {
     let mut link = acceptor.accept(Some(SOON)).expect("it came");
     let mut control = link.control().expect("once");
     thread::scope(|scope| {
-        scope.spawn(move || flood(&workshop, &mut outlet));
+        scope.spawn(move || {
+            let began = Instant::now();
+            // Frames of one byte.
+            pour(&mut outlet.connection, &workshop.pd, &[1, 1, 0, 0, 0, 7], |posted| {
+                assert!(began.elapsed() < SOON, "nobody minds {posted} messages");
+                false
+            })
+        });
         // As a host that is busy for a moment: what comes meanwhile waits.
         thread::sleep(Duration::from_millis(300));
         let mut frames = 0;
