@@ -3,6 +3,7 @@
 
 pub(crate) mod balance;
 pub mod convergence;
+pub(crate) mod gathering;
 pub mod handover;
 pub(crate) mod limit;
 pub(crate) mod pace;

@@ -2,10 +2,11 @@
 //! channel's thread, the data channels' threads and whoever cancels.
 
 mod control;
+mod outlet;
+mod patience;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select_biased, unbounded};
 
@@ -16,6 +17,8 @@ use crate::progress::Shared;
 use crate::threads::{Crew, Spawn, ThreadRole};
 use crate::transport::{ControlChannel, ControlReceiver, Interrupt, TransportError};
 use control::Control;
+use outlet::Outlet;
+pub(crate) use patience::Patience;
 
 /// How long a side that lost its link waits for the peer's own account of why: the last words
 /// come on the control channel, and data channels break at the same time.
@@ -36,10 +39,6 @@ const FAR: Duration = Duration::from_secs(365 * 86_400);
 /// with the transport, whose flow control holds it up. Nothing else waits behind messages.
 const WAITING_MESSAGES: usize = 8;
 
-/// What came in time may be looked at for so much longer: a driver that was held up takes what is there,
-/// and a peer that never stops talking does not hold it.
-const OVERTIME: Duration = Duration::from_secs(1);
-
 /// What the threads of a session feed its queue with. `R` is what data channel threads report.
 pub(crate) enum Input<R> {
     Message(Message),
@@ -54,50 +53,6 @@ pub(crate) enum Input<R> {
 pub(crate) enum Item<R> {
     Message(Message),
     Report(R),
-}
-
-/// How long to wait, and for what.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Patience {
-    pub(crate) what: &'static str,
-    pub(crate) since: Instant,
-    pub(crate) at_most: Duration,
-}
-
-impl Patience {
-    pub(crate) fn now(what: &'static str, at_most: Duration) -> Self {
-        Self { what, since: Instant::now(), at_most }
-    }
-
-    fn error(&self) -> Error {
-        Error::TimedOut { what: self.what, after: self.at_most }
-    }
-
-    pub(crate) fn left(&self) -> Duration {
-        self.at_most.saturating_sub(self.since.elapsed())
-    }
-
-    /// Fails when it is over, however much there is to hear.
-    fn check(&self) -> Result<(), Error> {
-        if self.since.elapsed() <= self.at_most.saturating_add(OVERTIME) {
-            return Ok(());
-        }
-        Err(self.error())
-    }
-}
-
-/// Whose turn it is to send control messages.
-enum Outlet {
-    Here,
-    /// A thread's that has more to send, and says when that is out.
-    Lent {
-        /// Whether it has sent all.
-        returned: Receiver<Result<bool, Error>>,
-        /// Set when what is left need not be sent any more.
-        recalled: Arc<AtomicBool>,
-    },
-    /// A thread's that panicked.
-    Gone,
 }
 
 pub(crate) struct Session<R> {
@@ -211,22 +166,10 @@ impl<R: Send + 'static> Session<R> {
         messages: impl Iterator<Item = Message> + Send + 'static,
     ) -> Result<(), Error> {
         self.take_outlet()?;
-        let (give_back, returned) = bounded(1);
-        let recalled = Arc::new(AtomicBool::new(false));
-        self.outlet = Outlet::Lent { returned, recalled: Arc::clone(&recalled) };
+        let lent = self.outlet.lend();
         let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
         self.spawn(ThreadRole::DeviceState, move || {
-            let send = || {
-                for message in messages {
-                    if recalled.load(Relaxed) {
-                        return Ok(false);
-                    }
-                    talk.put(&message, timeout)?;
-                }
-                Ok(true)
-            };
-            // The session may be over.
-            let _ = give_back.send(send());
+            lent.send(messages, |message| talk.put(message, timeout));
         })
     }
 
@@ -237,47 +180,37 @@ impl<R: Send + 'static> Session<R> {
     }
 
     fn wait_for_outlet(&mut self, patience: Patience, wake: &Receiver<()>) -> Result<bool, Error> {
-        let Outlet::Lent { returned: lent, .. } = &self.outlet else { return Ok(true) };
-        let returned = loop {
-            select_biased! {
-                recv(lent) -> returned => break returned,
-                recv(wake) -> _ => self.shared.check()?,
-                default(patience.left()) => return Err(patience.error()),
-            }
-        };
-        self.outlet = if returned.is_ok() { Outlet::Here } else { Outlet::Gone };
-        returned.unwrap_or(Ok(true))
+        let shared = &self.shared;
+        self.outlet.wait(patience, wake, || shared.check())
     }
 
     /// Whether a thread still has to send what it was given.
     pub(crate) fn is_sending_aside(&self) -> bool {
-        matches!(&self.outlet, Outlet::Lent { returned, .. } if returned.is_empty())
+        self.outlet.is_lent()
     }
 
     /// What a thread is to send and has not begun with is sent no more. Whether all of it goes out
     /// nevertheless, which only that thread knows.
     pub(crate) fn recall(&mut self) -> Result<bool, Error> {
-        if let Outlet::Lent { recalled, .. } = &self.outlet {
-            recalled.store(true, Relaxed);
-        }
+        self.outlet.recall();
+        self.await_outlet()
+    }
+
+    /// Waits until the outlet is here, however long that takes.
+    fn await_outlet(&mut self) -> Result<bool, Error> {
         self.shared.check()?;
         // Each of its sends is bounded, and cancelling ends the wait.
         self.sent_aside(Patience::now("the transport to send", FAR))
     }
 
-    /// Waits until the outlet is here.
     fn take_outlet(&mut self) -> Result<(), Error> {
-        self.shared.check()?;
-        self.sent_aside(Patience::now("the transport to send", FAR))?;
+        self.await_outlet()?;
         self.outlet()
     }
 
     fn outlet(&mut self) -> Result<(), Error> {
         self.control.set_busy(false);
-        match self.outlet {
-            Outlet::Here => Ok(()),
-            _ => Err(Error::Transport(TransportError::Closed)),
-        }
+        self.outlet.check()
     }
 
     /// The driver has something to do that may take long, and has nothing to say until it is through:

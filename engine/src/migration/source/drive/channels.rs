@@ -11,11 +11,60 @@ use crate::control::balance::{self, Lane};
 use crate::error::Error;
 use crate::migration::sender::Command;
 use crate::pages::dirty::DirtyBitmap;
-use crate::pages::ledger::{Ledger, Loan};
+use crate::pages::ledger::{Ledger, Loan, Share};
 use crate::pages::memory::Layout;
 use crate::pages::partition::Partition;
 use crate::stats::ChannelGauge;
 use crate::transport::{Interrupt, Run};
+
+/// Who has the ledger.
+enum Books {
+    /// The driver, between rounds.
+    Here(Ledger),
+    /// The senders.
+    Lent(Loan),
+    /// Nobody: who was to take it or to give it panicked.
+    Lost,
+}
+
+const NOT_HERE: Error = Error::Internal("the ledger is not here");
+
+impl Books {
+    fn ledger(&mut self) -> Result<&mut Ledger, Error> {
+        if let Self::Here(ledger) = self { Ok(ledger) } else { Err(NOT_HERE) }
+    }
+
+    /// Lends it, a share to each channel of the partition.
+    fn lend(&mut self, partition: &Partition) -> Result<Vec<Share>, Error> {
+        match std::mem::replace(self, Self::Lost) {
+            Self::Here(ledger) => {
+                let (loan, shares) = ledger.lend(partition);
+                *self = Self::Lent(loan);
+                Ok(shares)
+            }
+            elsewhere => {
+                *self = elsewhere;
+                Err(NOT_HERE)
+            }
+        }
+    }
+
+    /// Takes it back, if it was lent. Every share must have been dropped.
+    fn take_back(&mut self) -> Result<(), Error> {
+        match std::mem::replace(self, Self::Lost) {
+            Self::Lent(loan) => {
+                let back = loan.take_back();
+                let is_back = back.is_ok();
+                *self = back.map_or_else(Self::Lent, Self::Here);
+                is_back.then_some(()).ok_or(Error::Internal("a share is still held"))
+            }
+            elsewhere => {
+                *self = elsewhere;
+                Ok(())
+            }
+        }
+    }
+}
 
 pub(super) struct Channels {
     layout: Layout,
@@ -27,9 +76,7 @@ pub(super) struct Channels {
     partition: Partition,
     /// 0 for a channel that is lost, or not to be used.
     weights: Vec<u32>,
-    /// Here between rounds, lent during one.
-    ledger: Option<Ledger>,
-    loan: Option<Loan>,
+    books: Books,
     lent_at: Instant,
     /// Whether no round over all pages is complete yet.
     first_look: bool,
@@ -46,8 +93,7 @@ impl Channels {
             interrupts: Vec::new(),
             partition: Partition::new(&layout, channels),
             weights,
-            ledger: Some(Ledger::new(&layout)),
-            loan: None,
+            books: Books::Here(Ledger::new(&layout)),
             lent_at: Instant::now(),
             first_look: true,
             leftovers: unbounded(),
@@ -94,25 +140,19 @@ impl Channels {
         self.commands.iter().flatten().count()
     }
 
-    /// The channels that are not lost.
-    pub(super) fn all_live(&self) -> Vec<u16> {
-        (0..)
-            .zip(&self.commands)
-            .filter_map(|(channel, live)| live.as_ref().map(|_| channel))
-            .collect()
+    /// Which channels are not lost.
+    pub(super) fn are_live(&self) -> impl Iterator<Item = bool> {
+        self.commands.iter().map(Option::is_some)
     }
 
     /// The pages to be sent, between rounds.
     pub(super) fn dirty(&mut self) -> Result<&mut DirtyBitmap, Error> {
-        let ledger = self.ledger.as_mut().map(|ledger| &mut ledger.dirty);
-        ledger.ok_or_else(|| Error::Internal("the ledger is lent"))
+        Ok(&mut self.books.ledger()?.dirty)
     }
 
     /// Lends the ledger to all threads: a round, or what is left of one.
     pub(super) fn lend(&mut self, settle: bool) -> Result<(), Error> {
-        let ledger = self.ledger.take().ok_or_else(|| Error::Internal("the ledger is lent"))?;
-        let (loan, shares) = ledger.lend(&self.partition);
-        self.loan = Some(loan);
+        let shares = self.books.lend(&self.partition)?;
         self.lent_at = Instant::now();
         for ((commands, share), gauge) in self.commands.iter().zip(shares).zip(&*self.gauges) {
             let (done, given) = share.progress();
@@ -130,10 +170,7 @@ impl Channels {
     /// Takes the ledger back, with what threads that have ended left over. All threads have
     /// dropped their shares: they report afterwards.
     pub(super) fn take_back(&mut self) -> Result<(), Error> {
-        if let Some(loan) = self.loan.take() {
-            let ledger = loan.take_back().map_err(|_| Error::Internal("a share is still held"))?;
-            self.ledger = Some(ledger);
-        }
+        self.books.take_back()?;
         let leftovers: Vec<_> = self.leftovers.1.try_iter().flatten().collect();
         let dirty = self.dirty()?;
         for Run { range, .. } in leftovers {
@@ -169,7 +206,7 @@ impl Channels {
 
     /// Asks all threads to stop where they are and to give their shares back.
     pub(super) fn ask_back(&self) {
-        if let Some(loan) = &self.loan {
+        if let Books::Lent(loan) = &self.books {
             loan.ask_back();
         }
     }
@@ -189,8 +226,8 @@ impl Channels {
         if let Some(restricted) = self.restricted_to(most) {
             self.weights = restricted;
         }
-        let ledger = self.ledger.as_ref().ok_or_else(|| Error::Internal("the ledger is lent"))?;
-        self.partition = Partition::weighted(&self.layout, &self.weights, &ledger.dirty);
+        let dirty = &self.books.ledger()?.dirty;
+        self.partition = Partition::weighted(&self.layout, &self.weights, dirty);
         Ok(())
     }
 

@@ -8,40 +8,50 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Drive;
+use crate::control::gathering::Gathering;
 use crate::control::protocol::Message;
 use crate::error::Error;
 use crate::stats::ChannelGauge;
 use crate::transport::TransportError;
 
-/// What is known of the ends of channels.
-pub(super) struct Closing {
-    /// Channels that the destination was asked to close.
-    asked: Vec<bool>,
-    /// Channels that it has closed: nothing of them lands any more.
-    done: Vec<bool>,
+/// What is known of the end of a channel at the destination. It only goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum End {
+    /// Nothing.
+    Open,
+    /// The destination was asked to close it.
+    Asked,
+    /// It has: nothing of the channel lands any more.
+    Closed,
 }
+
+/// What is known of the ends of channels.
+pub(super) struct Closing(Vec<End>);
 
 impl Closing {
     pub(super) fn new(channels: u16) -> Self {
-        let none = vec![false; usize::from(channels)];
-        Self { asked: none.clone(), done: none }
+        Self(vec![End::Open; usize::from(channels)])
     }
 
-    pub(super) fn is_done(&self, channel: u16) -> bool {
-        self.done[usize::from(channel)]
+    pub(super) fn is_closed(&self, channel: u16) -> bool {
+        self.0[usize::from(channel)] == End::Closed
+    }
+
+    fn is_open(&self, channel: u16) -> bool {
+        self.0[usize::from(channel)] == End::Open
     }
 
     /// Why a channel ended: the interrupt alone does not say.
     pub(super) fn explain(&self, channel: u16, error: Error) -> Error {
-        let index = usize::from(channel);
-        let (operation, cause) = match error {
-            Error::Transport(TransportError::Interrupted) if self.done[index] => {
+        if !matches!(error, Error::Transport(TransportError::Interrupted)) {
+            return error;
+        }
+        let (operation, cause) = match self.0[usize::from(channel)] {
+            End::Open => return error,
+            End::Asked => ("send on a channel that moves nothing", io::ErrorKind::TimedOut),
+            End::Closed => {
                 ("send on a channel that the destination has lost", io::ErrorKind::ConnectionReset)
             }
-            Error::Transport(TransportError::Interrupted) if self.asked[index] => {
-                ("send on a channel that moves nothing", io::ErrorKind::TimedOut)
-            }
-            error => return error,
         };
         Error::Transport(TransportError::Lost { operation, cause: cause.into() })
     }
@@ -82,37 +92,39 @@ impl Drive<'_> {
     /// Has a channel end on both sides.
     pub(super) fn close_channel(&mut self, channel: u16) -> Result<(), Error> {
         self.channels.interrupt(channel);
-        let asked = &mut self.closing.asked[usize::from(channel)];
-        if std::mem::replace(asked, true) || self.closing.is_done(channel) {
+        if !self.closing.is_open(channel) {
             return Ok(());
         }
+        self.closing.0[usize::from(channel)] = End::Asked;
         self.session.send(&Message::CloseChannel { channel })
     }
 
     /// Takes the destination's word that nothing more lands on a channel. Whether there is such a one.
     pub(super) fn note_closed(&mut self, channel: u16) -> bool {
-        let Some(done) = self.closing.done.get_mut(usize::from(channel)) else { return false };
-        *done = true;
+        let Some(end) = self.closing.0.get_mut(usize::from(channel)) else { return false };
+        *end = End::Closed;
         // Which may not have been noticed here.
         self.channels.interrupt(channel);
         true
     }
 
-    /// Closes those of the `missing` channels that have not moved for half of `stall`, where another one has
+    /// Closes those channels that are due and have not moved for half of `stall`, where another one has
     /// or has done its work. Where the link stands still they all do, some a little earlier; so the
     /// destination is asked for a sign of life first, and what stood still with the link gets time to go on.
     pub(super) fn close_silent(
         &mut self,
-        missing: &[u16],
+        gathering: &Gathering,
         moved: &[Moved],
         stall: Duration,
     ) -> Result<(), Error> {
         let since = |channel: &u16| moved[usize::from(*channel)].at;
         let is_silent =
-            |channel: &u16| missing.contains(channel) && since(channel).elapsed() >= stall / 2;
-        let mut channels = self.channels.all_live();
-        channels.retain(|channel| !self.closing.asked[usize::from(*channel)]);
-        let (silent, others): (Vec<_>, Vec<_>) = channels.into_iter().partition(is_silent);
+            |channel: &u16| gathering.is_due(*channel) && since(channel).elapsed() >= stall / 2;
+        let live = (0..)
+            .zip(self.channels.are_live())
+            .filter_map(|(channel, live)| live.then_some(channel));
+        let open = live.filter(|channel| self.closing.is_open(*channel));
+        let (silent, others): (Vec<_>, Vec<_>) = open.partition(is_silent);
         let Some(last) = silent.iter().map(since).max() else { return Ok(()) };
         if others.is_empty() {
             return Ok(());

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Drive;
 use super::closing::Moved;
+use crate::control::gathering::{Gathering, Next, Report};
 use crate::control::handover::SourceState;
 use crate::control::protocol::Message;
 use crate::error::Error;
@@ -22,29 +23,15 @@ const FINISH: Duration = Duration::from_secs(1);
 /// may be the link that is lost, so the guest goes on, whatever the bound, and the word is awaited then.
 const CLOSING: Duration = Duration::from_millis(200);
 
-/// What senders are to report.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Awaited {
-    /// That they dropped their shares.
-    Shares,
-    /// That all they sent has landed.
-    Landings,
-}
-
-/// A wait for all senders, which may be taken up again.
+/// A wait for all senders, which may be taken up again: [`Gathering`], with what the driver needs besides.
 pub(super) struct Waiting {
-    awaited: Awaited,
-    /// Channels that have not reported. One may report that it is done, and then fail with what it
-    /// still had under way.
-    missing: Vec<u16>,
-    /// Channels that are lost here, and may still land there.
-    unclosed: Vec<(u16, Error)>,
+    gathering: Gathering,
     /// When the last sender was done.
     last: Instant,
-    /// Whether stripes are to change hands: shares were asked back, or a channel was lost.
-    fenced: bool,
     /// Better weights, if there are some.
     weights: Option<Vec<u32>>,
+    /// Why the last of the channels that were lost was.
+    loss: Option<Error>,
     /// What each channel has done.
     moved: Vec<Moved>,
     /// When any of them moved last, or was lost.
@@ -59,17 +46,15 @@ fn is_lost(error: &Error) -> bool {
 impl Drive<'_> {
     /// A wait for a round that was lent.
     pub(super) fn waiting_for_round(&self) -> Waiting {
-        self.waiting_for(Awaited::Shares)
+        self.waiting(Gathering::of_round(self.channels.are_live()))
     }
 
-    fn waiting_for(&self, awaited: Awaited) -> Waiting {
+    fn waiting(&self, gathering: Gathering) -> Waiting {
         Waiting {
-            awaited,
-            missing: self.channels.all_live(),
-            unclosed: Vec::new(),
+            gathering,
             last: Instant::now(),
-            fenced: false,
             weights: None,
+            loss: None,
             moved: self.channels.gauges.iter().map(|gauge| Moved::new(gauge)).collect(),
             progressed: Instant::now(),
         }
@@ -86,58 +71,64 @@ impl Drive<'_> {
         until: Option<Instant>,
     ) -> Result<Option<Instant>, Error> {
         loop {
-            if !self.await_senders(waiting, until)? {
-                return Ok(None);
+            match self.gather(waiting, until)? {
+                Next::Wait => return Ok(None),
+                Next::Settle => {
+                    // Also by those that had sent all of their share.
+                    self.channels.settle();
+                    let (gathering, weights) = (waiting.gathering.clone(), waiting.weights.take());
+                    *waiting = Waiting { weights, last: waiting.last, ..self.waiting(gathering) };
+                }
+                Next::Home => {
+                    self.channels.take_back()?;
+                    return Ok(Some(waiting.last));
+                }
+                Next::Deal => {
+                    self.deal(waiting)?;
+                    return Ok(Some(waiting.last));
+                }
+                Next::Lend => {
+                    self.deal(waiting)?;
+                    if self.channels.dirty()?.is_empty() {
+                        return Ok(Some(waiting.last));
+                    }
+                    self.channels.lend(settle)?;
+                    *waiting = self.waiting_for_round();
+                }
             }
-            if waiting.fenced && waiting.awaited == Awaited::Shares {
-                // Also by those that had sent all of their share.
-                self.channels.settle();
-                let weights = waiting.weights.take();
-                let last = waiting.last;
-                *waiting =
-                    Waiting { fenced: true, weights, last, ..self.waiting_for(Awaited::Landings) };
-                continue;
-            }
-            self.channels.take_back()?;
-            if !waiting.fenced {
-                return Ok(Some(waiting.last));
-            }
-            let (weights, most) = (waiting.weights.take(), self.source.shared.channels());
-            let rebalanced = weights.is_some();
-            self.channels.deal(weights, most)?;
-            if rebalanced {
-                self.emit(&Event::Rebalanced { weights: self.channels.weights().to_vec() })?;
-                self.statistics.rebalances += 1;
-            }
-            if self.channels.dirty()?.is_empty() {
-                return Ok(Some(waiting.last));
-            }
-            self.channels.lend(settle)?;
-            *waiting = self.waiting_for_round();
         }
     }
 
-    /// Waits, between rounds, until all that was sent has landed.
+    /// Waits, between rounds, until all that was sent has landed. What a channel that is lost meanwhile had
+    /// under way is dirty again.
     pub(super) fn await_landings(&mut self) -> Result<(), Error> {
         self.channels.settle();
-        let mut waiting = self.waiting_for(Awaited::Landings);
-        self.await_senders(&mut waiting, None)?;
-        // What a channel that was lost meanwhile had under way is dirty again.
+        let mut waiting = self.waiting(Gathering::of_landings(self.channels.are_live()));
+        self.await_round(&mut waiting, true, None)?;
+        Ok(())
+    }
+
+    /// Takes the ledger back and deals the stripes out anew.
+    fn deal(&mut self, waiting: &mut Waiting) -> Result<(), Error> {
         self.channels.take_back()?;
-        if waiting.fenced {
-            self.channels.deal(None, self.source.shared.channels())?;
+        let (weights, most) = (waiting.weights.take(), self.source.shared.channels());
+        let rebalanced = weights.is_some();
+        self.channels.deal(weights, most)?;
+        if rebalanced {
+            self.emit(&Event::Rebalanced { weights: self.channels.weights().to_vec() })?;
+            self.statistics.rebalances += 1;
         }
         Ok(())
     }
 
-    /// Waits until all senders have reported it. Whether they have, or it is later than `until`.
-    fn await_senders(
-        &mut self,
-        waiting: &mut Waiting,
-        until: Option<Instant>,
-    ) -> Result<bool, Error> {
+    /// Waits until there is something else to do than to wait, or it is later than `until`.
+    fn gather(&mut self, waiting: &mut Waiting, until: Option<Instant>) -> Result<Next, Error> {
         let stall = self.source.common.timeouts.stall;
-        while !waiting.missing.is_empty() || !waiting.unclosed.is_empty() {
+        loop {
+            let next = waiting.gathering.next();
+            if next != Next::Wait {
+                return Ok(next);
+            }
             match self.next_item(until) {
                 Ok(Item::Report(report)) => self.take_report(waiting, report)?,
                 Ok(Item::Message(message)) => self.note_message(&message, "sending pages")?,
@@ -151,38 +142,35 @@ impl Drive<'_> {
             } else if waiting.progressed.elapsed() >= stall {
                 return Err(Error::TimedOut { what: "pages to land", after: stall });
             }
-            self.close_silent(&waiting.missing, &waiting.moved, stall)?;
+            self.close_silent(&waiting.gathering, &waiting.moved, stall)?;
             let (now, landed) = (self.now(), self.channels.landed());
             self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
             self.convergence.landed(now, &landed);
-            if waiting.awaited == Awaited::Shares && !waiting.missing.is_empty() && !waiting.fenced
-            {
+            if waiting.gathering.may_ask_back() {
                 let most = self.source.shared.channels();
                 waiting.weights =
                     self.channels.restricted_to(most).or_else(|| self.channels.lagging());
-                waiting.fenced = waiting.weights.is_some();
-                if waiting.fenced {
+                if waiting.weights.is_some() {
+                    waiting.gathering.asked_back();
                     self.channels.ask_back();
                 }
             }
-            waiting.unclosed.retain(|(channel, _)| !self.closing.is_done(*channel));
+            waiting.gathering.closed(|channel| self.closing.is_closed(channel));
             // Until the destination says so, what the lost channel sent may land on top of what
             // another sends from now on.
-            if waiting.missing.is_empty()
+            if waiting.gathering.is_only_closing()
                 && waiting.progressed.elapsed() >= self.source.common.timeouts.handshake
-                && let Some((_, error)) = waiting.unclosed.pop()
+                && let Some(error) = waiting.loss.take()
             {
                 return Err(error);
             }
-            let over = until.is_some_and(|until| Instant::now() >= until)
-                || (self.handover.state() == SourceState::Stopped
-                    && !waiting.unclosed.is_empty()
-                    && waiting.progressed.elapsed() >= CLOSING);
-            if over && (!waiting.missing.is_empty() || !waiting.unclosed.is_empty()) {
-                return Ok(false);
+            let closing_takes_long = self.handover.state() == SourceState::Stopped
+                && waiting.gathering.is_closing()
+                && waiting.progressed.elapsed() >= CLOSING;
+            if closing_takes_long || until.is_some_and(|until| Instant::now() >= until) {
+                return Ok(waiting.gathering.next());
             }
         }
-        Ok(true)
     }
 
     fn next_item(&mut self, until: Option<Instant>) -> Result<Item<SenderReport>, Error> {
@@ -196,15 +184,12 @@ impl Drive<'_> {
     fn take_report(&mut self, waiting: &mut Waiting, report: SenderReport) -> Result<(), Error> {
         match report {
             SenderReport::RoundDone { channel, at } => {
-                if waiting.awaited == Awaited::Shares {
-                    waiting.missing.retain(|other| *other != channel);
+                if waiting.gathering.reported(channel, Report::Done) {
                     waiting.last = waiting.last.max(at);
                 }
             }
             SenderReport::Settled { channel } => {
-                if waiting.awaited == Awaited::Landings {
-                    waiting.missing.retain(|other| *other != channel);
-                }
+                waiting.gathering.reported(channel, Report::Settled);
             }
             SenderReport::Failed { channel, error } => {
                 let error = self.closing.explain(channel, error);
@@ -212,12 +197,11 @@ impl Drive<'_> {
                     return Err(error);
                 }
                 tracing::warn!(channel, error = %error.chain(), "a data channel is lost");
-                waiting.missing.retain(|other| *other != channel);
-                waiting.fenced = true;
+                waiting.gathering.lost(channel);
                 self.channels.lose(channel);
                 self.statistics.lost_channels += 1;
                 self.emit(&Event::ChannelLost { channel })?;
-                waiting.unclosed.push((channel, error));
+                waiting.loss = Some(error);
                 waiting.progressed = Instant::now();
                 self.close_channel(channel)?;
             }

@@ -1,0 +1,39 @@
+//! How long a driver waits.
+
+use std::time::{Duration, Instant};
+
+use crate::error::Error;
+
+/// What came in time may be looked at for so much longer: a driver that was held up takes what is there,
+/// and a peer that never stops talking does not hold it.
+const OVERTIME: Duration = Duration::from_secs(1);
+
+/// How long to wait, and for what.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    pub(crate) what: &'static str,
+    pub(crate) since: Instant,
+    pub(crate) at_most: Duration,
+}
+
+impl Patience {
+    pub(crate) fn now(what: &'static str, at_most: Duration) -> Self {
+        Self { what, since: Instant::now(), at_most }
+    }
+
+    pub(super) fn error(&self) -> Error {
+        Error::TimedOut { what: self.what, after: self.at_most }
+    }
+
+    pub(crate) fn left(&self) -> Duration {
+        self.at_most.saturating_sub(self.since.elapsed())
+    }
+
+    /// Fails when it is over, however much there is to hear.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if self.since.elapsed() <= self.at_most.saturating_add(OVERTIME) {
+            return Ok(());
+        }
+        Err(self.error())
+    }
+}
