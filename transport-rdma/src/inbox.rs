@@ -9,7 +9,7 @@ use pageferry::transport::TransportError;
 
 use crate::connection::{SPIN, Sleeper};
 use crate::frames::{END, Frame, REFUSED};
-use crate::pipe::{Inlet, Message};
+use crate::pipe::{Inlet, Message, RECEIVES};
 
 /// Most frames that are read before anybody asks for them.
 const MOST_AHEAD: usize = 8;
@@ -30,6 +30,8 @@ struct Arriving {
     ahead: VecDeque<Vec<u8>>,
     failed: Option<TransportError>,
     frame: Frame,
+    /// Messages are there that were not looked at yet.
+    more: bool,
     /// The other side dropped its half in order.
     over: bool,
 }
@@ -65,6 +67,7 @@ impl Inbox {
             ahead: first.into_iter().collect(),
             failed: None,
             frame: Frame::default(),
+            more: false,
             over: false,
         };
         Ok(Arc::new(Self { destination, sleeper, arriving: Mutex::new(arriving) }))
@@ -96,7 +99,8 @@ impl Inbox {
 
     /// Sleeps until anything happens, at most for so long; keeps nobody from reading.
     pub(crate) fn sleep(&self, time: Duration) -> Result<(), TransportError> {
-        self.sleeper.sleep(time)
+        let more = self.arriving().more;
+        if more { Ok(()) } else { self.sleeper.sleep(time) }
     }
 
     /// Looks why the link has ended, for who cannot go on with it: what the other side said about that may
@@ -117,14 +121,21 @@ impl Inbox {
         state.check().err().unwrap_or(error)
     }
 
-    /// Reads the next frame, as far as it is there until then.
+    /// Reads the next frame, as far as it is there until then: in turns, of as many messages as there are
+    /// credits for, since they may never end.
     fn read(
         &self,
         arriving: &mut Arriving,
         until: Instant,
     ) -> Result<Option<Vec<u8>>, TransportError> {
-        while !arriving.over {
-            let Some(message) = arriving.inlet.next(Some(until))? else { return Ok(None) };
+        for _ in 0..RECEIVES {
+            if arriving.over {
+                return Err(TransportError::Closed);
+            }
+            let Some(message) = arriving.inlet.next(Some(until))? else {
+                arriving.more = false;
+                return Ok(None);
+            };
             // It says that somebody is there.
             let Message::Bytes(message) = message else { continue };
             match (&message[..], self.destination) {
@@ -145,6 +156,7 @@ impl Inbox {
                 }
             }
         }
-        Err(TransportError::Closed)
+        arriving.more = true;
+        Ok(None)
     }
 }

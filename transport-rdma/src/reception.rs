@@ -20,7 +20,7 @@ use crate::control;
 use crate::dial::{Request, Workshop};
 use crate::frames::Frame;
 use crate::options::RdmaOptions;
-use crate::pipe::{Inlet, Message, Outlet};
+use crate::pipe::{Inlet, Message, Outlet, RECEIVES};
 use crate::preamble::{Preamble, Purpose};
 use crate::state::{Bell, LinkState};
 
@@ -126,10 +126,14 @@ impl Arrival {
         Ok(false)
     }
 
-    /// Takes what has come of its greeting, and nothing of what comes behind; true once it is whole.
+    /// Takes what has come of its greeting, as many messages as there are credits for, and nothing of what
+    /// comes behind; true once it is whole.
     fn listen(&mut self) -> Result<bool, String> {
         let failed = |error: TransportError| pageferry::Chain::of(&error).to_string();
-        while let Some(message) = self.inlet.next(Some(Instant::now())).map_err(failed)? {
+        for _ in 0..RECEIVES {
+            let Some(message) = self.inlet.next(Some(Instant::now())).map_err(failed)? else {
+                break;
+            };
             let Message::Bytes(message) = message else { continue };
             let whole = self.arriving.take_in(&message).map_err(failed)?;
             check_greeting(self.arriving.bytes(), self.arriving.len())
