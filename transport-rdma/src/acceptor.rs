@@ -43,7 +43,7 @@ const THREAD_NAME: &str = "ferry-accept";
 /// and frees the port.
 #[derive(Debug)]
 pub struct RdmaAcceptor {
-    desk: Arc<Desk>,
+    pub(crate) desk: Arc<Desk>,
     local_addr: SocketAddr,
 }
 

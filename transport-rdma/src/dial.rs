@@ -288,7 +288,7 @@ impl Workshop {
         self.options.send_queue_depth.min(most).max(4)
     }
 
-    fn path(&self, remote_access: RemoteAccess, mtu: u32) -> PathSettings {
+    pub(crate) fn path(&self, remote_access: RemoteAccess, mtu: u32) -> PathSettings {
         PathSettings {
             mtu,
             ack_timeout: self.options.ack_timeout_exponent(),
@@ -304,7 +304,7 @@ impl Workshop {
     }
 
     /// A connection that is not connected, over a queue pair ready for receives.
-    fn prepare(
+    pub(crate) fn prepare(
         &self,
         id: Id,
         depths: (u32, u32),
@@ -361,11 +361,11 @@ impl Workshop {
         Ok(inlet)
     }
 
-    fn way(&self) -> Result<Id, TransportError> {
+    pub(crate) fn way(&self) -> Result<Id, TransportError> {
         resolve(self.peer, &self.options, &self.state)
     }
 
-    fn ask(
+    pub(crate) fn ask(
         &self,
         connection: &Connection,
         say: &[u8],
@@ -374,7 +374,7 @@ impl Workshop {
         connection.id.connect(&connection.qp, path, say).map_err(self.failed())
     }
 
-    fn await_answer(
+    pub(crate) fn await_answer(
         &self,
         connection: &mut Connection,
         remote_access: RemoteAccess,

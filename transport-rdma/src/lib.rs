@@ -55,6 +55,8 @@ mod destination;
 mod dial;
 #[cfg(test)]
 mod endings;
+#[cfg(test)]
+mod floods;
 mod frames;
 #[doc(hidden)]
 pub mod hot;

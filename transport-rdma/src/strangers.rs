@@ -2,7 +2,6 @@
 //! address is in `PAGEFERRY_RDMA_ADDRESS`. In the crate, since strangers say what no source does.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,28 +12,17 @@ use pageferry::transport::{
 };
 
 use crate::cm::{Id, RemoteAccess};
-use crate::connection::Connection;
 use crate::dial::{Workshop, resolve};
-use crate::pipe::{ACKS, Inlet, KEEPALIVE, Message, Outlet, RECEIVES, SLOT_BYTES};
+use crate::pipe::{Inlet, KEEPALIVE, Message, Outlet, SLOT_BYTES};
 use crate::preamble::Purpose;
 use crate::reception::{CROWDED, MAX_WAITING};
 use crate::state::LinkState;
-use crate::verbs::{Access, Completion, MemoryRegion, ProtectionDomain, Request, Span, Verb};
 use crate::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
 
 /// A bound on what should take no time.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// Within which a source gets in, whoever else is there.
 pub(crate) const GETS_IN: Duration = Duration::from_secs(5);
-
-/// How long a flooder waits before it looks whether that is enough.
-const TURN: Duration = Duration::from_millis(100);
-/// Messages of a flooder that are under way.
-pub(crate) const UNDER_WAY: usize = 64;
-
-/// Frames of one message each that get through from who reads no word about them: half of the room for
-/// each word that is there or under way, and all of it after the last.
-const MOST_FRAMES: u32 = 2 * ACKS * RECEIVES / 2 + 2 * RECEIVES;
 
 pub(crate) fn acceptor_of(admission: Admission) -> Option<RdmaAcceptor> {
     if let Err(unavailable) = crate::available() {
@@ -78,15 +66,12 @@ fn preamble(purpose: Purpose, migration: MigrationId) -> impl Fn(&Workshop) -> V
 
 /// One half of a control channel, and nobody behind it.
 fn half(to: SocketAddr, migration: MigrationId) -> Outlet {
-    half_by(&stranger(to), migration)
-}
-
-fn half_by(workshop: &Workshop, migration: MigrationId) -> Outlet {
+    let workshop = stranger(to);
     let say = workshop.preamble(Purpose::Control, migration);
     workshop.dial_outlet(&say, RemoteAccess::Nothing).expect("accepted")
 }
 
-fn other_half(to: SocketAddr, migration: MigrationId) -> Inlet {
+pub(crate) fn other_half(to: SocketAddr, migration: MigrationId) -> Inlet {
     let workshop = stranger(to);
     let say = workshop.preamble(Purpose::ControlBack, migration);
     workshop.dial_inlet(&say).expect("accepted")
@@ -434,82 +419,4 @@ fn who_only_receives_frames_answers_when_asked_whether_anybody_is_there() {
         drop((outlet, inlet));
         receiving.join().expect("no panic").expect_err("nobody is there any more");
     });
-}
-
-/// Somebody's memory, and a message in it; none for a mark.
-pub(crate) fn message(bytes: &mut MemoryRegion, message: &[u8]) -> Option<Span> {
-    bytes.put(0, message);
-    let len_bytes = u32::try_from(message.len()).expect("a message");
-    let span = Span { address: bytes.address(), len_bytes, key: bytes.local_key() };
-    Some(span).filter(|span| span.len_bytes > 0)
-}
-
-pub(crate) fn memory(pd: &Arc<ProtectionDomain>) -> MemoryRegion {
-    MemoryRegion::own(pd, SLOT_BYTES, Access::Local).expect("memory")
-}
-
-/// Sends a message, or marks, over and over, whatever it was given credits for, and reads no word about
-/// them. Until the connection ends, or enough has gone out; how many did.
-pub(crate) fn pour(
-    connection: &mut Connection,
-    pd: &Arc<ProtectionDomain>,
-    said: &[u8],
-    is_enough: impl Fn(u64) -> bool,
-) -> u64 {
-    let mut bytes = memory(pd);
-    let span = message(&mut bytes, said);
-    let (mut posted, mut under_way, mut found) = (0, 0, Vec::new());
-    while !is_enough(posted) {
-        let more = (under_way..UNDER_WAY).map(|_| {
-            posted += 1;
-            Request { work: posted, verb: Verb::Send, span, signalled: true }
-        });
-        found.clear();
-        let turn = Instant::now() + TURN;
-        if connection.qp.post(more).is_err()
-            || connection.completions(&mut found, Some(turn)).is_err()
-            || found.iter().any(Completion::is_error)
-        {
-            break;
-        }
-        let sent = found.iter().filter(|completion| completion.work <= posted).count();
-        under_way = UNDER_WAY - sent;
-    }
-    posted
-}
-
-/// Each message waits for a credit, unless its sender takes what he was not given.
-#[test]
-fn a_source_that_floods_is_told_off_and_costs_no_more_than_its_credits() {
-    let Some(acceptor) = acceptor() else { return };
-    let to = acceptor.local_addr();
-    let migration = MigrationId([3; 16]);
-    let workshop = stranger(to);
-    let (mut outlet, _inlet) = (half_by(&workshop, migration), other_half(to, migration));
-    let mut link = acceptor.accept(Some(SOON)).expect("it came");
-    let mut control = link.control().expect("once");
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            let began = Instant::now();
-            // Frames of one byte.
-            pour(&mut outlet.connection, &workshop.pd, &[1, 1, 0, 0, 0, 7], |posted| {
-                assert!(began.elapsed() < SOON, "nobody minds {posted} messages");
-                false
-            })
-        });
-        // As a host that is busy for a moment: what comes meanwhile waits.
-        thread::sleep(Duration::from_millis(300));
-        let mut frames = 0;
-        let error = loop {
-            match control.receiver.receive(Some(SOON)) {
-                Ok(_) => frames += 1,
-                Err(error) => break error,
-            }
-        };
-        eprintln!("told off after {frames} frames");
-        assert!(matches!(error, TransportError::Violation(_)), "{error:?}");
-        assert!(frames <= MOST_FRAMES, "{frames} frames");
-        drop((control, link));
-    });
-    serve(&acceptor);
 }
