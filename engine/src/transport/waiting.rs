@@ -155,10 +155,13 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(order(&mut room), [6, 3, 5, 1, 2, 4]);
         }
-        // Of those from one address, in the order in which they came.
         assert!(room.serve(now, |who| (who != 6).then_some((who, holder(Place::Open)))).is_empty());
+        // As many from one address as from the other: in the order in which they came, whoever was offered
+        // the place before.
+        assert_eq!(room.without(|who| *who == 2), [2]);
+        assert_eq!(order(&mut room), [1, 3, 4, 5]);
         assert_eq!(room.without(|who| *who == 3 || *who == 5), [3, 5]);
-        assert_eq!(order(&mut room), [1, 2, 4]);
+        assert_eq!(order(&mut room), [1, 4]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{RecvTimeoutError, bounded};
 use pageferry::convergence::Bound;
 use pageferry::dirty::{DirtyBitmap, DirtySources};
 use pageferry::protocol::{FailureReason, Incompatibility, MAX_DEVICE_STATE_BYTES};
@@ -384,17 +385,10 @@ fn memory_that_differs_is_found_before_the_commit() {
 }
 
 #[test]
-fn a_bandwidth_limit_is_kept_and_can_be_lifted() {
+fn a_bandwidth_limit_is_kept() {
     let mut scene = Scene::new();
-    let handle = scene.source.handle();
     let limit: u32 = 16 << 20;
-    handle.limit_bandwidth(NonZeroU64::new(limit.into()));
-    let lifting = handle.clone();
-    scene.source = scene.source.on_event(move |event| {
-        if matches!(event, Event::RoundFinished { round: 1, .. }) {
-            lifting.limit_bandwidth(None);
-        }
-    });
+    scene.source.handle().limit_bandwidth(NonZeroU64::new(limit.into()));
     let (departed, _) = scene.play(|link| link).expect_moved();
     let first = departed.statistics.rounds[0];
     // At least 2000 pages in the first round; each channel's last batch may still be under way.
@@ -402,6 +396,30 @@ fn a_bandwidth_limit_is_kept_and_can_be_lifted() {
     let expected =
         Duration::from_secs_f64((sent_bytes - 3.0 * f64::from(1_u32 << 20)) / f64::from(limit));
     assert!(first.took >= expected, "{:?} for a limit of {limit} B/s", first.took);
+}
+
+/// In the middle of a round that would take hours: without a word it is cancelled some time.
+#[test]
+fn a_bandwidth_limit_that_is_lifted_holds_nobody() {
+    let scene = Scene::new();
+    let handle = scene.source.handle();
+    handle.limit_bandwidth(NonZeroU64::new(1 << 10));
+    let (over, ended) = bounded::<()>(0);
+    let outcome = thread::scope(|scope| {
+        scope.spawn(|| {
+            while handle.progress().landed_bytes == 0 {
+                thread::yield_now();
+            }
+            handle.limit_bandwidth(None);
+            if ended.recv_timeout(Duration::from_secs(60)) == Err(RecvTimeoutError::Timeout) {
+                handle.cancel();
+            }
+        });
+        let outcome = scene.play(|link| link);
+        drop(over);
+        outcome
+    });
+    outcome.expect_moved();
 }
 
 /// A guest that ends is noticed in the middle of a round that would take hours, and wherever else the

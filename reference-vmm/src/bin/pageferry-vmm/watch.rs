@@ -199,3 +199,33 @@ fn line(event: &Event) -> Option<String> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use pageferry::stats::RoundStatistics;
+
+    use super::*;
+
+    #[test]
+    fn a_time_that_is_no_estimate_is_not_told_as_one() {
+        let told = |verdict| {
+            let statistics = RoundStatistics::default();
+            let line = line(&Event::RoundFinished { round: 1, statistics, verdict });
+            let line = line.expect("a line");
+            line.split_once("; ").expect("what is next").1.to_owned()
+        };
+        for expected in [DAY, 2 * DAY, Duration::MAX] {
+            for verdict in [
+                Verdict::Iterate { expected: Some(expected) },
+                Verdict::SwitchOver { expected },
+                Verdict::GiveUp { expected },
+                Verdict::PostCopy { expected },
+            ] {
+                let told = told(verdict);
+                assert!(told.contains("more than a day") && !told.contains(" ms"), "{told}");
+            }
+        }
+        let told = told(Verdict::GiveUp { expected: DAY - Duration::from_millis(1) });
+        assert_eq!(told, "would still take 86399999 ms, giving up");
+    }
+}
