@@ -386,7 +386,7 @@ fn memory_that_differs_is_found_before_the_commit() {
 
 #[test]
 fn a_bandwidth_limit_is_kept() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     let limit: u32 = 16 << 20;
     scene.source.handle().limit_bandwidth(NonZeroU64::new(limit.into()));
     let (departed, _) = scene.play(|link| link).expect_moved();
