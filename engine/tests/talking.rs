@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::convergence::Bound;
+use pageferry::convergence::{Bound, Policy};
 use pageferry::dirty::DirtySources;
 use pageferry::memory::GuestMemory;
 use pageferry::protocol::Message;
@@ -21,6 +21,54 @@ use support::{SharedLog, SoftwareLog, TestMachine};
 
 /// How long it keeps silent: so that the source has always something to hear.
 const SILENCE: Duration = Duration::ZERO;
+
+/// A link on which all lands, and nothing is heard any more once the greetings are over.
+struct Mute(Box<dyn SourceLink>);
+
+impl Link for Mute {
+    fn name(&self) -> &'static str {
+        "mute"
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+    fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        let ControlChannel { sender, receiver } = self.0.control()?;
+        Ok(ControlChannel {
+            sender,
+            receiver: Box::new(MuteReceiver { inner: receiver, frames: 0 }),
+        })
+    }
+    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
+        self.0.register(memory)
+    }
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.0.interrupter()
+    }
+}
+
+impl SourceLink for Mute {
+    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+        self.0.open_senders(channels)
+    }
+}
+
+struct MuteReceiver {
+    inner: Box<dyn ControlReceiver>,
+    frames: u32,
+}
+
+impl ControlReceiver for MuteReceiver {
+    fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        loop {
+            let heard = self.inner.receive(timeout);
+            self.frames += u32::from(heard.is_ok());
+            if heard.is_err() || self.frames <= GREETINGS {
+                return heard;
+            }
+        }
+    }
+}
 
 /// A link whose other end takes all and has nothing land.
 struct Landless {
@@ -210,7 +258,7 @@ impl PageSender for Sink {
 
 #[test]
 fn a_peer_that_lands_nothing_is_given_up_in_time() {
-    let (said, took) = migrate_to_who_lands_nothing(false);
+    let (said, took) = migrate_over(|inner| Landless { inner, chatty: false });
     assert!(said.contains("pages to land"), "{said}");
     assert!(took >= STALL, "{took:?}");
 }
@@ -218,14 +266,24 @@ fn a_peer_that_lands_nothing_is_given_up_in_time() {
 /// It is not heard until its time is up: that it says anything is against the protocol.
 #[test]
 fn a_peer_that_says_what_nobody_asked_is_refused() {
-    let (said, _) = migrate_to_who_lands_nothing(true);
+    let (said, _) = migrate_over(|inner| Landless { inner, chatty: true });
     assert!(said.contains("it sent pong at the stage copying"), "{said}");
+}
+
+/// Its pages land, round after round, and no switchover is due that would find out.
+#[test]
+fn a_peer_that_answers_no_ping_is_given_up_in_time() {
+    let (said, took) = migrate_over(Mute);
+    assert!(said.contains("to answer a ping"), "{said}");
+    assert!(took >= STALL, "{took:?}");
 }
 
 const STALL: Duration = Duration::from_millis(300);
 
-/// What was said of it, and how long it took.
-fn migrate_to_who_lands_nothing(chatty: bool) -> (String, Duration) {
+/// What was said of such a link, and how long it took. No switchover is due.
+fn migrate_over<L: SourceLink + 'static>(
+    link: impl FnOnce(Box<dyn SourceLink>) -> L,
+) -> (String, Duration) {
     let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
     (0..500).for_each(|page| here.fill_page(0, page, 1));
     let (source_link, destination_link) = memory_transport::pair();
@@ -235,6 +293,7 @@ fn migrate_to_who_lands_nothing(chatty: bool) -> (String, Duration) {
     let mut theirs = TestMachine::new(&there, &SoftwareLog::new(&there), 10, 43);
     theirs.contend_with(&mine);
     let source = Source::new().timeouts(Timeouts { stall: STALL, ..Timeouts::default() });
+    let source = source.downtime_limit(Duration::from_nanos(1)).policy(Policy::KeepTrying);
     // Should it be held all the same, that is no hang.
     let handle = source.handle();
     let began = Instant::now();
@@ -250,8 +309,8 @@ fn migrate_to_who_lands_nothing(chatty: bool) -> (String, Duration) {
             offer.receive(theirs, there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
-        let link = Box::new(Landless { inner: Box::new(source_link), chatty });
-        let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("nothing landed");
+        let link = Box::new(link(Box::new(source_link)));
+        let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("it is useless");
         drop(over);
         failure
     });

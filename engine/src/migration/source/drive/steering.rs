@@ -17,13 +17,20 @@ pub(super) struct Steering {
     /// What the host was told about convergence.
     told_it_meets: Option<bool>,
     rehearsed: Option<Instant>,
-    /// Pings sent, and when the last one was that has no answer yet.
+    /// Pings sent, and the last one, if it has no answer yet.
     pings: u32,
-    unanswered: Option<Instant>,
+    unanswered: Option<Ping>,
     /// When the destination answered last.
     pub(super) answered: Option<Instant>,
     /// The switchover whose state the destination was asked to load, and has not, and for how long it may.
     loading: Option<(u32, Patience)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Ping {
+    sent: Instant,
+    /// Since when the destination could have answered: not while it loads device state.
+    due: Instant,
 }
 
 impl Drive<'_> {
@@ -98,18 +105,34 @@ impl Drive<'_> {
             return Ok(());
         }
         self.steering.pings = self.steering.pings.wrapping_add(1);
-        self.steering.unanswered = Some(Instant::now());
+        let now = Instant::now();
+        self.steering.unanswered = Some(Ping { sent: now, due: now });
         self.session.send(&Message::Ping { number: self.steering.pings })
     }
 
     /// Takes an answer. One to another ping than the last is none that was asked for.
     pub(super) fn take_pong(&mut self, number: u32) {
         if number == self.steering.pings
-            && let Some(sent) = self.steering.unanswered.take()
+            && let Some(Ping { sent, .. }) = self.steering.unanswered.take()
         {
             self.convergence.learn_round_trip(sent.elapsed());
             self.steering.answered = Some(Instant::now());
         }
+    }
+
+    /// Fails if the destination has left a ping unanswered for too long: its pages may land, and the switchover
+    /// would find nobody.
+    pub(super) fn check_answer(&self) -> Result<(), Error> {
+        let stall = self.source.common.timeouts.stall;
+        let overdue = |ping: Ping| ping.due.elapsed() >= stall;
+        // An answer may have come that was not looked at yet.
+        if self.steering.unanswered.is_some_and(overdue)
+            && self.steering.loading.is_none()
+            && self.session.waiting() == 0
+        {
+            return Err(Error::TimedOut { what: "the destination to answer a ping", after: stall });
+        }
+        Ok(())
     }
 
     /// The destination is asked to load device state.
@@ -119,7 +142,10 @@ impl Drive<'_> {
 
     /// It has, or what it was asked for did not go out.
     pub(super) fn loads_no_more(&mut self, attempt: u32) {
-        self.steering.loading.take_if(|(asked, _)| *asked == attempt);
+        let loaded = self.steering.loading.take_if(|(asked, _)| *asked == attempt);
+        if let (Some(_), Some(ping)) = (loaded, &mut self.steering.unanswered) {
+            ping.due = Instant::now();
+        }
     }
 
     /// Waits until the destination has loaded what it was asked to, though that was called off: it does

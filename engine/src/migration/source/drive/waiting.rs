@@ -142,6 +142,7 @@ impl Drive<'_> {
             } else if waiting.progressed.elapsed() >= stall {
                 return Err(Error::TimedOut { what: "pages to land", after: stall });
             }
+            self.check_answer()?;
             self.close_silent(&waiting.gathering, &waiting.moved, stall)?;
             let (now, landed) = (self.now(), self.channels.landed());
             self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
