@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{
-    Admission, MAX_GREETING_BYTES, MigrationId, Place, Standing, TransportError, WaitingRoom,
-    Warnings, check_greeting, first_of_the_most,
+    Admission, Greeted, MAX_GREETING_BYTES, MigrationId, Place, Standing, TransportError,
+    WaitingRoom, Warnings, check_greeting, first_of_the_most,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -49,6 +49,8 @@ pub(crate) struct Arrival {
     arriving: Frame,
     /// Its first control frame, once that is there and where one has to come.
     pub(crate) greeting: Option<Vec<u8>>,
+    /// How long that took.
+    round_trip: Duration,
     pub(crate) standing: Standing,
     deadline: Instant,
     /// After the queues.
@@ -83,6 +85,7 @@ impl Arrival {
             accepted: Instant::now(),
             arriving: Frame::default(),
             greeting: None,
+            round_trip: Duration::ZERO,
             standing: Standing::firm(),
             deadline: crate::after(options.connect_timeout),
             workshop,
@@ -140,7 +143,8 @@ impl Arrival {
                 .map_err(|error| format!("no greeting: {error}"))?;
             if whole {
                 self.greeting = Some(self.arriving.take());
-                self.standing = Standing::greeted(self.accepted.elapsed());
+                self.round_trip = self.accepted.elapsed();
+                self.standing = Standing::greeted(self.round_trip);
                 return Ok(true);
             }
             // More of it has come.
@@ -275,9 +279,9 @@ impl Reception {
             left.refuse("it left while it waited", &board.warnings);
         }
         for arrival in greeted {
-            let from = arrival.workshop.peer.ip();
             let bytes = arrival.greeting.as_ref().map_or(0, Vec::len);
-            for crowded in self.waiting.enter(now, arrival, from, bytes) {
+            let (from, round_trip) = (arrival.workshop.peer, arrival.round_trip);
+            for crowded in self.waiting.enter(now, arrival, Greeted { from, bytes, round_trip }) {
                 crowded.refuse(CROWDED, &board.warnings);
             }
         }
@@ -346,7 +350,7 @@ impl Reception {
 
     fn begin(&mut self, request: Request) -> Result<(), TransportError> {
         if self.half_open.len() >= MAX_HALF_OPEN {
-            let from = self.half_open.iter().map(|arrival| arrival.workshop.peer.ip());
+            let from = self.half_open.iter().map(|arrival| arrival.workshop.peer);
             let at = first_of_the_most(from).unwrap_or(0);
             self.half_open.remove(at).refuse("too many others came", &self.board.warnings);
         }

@@ -8,7 +8,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Holder, MigrationId, Place, Standing, TransportError, Warnings};
+use pageferry::transport::{
+    Greeted, Holder, MigrationId, Place, Standing, TransportError, Warnings,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -88,6 +90,7 @@ pub(crate) struct Newcomer {
     pub(crate) incoming: Incoming,
     /// Its first control frame, where one had to come.
     greeting: Option<Vec<u8>>,
+    round_trip: Duration,
     standing: Standing,
 }
 
@@ -99,12 +102,14 @@ impl Newcomer {
         greeting: Vec<u8>,
         round_trip: Duration,
     ) -> Self {
-        Self { id, incoming, greeting: Some(greeting), standing: Standing::greeted(round_trip) }
+        let (greeting, standing) = (Some(greeting), Standing::greeted(round_trip));
+        Self { id, incoming, greeting, round_trip, standing }
     }
 
     /// It needs no greeting; its preamble is answered when it has its place.
     pub(crate) fn stranger(id: MigrationId, incoming: Incoming) -> Self {
-        Self { id, incoming, greeting: None, standing: Standing::firm() }
+        let (round_trip, standing) = (Duration::ZERO, Standing::firm());
+        Self { id, incoming, greeting: None, round_trip, standing }
     }
 
     /// Whether it waits for nothing any more.
@@ -113,9 +118,10 @@ impl Newcomer {
         if self.greeting.is_some() { self.incoming.has_hung_up() } else { self.incoming.has_left() }
     }
 
-    /// Bytes that are kept of its greeting.
-    pub(crate) fn greeting_bytes(&self) -> usize {
-        self.greeting.as_ref().map_or(0, Vec::len)
+    /// How it has greeted.
+    pub(crate) fn how(&self) -> Greeted {
+        let bytes = self.greeting.as_ref().map_or(0, Vec::len);
+        Greeted { from: self.incoming.peer, bytes, round_trip: self.round_trip }
     }
 
     /// It has its place.

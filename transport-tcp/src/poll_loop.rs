@@ -152,8 +152,8 @@ impl PollLoop {
             board.warnings.warn(peer, "closed a connection: it left while it waited");
         }
         for newcomer in greeted {
-            let (from, bytes) = (newcomer.incoming.peer.ip(), newcomer.greeting_bytes());
-            for crowded in self.waiting.enter(now, newcomer, from, bytes) {
+            let how = newcomer.how();
+            for crowded in self.waiting.enter(now, newcomer, how) {
                 self.turn_away(Unwanted::crowded(crowded.incoming));
             }
         }
@@ -178,7 +178,7 @@ impl PollLoop {
         if let Some(at) = self.half_open.iter().position(HalfOpen::is_refused) {
             return at;
         }
-        let from = self.half_open.iter().map(|half_open| half_open.incoming.peer.ip());
+        let from = self.half_open.iter().map(|half_open| half_open.incoming.peer);
         first_of_the_most(from).unwrap_or(0)
     }
 

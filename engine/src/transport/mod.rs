@@ -20,6 +20,7 @@ pub mod addresses;
 mod admission;
 mod batch;
 pub mod byte_stream;
+mod origin;
 mod standing;
 pub mod stream;
 mod waiting;
@@ -35,7 +36,7 @@ use thiserror::Error;
 pub use admission::{Admission, MAX_GREETING_BYTES, check_greeting};
 pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
 pub use standing::{Holder, Place, Standing, Turn};
-pub use waiting::{WaitingRoom, first_of_the_most};
+pub use waiting::{Greeted, WaitingRoom, first_of_the_most};
 pub use warnings::Warnings;
 
 use crate::pages::memory::{GuestMemory, OutOfRange, PageRange};

@@ -19,8 +19,9 @@ const ANSWER_AT_MOST: Duration = Duration::from_secs(2);
 /// just come to its end is gone sooner than that.
 const TURN: Duration = Duration::from_secs(1);
 
-/// How long a source waits in all: shorter than sources wait for an answer to their greeting
-/// ([`Timeouts::handshake`](crate::Timeouts::handshake)).
+/// How long a source waits in all, counted from when it was let in: shorter than sources wait for an answer
+/// to their greeting ([`Timeouts::handshake`](crate::Timeouts::handshake)). That clock begins half a round
+/// trip after it was let in, and what it is told takes as long to get there.
 const WAIT_AT_MOST: Duration = Duration::from_secs(8);
 
 /// Whether the one that is served keeps its place.
@@ -98,16 +99,19 @@ impl Standing {
 /// The wait of a source that has greeted, for the place that another one has.
 #[derive(Debug, Clone, Copy)]
 pub struct Turn {
-    since: Instant,
     behind: Option<MigrationId>,
     /// Of the one that has the place, if that keeps it.
     until: Instant,
+    /// Whoever has it.
+    at_most: Instant,
 }
 
 impl Turn {
-    /// Begins now.
-    pub fn new(now: Instant) -> Self {
-        Self { since: now, behind: None, until: now }
+    /// Begins now, for a source that took so long for its greeting once it was let in.
+    pub fn new(now: Instant, round_trip: Duration) -> Self {
+        // Whose greeting took longer than any way there and back still has a moment.
+        let left = WAIT_AT_MOST.saturating_sub(round_trip).max(TURN);
+        Self { behind: None, until: now, at_most: now + left }
     }
 
     /// Whether it is told to come later, given who has the place.
@@ -116,13 +120,14 @@ impl Turn {
         if self.behind.replace(id) != Some(id) || place != Place::Kept {
             self.until = now + TURN;
         }
-        now >= self.until || now >= self.since + WAIT_AT_MOST
+        now >= self.until || now >= self.at_most
     }
 }
 
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::Timeouts;
 
     #[test]
     fn whoever_greets_has_a_place_and_owes_an_answer() {
@@ -171,7 +176,7 @@ mod tests {
     fn a_turn_lasts_as_long_as_one_keeps_the_place_and_not_for_ever() {
         let (first, second) = (MigrationId([1; 16]), MigrationId([2; 16]));
         let now = Instant::now();
-        let mut turn = Turn::new(now);
+        let mut turn = Turn::new(now, Duration::ZERO);
         let by = |id, place| Holder { id, place };
         assert!(!turn.is_over(now, by(first, Place::Kept)));
         assert!(!turn.is_over(now + TURN / 2, by(first, Place::Kept)));
@@ -185,5 +190,25 @@ mod tests {
         assert!(!turn.is_over(now + 3 * TURN + TURN / 2, by(second, Place::Kept)));
         assert!(turn.is_over(now + 4 * TURN, by(second, Place::Kept)));
         assert!(turn.is_over(now + WAIT_AT_MOST, by(second, Place::Open)));
+    }
+
+    /// By its own clock, which begins when it hears that it is let in.
+    #[test]
+    fn who_is_far_away_hears_in_time_that_it_is_to_come_later() {
+        let waits = Timeouts::default().handshake;
+        let holder = Holder { id: MigrationId([1; 16]), place: Place::Open };
+        let let_in = Instant::now();
+        for way in (0..=8).map(|step| step * Duration::from_millis(500)) {
+            let (greeted, began) = (let_in + 2 * way, let_in + way);
+            let mut turn = Turn::new(greeted, 2 * way);
+            let mut ticks = (0..).map(|tick| greeted + tick * Duration::from_millis(100));
+            let told = ticks.find(|now| turn.is_over(*now, holder)).expect("once");
+            assert!(told >= greeted + TURN, "{way:?} each way: no turn at all");
+            assert!(told + way < began + waits, "{way:?} each way");
+        }
+        // Of a greeting that came in many pieces.
+        let mut turn = Turn::new(let_in, Duration::MAX);
+        assert!(!turn.is_over(let_in + TURN / 2, holder));
+        assert!(turn.is_over(let_in + TURN, holder));
     }
 }

@@ -2,31 +2,44 @@
 //! Fair by address, so that many from one cost a source from another one nothing. Pure: no clock.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
-use std::time::Instant;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
+use super::origin::Origin;
 use super::{Holder, Turn};
 
 /// The first of those from the address that most are from: who goes where there are too many. They are
-/// given in the order in which they came.
-pub fn first_of_the_most(from: impl Iterator<Item = IpAddr> + Clone) -> Option<usize> {
-    let counts = count(from.clone());
+/// given in the order in which they came. Hosts of one IPv6 network of 64 bits count as one address.
+pub fn first_of_the_most(from: impl Iterator<Item = SocketAddr>) -> Option<usize> {
+    let from: Vec<_> = from.map(Origin::from).collect();
+    let counts = count(from.iter().copied());
     let most = counts.values().max();
-    from.into_iter().position(|address| counts.get(&address) == most)
+    from.iter().position(|origin| counts.get(origin) == most)
 }
 
-fn count(from: impl Iterator<Item = IpAddr>) -> BTreeMap<IpAddr, usize> {
+fn count(from: impl Iterator<Item = Origin>) -> BTreeMap<Origin, usize> {
     let mut counts = BTreeMap::new();
-    for address in from {
-        *counts.entry(address).or_default() += 1;
+    for origin in from {
+        *counts.entry(origin).or_default() += 1;
     }
     counts
+}
+
+/// How a source has greeted.
+#[derive(Debug, Clone, Copy)]
+pub struct Greeted {
+    /// From where.
+    pub from: SocketAddr,
+    /// Bytes that are kept of its greeting.
+    pub bytes: usize,
+    /// How long that took once it was let in: a round trip at least.
+    pub round_trip: Duration,
 }
 
 #[derive(Debug)]
 struct Waits<T> {
     who: T,
-    from: IpAddr,
+    from: SocketAddr,
     greeting_bytes: usize,
     turn: Turn,
 }
@@ -53,8 +66,10 @@ impl<T> WaitingRoom<T> {
 
     /// Somebody comes. Gives back who has to go for it: who waits longest of the address that most are
     /// from.
-    pub fn enter(&mut self, now: Instant, who: T, from: IpAddr, greeting_bytes: usize) -> Vec<T> {
-        self.waiting.push(Waits { who, from, greeting_bytes, turn: Turn::new(now) });
+    pub fn enter(&mut self, now: Instant, who: T, greeted: Greeted) -> Vec<T> {
+        let Greeted { from, bytes, round_trip } = greeted;
+        let turn = Turn::new(now, round_trip);
+        self.waiting.push(Waits { who, from, greeting_bytes: bytes, turn });
         let mut gone = Vec::new();
         while (self.waiting.len() > self.most || self.bytes() > self.most_bytes)
             && let Some(at) = first_of_the_most(self.waiting.iter().map(|waits| waits.from))
@@ -83,11 +98,11 @@ impl<T> WaitingRoom<T> {
         now: Instant,
         mut offer: impl FnMut(T) -> Option<(T, Holder)>,
     ) -> Vec<T> {
-        let counts = count(self.waiting.iter().map(|waits| waits.from));
+        let counts = count(self.waiting.iter().map(|waits| waits.from.into()));
         let mut by_rank: Vec<_> =
             std::mem::take(&mut self.waiting).into_iter().enumerate().collect();
         // Stable: of one address they stay as they came.
-        by_rank.sort_by_key(|(_, waits)| counts.get(&waits.from).copied());
+        by_rank.sort_by_key(|(_, waits)| counts.get(&waits.from.into()).copied());
         let (mut left, mut over) = (Vec::new(), Vec::new());
         for (came, Waits { who, from, greeting_bytes, mut turn }) in by_rank {
             match offer(who) {
@@ -109,13 +124,11 @@ impl<T> WaitingRoom<T> {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::transport::{MigrationId, Place};
 
-    fn address(last: u8) -> IpAddr {
-        IpAddr::from([10, 0, 0, last])
+    fn greeted(last: u8, bytes: usize) -> Greeted {
+        Greeted { from: ([10, 0, 0, last], 7400).into(), bytes, round_trip: Duration::ZERO }
     }
 
     fn holder(place: Place) -> Holder {
@@ -136,12 +149,12 @@ mod tests {
     #[test]
     fn who_waits_longest_of_the_address_that_most_are_from_goes() {
         let (now, mut room) = (Instant::now(), WaitingRoom::new(4, usize::MAX));
-        assert!(room.enter(now, 1, address(1), 0).is_empty());
+        assert!(room.enter(now, 1, greeted(1, 0)).is_empty());
         for who in 2..5 {
-            assert!(room.enter(now, who, address(2), 0).is_empty());
+            assert!(room.enter(now, who, greeted(2, 0)).is_empty());
         }
         for who in 5..100 {
-            assert_eq!(room.enter(now, who, address(2), 0), [who - 3]);
+            assert_eq!(room.enter(now, who, greeted(2, 0)), [who - 3]);
         }
         assert_eq!(order(&mut room), [1, 97, 98, 99]);
     }
@@ -150,7 +163,7 @@ mod tests {
     fn the_next_is_of_the_address_that_fewest_are_from_and_else_who_waits_longest() {
         let (now, mut room) = (Instant::now(), WaitingRoom::new(64, usize::MAX));
         for (who, from) in [(1, 1), (2, 1), (3, 2), (4, 1), (5, 2), (6, 3)] {
-            assert!(room.enter(now, who, address(from), 0).is_empty());
+            assert!(room.enter(now, who, greeted(from, 0)).is_empty());
         }
         for _ in 0..2 {
             assert_eq!(order(&mut room), [6, 3, 5, 1, 2, 4]);
@@ -164,21 +177,41 @@ mod tests {
         assert_eq!(order(&mut room), [1, 4]);
     }
 
+    /// Each of the crowd has an address of its own.
+    #[test]
+    fn hosts_of_one_network_are_counted_together() {
+        let (now, mut room) = (Instant::now(), WaitingRoom::new(4, usize::MAX));
+        let from = |network, host| {
+            let from = ([0x2001, 0xdb8, 0, network, 0, 0, 0, host], 7400).into();
+            Greeted { from, ..greeted(0, 0) }
+        };
+        assert!(room.enter(now, 1, from(1, 1)).is_empty());
+        for who in 2..5 {
+            assert!(room.enter(now, who.into(), from(2, who)).is_empty());
+        }
+        for who in 5..100 {
+            assert_eq!(room.enter(now, who.into(), from(2, who)), [u32::from(who) - 3]);
+        }
+        assert_eq!(order(&mut room), [1, 97, 98, 99]);
+        let crowd = (2..9).map(|host| from(2, host).from);
+        assert_eq!(first_of_the_most(std::iter::once(from(1, 1).from).chain(crowd)), Some(1));
+    }
+
     #[test]
     fn greetings_of_those_who_wait_have_a_bounded_share_of_memory() {
         let (now, mut room) = (Instant::now(), WaitingRoom::new(64, 100));
-        assert!(room.enter(now, 1, address(1), 40).is_empty());
-        assert!(room.enter(now, 2, address(2), 40).is_empty());
-        assert!(room.enter(now, 3, address(2), 20).is_empty());
-        assert_eq!(room.enter(now, 4, address(2), 60), [2, 3]);
-        assert_eq!(room.enter(now, 5, address(3), 101), [1, 4, 5], "whoever it is");
+        assert!(room.enter(now, 1, greeted(1, 40)).is_empty());
+        assert!(room.enter(now, 2, greeted(2, 40)).is_empty());
+        assert!(room.enter(now, 3, greeted(2, 20)).is_empty());
+        assert_eq!(room.enter(now, 4, greeted(2, 60)), [2, 3]);
+        assert_eq!(room.enter(now, 5, greeted(3, 101)), [1, 4, 5], "whoever it is");
         assert!(room.is_empty());
     }
 
     #[test]
     fn who_has_waited_for_its_turn_is_given_back() {
         let (now, mut room) = (Instant::now(), WaitingRoom::new(64, 100));
-        assert!(room.enter(now, 1, address(1), 0).is_empty());
+        assert!(room.enter(now, 1, greeted(1, 0)).is_empty());
         let kept = |who| Some((who, holder(Place::Kept)));
         assert!(room.serve(now, kept).is_empty());
         assert_eq!(room.serve(now + Duration::from_secs(2), kept), [1]);

@@ -267,6 +267,24 @@ fn strangers_of_all_kinds_beside_a_source_that_is_far_away() {
     destination.finish().report(0).assert_arrived();
 }
 
+/// It waits for an answer no longer than any source, and half a second and three more is what each that was
+/// there before it may take.
+#[test]
+fn who_is_so_far_away_that_its_turn_comes_too_late_hears_why() {
+    const MANY: usize = 20;
+    let (_destination, address) = destination_that_stays(&[]);
+    let far = long_way(&address, Duration::from_millis(1500));
+    let mut source = source_that_stays(&["--workload=idle"]);
+    let strange = |over: &AtomicBool| strange(&address, Says::Hello, over);
+    flooded_by(MANY, strange, || {
+        source.say(format!("migrate {far}"));
+        let report = source.await_report();
+        assert_eq!((report.text("outcome"), report.text("guest_at")), ("failed", "source"));
+        let error = report.text("error");
+        assert!(error.contains("refused by "), "{error}");
+    });
+}
+
 #[test]
 fn half_open_connections_at_a_destination() {
     assert_destination_stands(&[], |address, over| {

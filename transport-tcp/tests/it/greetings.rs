@@ -261,6 +261,26 @@ fn who_is_far_away_keeps_its_place_until_it_can_have_answered() {
     assert_busy(&mut control, "another migration is being served");
 }
 
+/// It was let in as early as the one that is near, and has begun to wait for an answer not much later.
+#[test]
+fn who_is_far_away_does_not_wait_for_longer_than_who_is_near() {
+    const ROUND_TRIP: Duration = Duration::from_secs(4);
+    let acceptor = acceptor(TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() });
+    // Nobody accepts it, and so it owes nothing.
+    let _holder = greet(&acceptor);
+    let mut far = raw::dial(acceptor.local_addr(), Kind::Control);
+    let mut near = raw::dial(acceptor.local_addr(), Kind::Control);
+    near.write_all(&frame(&hello(0))).unwrap();
+    thread::sleep(ROUND_TRIP);
+    far.write_all(&frame(&hello(0))).unwrap();
+    let mut told = [near, far].map(|mut stream| {
+        assert_eq!(read_refusal(&mut stream).reason, "another migration is being served");
+        Instant::now()
+    });
+    told.sort();
+    assert!(told[1] - told[0] < ROUND_TRIP / 2, "it hears that so much later");
+}
+
 #[test]
 fn a_source_that_leaves_while_it_waits_is_forgotten() {
     let acceptor = acceptor(TcpOptions::default());
@@ -325,23 +345,39 @@ fn strangers_that_greet_and_leave_keep_nobody_out() {
     assert_eq!(accept(&acceptor).0.migration_id(), source.migration_id());
 }
 
+/// Also where IPv4 addresses are written as IPv6, all in one network.
 #[test]
 fn a_crowd_from_one_address_costs_who_comes_from_another_nothing() {
     const ROOM: usize = 64;
-    let acceptor = acceptor(TcpOptions::default());
-    let (_holder, _from) = greet(&acceptor);
-    let (link, to) = accept(&acceptor);
-    let mut crowd: Vec<_> = (0..ROOM).map(|_| stranger(&acceptor, b"")).collect();
-    let mut elsewhere = from_elsewhere(acceptor.local_addr());
-    let id = MigrationId([77; 16]);
-    elsewhere.write_all(&Preamble { id, kind: Kind::Control }.encode()).unwrap();
-    assert_eq!(raw::read_answer(&elsewhere).status, Status::Ok);
-    elsewhere.write_all(&frame(&hello(0))).unwrap();
-    let answer = read_refusal(&mut crowd[0]);
-    assert_eq!(answer.status, Status::Busy);
-    assert_eq!(answer.reason, "another migration is being served, and too many wait");
-    drop((link, to));
-    assert_eq!(accept(&acceptor).0.migration_id(), id);
+    for listening in ["127.0.0.1:0", "[::]:0"] {
+        let acceptor = match TcpAcceptor::bind(listening, TcpOptions::default()) {
+            Ok(acceptor) => acceptor,
+            Err(error) if listening.starts_with('[') => {
+                eprintln!("without IPv6: {error}");
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, acceptor.local_addr().port()));
+        let greets = |id, mut stream: TcpStream| {
+            stream.write_all(&Preamble { id, kind: Kind::Control }.encode()).unwrap();
+            assert_eq!(raw::read_answer(&stream).status, Status::Ok);
+            stream.write_all(&frame(&hello(0))).unwrap();
+            stream
+        };
+        let holder = MigrationId([1; 16]);
+        let _holder = greets(holder, raw::stream(to));
+        let (link, control) = accept(&acceptor);
+        assert_eq!(link.migration_id(), holder);
+        let mut crowd: Vec<_> = (0..ROOM).map(|_| greets(raw::ID, raw::stream(to))).collect();
+        let id = MigrationId([77; 16]);
+        let _elsewhere = greets(id, from_elsewhere(to));
+        let answer = read_refusal(&mut crowd[0]);
+        assert_eq!(answer.status, Status::Busy);
+        assert_eq!(answer.reason, "another migration is being served, and too many wait");
+        drop((link, control));
+        assert_eq!(accept(&acceptor).0.migration_id(), id);
+    }
 }
 
 #[test]
