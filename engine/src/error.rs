@@ -7,7 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::control::convergence::{NEVER, Term};
-use crate::control::protocol::{DecodeError, FailureReason, Incompatibility, Refusal};
+use crate::control::protocol::{DecodeError, FailureReason, Incompatibility, Message, Refusal};
 use crate::machine::{MachineError, MachineOperation};
 use crate::pages::dirty::DirtyError;
 use crate::pages::memory::{LayoutError, OutOfRange};
@@ -233,8 +233,14 @@ impl Error {
         Chain(self)
     }
 
-    /// How this side tells the other one about it.
-    pub(crate) fn reason(&self) -> FailureReason {
+    /// What this side says last because of it; nothing to a peer that has said so itself.
+    pub(crate) fn last_word(&self) -> Option<Message> {
+        let known = matches!(self, Self::PeerFailed { .. } | Self::GivenBack { .. });
+        let text = || self.chain().to_string();
+        (!known).then(|| Message::Failed { reason: self.reason(), text: text() })
+    }
+
+    fn reason(&self) -> FailureReason {
         match self.blame() {
             Blame::PeerMisbehaved => FailureReason::PeerMisbehaved,
             Blame::PeerIncompatible => FailureReason::Incompatible,

@@ -15,6 +15,7 @@
 //! [`partition`] → [`ledger`] → sender → [`transport`] ‖ receiver → [`memory`]. Beside it runs the control
 //! plane: [`protocol`] → [`convergence`] → [`handover`] → [`stats`].
 
+mod blocking;
 mod config;
 mod control;
 pub mod error;

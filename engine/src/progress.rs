@@ -3,15 +3,16 @@
 use std::fmt;
 use std::num::{NonZeroU16, NonZeroU64};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use crossbeam_utils::CachePadded;
 
+use crate::blocking::{Blocked, Blocking, SayLast};
 use crate::control::convergence::{Bound, Forecast, Policy, Settings, Verdict};
 use crate::control::limit::Limiter;
-use crate::control::protocol::Agreement;
+use crate::control::protocol::{Agreement, Message};
 use crate::error::Error;
 use crate::host::caught;
 use crate::machine::{MachineError, MachineOperation};
@@ -230,16 +231,6 @@ pub(crate) fn check_settings(settings: &Settings) -> Result<(), Error> {
 /// Takes events.
 pub(crate) type EventSink = Box<dyn FnMut(&Event) + Send>;
 
-/// A call that only an interrupt can end, and how long it is given before.
-struct Blocked {
-    interrupt: Arc<dyn Interrupt>,
-    grace: Duration,
-}
-
-/// What a send is given to end by itself when somebody cancels: nearly all do at once, and then the
-/// link is there to say why.
-const SEND_GRACE: Duration = Duration::from_millis(50);
-
 /// What the driver and the handles share.
 pub(crate) struct Shared {
     started: Instant,
@@ -255,14 +246,12 @@ pub(crate) struct Shared {
     channels: AtomicU16,
     cancelled: AtomicBool,
     /// Why the guest ended, if it did; taken by whoever ends the migration for it.
-    alarm: Mutex<Option<MachineError>>,
+    alarm: Mutex<Option<Error>>,
     alarmed: AtomicBool,
     /// Whether the peer has failed or left.
     peer_ended: AtomicBool,
     wake: (Sender<()>, Receiver<()>),
-    /// Set while the driver is inside a call that only an interrupt can end.
-    blocked: Mutex<Option<Blocked>>,
-    unblocked: Condvar,
+    blocking: Blocking,
 }
 
 impl Shared {
@@ -282,8 +271,7 @@ impl Shared {
             alarmed: AtomicBool::new(false),
             peer_ended: AtomicBool::new(false),
             wake: bounded(1),
-            blocked: Mutex::new(None),
-            unblocked: Condvar::new(),
+            blocking: Blocking::default(),
         })
     }
 
@@ -291,7 +279,7 @@ impl Shared {
         self.cancelled.store(true, Ordering::SeqCst);
         // Full means that a wake-up is pending already.
         let _ = self.wake.0.try_send(());
-        self.unblock();
+        self.blocking.end(Error::Cancelled.last_word().as_ref());
     }
 
     /// The guest has ended by itself. The first alarm counts.
@@ -300,46 +288,34 @@ impl Shared {
         if self.alarmed.load(Ordering::SeqCst) {
             return;
         }
-        *alarm = Some(cause);
+        let ended = Error::Machine { operation: MachineOperation::Run, cause };
+        let word = ended.last_word();
+        *alarm = Some(ended);
         self.alarmed.store(true, Ordering::SeqCst);
         drop(alarm);
         let _ = self.wake.0.try_send(());
-        self.unblock();
+        self.blocking.end(word.as_ref());
     }
 
     /// Why it is to end before it is through: somebody cancelled, or the guest ended.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.alarmed.load(Ordering::SeqCst)
-            && let Some(cause) = self.alarm.lock().unwrap_or_else(PoisonError::into_inner).take()
+            && let Some(ended) = self.alarm.lock().unwrap_or_else(PoisonError::into_inner).take()
         {
-            return Err(Error::Machine { operation: MachineOperation::Run, cause });
+            return Err(ended);
         }
         if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    /// The peer has failed or left: no call goes on waiting for it.
-    pub(crate) fn end_peer(&self) {
+    /// The peer has failed or left: no call goes on waiting for it. The word is for the peer, before its
+    /// link is interrupted.
+    pub(crate) fn end_peer(&self, word: Option<&Message>) {
         self.peer_ended.store(true, Ordering::SeqCst);
-        self.unblock();
+        self.blocking.end(word);
     }
 
     pub(crate) fn has_peer_ended(&self) -> bool {
         self.peer_ended.load(Ordering::SeqCst)
-    }
-
-    fn unblock(&self) {
-        let blocked = self.blocked.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(grace) = blocked.as_ref().map(|blocked| blocked.grace) else { return };
-        let waited = self.unblocked.wait_timeout_while(blocked, grace, |blocked| blocked.is_some());
-        let (blocked, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if let Some(blocked) = &*blocked {
-            blocked.interrupt.interrupt();
-        }
-    }
-
-    fn set_blocked(&self, blocked: Option<Blocked>) {
-        *self.blocked.lock().unwrap_or_else(PoisonError::into_inner) = blocked;
-        self.unblocked.notify_all();
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
@@ -394,25 +370,29 @@ impl Shared {
     }
 
     /// Runs a call that only an interrupt can end, so that cancelling ends it, and the peer's end
-    /// does: that is [`TransportError::Interrupted`].
+    /// does: that is [`TransportError::Interrupted`]. Who ends it has said the last word, if there is one
+    /// to say, and so it does not succeed any more.
     pub(crate) fn while_blocked<T>(
         &self,
         interrupt: &Arc<dyn Interrupt>,
+        say: Box<SayLast>,
         call: impl FnOnce() -> Result<T, TransportError>,
     ) -> Result<T, Error> {
-        let grace = Duration::ZERO;
-        self.set_blocked(Some(Blocked { interrupt: Arc::clone(interrupt), grace }));
-        // Over before it began: leave the link alone, the peer should be told why it ends.
-        let over = self.check().map(|()| self.has_peer_ended());
-        let result = over.and_then(|over| {
-            caught("the transport", || if over { Err(TransportError::Interrupted) } else { call() })
-        });
-        self.set_blocked(None);
-        let result = result?;
-        if matches!(result, Err(TransportError::Interrupted)) {
+        let result = self.blocking.during(Blocked::Waiting(Arc::clone(interrupt), say), || {
             self.check()?;
+            // Over before it began: leave the link alone, the peer should be told why it ends.
+            if self.has_peer_ended() {
+                return Err(Error::Transport(TransportError::Interrupted));
+            }
+            Ok(caught("the transport", call)??)
+        });
+        if matches!(result, Ok(_) | Err(Error::Transport(TransportError::Interrupted))) {
+            self.check()?;
+            if self.has_peer_ended() {
+                return Err(Error::Transport(TransportError::Interrupted));
+            }
         }
-        Ok(result?)
+        result
     }
 
     /// Runs a send, so that cancelling ends it if it does not end by itself, and the peer's end does.
@@ -421,11 +401,10 @@ impl Shared {
         interrupt: &Arc<dyn Interrupt>,
         send: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let grace = SEND_GRACE;
-        self.set_blocked(Some(Blocked { interrupt: Arc::clone(interrupt), grace }));
-        // Whoever cancels from here on finds it blocked.
-        let result = self.check().and_then(|()| send());
-        self.set_blocked(None);
+        let result = self.blocking.during(Blocked::Sending(Arc::clone(interrupt)), || {
+            // Whoever cancels from here on finds it blocked.
+            self.check().and_then(|()| send())
+        });
         if matches!(result, Err(Error::Transport(TransportError::Interrupted))) {
             self.check()?;
             if self.has_peer_ended() {

@@ -26,7 +26,7 @@ const THREAD_NAME: &str = "ferry-accept";
 
 /// Waits for sources at an RDMA device's address. Serves one migration at a time: of a source that
 /// has greeted ([`RdmaOptions::admission`]). A second one that has waited a second is told to come later. One
-/// that does not answer its *welcome* soon is told so too where another one waits: its link is interrupted,
+/// that does not answer its *welcome* soon is told so too where another one waits: its link is over,
 /// and the other one is next ([`Standing`](pageferry::transport::Standing)).
 ///
 /// Strangers (other programs' requests, sources that leave half-way) are turned away with a warning in

@@ -66,7 +66,7 @@ impl From<&Refusal> for TransportError {
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
     interrupted: AtomicBool,
-    /// Interrupted for the sake of another source.
+    /// Over for the sake of another source.
     displaced: AtomicBool,
     /// Who has turned this source away, and why, once that is known. What fails then fails for this.
     refused: OnceLock<Refusal>,
@@ -113,7 +113,7 @@ impl LinkState {
     /// Ends the link for the sake of another source.
     pub(crate) fn displace(&self) {
         self.displaced.store(true, Ordering::Release);
-        Interrupt::interrupt(self);
+        self.ring();
     }
 
     /// A control frame has come.
@@ -121,7 +121,7 @@ impl LinkState {
         self.standing().hear();
     }
 
-    /// Whether it was interrupted for the sake of another source.
+    /// Whether it is over for the sake of another source.
     pub(crate) fn was_displaced(&self) -> bool {
         self.displaced.load(Ordering::Acquire)
     }
@@ -153,13 +153,16 @@ impl LinkState {
         refusal.into()
     }
 
-    /// Fails once the link was interrupted, this source was turned away, or its device failed.
+    /// Fails once the link was interrupted, its source was turned away, or its device failed.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
         if self.interrupted.load(Ordering::Acquire) {
             return Err(TransportError::Interrupted);
         }
         if let Some(refusal) = self.refused.get() {
             return Err(refusal.into());
+        }
+        if self.was_displaced() {
+            return Err(TransportError::Displaced);
         }
         match self.broken.get() {
             Some(what) => Err(TransportError::Lost {

@@ -22,7 +22,7 @@ const THREAD_NAME: &str = "ferry-accept";
 
 /// Waits for migrations on a port. Serves one migration at a time: of a source that has greeted
 /// ([`TcpOptions::admission`]). A second one that has waited a second is told to come later. One that does
-/// not answer its *welcome* soon is told so too where another one waits: its link is interrupted, and the
+/// not answer its *welcome* soon is told so too where another one waits: its link is over, and the
 /// other one is next ([`Standing`](pageferry::transport::Standing)).
 ///
 /// Strangers on the port (scanners, health checks, garbage) are turned away in words, with a warning in

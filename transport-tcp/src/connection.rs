@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::stream::StreamError;
 use pageferry::transport::{Interrupt, Place, Standing, TransportError, ZeroCopyCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -46,14 +45,14 @@ pub(crate) fn until(deadline: Instant) -> Timespec {
 pub(crate) enum Ending {
     /// The destination has turned this source away.
     Refused { by: SocketAddr, reason: String },
-    /// The other side's control frames are none.
-    Malformed(StreamError),
+    /// At the destination: this source has lost its place to another one.
+    Displaced,
 }
 
 impl From<&Ending> for TransportError {
     fn from(ending: &Ending) -> Self {
         match ending {
-            Ending::Malformed(error) => (*error).into(),
+            Ending::Displaced => Self::Displaced,
             Ending::Refused { by, reason } => {
                 Self::Refused { address: by.to_string(), reason: reason.clone() }
             }
@@ -108,16 +107,30 @@ impl LinkState {
         lock(&self.standing).place(Instant::now())
     }
 
+    /// The link is over; the first cause of that.
+    fn end(&self, why: Ending) -> TransportError {
+        self.ending.get_or_init(|| why).into()
+    }
+
     /// Ends the link for the sake of another source, and says so to this one: who has the place has only
     /// its control connection.
     pub(crate) fn displace(&self) {
         let reason = "no answer to the welcome, and another source waits".to_owned();
         let told = refusal(&Answer { status: Status::Busy, reason });
+        self.end(Ending::Displaced);
         for connection in lock(&self.connections).iter().filter_map(Weak::upgrade) {
             // Should a frame be half out it is cut short, for somebody who does not read either.
             let _ = connection.send(&told, SendFlags::DONTWAIT);
         }
-        self.interrupt();
+        self.shut_down();
+    }
+
+    /// Wakes everyone up, for whom [`Self::check`] fails from now on.
+    fn shut_down(&self) {
+        for connection in lock(&self.connections).iter().filter_map(Weak::upgrade) {
+            connection.shutdown(Shutdown::Both);
+        }
+        (self.wake)();
     }
 
     /// Guest memory is registered.
@@ -153,10 +166,7 @@ impl LinkState {
 impl Interrupt for LinkState {
     fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Release);
-        for connection in lock(&self.connections).iter().filter_map(Weak::upgrade) {
-            connection.shutdown(Shutdown::Both);
-        }
-        (self.wake)();
+        self.shut_down();
     }
 }
 
@@ -220,7 +230,7 @@ impl Connection {
 
     /// The link is over; the first cause of that.
     pub(crate) fn end_link(&self, why: Ending) -> TransportError {
-        self.link.ending.get_or_init(|| why).into()
+        self.link.end(why)
     }
 
     /// A control frame has come.

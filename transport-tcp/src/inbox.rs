@@ -4,13 +4,13 @@ use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::sync::{Arc, Mutex};
 
-use pageferry::transport::stream::StreamError;
+use pageferry::transport::stream::StreamError::FrameLength;
 use pageferry::transport::{MAX_FRAME_BYTES, TransportError};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::RecvFlags;
 
 use crate::connection::{Connection, Ending, lock};
-use crate::framing::{LENGTH_BYTES, refusal};
+use crate::framing::LENGTH_BYTES;
 use crate::preamble::{ANSWER_BYTES, Answer, Status};
 
 pub(crate) const RECEIVING: &str = "receive a control frame";
@@ -42,6 +42,8 @@ struct Arriving {
     frame: Vec<u8>,
     /// Bytes there of length and frame together.
     filled: usize,
+    /// The length of what is no frame: nothing more is read. This side can still say so.
+    malformed: Option<u32>,
 }
 
 impl Inbox {
@@ -81,6 +83,9 @@ impl Inbox {
     /// Reads the next frame, as far as it is there.
     fn read(&self, arriving: &mut Arriving) -> Result<Option<Vec<u8>>, TransportError> {
         let connection = &self.connection;
+        if let Some(length) = arriving.malformed {
+            return Err(FrameLength(length).into());
+        }
         loop {
             match connection.receive(arriving.room(), RecvFlags::DONTWAIT) {
                 Ok(0) if arriving.filled == 0 && !connection.is_lost() => {
@@ -93,10 +98,10 @@ impl Inbox {
                 Err(errno) => return Err(connection.failed(RECEIVING, errno.into())),
             }
             if arriving.filled == LENGTH_BYTES {
-                arriving.prepare(self.side).map_err(|why| self.break_off(why))?;
+                arriving.prepare(self.side)?;
             }
             if arriving.filled == LENGTH_BYTES + arriving.frame.len() {
-                let frame = self.take(arriving).map_err(|why| self.break_off(why))?;
+                let frame = self.take(arriving)?;
                 connection.note_heard();
                 return Ok(Some(frame));
             }
@@ -104,7 +109,7 @@ impl Inbox {
     }
 
     /// The frame that is whole; or why it is none, but the end.
-    fn take(&self, arriving: &mut Arriving) -> Result<Vec<u8>, Ending> {
+    fn take(&self, arriving: &mut Arriving) -> Result<Vec<u8>, TransportError> {
         arriving.filled = 0;
         let frame = std::mem::take(&mut arriving.frame);
         if arriving.length != [0; LENGTH_BYTES] {
@@ -113,30 +118,14 @@ impl Inbox {
         let answer = frame.first_chunk().map(Answer::decode);
         match answer {
             Some(Ok(Answer { status, reason })) if status != Status::Ok => {
-                Err(Ending::Refused { by: self.connection.peer(), reason })
+                let by = self.connection.peer();
+                // Before the connection is shut: who sends meanwhile fails for this, and not for that.
+                let refused = self.connection.end_link(Ending::Refused { by, reason });
+                self.connection.shutdown(Shutdown::Both);
+                Err(refused)
             }
-            _ => Err(Ending::Malformed(StreamError::FrameLength(0))),
+            _ => Err(arriving.break_off(0)),
         }
-    }
-
-    /// Nothing more is received, or sent.
-    fn break_off(&self, why: Ending) -> TransportError {
-        let farewell = match (&why, self.side) {
-            (Ending::Malformed(error), Side::Destination) => Some(error.to_string()),
-            _ => None,
-        };
-        // Before the connection is shut: who sends meanwhile fails for this, and not for that.
-        let error = self.connection.end_link(why);
-        let Some(reason) = farewell else {
-            self.connection.shutdown(Shutdown::Both);
-            return error;
-        };
-        let told = refusal(&Answer { status: Status::Malformed, reason });
-        // Should a frame be half out it is cut short, for somebody who does not keep to them either.
-        let _ = self.connection.send(&told, SendFlags::DONTWAIT);
-        // What it still sends is read when the link is closed: unread, it would reset the connection.
-        self.connection.shutdown(Shutdown::Write);
-        error
     }
 }
 
@@ -151,14 +140,19 @@ impl Arriving {
     }
 
     /// Makes room for the frame once its length is known.
-    fn prepare(&mut self, side: Side) -> Result<(), Ending> {
+    fn prepare(&mut self, side: Side) -> Result<(), TransportError> {
         let announced = u32::from_le_bytes(self.length);
         let length = match usize::try_from(announced) {
             Ok(0) if side == Side::Source => ANSWER_BYTES,
             Ok(length @ 1..=MAX_FRAME_BYTES) => length,
-            _ => return Err(Ending::Malformed(StreamError::FrameLength(announced))),
+            _ => return Err(self.break_off(announced)),
         };
         self.frame = vec![0; length];
         Ok(())
+    }
+
+    fn break_off(&mut self, length: u32) -> TransportError {
+        self.malformed = Some(length);
+        FrameLength(length).into()
     }
 }

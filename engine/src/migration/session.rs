@@ -135,28 +135,36 @@ impl<R: Send + 'static> Session<R> {
     /// Sends a message, behind all that was sent before. Cancelling ends the wait for a link that
     /// does not take it, and then the link.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), Error> {
-        let (talk, timeout) = (Arc::clone(&self.control), self.send_timeout);
-        let (shared, interrupt) = (Arc::clone(&self.shared), Arc::clone(&self.interrupt));
         self.take_outlet()?;
-        shared.while_sending(&interrupt, || talk.put(message, timeout))
+        let put = || self.control.put(message, self.send_timeout);
+        self.shared.while_sending(&self.interrupt, put)
     }
 
     /// As [`send`](Self::send), past the point where cancelling means anything.
     pub(crate) fn send_committed(&mut self, message: &Message) -> Result<(), Error> {
-        self.put_within(message, self.send_timeout)
+        self.outlet_within(self.send_timeout)?;
+        self.control.put(message, self.send_timeout)
     }
 
-    /// Sends this side's last word, if the link takes it soon.
-    pub(crate) fn send_last(&mut self, message: &Message) -> Result<(), Error> {
-        self.put_within(message, LAST_WORDS)
+    /// Tells the peer why it ends here, unless it knows better.
+    pub(crate) fn tell(&mut self, error: &Error) {
+        if let Some(word) = error.last_word() {
+            self.say_last(&word);
+        }
     }
 
-    fn put_within(&mut self, message: &Message, timeout: Duration) -> Result<(), Error> {
-        let talk = Arc::clone(&self.control);
-        let patience = Patience::now("the transport to send", timeout);
-        self.wait_for_outlet(patience, &never())?;
-        self.outlet()?;
-        talk.put(message, timeout)
+    /// Says this side's last word, if the link takes it soon and nobody has said one.
+    pub(crate) fn say_last(&mut self, word: &Message) {
+        let said =
+            self.outlet_within(LAST_WORDS).and_then(|()| self.control.put_last(word, LAST_WORDS));
+        if let Err(unheard) = said {
+            tracing::debug!(error = %unheard.chain(), "the other side could not be told");
+        }
+    }
+
+    fn outlet_within(&mut self, timeout: Duration) -> Result<(), Error> {
+        self.wait_for_outlet(Patience::now("the transport to send", timeout), &never())?;
+        self.outlet()
     }
 
     /// Sends messages by a thread of their own: the driver goes on, however long the link takes. Why
@@ -271,13 +279,15 @@ impl<R: Send + 'static> Session<R> {
     }
 
     /// Runs a call that waits for the peer in the transport's own way. It ends when somebody
-    /// cancels, and when the peer fails or leaves: that is the error then, and the link is of no
-    /// more use.
+    /// cancels, and when the peer fails or leaves: that is the error then, the peer was told, and
+    /// the link is of no more use.
     pub(crate) fn wait_in<T>(
         &mut self,
         call: impl FnOnce() -> Result<T, TransportError>,
     ) -> Result<T, Error> {
-        let result = self.shared.while_blocked(&self.interrupt, call);
+        let control = Arc::clone(&self.control);
+        let say = Box::new(move |word: &Message, timeout| control.put_last(word, timeout));
+        let result = self.shared.while_blocked(&self.interrupt, say, call);
         let interrupted = matches!(result, Err(Error::Transport(TransportError::Interrupted)));
         if !(interrupted && self.shared.has_peer_ended()) {
             return result;
@@ -367,10 +377,11 @@ impl<R> Witness<R> {
     }
 
     fn report(&self, feed: &Sender<Input<R>>, panic: Error) {
+        let word = panic.last_word();
         // Without a driver nobody wants to know.
         let _ = feed.send(Input::Panicked(panic));
         // Nobody waits in a call for what that thread was to do.
-        self.shared.end_peer();
+        self.shared.end_peer(word.as_ref());
     }
 }
 
@@ -403,12 +414,16 @@ fn listen<R>(
             Ok(frame) => talk.hear(&frame).map_or_else(Input::ControlEnded, Input::Message),
             Err(error) => Input::ControlEnded(Error::Transport(error)),
         };
+        let word = match &input {
+            Input::ControlEnded(error) => error.last_word(),
+            _ => None,
+        };
         let ended = matches!(input, Input::ControlEnded(_));
         let failed = matches!(input, Input::Message(Message::Failed { .. }));
         let heard = feed.send(input).is_ok();
         if ended || failed {
             // Who is in a call finds the reason in the queue.
-            shared.end_peer();
+            shared.end_peer(word.as_ref());
         }
         if ended || !heard {
             return;
@@ -427,32 +442,28 @@ mod tests {
     use super::*;
     use crate::testing::memory_transport;
     use crate::threads::StdThreads;
-    use crate::transport::{ControlSender, Link};
+    use crate::transport::Link;
 
     type Wait = fn(&mut Session<u32>, Patience) -> Result<Item<u32>, Error>;
 
-    /// A session over a link whose other end takes frames, and what that says.
-    fn session() -> (Session<u32>, Box<dyn ControlSender>, impl Sized) {
+    /// A session, and the other end of its link.
+    fn session() -> (Session<u32>, ControlChannel, impl Sized) {
         let (mut source, mut destination) = memory_transport::pair();
-        let (control, interrupter) = (source.control().unwrap(), source.interrupter());
-        let ControlChannel { sender, receiver: mut theirs } = destination.control().unwrap();
-        std::thread::spawn(move || while theirs.receive(None).is_ok() {});
-        let spawn = Arc::new(StdThreads);
         let opened = Session::open(
             Side::Source,
-            control,
-            interrupter,
-            spawn,
+            source.control().unwrap(),
+            source.interrupter(),
+            Arc::new(StdThreads),
             Shared::new(),
             Duration::from_secs(9),
             None,
         );
-        (opened.unwrap(), sender, destination)
+        (opened.unwrap(), destination.control().unwrap(), destination)
     }
 
     #[test]
     fn who_never_stops_talking_does_not_hold_a_driver() {
-        let (mut session, _sender, _destination) = session();
+        let (mut session, _theirs, _destination) = session();
         let feed = session.feed();
         for wait in [Session::next as Wait, Session::next_committed] {
             let patience = Patience::now("silence", Duration::from_millis(20));
@@ -475,11 +486,29 @@ mod tests {
             (Message::Pong { number: 1 }.encode(), "it sent pong at the stage silence"),
             (vec![255], "the peer misbehaved"),
         ] {
-            let (mut session, mut sender, _destination) = session();
-            sender.send(&said, Duration::from_secs(9)).unwrap();
+            let (mut session, mut theirs, _destination) = session();
+            theirs.sender.send(&said, Duration::from_secs(9)).unwrap();
             // As a send finds it that was interrupted for that.
             let error = session.explain(Error::Transport(TransportError::Closed));
             assert!(error.chain().to_string().contains(expected), "{error:?}");
         }
+    }
+    #[test]
+    fn who_has_said_the_last_word_goes_on_with_nothing_and_says_it_once() {
+        let (mut session, mut theirs, _destination) = session();
+        let wait = Some(Duration::from_secs(9));
+        let error = session.wait_in(|| {
+            theirs.sender.send(&[255], Duration::from_secs(9)).unwrap();
+            let told = Message::decode(&theirs.receiver.receive(wait).unwrap()).unwrap();
+            assert!(matches!(told, Message::Failed { .. }), "{told:?}");
+            // As a call that ends well at the same moment.
+            Ok(())
+        });
+        let error = error.expect_err("the last word is out");
+        assert!(matches!(error, Error::PeerMisbehaved(_)), "{error:?}");
+        session.tell(&error);
+        drop(session);
+        let end = theirs.receiver.receive(wait);
+        assert!(matches!(end, Err(TransportError::Closed)), "{end:?}");
     }
 }

@@ -164,6 +164,9 @@ pub enum TransportError {
         /// How long it was tried.
         after: Duration,
     },
+    /// At the destination: the source has lost its place to another one.
+    #[error("displaced: it did not answer its welcome, and another source waited")]
+    Displaced,
     /// [`Interrupt::interrupt`] was called.
     #[error("interrupted")]
     Interrupted,
@@ -263,6 +266,9 @@ pub trait ControlReceiver: Send {
     /// Waits for the next frame, at most `timeout` (`None`: until the link ends). After
     /// [`TransportError::TimedOut`] the call may be repeated and no byte is lost.
     /// [`TransportError::Closed`] says that the other side dropped its half in order.
+    ///
+    /// Where what comes is no frame ([`TransportError::Malformed`], [`TransportError::Violation`]) nothing
+    /// more does, and the sender still sends: this side's last word says why it goes no further.
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError>;
 }
 

@@ -2,6 +2,7 @@
 //! every kind of trouble, and with machines that refuse.
 
 mod channels;
+mod opening;
 mod scene;
 #[path = "../support/mod.rs"]
 mod support;

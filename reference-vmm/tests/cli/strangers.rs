@@ -10,8 +10,8 @@ use pageferry_tcp::preamble::{Kind, Preamble, Status};
 use rustix::process::Signal;
 
 use crate::support::peer::{
-    Noise, Opened, dial, hello, let_in, read_answer, read_refusal, receive, send, try_open,
-    welcomed,
+    Noise, Opened, dial, hello, let_in, listen, ok_answer, read_answer, read_refusal, receive,
+    send, take, try_open, welcomed,
 };
 use crate::support::process::Process;
 use crate::support::sides::{destination, source, under_way, under_way_to};
@@ -76,7 +76,7 @@ fn a_second_source_while_one_is_served() {
 }
 
 /// A real source comes after all of them; the time that it may take.
-fn assert_serves(mut destination: Process, address: &str) {
+fn assert_serves(destination: &mut Process, address: &str) {
     let mut source = source(&[]);
     let began = Instant::now();
     source.say(format!("migrate {address}"));
@@ -104,7 +104,7 @@ fn strangers_that_leave_at_every_step_before_a_guest_is_on_its_way() {
     // It has been promised that its guest is waited for.
     drop(welcomed(&address, 2));
     destination.await_message("no guest came from 127.0.0.1:");
-    assert_serves(destination, &address);
+    assert_serves(&mut destination, &address);
 }
 
 #[test]
@@ -114,21 +114,23 @@ fn a_source_that_fails_before_its_guest_is_on_its_way() {
     let text = "no more cheese".to_owned();
     send(&mut failed, &Message::Failed { reason: FailureReason::Host, text }.encode());
     destination.await_message("no more cheese");
-    assert_serves(destination, &address);
+    assert_serves(&mut destination, &address);
 }
 
 #[test]
 fn strangers_that_are_let_in_and_say_nothing() {
-    let (destination, address) = destination(&[]);
+    let (mut destination, address) = destination(&[]);
     let _silent: Vec<_> = (0..30).map(|_| let_in(&address)).collect();
-    assert_serves(destination, &address);
+    assert_serves(&mut destination, &address);
 }
 
 #[test]
 fn strangers_that_greet_and_say_nothing_more() {
-    let (destination, address) = destination(&[]);
+    let (mut destination, address) = destination(&[]);
     let _silent = welcomed(&address, 2);
-    assert_serves(destination, &address);
+    assert_serves(&mut destination, &address);
+    let why = "displaced: it did not answer its welcome, and another source waited";
+    assert!(destination.await_message("no guest came from 127.0.0.1:").contains(why));
 }
 
 /// Whose guest is on its way: the destination has heard of the first round.
@@ -148,7 +150,37 @@ fn a_stranger_that_breaks_the_protocol_in_a_round() {
     let mut stranger = in_a_round(&address);
     send(&mut stranger.control, &Message::Round { round: 1, dirty_pages: 9 }.encode());
     destination.await_message("no guest came from 127.0.0.1:");
-    assert_serves(destination, &address);
+    assert_serves(&mut destination, &address);
+}
+
+/// No frame is so long.
+fn misuse(control: &mut TcpStream) {
+    control.write_all(&u32::MAX.to_le_bytes()).expect("write a length");
+    let Message::Failed { reason, text } = receive(control) else { panic!("it goes on") };
+    assert_eq!(reason, FailureReason::PeerMisbehaved);
+    assert!(text.contains("control frame of 4294967295 bytes"), "{text}");
+}
+
+#[test]
+fn a_source_whose_frames_are_none_is_told_so() {
+    let (mut destination, address) = destination(&[]);
+    misuse(&mut welcomed(&address, 2));
+    misuse(&mut in_a_round(&address).control);
+    assert_serves(&mut destination, &address);
+}
+
+#[test]
+fn a_destination_whose_frames_are_none_is_told_so() {
+    let (listener, address) = listen();
+    let mut source = source(&[]);
+    let beats = source.beats();
+    source.say(format!("migrate {address}"));
+    let mut control = take(&listener);
+    control.write_all(&ok_answer()).expect("write the answer");
+    assert!(matches!(receive(&mut control), Message::Hello(_)));
+    misuse(&mut control);
+    let why = ["control frame of 4294967295 bytes"];
+    source.finish().report(1).assert_kept("failed", &why, beats);
 }
 
 /// A source, as far as anybody can tell: who waits for its guest is told that it does not come.

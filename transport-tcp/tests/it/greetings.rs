@@ -227,14 +227,19 @@ fn who_comes_while_another_one_keeps_its_place_is_told_so() {
 fn who_does_not_answer_its_welcome_gives_way_to_who_waits() {
     let acceptor = acceptor(TcpOptions::default());
     let (stranger, mut from_stranger) = greet(&acceptor);
-    let (link, mut to) = accept(&acceptor);
+    let (mut link, mut to) = accept(&acceptor);
     assert_eq!(link.migration_id(), stranger.migration_id());
     to.sender.send(b"welcome", PATIENCE).unwrap();
     assert_eq!(from_stranger.receiver.receive(Some(PATIENCE)).unwrap(), b"welcome");
     let (first, _from_first) = greet(&acceptor);
     let (second, _from_second) = greet(&acceptor);
-    let error = to.receiver.receive(Some(PATIENCE)).unwrap_err();
-    assert!(matches!(error, TransportError::Interrupted), "{error}");
+    for error in [
+        to.receiver.receive(Some(PATIENCE)).unwrap_err(),
+        to.sender.send(b"more", PATIENCE).unwrap_err(),
+        link.register(&guest_memory(&[1])).unwrap_err(),
+    ] {
+        assert!(matches!(error, TransportError::Displaced), "{error}");
+    }
     assert_busy(&mut from_stranger, "no answer to the welcome, and another source waits");
     drop((link, to));
     for source in [first, second] {

@@ -157,15 +157,19 @@ impl Conversation {
         self.stage
     }
 
+    /// Whether a side has said its last word.
+    pub fn has_ended(&self, by: Side) -> bool {
+        match by {
+            Side::Source => self.source_ended,
+            Side::Destination => self.destination_ended,
+        }
+    }
+
     /// Takes note of a message, unless it has no place here: then nothing changes.
     pub fn take(&mut self, by: Side, message: &Message) -> Result<(), Refusal> {
         let (kind, stage) = (message.kind(), self.stage);
         let refusal = |why| Refusal { kind, by, stage, why };
-        let ended = match by {
-            Side::Source => self.source_ended,
-            Side::Destination => self.destination_ended,
-        };
-        if ended {
+        if self.has_ended(by) {
             return Err(refusal(Why::Ended));
         }
         let next = follows(kind, by, stage).ok_or_else(|| refusal(Why::Stage))?;

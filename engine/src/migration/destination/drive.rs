@@ -116,7 +116,7 @@ pub(super) fn negotiate(
             })
         }
         Err(error) => {
-            tell(&mut session, &error);
+            session.tell(&error);
             session.close();
             Err(error)
         }
@@ -137,17 +137,6 @@ fn hear(
     Ok((hello, agreement, welcome))
 }
 
-/// Tells the source what went wrong here, unless it knows better.
-fn tell(session: &mut Session<ReceiverReport>, error: &Error) {
-    if matches!(error, Error::PeerFailed { .. }) {
-        return;
-    }
-    let told = Message::Failed { reason: error.reason(), text: error.chain().to_string() };
-    if let Err(unheard) = session.send_last(&told) {
-        tracing::debug!(error = %unheard.chain(), "the source could not be told");
-    }
-}
-
 impl Drive {
     pub(super) fn layout(&self) -> &Layout {
         &self.hello.layout
@@ -163,9 +152,7 @@ impl Drive {
 
     pub(super) fn decline(mut self, reason: &str) {
         let told = Message::Failed { reason: FailureReason::Declined, text: reason.to_owned() };
-        if let Err(unheard) = self.session.send_last(&told) {
-            tracing::debug!(error = %unheard.chain(), "the source could not be told");
-        }
+        self.session.say_last(&told);
         self.session.close();
     }
 
@@ -411,7 +398,7 @@ impl Drive {
             Ok(()) => {}
             // It may have run: the guest is ours, and not for the source to resume.
             Err(panic @ Error::Panicked { .. }) => {
-                tell(&mut self.session, &panic);
+                self.session.tell(&panic);
                 return Err(panic);
             }
             Err(error) => return Err(self.give_back(machine, error)),
@@ -457,14 +444,14 @@ impl Drive {
         match self.handover.state() {
             DestinationState::Uncertain => {
                 // A source that has not committed yet keeps its guest then.
-                tell(&mut self.session, &error);
+                self.session.tell(&error);
                 let error = Error::UncertainDestination(Box::new(error));
                 Err((error, GuestAtDestination::Uncertain))
             }
             DestinationState::GaveBack => Err((error, GuestAtDestination::GivenBack)),
             DestinationState::Owner => Err((error, GuestAtDestination::Unresumed)),
             _ => {
-                tell(&mut self.session, &error);
+                self.session.tell(&error);
                 Err((error, GuestAtDestination::AtSource))
             }
         }

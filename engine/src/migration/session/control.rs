@@ -2,7 +2,7 @@
 //! protocol.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::control::protocol::{Conversation, DecodeError, Incompatibility, Message, Side};
@@ -48,6 +48,11 @@ impl Control {
         self.put_if(|| true, message, timeout)
     }
 
+    /// Says this side's last word, unless that was said.
+    pub(super) fn put_last(&self, word: &Message, timeout: Duration) -> Result<(), Error> {
+        self.put_if(|| !self.conversation().has_ended(self.side), word, timeout)
+    }
+
     /// Says that this side lives, if its driver is busy.
     pub(super) fn show_life(&self) -> Result<(), Error> {
         let is_busy = || self.busy.load(Ordering::SeqCst);
@@ -76,10 +81,13 @@ impl Control {
         Ok(())
     }
 
+    fn conversation(&self) -> MutexGuard<'_, Conversation> {
+        self.conversation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes what this side is about to say, and gives its bytes.
     fn say(&self, message: &Message) -> Result<Vec<u8>, Error> {
-        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(refusal) = conversation.take(self.side, message) {
+        if let Err(refusal) = self.conversation().take(self.side, message) {
             tracing::error!(%refusal, "this side was about to break the protocol");
             debug_assert!(false, "about to say {refusal}");
             return Err(Error::Internal("it was about to break the protocol"));
@@ -103,8 +111,7 @@ impl Control {
             Side::Source => Side::Destination,
             Side::Destination => Side::Source,
         };
-        let mut conversation = self.conversation.lock().unwrap_or_else(PoisonError::into_inner);
-        conversation.take(peer, &message).map_err(Error::UnexpectedMessage)?;
+        self.conversation().take(peer, &message).map_err(Error::UnexpectedMessage)?;
         Ok(message)
     }
 }

@@ -296,12 +296,7 @@ impl Drive<'_> {
         // The guest first: it has stood still long enough.
         let guest = if was_stopped { self.take_back(machine) } else { GuestAtSource::Running };
         let error = self.session.explain(error);
-        if !matches!(error, Error::PeerFailed { .. } | Error::GivenBack { .. }) {
-            let told = Message::Failed { reason: error.reason(), text: error.chain().to_string() };
-            if let Err(unheard) = self.session.send_last(&told) {
-                tracing::debug!(error = %unheard.chain(), "the destination could not be told");
-            }
-        }
+        self.session.tell(&error);
         if matches!(guest, GuestAtSource::Running) {
             self.tell(&Event::GuestKept);
         }
