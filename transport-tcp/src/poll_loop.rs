@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use pageferry::transport::{WaitingRoom, first_of_the_most};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 use socket2::Socket;
 
 use crate::board::{Bell, Board, Incoming, Newcomer, Unwanted};
@@ -21,6 +22,9 @@ const LONGEST_PREAMBLE: Duration = Duration::from_secs(60 * 60);
 /// of those from one address, from the one that has most: a peer of ours says it at once, or within a
 /// round trip.
 const MAX_HALF_OPEN: usize = 512;
+/// Of the descriptors that the process may have, what connections of either of the two kinds may hold at most:
+/// a half is left for the host, and for a migration.
+const SHARE_OF_DESCRIPTORS: u64 = 4;
 /// Most bytes of greetings that are arriving, and as many of those that wait. With more, the oldest goes.
 const MAX_GREETINGS_BYTES: usize = 8 << 20;
 /// Most sources that have greeted and wait for their place. Each is a connection.
@@ -39,6 +43,7 @@ pub(crate) struct PollLoop {
     options: TcpOptions,
     /// Oldest first.
     half_open: Vec<HalfOpen>,
+    most_half_open: usize,
     /// Have greeted.
     waiting: WaitingRoom<Newcomer>,
     rests_until: Option<Instant>,
@@ -51,9 +56,17 @@ impl PollLoop {
         board: Arc<Board>,
         options: TcpOptions,
     ) -> Self {
-        let half_open = Vec::new();
-        let waiting = WaitingRoom::new(MAX_WAITING, MAX_GREETINGS_BYTES);
-        Self { listener, bell, board, options, half_open, waiting, rests_until: None }
+        let share = share_of_descriptors();
+        Self {
+            listener,
+            bell,
+            board,
+            options,
+            half_open: Vec::new(),
+            most_half_open: MAX_HALF_OPEN.min(share),
+            waiting: WaitingRoom::new(MAX_WAITING.min(share), MAX_GREETINGS_BYTES),
+            rests_until: None,
+        }
     }
 
     /// Runs until the board is stopped.
@@ -163,7 +176,22 @@ impl PollLoop {
     }
 
     fn turn_away(&mut self, unwanted: Unwanted) {
+        if self.half_open.len() >= self.most_half_open
+            && let Some(at) = self.first_refused()
+        {
+            self.half_open.remove(at);
+        }
         self.half_open.push(HalfOpen::refuse(unwanted, &self.board.warnings));
+    }
+
+    /// One more is half open.
+    fn enter(&mut self, half_open: HalfOpen) {
+        while self.half_open.len() >= self.most_half_open {
+            let from = self.half_open.iter().map(|half_open| half_open.incoming.peer);
+            let first = self.first_refused().or_else(|| first_of_the_most(from));
+            self.close(first.unwrap_or(0));
+        }
+        self.half_open.push(half_open);
     }
 
     /// Turns one away that is half open.
@@ -172,14 +200,35 @@ impl PollLoop {
         self.half_open.extend(refused);
     }
 
-    /// Who goes first, where there are too many.
-    fn first_to_go(&self) -> usize {
-        // Those that are only being told why they were refused.
-        if let Some(at) = self.half_open.iter().position(HalfOpen::is_refused) {
-            return at;
+    /// Closes one that is half open, which is told why. Not as [`Self::evict`], where it keeps its descriptor
+    /// until it has had time to read that.
+    fn close(&mut self, at: usize) {
+        let refused = self.half_open.remove(at).expire(Expiry::Crowded, &self.board.warnings);
+        // What is unread would reset the connection, and the answer with it.
+        refused.map(HalfOpen::discard);
+    }
+
+    /// The first of those that are only being told why they were refused.
+    fn first_refused(&self) -> Option<usize> {
+        self.half_open.iter().position(HalfOpen::is_refused)
+    }
+
+    /// Closes a connection for the sake of another one, for which there is no descriptor: whose claim is the
+    /// least, whether it has greeted or not. Whether there was any.
+    fn let_go(&mut self) -> bool {
+        let half_open = self.half_open.iter().map(|half_open| half_open.incoming.peer);
+        let from = half_open.chain(self.waiting.from());
+        let Some(at) = self.first_refused().or_else(|| first_of_the_most(from)) else {
+            return false;
+        };
+        match at.checked_sub(self.half_open.len()) {
+            None => self.close(at),
+            Some(at) => {
+                let crowded = self.waiting.remove(at).map(|it| Unwanted::crowded(it.incoming));
+                crowded.map(|it| HalfOpen::refuse(it, &self.board.warnings).discard());
+            }
         }
-        let from = self.half_open.iter().map(|half_open| half_open.incoming.peer);
-        first_of_the_most(from).unwrap_or(0)
+        true
     }
 
     fn accept(&mut self) {
@@ -192,6 +241,11 @@ impl PollLoop {
                         // The connection ended before it was taken: nothing to do with the
                         // listener (see accept(2)).
                         Some(Errno::CONNABORTED | Errno::INTR | Errno::PROTO) => continue,
+                        Some(Errno::MFILE | Errno::NFILE) if self.let_go() => {
+                            let why = format_args!("made room for a connection: {error}");
+                            self.board.warnings.warn("unknown", why);
+                            continue;
+                        }
                         _ => {
                             let why = format_args!("failed to accept a connection: {error}");
                             self.board.warnings.warn("unknown", why);
@@ -211,11 +265,14 @@ impl PollLoop {
                 self.board.warnings.warn(peer, why);
                 continue;
             }
-            if self.half_open.len() >= MAX_HALF_OPEN {
-                self.evict(self.first_to_go());
-            }
             let deadline = Instant::now() + self.options.preamble_timeout.min(LONGEST_PREAMBLE);
-            self.half_open.push(HalfOpen::new(Incoming::new(socket, peer), deadline));
+            self.enter(HalfOpen::new(Incoming::new(socket, peer), deadline));
         }
     }
+}
+
+/// As many connections as may be of one kind.
+fn share_of_descriptors() -> usize {
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(most / SHARE_OF_DESCRIPTORS).unwrap_or(usize::MAX).max(1)
 }

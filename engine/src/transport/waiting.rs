@@ -72,11 +72,21 @@ impl<T> WaitingRoom<T> {
         self.waiting.push(Waits { who, from, greeting_bytes: bytes, turn });
         let mut gone = Vec::new();
         while (self.waiting.len() > self.most || self.bytes() > self.most_bytes)
-            && let Some(at) = first_of_the_most(self.waiting.iter().map(|waits| waits.from))
+            && let Some(at) = first_of_the_most(self.from())
         {
             gone.push(self.waiting.remove(at).who);
         }
         gone
+    }
+
+    /// From where they are, in the order in which they have come.
+    pub fn from(&self) -> impl Iterator<Item = SocketAddr> {
+        self.waiting.iter().map(|waits| waits.from)
+    }
+
+    /// One of them goes: who came as that one of [`Self::from`].
+    pub fn remove(&mut self, at: usize) -> Option<T> {
+        (at < self.waiting.len()).then(|| self.waiting.remove(at).who)
     }
 
     fn bytes(&self) -> usize {
@@ -216,5 +226,10 @@ mod tests {
         assert!(room.serve(now, kept).is_empty());
         assert_eq!(room.serve(now + Duration::from_secs(2), kept), [1]);
         assert_eq!(room.empty().count(), 0);
+        let mut room = WaitingRoom::new(64, 100);
+        for who in 1..4 {
+            assert!(room.enter(now, who, greeted(1, 0)).is_empty());
+        }
+        assert_eq!((room.remove(3), room.remove(1), room.from().count()), (None, Some(2), 2));
     }
 }

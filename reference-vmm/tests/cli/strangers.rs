@@ -2,19 +2,20 @@
 //! nobody.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use pageferry::protocol::{FailureReason, Hello, Message};
 use pageferry_tcp::preamble::{Kind, Preamble, Status};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::Signal;
 
 use crate::support::peer::{
-    Noise, Opened, dial, hello, let_in, listen, ok_answer, read_answer, read_refusal, receive,
-    send, take, try_open, welcomed,
+    Noise, Opened, control_preamble, dial, frame, hello, let_in, listen, ok_answer, read_answer,
+    read_refusal, receive, send, take, try_open, welcomed,
 };
 use crate::support::process::Process;
-use crate::support::sides::{destination, source, under_way, under_way_to};
+use crate::support::sides::{destination, destination_by, source, under_way, under_way_to};
 
 /// Throws bytes at the port, more than a preamble and less; gives back connections that say
 /// nothing more.
@@ -209,4 +210,54 @@ fn commands_while_a_migration_is_under_way() {
     source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
     destination.signal(Signal::CONT);
     destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
+}
+
+/// A connection from an address that nothing else here has.
+fn from_elsewhere(to: SocketAddr) -> TcpStream {
+    let (family, flags) = (AddressFamily::INET, SocketFlags::CLOEXEC);
+    let socket = socket_with(family, SocketType::STREAM, flags, None).expect("a socket");
+    bind(&socket, &SocketAddr::from(([127, 0, 0, 3], 0))).expect("an address of loopback");
+    connect(&socket, &to).expect("the listener takes it");
+    socket.into()
+}
+
+/// There are more connections than a process may have files: a guest that comes from another address gets in
+/// at its first attempt, and there are descriptors for all that it needs.
+fn assert_few_files_are_enough(said: &[u8]) {
+    const FILES: &str = "--nofile=64:64";
+    /// And no more than a listener keeps until they are accepted.
+    const MANY: usize = 100;
+    /// By default.
+    const A_STRANGER_MAY_BE_SILENT: Duration = Duration::from_secs(5);
+    for transport in ["--transport=tcp", "--transport=auto"] {
+        let program = ["prlimit", FILES, env!("CARGO_BIN_EXE_pageferry-vmm")];
+        let (mut destination, address) = destination_by(&program, &[transport]);
+        let to = address.parse().expect("an address");
+        let _crowd: Vec<_> = (0..MANY)
+            .map(|_| {
+                let mut stream = from_elsewhere(to);
+                // The first ones are turned away while the last ones come.
+                let _ = stream.write_all(said);
+                stream
+            })
+            .collect();
+        let mut source = source(&["--workload=idle", transport]);
+        let began = Instant::now();
+        source.say(format!("migrate {address}"));
+        source.await_report().assert_departed();
+        let took = began.elapsed();
+        assert!(took < A_STRANGER_MAY_BE_SILENT, "after {took:?}");
+        source.finish().assert_status(0);
+        destination.finish().report(0).assert_arrived();
+    }
+}
+
+#[test]
+fn silent_strangers_at_a_destination_that_may_have_few_files() {
+    assert_few_files_are_enough(&[]);
+}
+
+#[test]
+fn strangers_that_greet_at_a_destination_that_may_have_few_files() {
+    assert_few_files_are_enough(&[&control_preamble()[..], &frame(&hello(2))].concat());
 }

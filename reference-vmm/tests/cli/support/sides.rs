@@ -15,15 +15,28 @@ pub(crate) const BUSY: &[&str] = &["--memory=256M", "--working-set=192M", "--bac
 /// A downtime limit that is not met as long as anything is dirty.
 pub(crate) const TIGHT: &[&str] = &["--downtime-limit=1us"];
 
+/// Arguments of what runs what arrives for a moment.
+const FOR_A_MOMENT: &[&str] = &["--run-for", "100ms"];
+
 /// A `receive` that runs what arrives for a moment. With its address.
 pub(crate) fn destination(more: &[&str]) -> (Process, String) {
-    destination_that_stays(&[&["--run-for", "100ms"], more].concat())
+    destination_that_stays(&[FOR_A_MOMENT, more].concat())
 }
 
 /// A `receive` that runs what arrives until it is told to end. With its address.
 pub(crate) fn destination_that_stays(more: &[&str]) -> (Process, String) {
+    listening(&[env!("CARGO_BIN_EXE_pageferry-vmm")], more)
+}
+
+/// As [`destination`], by a program that becomes this one.
+pub(crate) fn destination_by(program: &[&str], more: &[&str]) -> (Process, String) {
+    listening(program, &[FOR_A_MOMENT, more].concat())
+}
+
+fn listening(program: &[&str], more: &[&str]) -> (Process, String) {
     let own = ["receive", "--with-parent", "--json", "--listen", "127.0.0.1:0"];
-    let mut process = Process::start("destination", &[&own, more].concat());
+    let args = [&program[1..], &own, more].concat();
+    let mut process = Process::start_program("destination", program[0], &args);
     let line = process.await_message("listening on ");
     let address = line.trim_start_matches("listening on ").to_owned();
     (process, address)
