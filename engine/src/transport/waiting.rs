@@ -36,7 +36,7 @@ pub struct Greeted {
     pub round_trip: Duration,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Waits<T> {
     who: T,
     from: SocketAddr,
@@ -45,7 +45,7 @@ struct Waits<T> {
 }
 
 /// Who waits.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct WaitingRoom<T> {
     /// In the order in which they have come.
     waiting: Vec<Waits<T>>,
@@ -101,8 +101,9 @@ impl<T> WaitingRoom<T> {
             .collect()
     }
 
-    /// Offers the place to all of them: first to who waits longest of the address that fewest are from. Who
-    /// does not get it comes back from `offer`, with who has it. Gives back who is to come later.
+    /// Offers the place to one after the other, until one does not get it: first to who waits longest of the
+    /// address that fewest are from. Who does not get it comes back from `offer`, with who has it. Gives back
+    /// who is to come later.
     pub fn serve(
         &mut self,
         now: Instant,
@@ -114,11 +115,19 @@ impl<T> WaitingRoom<T> {
         // Stable: of one address they stay as they came.
         by_rank.sort_by_key(|(_, waits)| counts.get(&waits.from.into()).copied());
         let (mut left, mut over) = (Vec::new(), Vec::new());
+        // Should it be given up while others are asked, it is for the first of them.
+        let mut taken = None;
         for (came, Waits { who, from, greeting_bytes, mut turn }) in by_rank {
-            match offer(who) {
-                None => {}
-                Some((who, holder)) if turn.is_over(now, holder) => over.push(who),
-                Some((who, _)) => left.push((came, Waits { who, from, greeting_bytes, turn })),
+            let answer = match taken {
+                Some(holder) => Some((who, holder)),
+                None => offer(who),
+            };
+            let Some((who, holder)) = answer else { continue };
+            taken = Some(holder);
+            if turn.is_over(now, holder) {
+                over.push(who);
+            } else {
+                left.push((came, Waits { who, from, greeting_bytes, turn }));
             }
         }
         left.sort_by_key(|(came, _)| *came);
@@ -145,15 +154,14 @@ mod tests {
         Holder { id: MigrationId([1; 16]), place }
     }
 
-    /// In the order in which they are offered the place.
-    fn order(room: &mut WaitingRoom<u32>) -> Vec<u32> {
-        let mut offered = Vec::new();
-        let over = room.serve(Instant::now(), |who| {
-            offered.push(who);
-            Some((who, holder(Place::Open)))
+    /// In the order in which they get the place.
+    fn order(room: &WaitingRoom<u32>) -> Vec<u32> {
+        let mut order = Vec::new();
+        room.clone().serve(Instant::now(), |who| {
+            order.push(who);
+            None
         });
-        assert!(over.is_empty());
-        offered
+        order
     }
 
     #[test]
@@ -166,7 +174,7 @@ mod tests {
         for who in 5..100 {
             assert_eq!(room.enter(now, who, greeted(2, 0)), [who - 3]);
         }
-        assert_eq!(order(&mut room), [1, 97, 98, 99]);
+        assert_eq!(order(&room), [1, 97, 98, 99]);
     }
 
     #[test]
@@ -175,16 +183,34 @@ mod tests {
         for (who, from) in [(1, 1), (2, 1), (3, 2), (4, 1), (5, 2), (6, 3)] {
             assert!(room.enter(now, who, greeted(from, 0)).is_empty());
         }
+        let open = |who| Some((who, holder(Place::Open)));
         for _ in 0..2 {
-            assert_eq!(order(&mut room), [6, 3, 5, 1, 2, 4]);
+            assert_eq!(order(&room), [6, 3, 5, 1, 2, 4]);
+            assert!(room.serve(now, open).is_empty());
         }
         assert!(room.serve(now, |who| (who != 6).then_some((who, holder(Place::Open)))).is_empty());
         // As many from one address as from the other: in the order in which they came, whoever was offered
         // the place before.
         assert_eq!(room.without(|who| *who == 2), [2]);
-        assert_eq!(order(&mut room), [1, 3, 4, 5]);
+        assert_eq!(order(&room), [1, 3, 4, 5]);
         assert_eq!(room.without(|who| *who == 3 || *who == 5), [3, 5]);
-        assert_eq!(order(&mut room), [1, 4]);
+        assert_eq!(order(&room), [1, 4]);
+    }
+
+    /// One that is given up just now is for who is next, and not for whoever is being asked.
+    #[test]
+    fn once_somebody_has_the_place_nobody_else_is_offered_it() {
+        let (now, mut room) = (Instant::now(), WaitingRoom::new(64, usize::MAX));
+        for (who, from) in [(1, 1), (2, 1), (3, 2)] {
+            assert!(room.enter(now, who, greeted(from, 0)).is_empty());
+        }
+        let mut offered = Vec::new();
+        let over = room.serve(now, |who| {
+            offered.push(who);
+            (offered.len() == 1).then_some((who, holder(Place::Open)))
+        });
+        assert_eq!((over, offered), (vec![], vec![3]));
+        assert_eq!(order(&room), [3, 1, 2]);
     }
 
     /// Each of the crowd has an address of its own.
@@ -202,7 +228,7 @@ mod tests {
         for who in 5..100 {
             assert_eq!(room.enter(now, who.into(), from(2, who)), [u32::from(who) - 3]);
         }
-        assert_eq!(order(&mut room), [1, 97, 98, 99]);
+        assert_eq!(order(&room), [1, 97, 98, 99]);
         let crowd = (2..9).map(|host| from(2, host).from);
         assert_eq!(first_of_the_most(std::iter::once(from(1, 1).from).chain(crowd)), Some(1));
     }
