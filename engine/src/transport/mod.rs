@@ -267,8 +267,8 @@ pub trait ControlReceiver: Send {
     /// [`TransportError::TimedOut`] the call may be repeated and no byte is lost.
     /// [`TransportError::Closed`] says that the other side dropped its half in order.
     ///
-    /// Where what comes is no frame ([`TransportError::Malformed`], [`TransportError::Violation`]) nothing
-    /// more does, and the sender still sends: this side's last word says why it goes no further.
+    /// Where what comes is no frame ([`TransportError::Malformed`], [`TransportError::Violation`]) the sender
+    /// still sends: this side's last word says why it goes no further.
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError>;
 }
 
