@@ -148,15 +148,16 @@ pub enum Error {
         /// Digest of what arrived.
         destination_digest: crate::pages::digest::Digest,
     },
-    /// The link was lost after the commit was sent and before its answer came.
+    /// The migration broke off, by whatever it was, after the commit was sent and before its answer came.
     #[error(
         "uncertain: the commit was sent and not answered, so the destination may be running the \
          guest. It stays paused here. {UNCERTAIN_AT_SOURCE}"
     )]
     Uncertain(#[source] Box<Error>),
-    /// The destination declared itself ready, and the link was lost before the commit came.
+    /// The destination declared itself ready, and the migration broke off, by whatever it was, before the
+    /// commit came.
     #[error(
-        "uncertain: ready to run the guest when the link was lost, so the source may have \
+        "uncertain: ready to run the guest when the migration broke off, so the source may have \
          committed. The copy here stays paused. {UNCERTAIN_AT_DESTINATION}"
     )]
     UncertainDestination(#[source] Box<Error>),
@@ -315,6 +316,11 @@ mod tests {
             (Error::UncertainDestination(cause()), UNCERTAIN_AT_DESTINATION),
         ] {
             assert!(error.to_string().ends_with(advice), "{error}");
+            // It may be for a link, a peer or the time, which its cause tells.
+            assert!(
+                !["link", "lost"].iter().any(|word| error.to_string().contains(word)),
+                "{error}"
+            );
             assert!(document.contains(advice), "docs/embedding.md lacks: {advice}");
         }
     }

@@ -131,6 +131,8 @@ pub struct Statistics {
     pub called_off: Duration,
     /// The downtime that was predicted when the last one was decided on.
     pub predicted_downtime: Option<Duration>,
+    /// The downtime limit that held for it.
+    pub downtime_limit: Option<Duration>,
     /// By how much the guest was slowed down at most.
     pub throttle_max_percent: u8,
     /// What became of convergence.

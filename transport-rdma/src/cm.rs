@@ -12,6 +12,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
+use pageferry::transport::addresses::canonical;
 use rdma_sys as sys;
 use socket2::SockAddr;
 
@@ -181,7 +182,7 @@ impl Id {
         // SAFETY: it is there as long as `self`.
         let addr = &unsafe { self.raw.as_ref() }.route.addr.dst_addr_union;
         // SAFETY: the union is as large as the largest address, and was zero at first.
-        unsafe { socket_address(&raw const addr.dst_addr) }
+        unsafe { socket_address(&raw const addr.dst_addr) }.map(canonical)
     }
 
     /// This side's address.

@@ -1,9 +1,10 @@
 //! The acceptor's thread: owns the listener, reads preambles, and never waits for a stranger.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry::transport::addresses::canonical;
 use pageferry::transport::{WaitingRoom, first_of_the_most};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -255,7 +256,7 @@ impl PollLoop {
                     return;
                 }
             };
-            let peer = address.as_socket().unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+            let peer = address.as_socket().map_or((Ipv4Addr::UNSPECIFIED, 0).into(), canonical);
             let prepared = socket
                 .set_nonblocking(true)
                 .and_then(|()| self.options.apply(&socket))

@@ -27,6 +27,16 @@ pub fn resolve(addr: &(impl ToSocketAddrs + fmt::Debug)) -> io::Result<Vec<Socke
     Ok(found)
 }
 
+/// An IPv4 address that came in as an IPv6 one, as those of peers do at a socket for both, as what it is.
+pub fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => {
+            SocketAddr::new(v6.ip().to_canonical(), v6.port())
+        }
+        addr => addr,
+    }
+}
+
 /// An address as its owner wrote it, for an error; without the quotes of a string.
 pub fn text(addr: &impl fmt::Debug) -> String {
     format!("{addr:?}").trim_matches('"').to_owned()
@@ -113,6 +123,18 @@ mod tests {
             let error = refused(text);
             let end = format!("in brackets before its port: {right}");
             assert!(error.ends_with(&end), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn ipv4_is_shown_as_ipv4_and_ipv6_as_it_is() {
+        for (text, shown) in [
+            ("[::ffff:127.0.0.8]:7400", "127.0.0.8:7400"),
+            ("127.0.0.8:7400", "127.0.0.8:7400"),
+            ("[::1]:7400", "[::1]:7400"),
+            ("[fe80::1%1]:7400", "[fe80::1%1]:7400"),
+        ] {
+            assert_eq!(canonical(one(text)).to_string(), shown);
         }
     }
 

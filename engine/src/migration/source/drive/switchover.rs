@@ -76,6 +76,7 @@ impl Drive<'_> {
         self.statistics.downtime = Downtime::default();
         self.statistics.predicted_downtime =
             self.convergence.prediction().map(|prediction| prediction.total().expected);
+        self.statistics.downtime_limit = Some(settings.downtime_limit);
         self.source.shared.set_phase(Phase::Switchover);
         let overdue = self.try_to(machine, agreement, &mut attempt)?;
         match overdue {
