@@ -65,6 +65,13 @@ impl Facts {
     }
 }
 
+/// All memory and swap of this machine, used or not. `None` where it does not tell.
+pub fn memory_and_swap_bytes() -> Option<u64> {
+    let text = read("/proc/meminfo");
+    let [memory, swap] = ["MemTotal", "SwapTotal"].map(|name| kib_bytes(&field(&text, name)));
+    (memory > 0).then(|| memory.saturating_add(swap))
+}
+
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
@@ -105,6 +112,7 @@ mod tests {
         assert_eq!(chosen("always [madvise] never"), "madvise");
         assert_eq!(chosen(""), "");
         let here = Facts::here(Vec::new());
+        assert!(memory_and_swap_bytes() >= Some(here.memory_bytes));
         assert!(here.cpus > 0 && here.memory_bytes > 0 && !here.kernel.is_empty(), "{here:?}");
     }
 }

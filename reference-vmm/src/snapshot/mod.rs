@@ -18,6 +18,7 @@
 //! been compared, and no guest is given out until the last has. Digests find damage; against
 //! someone who forges a file they are no help.
 
+mod access;
 mod new_file;
 mod summed;
 
@@ -29,9 +30,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::GuestError;
 use crate::guest::{Guest, GuestConfig};
-use crate::ram::Backing;
+use crate::ram::{Backing, GuestRam};
 
-pub use new_file::NewFile;
+pub use new_file::{Fate, NewFile};
 
 use summed::Summed;
 
@@ -57,6 +58,9 @@ pub enum SnapshotError {
         /// Why.
         source: io::Error,
     },
+    /// Somebody called the writing off ([`Fate`]).
+    #[error("failed to write the file: interrupted")]
+    CalledOff,
     /// The file is something else, or damaged.
     #[error("failed to read the file: {0}")]
     Malformed(&'static str),
@@ -128,47 +132,72 @@ fn writing(source: io::Error) -> SnapshotError {
     SnapshotError::Io { operation: "write", source }
 }
 
-/// Writes a paused guest, which stays as it is: whatever happens here, it can be resumed.
-pub fn save(guest: &mut Guest, out: &mut impl Write) -> Result<Written, SnapshotError> {
-    let config = serde_json::to_vec(guest.config())?;
-    let schema = guest.schema()?.to_json();
-    let state = guest.save()?;
-    let mut written = Written { state_bytes: state.len() as u64, memory_bytes: 0 };
-    let mut out = Summed::new(out);
-    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing);
-    put(&MAGIC)?;
-    put(&FORMAT.to_le_bytes())?;
-    put(&[0; 2])?;
-    for part in [&config, schema.as_bytes()] {
-        put(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes())?;
+/// A paused guest, as a file will have it. It shares the guest's memory and not the guest: who has to
+/// leave the writing of it to itself has the guest all the same.
+#[derive(Debug)]
+pub struct Snapshot {
+    config: Vec<u8>,
+    schema: String,
+    state: Vec<u8>,
+    ram: GuestRam,
+}
+
+impl Snapshot {
+    /// Takes it. The guest stays as it is: whatever happens here, it can be resumed, and what is written
+    /// after that is no guest.
+    pub fn of(guest: &mut Guest) -> Result<Self, SnapshotError> {
+        Ok(Self {
+            config: serde_json::to_vec(guest.config())?,
+            schema: guest.schema()?.to_json(),
+            state: guest.save()?,
+            ram: guest.ram().clone(),
+        })
     }
-    put(&written.state_bytes.to_le_bytes())?;
-    for part in [&config, schema.as_bytes(), &state] {
-        put(part)?;
-    }
-    let digest = out.digest();
-    out.write_all(&digest).map_err(writing)?;
-    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing);
-    let memory = guest.ram().memory();
-    let mut piece = vec![0; usize::try_from(PIECE_BYTES).unwrap_or(usize::MAX)];
-    for region in memory.iter() {
-        let (begin, len_bytes) = (region.start_addr().0, region.len());
-        for address in (begin..begin + len_bytes).step_by(piece.len()) {
-            let len_bytes = PIECE_BYTES.min(begin + len_bytes - address);
-            let piece = &mut piece[..usize::try_from(len_bytes).unwrap_or(usize::MAX)];
-            memory.read_slice(piece, GuestAddress(address)).map_err(GuestError::Memory)?;
-            if piece.iter().any(|byte| *byte != 0) {
-                put(&address.to_le_bytes())?;
-                put(&len_bytes.to_le_bytes())?;
-                put(piece)?;
-                written.memory_bytes += len_bytes;
+
+    /// Writes it, unless that is called off meanwhile.
+    pub fn write(&self, out: &mut impl Write, fate: &Fate) -> Result<Written, SnapshotError> {
+        let Self { config, schema, state, ram } = self;
+        let mut written = Written { state_bytes: state.len() as u64, memory_bytes: 0 };
+        let mut out = Summed::new(out);
+        let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing);
+        put(&MAGIC)?;
+        put(&FORMAT.to_le_bytes())?;
+        put(&[0; 2])?;
+        for part in [config, schema.as_bytes()] {
+            put(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes())?;
+        }
+        put(&written.state_bytes.to_le_bytes())?;
+        for part in [config, schema.as_bytes(), state] {
+            put(part)?;
+        }
+        let digest = out.digest();
+        out.write_all(&digest).map_err(writing)?;
+        let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing);
+        let mut piece = vec![0; usize::try_from(PIECE_BYTES).unwrap_or(usize::MAX)];
+        for region in ram.memory().iter() {
+            let (begin, len_bytes) = (region.start_addr().0, region.len());
+            for address in (begin..begin + len_bytes).step_by(piece.len()) {
+                if fate.is_decided() {
+                    return Err(SnapshotError::CalledOff);
+                }
+                let len_bytes = PIECE_BYTES.min(begin + len_bytes - address);
+                let piece = &mut piece[..usize::try_from(len_bytes).unwrap_or(usize::MAX)];
+                ram.memory()
+                    .read_slice(piece, GuestAddress(address))
+                    .map_err(GuestError::Memory)?;
+                if piece.iter().any(|byte| *byte != 0) {
+                    put(&address.to_le_bytes())?;
+                    put(&len_bytes.to_le_bytes())?;
+                    put(piece)?;
+                    written.memory_bytes += len_bytes;
+                }
             }
         }
+        put(&[0; 16])?;
+        let digest = out.digest();
+        out.write_all(&digest).and_then(|()| out.flush()).map_err(writing)?;
+        Ok(written)
     }
-    put(&[0; 16])?;
-    let digest = out.digest();
-    out.write_all(&digest).and_then(|()| out.flush()).map_err(writing)?;
-    Ok(written)
 }
 
 /// Reads everything before the memory. The bytes may be anything.

@@ -3,22 +3,49 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use tempfile::{Builder, TempPath};
 
 use super::SnapshotError;
+use super::access::Access;
 
 /// Links that lead to one another, as many as the kernel follows.
 const MOST_LINKS: usize = 40;
 
+/// So much may be written and not be on the disk. Who calls the writing off may have to wait for it, and
+/// the kernel would gather gigabytes.
+const MOST_UNSYNCED_BYTES: usize = 16 << 20;
+
+/// Whether a file gets its name, which is decided once: by who has written all of it, or by who calls
+/// that off from another thread. Clones are of the same file.
+#[derive(Debug, Clone, Default)]
+pub struct Fate {
+    decided: Arc<AtomicBool>,
+}
+
+impl Fate {
+    /// Decides it. False if that was done before.
+    pub fn decide(&self) -> bool {
+        !self.decided.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether it is decided.
+    pub fn is_decided(&self) -> bool {
+        self.decided.load(Ordering::Relaxed)
+    }
+}
+
 /// A file that is being written under a name of its own, beside the one it is to have. Nobody
 /// takes half a guest for one: the file gets its name, in place of one that had it before, when
 /// all of it is on the disk. A symbolic link stays one, it is what it leads to that is written.
-/// What a file that is replaced allows to whom stays as it was; its owner and its group do where the
-/// one who runs this may give a file to them, as root may.
+/// What a file that is replaced allows to whom stays as it was, its ACL too; its owner and its group do
+/// where the one who runs this may give a file to them, as root may. Where not all of that can be had nobody
+/// but who runs this gets more than before.
 ///
 /// # Resource cleanup
 ///
@@ -27,6 +54,7 @@ const MOST_LINKS: usize = 40;
 #[derive(Debug)]
 pub struct NewFile {
     out: BufWriter<File>,
+    unsynced_bytes: usize,
     /// The name that it has meanwhile.
     partial: TempPath,
     path: PathBuf,
@@ -63,7 +91,7 @@ impl NewFile {
                                or save under another name";
                     return Err(failed(io::Error::new(ErrorKind::PermissionDenied, why)));
                 }
-                Some(there)
+                Some(Access::of(&path, &there).map_err(failed)?)
             }
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(failed(error)),
@@ -80,21 +108,19 @@ impl NewFile {
             .map_err(failed)?;
         let (file, partial) = file.into_parts();
         if let Some(replaced) = replaced {
-            // First, since it takes bits away from the mode. Who is not root keeps the file, and may
-            // give it to a group that is one of their own.
-            let _ = fchown(&file, Some(replaced.uid()), None);
-            let _ = fchown(&file, None, Some(replaced.gid()));
-            // Not as the file is made, where the umask takes bits away.
-            file.set_permissions(replaced.permissions()).map_err(failed)?;
+            replaced.give_to(&file).map_err(failed)?;
         }
-        Ok(Self { out: BufWriter::new(file), partial, path })
+        Ok(Self { out: BufWriter::new(file), unsynced_bytes: 0, partial, path })
     }
 
-    /// Has the disk take all of it, and gives it its name.
-    pub fn keep(self) -> Result<(), SnapshotError> {
+    /// Has the disk take all of it, and gives it its name, unless that was called off.
+    pub fn keep(self, fate: &Fate) -> Result<(), SnapshotError> {
         let failed = |source| SnapshotError::Io { operation: "write", source };
         let file = self.out.into_inner().map_err(|error| failed(error.into_error()))?;
         file.sync_all().map_err(failed)?;
+        if !fate.decide() {
+            return Err(SnapshotError::CalledOff);
+        }
         self.partial.persist(&self.path).map_err(|error| failed(error.error))?;
         // A name is the directory's to remember.
         File::open(directory_of(&self.path))
@@ -136,7 +162,14 @@ fn followed(path: &Path) -> io::Result<PathBuf> {
 
 impl Write for NewFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.out.write(bytes)
+        let written = self.out.write(bytes)?;
+        self.unsynced_bytes += written;
+        if self.unsynced_bytes >= MOST_UNSYNCED_BYTES {
+            self.out.flush()?;
+            self.out.get_ref().sync_data()?;
+            self.unsynced_bytes = 0;
+        }
+        Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -148,7 +181,7 @@ impl Write for NewFile {
 mod tests {
     use std::ffi::OsString;
     use std::fs::Permissions;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown, symlink};
     use std::thread;
 
     use rustix::process::Uid;
@@ -159,7 +192,7 @@ mod tests {
     fn write(path: &Path, contents: &[u8]) -> Result<(), SnapshotError> {
         let mut file = NewFile::create(path)?;
         file.write_all(contents).unwrap();
-        file.keep()
+        file.keep(&Fate::default())
     }
 
     fn names_in(directory: &Path) -> Vec<OsString> {
@@ -296,6 +329,24 @@ mod tests {
             assert!(matches!(error, SnapshotError::Io { operation: "create", .. }), "{error}");
             assert_eq!(names_in(root.path()), ["link"]);
         }
+    }
+
+    #[test]
+    fn what_is_called_off_before_it_has_its_name_gets_none() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("guest");
+        write(&path, b"before").unwrap();
+        let (mut file, fate) = (NewFile::create(&path).unwrap(), Fate::default());
+        file.write_all(b"after").unwrap();
+        assert!(fate.decide());
+        assert!(matches!(file.keep(&fate), Err(SnapshotError::CalledOff)));
+        assert_eq!(fs::read(&path).unwrap(), b"before");
+        assert_eq!(names_in(root.path()), ["guest"]);
+        // And who comes too late is told so.
+        let (file, fate) = (NewFile::create(&path).unwrap(), Fate::default());
+        file.keep(&fate).unwrap();
+        assert!(!fate.decide());
+        assert_eq!(fs::read(&path).unwrap(), b"");
     }
 
     #[test]

@@ -86,10 +86,10 @@ fn a_migration_that_failed_can_be_tried_again() {
 #[test]
 fn quit_ends_a_guest() {
     let mut source = source(&[]);
+    let beats = source.beats();
+    source.await_beats_beyond(beats);
     source.say("quit");
-    let ended = source.finish();
-    ended.assert_status(0);
-    assert!(ended.reports.is_empty(), "{:?}", ended.reports);
+    source.finish().report(3).assert_kept("cancelled", &["before the migration began"], beats);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use pageferry::protocol::{Hello, Message};
 use rustix::process::Signal;
 
 use crate::support::PATIENCE;
-use crate::support::host::guest_kind;
+use crate::support::host::{can_trace, guest_kind};
 use crate::support::peer::{
     hello_of, is_being_dialled, let_in, listen, receive, send, silent, small_guest, take, welcomed,
 };
@@ -121,16 +121,40 @@ fn while_the_address_is_silent() {
     }
 }
 
+/// At the time that was told, or once somebody wants it.
 #[test]
 fn before_the_migration_begins() {
-    let args = ["run", "--with-parent", "--json", "--migrate-to", "127.0.0.1:1"];
-    let more = ["--migrate-after", "1h", "--run-for", "100ms", "--guest", guest_kind()];
-    let mut source = Process::start("source", &[&args, SMALL, &more].concat());
-    source.await_message("pageferry guest: ");
-    let beats = source.beats();
-    source.await_beats_beyond(beats);
-    source.signal(Signal::INT);
-    source.finish().report(3).assert_kept("cancelled", &["before the migration began"], beats);
+    let args = ["run", "--with-parent", "--json", "--run-for", "100ms", "--guest", guest_kind()];
+    for when in [&["--migrate-to=127.0.0.1:1", "--migrate-after=1h"][..], &["--on-demand"], &[]] {
+        for signal in [Signal::INT, Signal::TERM] {
+            let mut source = Process::start("source", &[&args, SMALL, when].concat());
+            source.await_message("pageferry guest: ");
+            let beats = source.beats();
+            source.await_beats_beyond(beats);
+            source.signal(signal);
+            let why = ["before the migration began"];
+            source.finish().report(3).assert_kept("cancelled", &why, beats);
+        }
+    }
+}
+
+/// Nothing ends the search for an address.
+#[test]
+fn at_a_destination_whose_name_is_still_looked_up() {
+    if !can_trace() {
+        return;
+    }
+    let stuck = "inject=openat:delay_enter=3600000000";
+    let strace = ["-D", "-f", "-qq", "-o", "/dev/null", "-P", "/etc/hosts", "-e", stuck];
+    let receive = [env!("CARGO_BIN_EXE_pageferry-vmm"), "receive", "--listen=localhost:0"];
+    let args = [&strace[..], &receive, &["--json"]].concat();
+    let mut destination = Process::start_program("destination", "strace", &args);
+    destination.await_hearing();
+    destination.signal(Signal::TERM);
+    let why = ["interrupted before a guest came"];
+    destination.await_report().assert_did_not_come("cancelled", &why);
+    destination.trace_no_more();
+    destination.finish().assert_status(3);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Downtime limits, and guests that do not meet them.
 
 use crate::support::process::Process;
-use crate::support::sides::{BUSY, TIGHT, source_of, under_way};
+use crate::support::sides::{BUSY, TIGHT, destination, source_of, under_way};
 
 const IMPOSSIBLE: &[&str] =
     &["demo", "--json", "--memory=128M", "--working-set=96M", "--backing=memfd"];
@@ -47,7 +47,23 @@ fn limits_are_changed_on_the_way() {
     source.say("downtime-limit 20s");
     let departed = source.finish().report(0);
     departed.assert_departed();
+    // And not the one that it began with.
+    assert_eq!(departed.number("downtime_limit_ms").to_string(), "20000", "{departed:?}");
     destination.finish().report(0).assert_arrived();
+}
+
+/// No switchover was tried: it is the limit that would have held.
+#[test]
+fn the_limit_of_a_migration_that_is_cancelled_is_the_last_one() {
+    let more = ["--not-converging=keep-trying", "--bandwidth-limit=1M"];
+    let (mut destination, address) = destination(&[]);
+    let mut source = source_of(&[BUSY, TIGHT, &["--run-for", "100ms"], &more].concat());
+    source.say(format!("migrate {address}"));
+    destination.await_message("a source connected");
+    source.say("downtime-limit 2ms");
+    source.say("cancel");
+    let report = source.finish().report(3);
+    assert_eq!(report.number("downtime_limit_ms").to_string(), "2", "{report:?}");
 }
 
 #[test]
@@ -62,5 +78,5 @@ fn without_a_migration_there_is_nothing_to_change() {
     source.say("downtime-limit soon");
     source.await_message("a time is like");
     source.say("quit");
-    source.finish().assert_status(0);
+    source.finish().assert_status(3);
 }

@@ -1,6 +1,12 @@
 //! Migrations that cannot begin: a clear error, and the guest goes on where it is.
 
-use crate::support::peer::{closed_port, listen};
+use pageferry::memory::{Layout, PAGE_BYTES, RegionLayout};
+use pageferry::protocol::Message;
+use pageferry_vmm::ram::Ram;
+
+use crate::support::peer::{
+    closed_port, hello_of, let_in, listen, receive, send, small_guest, welcomed,
+};
 use crate::support::process::Process;
 use crate::support::sides::{destination, destination_that_stays, source, source_of};
 
@@ -60,6 +66,52 @@ fn memory_of_another_size() {
     source.say(format!("migrate {address}"));
     source.finish().report(0).assert_departed();
     destination.finish().report(0).assert_arrived();
+}
+
+/// Nobody registers it for as long as so much would take: it is refused as it is offered, by all but who was
+/// told to take it.
+#[test]
+fn more_memory_than_the_machine_has() {
+    let here = pageferry_report::facts::memory_and_swap_bytes().expect("what the machine has");
+    let (mut destination, address) = destination(&[]);
+    let mut stranger = let_in(&address);
+    let mut hello = hello_of(small_guest(), 1);
+    let more = (here / PAGE_BYTES + 1) * PAGE_BYTES;
+    let mut guest = small_guest();
+    guest.regions = Ram::pc_regions(more);
+    let regions = guest.regions.iter().map(|(guest_addr, len_bytes)| RegionLayout {
+        guest_addr: *guest_addr,
+        len_bytes: *len_bytes,
+        backing_page_bytes: PAGE_BYTES,
+    });
+    hello.layout = Layout::new(regions.collect()).expect("a layout");
+    hello.description = serde_json::to_vec(&guest).expect("a description");
+    send(&mut stranger, &Message::Hello(hello).encode());
+    let Message::Failed { text, .. } = receive(&mut stranger) else { panic!("it was welcomed") };
+    for part in [&more.to_string(), &here.to_string(), &format!("--memory {more}")] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let line = destination.await_message("no guest came from ");
+    assert!(line.contains("memory and swap"), "{line}");
+    // The place is free for the guest that is waited for.
+    let mut source = source(&[]);
+    source.say(format!("migrate {address}"));
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
+}
+
+/// A socket for both kinds of addresses sees IPv4 ones as IPv6.
+#[test]
+fn who_comes_by_ipv4_is_told_by_that_address() {
+    let own = ["receive", "--with-parent", "--json", "--listen", "[::]:0"];
+    for transport in ["--transport=tcp", "--transport=auto"] {
+        let mut destination = Process::start("destination", &[&own[..], &[transport]].concat());
+        let line = destination.await_message("listening on [::]:");
+        let port = line.rsplit(':').next().expect("a port");
+        drop(welcomed(&format!("127.0.0.1:{port}"), 1));
+        destination.await_message("a source connected from 127.0.0.1:");
+        destination.await_message("no guest came from 127.0.0.1:");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::io;
 
 use pageferry_vmm::guest::{Guest, GuestKind};
 use pageferry_vmm::ram::{Backing, Ram};
-use pageferry_vmm::snapshot::{self, SnapshotError};
+use pageferry_vmm::snapshot::{self, Fate, Snapshot, SnapshotError};
 use pageferry_vmm::workload::WorkloadKind;
 
 use crate::common::{MIB, assert_ok, booted, config, kinds, run_for_beats};
@@ -18,7 +18,8 @@ fn saved(kind: GuestKind) -> (Guest, Vec<u8>) {
     let mut guest = booted(config);
     run_for_beats(&mut guest, 20);
     let mut file = Vec::new();
-    snapshot::save(&mut guest, &mut file).expect("save");
+    let snapshot = Snapshot::of(&mut guest).expect("a paused guest");
+    snapshot.write(&mut file, &Fate::default()).expect("save");
     (guest, file)
 }
 
@@ -96,9 +97,27 @@ fn a_full_disk_is_said_and_the_guest_goes_on() {
     for kind in kinds() {
         let (mut guest, _) = saved(kind);
         let mut full = OpenOptions::new().write(true).open("/dev/full").expect("open");
-        let error = snapshot::save(&mut guest, &mut full).expect_err("saved");
+        let snapshot = Snapshot::of(&mut guest).expect("a paused guest");
+        let error = snapshot.write(&mut full, &Fate::default()).expect_err("saved");
         let SnapshotError::Io { operation: "write", source } = &error else { panic!("{error}") };
         assert_eq!(source.kind(), io::ErrorKind::StorageFull);
+        run_for_beats(&mut guest, 20);
+        assert_ok(&guest);
+    }
+}
+
+/// Also where nothing of it has to be written: most of a guest may be zero.
+#[test]
+fn a_guest_whose_saving_is_called_off_goes_on() {
+    for kind in kinds() {
+        let (mut guest, _) = saved(kind);
+        let fate = Fate::default();
+        let snapshot = Snapshot::of(&mut guest).expect("a paused guest");
+        assert!(fate.decide());
+        let mut file = Vec::new();
+        let error = snapshot.write(&mut file, &fate).expect_err("saved");
+        assert!(matches!(error, SnapshotError::CalledOff), "{error}");
+        assert!(file.len() < 1 << 20, "{} bytes", file.len());
         run_for_beats(&mut guest, 20);
         assert_ok(&guest);
     }

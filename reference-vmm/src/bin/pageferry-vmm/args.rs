@@ -27,7 +27,7 @@ Exit status:
   1  the migration failed (the guest was not lost: the message says where it is)
   2  the command line makes no sense
   3  cancelled
-  4  uncertain: the link was lost at the handover, see the message";
+  4  uncertain: the migration broke off at the handover, see the message";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -76,8 +76,8 @@ pub(crate) enum Command {
     /// Wait for a guest to arrive, and run it.
     #[command(after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
     Receive(ReceiveArgs),
-    /// Run a guest for a while, save it to a file, and end. If the file cannot be written the guest
-    /// runs on until Ctrl-C.
+    /// Run a guest for a while, save it to a file, and end. If the file cannot be written, or a Ctrl-C
+    /// ends the writing, the guest runs on until Ctrl-C.
     #[command(after_long_help = format!("{STATE_EXAMPLES}\n\n{EXIT_CODES}"))]
     Save(SaveArgs),
     /// Run the guest that a file holds.
@@ -290,7 +290,8 @@ pub(crate) struct RunArgs {
     /// [default: run on until Ctrl-C or "quit" on stdin].
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub(crate) run_for: Option<Duration>,
-    /// Print one JSON object per migration and nothing else on stdout.
+    /// Print one JSON object per migration and nothing else on stdout; and one if the guest is ended
+    /// before there was a migration, which counts as cancelled.
     #[arg(long)]
     pub(crate) json: bool,
     /// End when the parent process does.
@@ -311,7 +312,8 @@ pub(crate) struct ReceiveArgs {
     /// What moves the pages.
     #[arg(long, default_value = "auto")]
     pub(crate) transport: Transport,
-    /// Take only a guest with this much memory [default: any].
+    /// Take only a guest with this much memory [default: any that is not more than this machine has,
+    /// swap included].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory: Option<u64>,
     /// What backs the guest's memory here.
@@ -345,12 +347,13 @@ pub(crate) struct ReceiveArgs {
 #[derive(Debug, Args)]
 pub(crate) struct SaveArgs {
     /// The file. It is there once it is whole; who is killed before leaves pageferry-*.partial
-    /// beside it. One that it replaces keeps its permissions; and its owner and group where the
-    /// caller may give files to them, or else it is the caller's.
+    /// beside it. One that it replaces keeps its permissions and its ACL; and its owner and group
+    /// where the caller may give files to them, or else it is the caller's, and what was its group's
+    /// is nobody's.
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
-    /// How long the guest runs before it is saved.
+    /// How long the guest runs before it is saved. A Ctrl-C before has it saved at once.
     #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = time)]
     pub(crate) run_for: Duration,
     /// Print one JSON object and nothing else on stdout.

@@ -73,7 +73,9 @@ fn report_failure(command: &Command, why: String) -> Result<(), serde_json::Erro
         Command::Run(args) => (args.json, args.migration.transport),
         Command::Receive(args) => (args.json, args.transport),
         Command::Save(SaveArgs { json: true, .. })
-        | Command::Restore(RestoreArgs { json: true, .. }) => return saved::print_failure(&why),
+        | Command::Restore(RestoreArgs { json: true, .. }) => {
+            return saved::print_failure(Outcome::Failed, &why);
+        }
         _ => return Ok(()),
     };
     if json { Report::of_failure(transport.name(), why).print(true) } else { Ok(()) }

@@ -21,7 +21,9 @@ use crate::links::{Acceptor, Chosen};
 use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
-use crate::signals::{Wish, end_with_parent, listen_to_signals, until_interrupted, wait_or_quit};
+use crate::signals::{
+    Wish, end_with_parent, listen_to_signals, unless_interrupted, until_interrupted, wait_or_quit,
+};
 use crate::watch::Watch;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -30,11 +32,17 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     if args.with_parent {
         end_with_parent()?;
     }
-    let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
-    let acceptor = chosen.listen(&args.listen)?;
-    // Not before: looking up a name may take long, and a signal ends it as long as nobody hears it.
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
+    let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
+    let transport = chosen.name();
+    let address = args.listen.clone();
+    // Looking up a name may take long, and nothing ends that.
+    let listen = move || chosen.listen(&address).map(|acceptor| (chosen, acceptor));
+    let Some(listening) = unless_interrupted(&wishes, listen)? else {
+        return nobody_came(args, transport, "interrupted before a guest came".to_owned());
+    };
+    let (chosen, acceptor) = listening?;
     // Scripts read the port from this line.
     say!("listening on {}", acceptor.local_addr());
     // Strangers may be many.
@@ -62,18 +70,11 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
     // Others are refused at once from now on, and do not wait for a guest's home that is taken.
     drop(acceptor);
     let report = |outcome, at, channels, memory_bytes, statistics: &Statistics| {
-        Report::new(outcome, at, chosen.name(), channels, memory_bytes, statistics)
+        Report::new(outcome, at, transport, channels, memory_bytes, statistics)
     };
     let Coming { channels, config, result, cancelled } = match come {
         Ok(coming) => coming,
-        Err(why) => {
-            say!("{why}");
-            let (at, memory_bytes) = (GuestAt::Source, args.memory.unwrap_or_default());
-            let mut report =
-                report(Outcome::Cancelled, at, 0, memory_bytes, &Statistics::default());
-            report.error = Some(why);
-            return finish(&report, args.json);
-        }
+        Err(why) => return nobody_came(args, transport, why),
     };
     let memory_bytes = config.regions.iter().map(|(_, len_bytes)| len_bytes).sum();
     match result {
@@ -100,6 +101,16 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
             Ok(outcome)
         }
     }
+}
+
+/// Ends a destination that was told to, before a guest was on its way.
+fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outcome> {
+    say!("{why}");
+    let (ended, memory_bytes) = (Outcome::Cancelled, args.memory.unwrap_or_default());
+    let statistics = Statistics::default();
+    let mut report = Report::new(ended, GuestAt::Source, transport, 0, memory_bytes, &statistics);
+    report.error = Some(why);
+    finish(&report, args.json)
 }
 
 /// Waits for somebody who connects; `None` if a Ctrl-C came first.
@@ -213,6 +224,17 @@ fn machine_for(args: &ReceiveArgs, offer: &Offer) -> Result<(GuestMachine, Arc<G
     {
         return Err(format!(
             "the source has {memory_bytes} bytes of guest memory, --memory here takes only {wanted}"
+        )
+        .into());
+    }
+    let here_bytes = pageferry_report::facts::memory_and_swap_bytes();
+    if args.memory.is_none()
+        && let Some(here_bytes) = here_bytes
+        && memory_bytes > here_bytes
+    {
+        return Err(format!(
+            "the source has {memory_bytes} bytes of guest memory, and this machine {here_bytes} of \
+             memory and swap; --memory {memory_bytes} here takes it all the same"
         )
         .into());
     }

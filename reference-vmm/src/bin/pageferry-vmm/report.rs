@@ -52,6 +52,7 @@ pub(crate) struct Report {
     /// As `--dirty-source` calls it; the source knows.
     pub(crate) dirty_source: Option<String>,
     pub(crate) transport: String,
+    /// Data channels that were asked for; how many of them are used may change on the way.
     pub(crate) channels: u16,
     pub(crate) memory_bytes: u64,
     pub(crate) working_set_bytes: Option<u64>,
@@ -64,6 +65,7 @@ pub(crate) struct Report {
     pub(crate) downtime: DowntimeReport,
     /// Standstill for comparing memory, on top of `downtime_ms`.
     pub(crate) verify_ms: f64,
+    /// The limit that held at the last switchover; where there was none, in the end.
     pub(crate) downtime_limit_ms: Option<f64>,
     /// What was expected when the last switchover was decided on.
     pub(crate) predicted_downtime_ms: Option<f64>,
@@ -245,7 +247,7 @@ impl Report {
         let mut report =
             Self::new(outcome, guest_at, transport, args.channels, memory_bytes, statistics);
         report.guest(config);
-        report.downtime_limit_ms = Some(ms(args.downtime_limit));
+        report.downtime_limit(args.downtime_limit);
         let convergence = match statistics.convergence {
             Ending::Converged => "converged",
             Ending::Throttled => "throttled",
@@ -263,6 +265,11 @@ impl Report {
         self.vcpus = Some(config.vcpus);
         self.backing = Some(config.backing.to_string());
         self.working_set_bytes = Some(config.workload.working_set_bytes);
+    }
+
+    /// The limit that held at the last switchover, or in the end where there was none.
+    pub(crate) fn downtime_limit(&mut self, limit: Duration) {
+        self.downtime_limit_ms = Some(ms(limit));
     }
 
     pub(crate) fn dirty_source(&mut self, tracking: DirtyTracking) {

@@ -2,10 +2,9 @@
 
 use std::error::Error;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, after, bounded, never, select_biased, unbounded};
+use crossbeam_channel::{Receiver, after, never, select_biased, unbounded};
 use pageferry::machine::MachineOperation;
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::{SourceLink, TransportError};
@@ -27,7 +26,8 @@ use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
 use crate::signals::{
-    Wish, end_with_parent, hearing, listen_to_signals, listen_to_stdin, wait_or_quit,
+    Wish, end_with_parent, hearing, listen_to_signals, listen_to_stdin, unless_given_up,
+    wait_or_quit,
 };
 use crate::timeline::Timeline;
 use crate::watch::Watch;
@@ -88,22 +88,24 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome> {
 
 /// Does what the operator wishes until the guest is gone or told to end.
 fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> Result<Outcome> {
-    let mut planned = args.migrate_to.is_some() && !args.on_demand;
+    let planned = args.migrate_to.is_some() && !args.on_demand;
     let mut timer = if planned { after(args.migrate_after) } else { never() };
-    let mut last = Outcome::Completed;
+    let mut last = None;
     loop {
         let wish = select_biased! {
             recv(wishes) -> wish => wish?,
             recv(timer) -> _ => Wish::Migrate(None),
         };
         match wish {
-            // What was asked for will not happen: whoever waits for the report is told.
-            Wish::Interrupt | Wish::Quit if planned => {
+            Wish::Interrupt | Wish::Quit => {
+                if let Some(last) = last {
+                    return Ok(last);
+                }
+                // There will be none: whoever waits for its report is told.
                 let report = called_off(args, &mut machine.guest)?;
                 report.print(args.json)?;
                 return Ok(report.outcome);
             }
-            Wish::Interrupt | Wish::Quit => return Ok(last),
             Wish::Cancel
             | Wish::Limit(_)
             | Wish::SwitchoverBandwidth(_)
@@ -113,22 +115,23 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
             | Wish::Channels(_) => say!("no migration is under way"),
             Wish::Status => status(&machine.guest),
             Wish::Migrate(address) => {
-                (planned, timer) = (false, never());
+                timer = never();
                 let Some(address) = address.or_else(|| args.migrate_to.clone()) else {
                     say!("migrate where to? say \"migrate HOST:PORT\"");
                     continue;
                 };
                 let (report, left) = migrate(args, machine, &address, wishes)?;
-                last = report.outcome;
+                let outcome = report.outcome;
+                last = Some(outcome);
                 match left {
                     None => {
                         report.print(args.json)?;
-                        return Ok(last);
+                        return Ok(outcome);
                     }
                     Some(left) => {
                         machine = left;
                         if stay(args, &mut machine.guest, report, wishes)? {
-                            return Ok(last);
+                            return Ok(outcome);
                         }
                     }
                 }
@@ -249,9 +252,12 @@ fn migrate(
     )?;
     let cpu = cpu_time().saturating_sub(cpu);
     drop(watch);
+    let limit = handle.settings().downtime_limit;
     let report = |outcome, at, statistics: &Statistics| {
         let mut report =
             Report::of_source((outcome, at), transport, &config, migration, statistics);
+        // It may have been changed on the way.
+        report.downtime_limit(statistics.downtime_limit.unwrap_or(limit));
         report.dirty_source(tracking);
         report.cpu_time(cpu);
         report
@@ -310,28 +316,18 @@ fn connect_to(
 ) -> std::result::Result<Box<dyn SourceLink>, pageferry::Error> {
     let connector = chosen.connector()?;
     let interrupter = connector.interrupter();
-    let (done, connected) = bounded(1);
     let address = address.to_owned();
-    thread::spawn(move || {
-        // After an interrupt nobody listens.
-        let _ = done.send(connector.connect(&address));
+    // It is not waited for after a cancellation: it may be looking up a name.
+    let connect = move || connector.connect(&address);
+    let connected = unless_given_up(wishes, Duration::ZERO, connect, |wish| {
+        steer(handle, &wish);
+        cancels(&wish)
     });
-    loop {
-        select_biased! {
-            recv(wishes) -> wish => if let Ok(wish) = wish {
-                steer(handle, &wish);
-                if cancels(&wish) {
-                    // The thread is not waited for: it may be looking up a name.
-                    interrupter.interrupt();
-                    return Err(pageferry::Error::Cancelled);
-                }
-            },
-            recv(connected) -> link => {
-                let link = link.map_err(|_| TransportError::Closed)??;
-                return Ok(link);
-            }
-        }
+    if let (Some(link), false) = connected.map_err(|_| TransportError::Closed)? {
+        return Ok(link?);
     }
+    interrupter.interrupt();
+    Err(pageferry::Error::Cancelled)
 }
 
 /// Hands the guest to the engine.

@@ -3,12 +3,14 @@
 use std::error::Error;
 use std::fs::File;
 use std::io::{BufReader, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
 use pageferry_vmm::guest::Guest;
-use pageferry_vmm::snapshot::{self, NewFile, SnapshotError, Written};
+use pageferry_vmm::ram::Backing;
+use pageferry_vmm::snapshot::{self, Fate, NewFile, Snapshot, SnapshotError, Written};
 use serde::Serialize;
 use signal_hook::consts::SIGXFSZ;
 
@@ -16,12 +18,16 @@ use crate::args::{RestoreArgs, SaveArgs};
 use crate::outcome::Outcome;
 use crate::resident::await_beats;
 use crate::run::{config, tracking};
-use crate::signals::{Wish, listen_to_signals, wait_or_quit};
+use crate::signals::{Wish, listen_to_signals, unless_given_up, unless_interrupted, wait_or_quit};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Version of the JSON object. Fields are added, never repurposed.
 const SCHEMA: u32 = 1;
+
+/// How long a write that was called off is waited for, so that nothing is left of the file when that is
+/// said. A file system that has not answered by then may never.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What was done with a file.
 #[derive(Debug, Serialize)]
@@ -37,7 +43,7 @@ struct Report {
     state_bytes: u64,
     /// Memory in the file.
     memory_bytes: u64,
-    /// To write or to read it, the guest's making included.
+    /// To write it, or to read and check it, the guest's making included.
     file_ms: f64,
     heartbeats: u64,
     oracle_ok: bool,
@@ -53,8 +59,11 @@ struct Failure<'a> {
 }
 
 /// Prints it.
-pub(crate) fn print_failure(why: &str) -> std::result::Result<(), serde_json::Error> {
-    let failure = Failure { schema: SCHEMA, outcome: Outcome::Failed, error: why };
+pub(crate) fn print_failure(
+    outcome: Outcome,
+    why: &str,
+) -> std::result::Result<(), serde_json::Error> {
+    let failure = Failure { schema: SCHEMA, outcome, error: why };
     print(&serde_json::to_string(&failure)?);
     Ok(())
 }
@@ -65,27 +74,29 @@ fn print(text: &str) {
     }
 }
 
-/// Runs a guest for a while and saves it. If that fails it runs on.
+/// Runs a guest for a while and saves it. If that fails, or is cancelled, it runs on.
 pub(crate) fn save(args: &SaveArgs) -> Result<Outcome> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
     // A limit on the length of files is an error of the write then, and not the end of the guest.
     signal_hook::flag::register(SIGXFSZ, Arc::default())?;
-    let failed = |error: &SnapshotError| {
-        let why = pageferry::Chain::of(error);
-        format!("failed to save the guest to {}: {why}", args.file.display())
+    let failed = |why: &str| format!("failed to save the guest to {}: {why}", args.file.display());
+    let path = args.file.clone();
+    // Before there is a guest that could miss it. The file system may not answer.
+    let Some(file) = unless_interrupted(&wishes, move || NewFile::create(&path))? else {
+        return ended(args.json, "interrupted before there was a guest to save");
     };
-    // Before there is a guest that could miss it.
-    let mut file = NewFile::create(&args.file).map_err(|error| failed(&error))?;
+    let file = file.map_err(|error| failed(&chain(&error)))?;
     let config = config(&args.guest);
     let tracking = tracking(&args.guest, config.kind)?;
     let mut guest = Guest::create_tracked(config, tracking)?;
     guest.boot()?;
     run(&mut guest, args.run_for, &wishes)?;
     let began = Instant::now();
-    let written = snapshot::save(&mut guest, &mut file)
-        .and_then(|written| file.keep().map(|()| written))
-        .map_err(|error| failed(&error));
+    let (outcome, written) = match Snapshot::of(&mut guest) {
+        Ok(snapshot) => write(snapshot, file, &wishes)?,
+        Err(error) => (Outcome::Failed, Err(chain(&error))),
+    };
     let took = began.elapsed();
     let mut report = Report::of(&guest, took);
     match written {
@@ -95,8 +106,8 @@ pub(crate) fn save(args: &SaveArgs) -> Result<Outcome> {
             Ok(report.outcome)
         }
         Err(why) => {
-            report.outcome = Outcome::Failed;
-            report.error = Some(why.clone());
+            let why = failed(&why);
+            report.not_saved(outcome, &why);
             resume(&mut guest)?;
             report.heartbeats = guest.heartbeat().beats;
             report.print(args.json)?;
@@ -108,28 +119,85 @@ pub(crate) fn save(args: &SaveArgs) -> Result<Outcome> {
     }
 }
 
+/// Writes the file, on a thread of its own since a disk may be slow and a file system not answer at all:
+/// a Ctrl-C calls it off, and who called it off does not wait for ever.
+fn write(
+    snapshot: Snapshot,
+    mut file: NewFile,
+    wishes: &Receiver<Wish>,
+) -> Result<(Outcome, std::result::Result<Written, String>)> {
+    let fate = Fate::default();
+    let write = {
+        let fate = fate.clone();
+        move || {
+            let written = snapshot.write(&mut file, &fate)?;
+            file.keep(&fate).map(|()| written)
+        }
+    };
+    let mut too_late = false;
+    let (written, called_off) = unless_given_up(wishes, PATIENCE, write, |wish| {
+        let ends = wish == Wish::Interrupt;
+        too_late = ends && !fate.decide();
+        ends
+    })?;
+    let outcome = if called_off { Outcome::Cancelled } else { Outcome::Failed };
+    let written = if let Some(written) = written {
+        written.map_err(|error| chain(&error))
+    } else {
+        let left = if too_late {
+            "the file may have its name all the same"
+        } else {
+            "if it does while this program runs, nothing is left of the file"
+        };
+        Err(format!("interrupted, and the file system has not answered yet: {left}"))
+    };
+    Ok((outcome, written))
+}
+
+fn chain(error: &SnapshotError) -> String {
+    pageferry::Chain::of(error).to_string()
+}
+
 /// Runs the guest that a file holds for a while.
 pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome> {
-    let path = args.file.display();
-    let began = Instant::now();
-    let file = File::open(&args.file).map_err(|error| format!("failed to open {path}: {error}"))?;
-    let (mut guest, read) = snapshot::restore(&mut BufReader::new(file), args.backing)
-        .map_err(|error| format!("{path}: {}", pageferry::Chain::of(&error)))?;
-    let took = began.elapsed();
-    // Not before: the file may be a pipe that nobody writes to, and a signal ends the wait for it as
-    // long as nobody hears it.
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
-    // It is right before it has done anything here.
-    let before = guest.check_oracle();
-    if !before.ok {
-        return Err(format!("the guest in {path} is wrong: {}", before.detail).into());
-    }
+    let began = Instant::now();
+    let (path, backing) = (args.file.clone(), args.backing);
+    // The file may be a pipe that nobody writes to, which not even opening it would get past.
+    let Some(read) = unless_interrupted(&wishes, move || read(&path, backing))? else {
+        return ended(args.json, "interrupted before the guest ran");
+    };
+    let (mut guest, read) = read?;
+    let took = began.elapsed();
     run(&mut guest, args.run_for, &wishes)?;
     let mut report = Report::of(&guest, took);
     report.file(read);
     report.print(args.json)?;
     Ok(report.outcome)
+}
+
+/// Makes the guest that a file holds, which is right before it has done anything here.
+fn read(path: &Path, backing: Backing) -> Result<(Guest, Written)> {
+    let name = path.display();
+    let file = File::open(path).map_err(|error| format!("failed to open {name}: {error}"))?;
+    let (guest, read) = snapshot::restore(&mut BufReader::new(file), backing)
+        .map_err(|error| format!("{name}: {}", pageferry::Chain::of(&error)))?;
+    let oracle = guest.check_oracle();
+    if oracle.ok {
+        Ok((guest, read))
+    } else {
+        Err(format!("the guest in {name} is wrong: {}", oracle.detail).into())
+    }
+}
+
+/// Ends a command that was told to, before it had a guest.
+fn ended(json: bool, why: &str) -> Result<Outcome> {
+    say!("{why}");
+    if json {
+        print_failure(Outcome::Cancelled, why)?;
+    }
+    Ok(Outcome::Cancelled)
 }
 
 /// Lets the guest run for so long, or until a Ctrl-C, and pauses it.
@@ -174,6 +242,15 @@ impl Report {
             oracle_ok: oracle.ok,
             oracle: oracle.detail,
         }
+    }
+
+    /// A guest that is wrong is worse than one that was not saved.
+    fn not_saved(&mut self, outcome: Outcome, why: &str) {
+        if self.oracle_ok {
+            self.outcome = outcome;
+        }
+        let wrong = self.error.take().map_or_else(String::new, |wrong| format!("; {wrong}"));
+        self.error = Some(format!("{why}{wrong}"));
     }
 
     fn file(&mut self, Written { state_bytes, memory_bytes }: Written) {

@@ -112,6 +112,43 @@ pub(crate) fn until_interrupted<T: Send>(
     Ok((result, interrupted))
 }
 
+/// Does a job that nothing here can end, on a thread of its own. Once a wish has it given up, it is
+/// waited for so much longer and then left to itself, and `None` came of it; further wishes are for what
+/// comes next. Whether it was given up is told besides: it may have ended at that moment.
+pub(crate) fn unless_given_up<T: Send + 'static>(
+    wishes: &Receiver<Wish>,
+    patience: Duration,
+    job: impl FnOnce() -> T + Send + 'static,
+    mut gives_up: impl FnMut(Wish) -> bool,
+) -> Result<(Option<T>, bool), RecvError> {
+    let (done, ended) = bounded(1);
+    thread::spawn(move || {
+        // Nobody may be waiting any more.
+        let _ = done.send(job());
+    });
+    loop {
+        select_biased! {
+            recv(wishes) -> wish => if gives_up(wish?) {
+                break;
+            },
+            recv(ended) -> result => return Ok((Some(result?), false)),
+        }
+    }
+    select_biased! {
+        recv(ended) -> result => Ok((Some(result?), true)),
+        recv(after(patience)) -> _ => Ok((None, true)),
+    }
+}
+
+/// As [`unless_given_up`], by a Ctrl-C and at once. `None` after one, whatever came of the job.
+pub(crate) fn unless_interrupted<T: Send + 'static>(
+    wishes: &Receiver<Wish>,
+    job: impl FnOnce() -> T + Send + 'static,
+) -> Result<Option<T>, RecvError> {
+    let given_up = unless_given_up(wishes, Duration::ZERO, job, |wish| wish == Wish::Interrupt)?;
+    Ok(if let (result, false) = given_up { result } else { None })
+}
+
 /// Waits for the time to pass, or for someone to quit.
 pub(crate) fn wait_or_quit(wishes: &Receiver<Wish>, time: Option<Duration>) {
     let timer = time.map_or_else(never, after);
@@ -191,6 +228,25 @@ mod tests {
         // Other wishes end nothing.
         wishes_in.send(Wish::Status).unwrap();
         assert_eq!(until_interrupted(&wishes, || 7, || panic!("ended")), Ok((7, false)));
+    }
+
+    #[test]
+    fn a_job_that_nothing_ends_is_left_to_itself() {
+        let (wishes_in, wishes) = unbounded();
+        let interrupts = |wish| wish == Wish::Interrupt;
+        let (_go_in, go) = unbounded::<()>();
+        for wish in [Wish::Status, Wish::Interrupt, Wish::Interrupt] {
+            wishes_in.send(wish).unwrap();
+        }
+        let waits = move || go.recv().is_ok();
+        let given_up = unless_given_up(&wishes, Duration::ZERO, waits, interrupts);
+        assert_eq!(given_up, Ok((None, true)));
+        // The second is for what comes next: here a job that ends all the same.
+        let given_up = unless_given_up(&wishes, Duration::MAX, || 7, interrupts);
+        assert_eq!(given_up, Ok((Some(7), true)));
+        assert_eq!(unless_interrupted(&wishes, || 7), Ok(Some(7)));
+        wishes_in.send(Wish::Interrupt).unwrap();
+        assert_eq!(unless_interrupted(&wishes, || 7), Ok(None));
     }
 
     #[test]

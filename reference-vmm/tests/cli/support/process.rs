@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 use super::PATIENCE;
 use super::lines::Lines;
@@ -116,6 +116,38 @@ impl Process {
             .unwrap_or_else(|error| panic!("failed to signal the {}: {error}", self.name));
     }
 
+    /// Waits until it hears signals, which would kill it before.
+    pub(crate) fn await_hearing(&self) {
+        let status = format!("/proc/{}/status", self.child.id());
+        let heard = [Signal::INT, Signal::TERM].map(|signal| 1 << (signal.as_raw() - 1));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = std::fs::read_to_string(&status).expect("its status");
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+            // Of a program that is another yet, say, and of one that has ended there is none.
+            let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+            if caught.is_some_and(|caught| heard.iter().all(|bit| caught & bit != 0)) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "the {} does not hear signals", self.name);
+            std::thread::yield_now();
+        }
+    }
+
+    /// Ends the strace that holds up one of its calls: it would hold up the end of the process as well.
+    pub(crate) fn trace_no_more(&self) {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        for task in tasks.into_iter().flatten().flatten() {
+            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+            let tracer = tracer.and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));
+            // It ends by itself with the last of what it traces.
+            if let Some(tracer) = tracer {
+                let _ = kill_process(tracer, Signal::KILL);
+            }
+        }
+    }
+
     /// Stops it, and waits until each of its threads has stopped: that comes after the signal.
     pub(crate) fn stop(&self) {
         self.signal(Signal::STOP);
@@ -197,6 +229,7 @@ impl Drop for Process {
         if self.ended.is_none() {
             // Fails only if it has just ended.
             let _ = self.child.kill();
+            self.trace_no_more();
             let _ = self.child.wait();
         }
         if std::thread::panicking() {
