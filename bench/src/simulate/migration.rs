@@ -57,16 +57,7 @@ impl Outcome {
 /// Migrates the scenario.
 pub(super) fn migrate(scenario: Scenario, settings: Settings, method: Method) -> Outcome {
     let least = scenario.least_seconds();
-    let mut world = World {
-        convergence: Convergence::by(method, settings),
-        landed: vec![0.0; scenario.network.channels.len()],
-        unsent: Vec::new(),
-        scenario,
-        now: 0.0,
-        harvested: 0.0,
-        slowed: 0.0,
-        throttle_percent: 0,
-    };
+    let mut world = World::of(scenario, settings, method);
     let mut outcome = world.run(settings);
     outcome.total = world.now;
     outcome.effort = world.now / least;
@@ -110,6 +101,25 @@ fn counts(figures: &[f64]) -> Vec<u64> {
 }
 
 impl World {
+    fn of(scenario: Scenario, settings: Settings, method: Method) -> Self {
+        Self {
+            convergence: Convergence::by(method, settings),
+            landed: vec![0.0; scenario.network.channels.len()],
+            unsent: Vec::new(),
+            scenario,
+            now: 0.0,
+            harvested: 0.0,
+            slowed: 0.0,
+            throttle_percent: 0,
+        }
+    }
+
+    fn begin(&mut self) {
+        self.convergence.set_bandwidth_limit(self.scenario.bandwidth_limit);
+        self.rehearse();
+        self.take_dirty();
+    }
+
     fn run(&mut self, settings: Settings) -> Outcome {
         let mut outcome = Outcome {
             kind: self.scenario.kind,
@@ -127,10 +137,7 @@ impl World {
             throttle_percent: 0,
             slowed: 0.0,
         };
-        self.convergence.set_bandwidth_limit(self.scenario.bandwidth_limit);
-        self.rehearse();
-        self.unsent = self.scenario.guest.harvest();
-        self.harvested = self.now;
+        self.begin();
         loop {
             let verdict = match self.round() {
                 Verdict::Approach { .. } => self.approach(),
@@ -243,8 +250,13 @@ impl World {
     fn harvest(&mut self) {
         let took = self.draw(self.scenario.hosts.harvest);
         self.pass(took);
-        self.unsent = self.scenario.guest.harvest();
+        self.take_dirty();
         self.convergence.learn_harvest(time(took));
+    }
+
+    fn take_dirty(&mut self) {
+        self.unsent = self.scenario.guest.harvest();
+        self.harvested = self.now;
     }
 
     fn begin_sending(&mut self) {
@@ -305,7 +317,7 @@ impl World {
         self.convergence.learn_pause(time(pause));
         let harvest = self.draw(hosts.harvest);
         self.now += harvest;
-        self.unsent = self.scenario.guest.harvest();
+        self.take_dirty();
         let pages = self.unsent.iter().sum();
         let after_pages = self.convergence.after_pages();
         if self.convergence.overruns(&attempt, time(self.now), self.pages_unsent()) {
@@ -358,7 +370,24 @@ impl World {
         let resume = self.draw(self.scenario.hosts.resume);
         self.now += resume;
         self.convergence.called_off(time(self.now));
-        self.unsent = self.scenario.guest.harvest();
+        self.take_dirty();
         Switchover::CalledOff(self.now - began)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the engine's driver has it, by what each round tells of the guest.
+    #[test]
+    fn whether_it_converges_is_known_after_two_rounds() {
+        for seed in 0..100 {
+            let scenario = Scenario::of(seed);
+            let mut world = World::of(scenario, Settings::default(), Method::default());
+            world.begin();
+            let told = (0..2).all(|_| matches!(world.round(), Verdict::Iterate { .. }));
+            assert!(!told || world.convergence.outlook().is_some(), "seed {seed}");
+        }
     }
 }
