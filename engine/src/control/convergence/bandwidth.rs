@@ -36,9 +36,6 @@ const WINDOWS: usize = 16;
 /// For how long the last window says what happens just now.
 const RECENT: Duration = Duration::from_secs(1);
 
-/// A window with less than that share of the average is a slump.
-const SLUMP: f64 = 0.6;
-
 /// What the last window counts in [`Averaging::Ewma`].
 const EWMA_GAIN: f64 = 0.3;
 
@@ -146,15 +143,6 @@ impl Bandwidth {
         let lag = last.map_or(0.0, |last| 1.0 - last / rate);
         // One window says little about how much windows differ.
         spread.max(lag).max(0.2 / closed.len() as f64).min(1.0)
-    }
-
-    /// Whether the link has just become much slower: packets may be getting lost, and a commit that
-    /// is lost takes a while to be sent again.
-    pub fn slumps(&self, now: Duration) -> bool {
-        match (self.all.closed.back(), self.bytes_per_second()) {
-            (Some(last), Some(rate)) => *last < rate * SLUMP && self.is_recent(now),
-            _ => false,
-        }
     }
 
     /// Whether the last window says something about this moment. Where rounds are too short to fill
@@ -275,10 +263,10 @@ mod tests {
     fn a_link_that_has_just_become_slow_is_uncertain() {
         let steps = [&[(10, 1); 50][..], &[(200, 1)]].concat();
         let bandwidth = seen(Averaging::Ewma, &steps);
-        assert!(bandwidth.deviation(now(&steps)) > 0.5 && bandwidth.slumps(now(&steps)));
+        assert!(bandwidth.deviation(now(&steps)) > 0.5);
         // It may be as it was by now, and rounds too short to tell.
         let later = now(&steps) + 1000 * MS;
-        assert!(bandwidth.deviation(later) < 0.5 && !bandwidth.slumps(later));
+        assert!(bandwidth.deviation(later) < 0.5);
     }
 
     #[test]

@@ -342,7 +342,7 @@ impl Convergence {
         self.forecast = self.forecast(now, pages);
         // What was tried and called off before is not tried for ever.
         let in_vain = self.times_called_off > 0 && self.is_over(now);
-        if !in_vain && now >= self.not_before && self.fits(now, &prediction, pages) {
+        if !in_vain && now >= self.not_before && self.fits(&prediction, pages) {
             return Verdict::Approach { expected };
         }
         self.not_yet(now, expected)
@@ -354,7 +354,7 @@ impl Convergence {
             return Verdict::Iterate { expected: None };
         };
         let expected = prediction.total().expected;
-        if self.fits(now, &prediction, pages) {
+        if self.fits(&prediction, pages) {
             self.prediction = Some(prediction);
             return Verdict::SwitchOver { expected };
         }
@@ -450,7 +450,7 @@ impl Convergence {
         SHORTEST_ROUND.saturating_sub(took)
     }
 
-    fn fits(&self, now: Duration, prediction: &Prediction, pages: u64) -> bool {
+    fn fits(&self, prediction: &Prediction, pages: u64) -> bool {
         let limit = self.settings.downtime_limit;
         let total = if self.method.all_terms { prediction.total() } else { prediction.final_pages };
         match self.settings.bound {
@@ -459,8 +459,7 @@ impl Convergence {
                     return total.expected <= limit;
                 }
                 let before_commit = prediction.before_commit().expected;
-                !self.link.now().slumps(now)
-                    && total.upper(self.caution) <= limit
+                total.upper(self.caution) <= limit
                     && before_commit.saturating_add(self.after_commit()) <= limit
             }
             // Without pages another round could not make it shorter.
