@@ -271,8 +271,11 @@ impl Writer for Told<'_> {
     }
 
     fn hammer(&self, stop: &AtomicBool) {
-        while !stop.load(Ordering::Relaxed) {
+        loop {
             self.ranges.iter().for_each(|range| self.touch(*range));
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Barrier};
 
 use crate::suite::{self, Bench, Writer};
 use crate::threads::Threads;
@@ -306,10 +306,16 @@ fn late_faults_lose_nothing() {
     let mut found = 0;
     for _ in 0..100 {
         stop.store(false, Ordering::Relaxed);
+        // No round before all write: a busy machine may let them wait.
+        let all = Barrier::new(5);
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| Threads { memory: &memory, ranges: vec![range] }.hammer(&stop));
+                scope.spawn(|| {
+                    all.wait();
+                    Threads { memory: &memory, ranges: vec![range] }.hammer(&stop);
+                });
             }
+            all.wait();
             for _ in 0..20 {
                 found += round(&mut counts, &mut bytes);
             }
