@@ -38,12 +38,18 @@ check() {
     fi
 }
 
-# Every line "…skipped, because …" of a log, once.
+# Every line "…skipped, because …" of a log, once; one without a subject is the test's that cargo nextest shows
+# above it.
 collect_skips() {
     while IFS= read -r line; do
         echo "ci: $line"
         skips+=("$line")
-    done < <(grep -ohiE '[^ ].*skipped, because .*' "$1" | sort -u)
+    done < <(awk '
+        /^ +[A-Z]+ +\[ *[0-9.]+s\]/ { subject = $(NF - 1) " " $NF " " }
+        match($0, /skipped, because /) {
+            sub(/^ +/, "")
+            print (/^skipped/ ? subject : "") $0
+        }' "$1" | sort -u)
 }
 
 # What rustc compiles for, as a target by name.

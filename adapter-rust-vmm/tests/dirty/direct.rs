@@ -65,7 +65,7 @@ impl Disk {
             Ok(file) if !tmpfs => Some(Self(file)),
             other => {
                 let why = other.err().map_or("tmpfs copies".to_owned(), |error| error.to_string());
-                eprintln!("SKIPPED, because there is no O_DIRECT in {}: {why}", path.display());
+                eprintln!("skipped, because there is no O_DIRECT in {}: {why}", path.display());
                 None
             }
         }
@@ -163,7 +163,7 @@ fn anonymous(bytes: usize) -> Arc<GuestMemory> {
 #[test]
 fn beside_pagemap_scan() {
     if let Err(error) = PagemapScan::supported() {
-        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
     }
     let Some(disk) = Disk::new("pagemap") else { return };
     let memory = anonymous(READ_BYTES);
@@ -175,7 +175,7 @@ fn beside_pagemap_scan() {
 #[test]
 fn beside_pagemap_scan_with_writes_by_process_vm_writev() {
     if let Err(error) = PagemapScan::supported() {
-        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
     }
     let memory = anonymous(READ_BYTES);
     let tracker = || -> Box<dyn DirtySource> { Box::new(PagemapScan::new(Arc::clone(&memory))) };
@@ -197,7 +197,7 @@ fn beside_pagemap_scan_with_writes_by_process_vm_writev() {
 #[test]
 fn beside_uffd_wp() {
     if let Err(error) = UffdWp::supported() {
-        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
     }
     let Some(disk) = Disk::new("uffd-wp") else { return };
     let memory = anonymous(READ_BYTES);
@@ -437,7 +437,7 @@ fn migrate(disk: Disk, told: bool) -> Result<(), Error> {
 #[test]
 fn a_process_with_direct_reads_is_migrated() {
     if let Err(error) = PagemapScan::supported() {
-        return eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
     }
     for _ in 0..3 {
         let Some(disk) = Disk::new("told") else { return };

@@ -93,7 +93,7 @@ impl Guest {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(error) => {
-                eprintln!("SKIPPED, because /dev/kvm cannot be used here: {error}");
+                eprintln!("skipped, because /dev/kvm cannot be used here: {error}");
                 return None;
             }
         };
@@ -107,7 +107,7 @@ impl Guest {
             None => None,
             Some(Ok(rings)) => Some(rings),
             Some(Err(error)) => {
-                eprintln!("SKIPPED, because {error}: {:?}", std::error::Error::source(&error));
+                eprintln!("skipped, because {error}: {:?}", std::error::Error::source(&error));
                 return None;
             }
         };

@@ -39,7 +39,7 @@ fn dirty_log(guest: &Guest, protocol: LogProtocol) -> Option<KvmDirtyLog> {
     match log {
         Ok(log) => Some(log),
         Err(error @ KvmLogError::NotOffered { .. }) => {
-            eprintln!("SKIPPED, because {error}");
+            eprintln!("skipped, because {error}");
             None
         }
         Err(error) => panic!("{error}"),
@@ -74,7 +74,7 @@ fn log_that_get_clears() {
 fn pagemap_scan_sees_vcpus() {
     let Some(guest) = odd_guest() else { return };
     if let Err(error) = PagemapScan::supported() {
-        eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+        eprintln!("skipped, because pages cannot be tracked here: {error}");
         return;
     }
     let memory = &guest.memory;
@@ -87,7 +87,7 @@ fn pagemap_scan_sees_vcpus() {
 fn uffd_wp_sees_vcpus() {
     let Some(guest) = odd_guest() else { return };
     if let Err(error) = UffdWp::supported() {
-        eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+        eprintln!("skipped, because pages cannot be tracked here: {error}");
         return;
     }
     let memory = &guest.memory;

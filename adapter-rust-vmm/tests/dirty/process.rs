@@ -39,7 +39,7 @@ impl Kind {
             Self::Wp(_) => UffdWp::supported().map_err(|error| error.to_string()),
         };
         if let Err(error) = &supported {
-            eprintln!("SKIPPED, because pages cannot be tracked here: {error}");
+            eprintln!("skipped, because pages cannot be tracked here: {error}");
         }
         supported.is_ok()
     }
@@ -169,7 +169,7 @@ fn huge_pages_free() -> bool {
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     let free = free.ok().and_then(|free| free.trim().parse::<u64>().ok()).unwrap_or(0);
     if free < 8 {
-        eprintln!("SKIPPED, because {free} huge pages of 2 MiB are free and 8 are needed");
+        eprintln!("skipped, because {free} huge pages of 2 MiB are free and 8 are needed");
     }
     free >= 8
 }

@@ -111,7 +111,7 @@ fn manual_protection_does_not_hide_first_writes() {
         KvmDirtyLog::with_protocol(Arc::clone(&guest.vm), &guest.memory, &guest.slots, best)
     };
     if let Err(error @ KvmLogError::NotOffered { .. }) = &log {
-        eprintln!("SKIPPED, because {error}");
+        eprintln!("skipped, because {error}");
         return;
     }
     let range = guest.ranges()[0];
@@ -127,7 +127,7 @@ fn manual_protection_does_not_hide_first_writes() {
 fn the_log_is_refused_beside_the_ring() {
     let Some(guest) = guest(ROOMY, false) else { return };
     if rings(&guest).has_bitmap() {
-        eprintln!("SKIPPED, because this KVM has a bitmap beside the rings");
+        eprintln!("skipped, because this KVM has a bitmap beside the rings");
         return;
     }
     // SAFETY: these are the guest's slots, and stay so.
@@ -144,7 +144,7 @@ fn rings_that_cannot_be_are_refused() {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
         Err(error) => {
-            eprintln!("SKIPPED, because /dev/kvm cannot be used here: {error}");
+            eprintln!("skipped, because /dev/kvm cannot be used here: {error}");
             return;
         }
     };
@@ -153,7 +153,7 @@ fn rings_that_cannot_be_are_refused() {
     if most == 0 {
         let error = DirtyRings::enable(vm, TINY).unwrap_err();
         assert!(matches!(error, KvmRingError::NotOffered));
-        eprintln!("SKIPPED, because {error}");
+        eprintln!("skipped, because {error}");
         return;
     }
     eprintln!("at most {most} entries");
