@@ -7,6 +7,7 @@
 //! - [`direct`] tracks what the VMM has written past the page tables, by what it says of it.
 //! - [`pagemap`] and [`uffd_wp`] track what anything in this process writes, by userfaultfd
 //!   write-protection; they need no KVM. [`process`] picks one of the two.
+//! - [`foreign`] tracks what *another* process writes, a VMM that is left as it is.
 //!
 //! # Which dirty source
 //!
@@ -32,6 +33,7 @@ pub mod bitmap;
 mod bits;
 mod carry;
 pub mod direct;
+pub mod foreign;
 pub mod kvm;
 pub mod memory;
 mod misuse;
@@ -44,6 +46,7 @@ pub mod uffd_wp;
 
 pub use bitmap::AtomicBitmapSource;
 pub use direct::{DirectWrite, DirectWrites};
+pub use foreign::{ForeignPagemapScan, ForeignProcess, ForeignUserfaultfd, SoftDirty};
 pub use kvm::{DirtyRings, KvmDirtyLog, KvmDirtyRing, KvmSlot, LogProtocol, VcpuRing};
 pub use memory::guest_memory;
 pub use misuse::MisuseError;

@@ -16,7 +16,11 @@ pub(crate) const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 pub(crate) const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 pub(crate) const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
 
+const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
+/// What the system call is given for one that is told of faults in user code.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const USER_MODE: u64 = (FLAGS | UFFD_USER_MODE_ONLY).cast_unsigned() as u64;
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
@@ -73,11 +77,10 @@ pub(crate) enum Faults {
 
 /// A userfaultfd, before features were chosen.
 pub(crate) fn userfaultfd(faults: Faults) -> io::Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     match faults {
-        Faults::UserMode => by_system_call(flags | UFFD_USER_MODE_ONLY),
+        Faults::UserMode => by_system_call(FLAGS | UFFD_USER_MODE_ONLY),
         // The device file is a privilege that can be given by file permissions (Linux 6.1).
-        Faults::All => by_system_call(flags).or_else(|refused| by_device(flags).ok_or(refused)),
+        Faults::All => by_system_call(FLAGS).or_else(|refused| by_device().ok_or(refused)),
     }
 }
 
@@ -87,10 +90,10 @@ fn by_system_call(flags: libc::c_int) -> io::Result<OwnedFd> {
     opened(fd)
 }
 
-fn by_device(flags: libc::c_int) -> Option<OwnedFd> {
+fn by_device() -> Option<OwnedFd> {
     let device = File::options().read(true).write(true).open("/dev/userfaultfd").ok()?;
     // SAFETY: the call takes flags and returns a descriptor; it touches no memory.
-    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, FLAGS) };
     opened(fd.into()).ok()
 }
 

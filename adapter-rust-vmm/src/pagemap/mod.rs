@@ -7,119 +7,21 @@
 //! later; Documentation/admin-guide/mm/userfaultfd.rst ("Write Protect Notifications") and
 //! mm/pagemap.rst ("Pagemap Scan IOCTL") of the kernel describe it.
 
+mod error;
 mod ioctl;
+mod scan;
 
 use std::fs::File;
-use std::io;
-use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pageferry::dirty::DirtyBitmap;
-use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
-use thiserror::Error;
+use pageferry::memory::GuestMemory;
 
-use crate::addresses::{addresses, call_ranges};
-use crate::bits::set_range;
+use crate::addresses::{Mapped, mapped_here};
 use crate::misuse::MisuseError;
 use crate::tracked::{Tracked, Tracker};
-use crate::uffd;
-use linux_raw_sys::general::page_region;
-
-/// Runs of written pages that one call returns, 24 bytes each.
-const RUNS: usize = 4096;
-
-/// What tracking needs, by name.
-const FEATURES: [(&str, u64); 3] = [
-    ("UFFD_FEATURE_WP_ASYNC", uffd::UFFD_FEATURE_WP_ASYNC),
-    ("UFFD_FEATURE_WP_UNPOPULATED", uffd::UFFD_FEATURE_WP_UNPOPULATED),
-    ("UFFD_FEATURE_WP_HUGETLBFS_SHMEM", uffd::UFFD_FEATURE_WP_HUGETLBFS_SHMEM),
-];
-
-/// Why pages cannot be tracked.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum PagemapError {
-    /// The process may not have a userfaultfd.
-    #[error(
-        "failed to create a userfaultfd: not permitted. Only user-mode faults are asked for, so \
-         neither CAP_SYS_PTRACE nor the sysctl vm.unprivileged_userfaultfd is needed: a seccomp \
-         filter or a security module forbids the system call"
-    )]
-    NotPermitted(#[source] io::Error),
-    /// There is no userfaultfd, or none can be had now.
-    #[error("failed to create a userfaultfd")]
-    Userfaultfd(#[source] io::Error),
-    /// The kernel's userfaultfd lacks what asynchronous write-protection needs.
-    #[error("this kernel's userfaultfd lacks {missing}; Linux 6.7 or later has it")]
-    FeatureMissing {
-        /// Names of what is missing.
-        missing: String,
-    },
-    /// The kernel has no `PAGEMAP_SCAN`.
-    #[error("this kernel has no PAGEMAP_SCAN; Linux 6.7 or later has it")]
-    NoScan(#[source] io::Error),
-    /// The process's page map could not be opened.
-    #[error("failed to open /proc/self/pagemap")]
-    OpenPagemap(#[source] io::Error),
-    /// The host's pages are not the engine's.
-    #[error("host pages of {host_page_bytes} bytes are not supported, only {PAGE_BYTES}")]
-    HostPageSize {
-        /// Bytes in a page of the host.
-        host_page_bytes: usize,
-    },
-    /// A region could not be registered for write-protection.
-    #[error("failed to register the region at guest address {guest_addr:#x}{}", hint(.cause))]
-    Register {
-        /// The region's guest physical address.
-        guest_addr: u64,
-        /// The kernel's answer.
-        #[source]
-        cause: io::Error,
-    },
-    /// A region could not be write-protected.
-    #[error("failed to write-protect the region at guest address {guest_addr:#x}")]
-    Protect {
-        /// The region's guest physical address.
-        guest_addr: u64,
-        /// The kernel's answer.
-        #[source]
-        cause: io::Error,
-    },
-    /// A region could not be scanned.
-    #[error("failed to scan the region at guest address {guest_addr:#x}{}", hint(.cause))]
-    Scan {
-        /// The region's guest physical address.
-        guest_addr: u64,
-        /// The kernel's answer.
-        #[source]
-        cause: io::Error,
-    },
-    /// A region could not be unregistered.
-    #[error("failed to unregister the region at guest address {guest_addr:#x}")]
-    Unregister {
-        /// The region's guest physical address.
-        guest_addr: u64,
-        /// The kernel's answer.
-        #[source]
-        cause: io::Error,
-    },
-    /// The source was called against its contract.
-    #[error(transparent)]
-    Misuse(#[from] MisuseError),
-}
-
-/// What the kernel means by an error that says something else.
-fn hint(cause: &io::Error) -> &'static str {
-    match cause.raw_os_error() {
-        Some(libc::EBUSY) => " (another userfaultfd has it)",
-        Some(libc::EINVAL) => {
-            " (only anonymous memory, memfds and hugetlbfs can be tracked, in whole huge pages)"
-        }
-        Some(libc::EPERM) => " (it was mapped anew since tracking started)",
-        _ => "",
-    }
-}
+pub use error::PagemapError;
+pub(crate) use scan::{Scan, negotiated, userfaultfd};
 
 /// Tracks every write to guest memory through this process's page tables: by threads of the
 /// process, by buffered system calls, and by KVM's vCPUs, whose mappings follow the page tables.
@@ -150,33 +52,27 @@ pub type PagemapScan = Tracked<PagemapTracker>;
 /// How [`PagemapScan`] sees writes.
 #[derive(Debug)]
 pub struct PagemapTracker {
-    memory: Arc<GuestMemory>,
-    active: Mutex<Option<Active>>,
-}
-
-#[derive(Debug)]
-struct Active {
-    uffd: OwnedFd,
-    pagemap: File,
-    /// Where the kernel writes what it found.
-    runs: Vec<page_region>,
+    mapped: Vec<Mapped>,
+    active: Mutex<Option<Scan>>,
+    _memory: Arc<GuestMemory>,
 }
 
 impl PagemapScan {
     /// Prepares to track all of `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
         let layout = memory.layout().clone();
-        Self::by(PagemapTracker { memory, active: Mutex::new(None) }, &layout)
+        let mapped = mapped_here(&memory);
+        Self::by(PagemapTracker { mapped, active: Mutex::new(None), _memory: memory }, &layout)
     }
 
     /// Whether this process can track memory on this machine; if not, why.
     pub fn supported() -> Result<(), PagemapError> {
-        Active::open().map(drop)
+        own_scan().map(drop)
     }
 }
 
 impl PagemapTracker {
-    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Scan>> {
         // Nothing panics between two changes of what it holds.
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -190,38 +86,14 @@ impl Tracker for PagemapTracker {
 
     fn start(&self) -> Result<(), PagemapError> {
         // Dropped on failure, which closes the userfaultfd and so undoes what was done.
-        let new = Active::open()?;
-        for region in self.memory.regions() {
-            let guest_addr = region.layout.guest_addr;
-            uffd::register(&new.uffd, &addresses(region))
-                .map_err(|cause| PagemapError::Register { guest_addr, cause })?;
-        }
-        for region in self.memory.regions() {
-            let guest_addr = region.layout.guest_addr;
-            for range in call_ranges(region) {
-                // Also where nothing is populated: else a mere read of such a page would
-                // report it, and the engine reads all pages.
-                uffd::write_protect(&new.uffd, &range)
-                    .map_err(|cause| PagemapError::Protect { guest_addr, cause })?;
-            }
-        }
-        *self.lock() = Some(new);
+        let scan = own_scan()?;
+        scan.start(&self.mapped)?;
+        *self.lock() = Some(scan);
         Ok(())
     }
 
     fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), PagemapError> {
-        let mut active = self.lock();
-        let active = active.as_mut().ok_or(MisuseError::NotStarted)?;
-        for (index, region) in (0..).zip(self.memory.regions()) {
-            let words = into.region_words_mut(index);
-            let guest_addr = region.layout.guest_addr;
-            for range in call_ranges(region) {
-                active
-                    .scan(region, range, words)
-                    .map_err(|cause| PagemapError::Scan { guest_addr, cause })?;
-            }
-        }
-        Ok(())
+        self.lock().as_mut().ok_or(MisuseError::NotStarted)?.harvest(&self.mapped, into)
     }
 
     /// A harvest has protected the pages again already.
@@ -230,80 +102,14 @@ impl Tracker for PagemapTracker {
     }
 
     fn stop(&self) -> Result<(), PagemapError> {
-        let active = self.lock().take().ok_or(MisuseError::NotStarted)?;
-        let mut result = Ok(());
-        for region in self.memory.regions() {
-            let guest_addr = region.layout.guest_addr;
-            let unregistered = uffd::unregister(&active.uffd, &addresses(region));
-            if let Err(cause) = unregistered
-                && result.is_ok()
-            {
-                result = Err(PagemapError::Unregister { guest_addr, cause });
-            }
-        }
-        result
+        let scan = self.lock().take().ok_or(MisuseError::NotStarted)?;
+        scan.stop(&self.mapped)
     }
 }
 
-impl Active {
-    fn open() -> Result<Self, PagemapError> {
-        let host_page_bytes = rustix::param::page_size();
-        if host_page_bytes as u64 != PAGE_BYTES {
-            return Err(PagemapError::HostPageSize { host_page_bytes });
-        }
-        let pagemap = File::open("/proc/self/pagemap").map_err(PagemapError::OpenPagemap)?;
-        ioctl::scan_and_protect(&pagemap, &(0..0), &mut []).map_err(PagemapError::NoScan)?;
-        let uffd = open_userfaultfd()?;
-        let none = page_region { start: 0, end: 0, categories: 0 };
-        Ok(Self { uffd, pagemap, runs: vec![none; RUNS] })
-    }
-
-    /// Adds the written pages of a part of `region` to its words.
-    fn scan(
-        &mut self,
-        region: &RawRegion,
-        mut range: Range<u64>,
-        words: &mut [u64],
-    ) -> io::Result<()> {
-        let base = addresses(region).start;
-        while !range.is_empty() {
-            let (found, looked_to) =
-                ioctl::scan_and_protect(&self.pagemap, &range, &mut self.runs)?;
-            for run in &self.runs[..found] {
-                let first = run.start.saturating_sub(base) / PAGE_BYTES;
-                let end = run.end.saturating_sub(base).div_ceil(PAGE_BYTES);
-                set_range(words, first, end);
-            }
-            if looked_to <= range.start {
-                return Err(io::Error::other("the kernel's scan made no progress"));
-            }
-            range.start = looked_to;
-        }
-        Ok(())
-    }
-}
-
-fn open_userfaultfd() -> Result<OwnedFd, PagemapError> {
-    let open = || {
-        // In asynchronous mode no fault is delivered at all, so those of user mode will do, which
-        // need no privilege.
-        uffd::userfaultfd(uffd::Faults::UserMode).map_err(|cause| match cause.kind() {
-            io::ErrorKind::PermissionDenied => PagemapError::NotPermitted(cause),
-            _ => PagemapError::Userfaultfd(cause),
-        })
-    };
-    let wanted = FEATURES.iter().fold(0, |all, (_, feature)| all | feature);
-    let uffd = open()?;
-    let Err(refused) = uffd::negotiate(&uffd, wanted) else { return Ok(uffd) };
-    // A descriptor negotiates once; another one says what there is.
-    let offered = uffd::negotiate(&open()?, 0).map_err(PagemapError::Userfaultfd)?;
-    let missing: Vec<_> = FEATURES
-        .iter()
-        .filter(|(_, feature)| offered & feature == 0)
-        .map(|(name, _)| *name)
-        .collect();
-    if missing.is_empty() {
-        return Err(PagemapError::Userfaultfd(refused));
-    }
-    Err(PagemapError::FeatureMissing { missing: missing.join(", ") })
+fn own_scan() -> Result<Scan, PagemapError> {
+    let pagemap = File::open("/proc/self/pagemap").map_err(PagemapError::OpenPagemap)?;
+    // In asynchronous mode no fault is delivered at all, so those of user mode will do, which
+    // need no privilege.
+    Scan::new(pagemap, || negotiated(userfaultfd()?))
 }

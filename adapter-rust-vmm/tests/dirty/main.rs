@@ -3,6 +3,7 @@
 mod bitmap;
 mod cost;
 mod direct;
+mod foreign;
 mod guest;
 mod kvm;
 mod process;

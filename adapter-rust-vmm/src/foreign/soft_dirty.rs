@@ -1,0 +1,251 @@
+//! Another process's writes, by the soft-dirty bits of its page tables.
+
+use std::error::Error;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pageferry::dirty::DirtyBitmap;
+use pageferry::memory::{GuestMemory, PAGE_BYTES};
+use thiserror::Error;
+
+use super::error::ForeignError;
+use super::process::ForeignProcess;
+use crate::addresses::Mapped;
+use crate::bits::set_range;
+use crate::misuse::MisuseError;
+use crate::tracked::{Tracked, Tracker};
+
+/// Of an entry of a page map: the page was written since bits were cleared, or it came to be.
+const SOFT_DIRTY: u64 = 1 << 55;
+const ENTRY_BYTES: usize = size_of::<u64>();
+/// Entries that are read with one call.
+const ENTRIES: usize = 1 << 14;
+
+/// What is written to `clear_refs` to clear soft-dirty bits.
+const CLEAR: &[u8] = b"4";
+
+/// Why soft-dirty bits do not tell what was written.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SoftDirtyError {
+    /// The kernel has no such bits.
+    #[error(
+        "this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY; those of Debian and others have them on \
+         x86-64)"
+    )]
+    Unsupported,
+    /// Whether it has could not be found out.
+    #[error("failed to try soft-dirty bits on this process")]
+    Try(#[source] io::Error),
+    /// Huge pages have none.
+    #[error(
+        "the region at guest address {guest_addr:#x} is in huge pages of hugetlbfs, which have no soft-dirty bits"
+    )]
+    HugePages {
+        /// The region's guest physical address.
+        guest_addr: u64,
+    },
+    /// The process could not be made to stand still, or to go on.
+    #[error("failed to {operation}")]
+    Standstill {
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        #[source]
+        cause: Box<dyn Error + Send + Sync>,
+    },
+    /// The bits could not be read or cleared.
+    #[error("failed to {operation}")]
+    PageMap {
+        /// What was tried.
+        operation: &'static str,
+        /// The kernel's answer.
+        #[source]
+        cause: io::Error,
+    },
+    /// The process, or its memory, is not what it has to be.
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
+    /// The source was called against its contract.
+    #[error(transparent)]
+    Misuse(#[from] MisuseError),
+}
+
+/// Makes all that writes guest memory stand still for a moment: QEMU's `stop` and `cont`.
+pub trait Standstill: Send + Sync {
+    /// Nothing writes from its return on, and what was under way has been written. Also when the guest is paused
+    /// already.
+    fn hold(&self) -> Result<(), Box<dyn Error + Send + Sync>>;
+
+    /// As before [`hold`](Self::hold), which may have failed: a guest that was paused then stays paused.
+    fn let_go(&self) -> Result<(), Box<dyn Error + Send + Sync>>;
+}
+
+/// Tracks every write to guest memory through the page tables of another process, on kernels that have
+/// soft-dirty bits and not what [`ForeignPagemapScan`](super::ForeignPagemapScan) needs
+/// (Documentation/admin-guide/mm/soft-dirty.rst of the kernel).
+///
+/// The kernel reads bits and clears them in two steps, and clears all of a process: what is written in between
+/// would be lost. So each harvest, and the start, makes the other process [stand still](Standstill).
+///
+/// The kernel forgets bits of shared memory that it reclaims or gathers into huge pages. So guest memory must
+/// not be swapped (`mlock`, or no swap), nor be on a tmpfs with `huge=`. Nobody else may clear the bits of the
+/// process meanwhile (CRIU does).
+///
+/// # Thread safety
+///
+/// As [`DirtySource`](pageferry::dirty::DirtySource) asks. Re-arming takes no lock and no system call.
+pub type SoftDirty = Tracked<SoftDirtyTracker>;
+
+/// How [`SoftDirty`] sees writes.
+pub struct SoftDirtyTracker {
+    process: ForeignProcess,
+    mapped: Vec<Mapped>,
+    standstill: Arc<dyn Standstill>,
+    bits: Mutex<Bits>,
+}
+
+impl std::fmt::Debug for SoftDirtyTracker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SoftDirtyTracker").field("process", &self.process).finish_non_exhaustive()
+    }
+}
+
+impl SoftDirty {
+    /// Prepares to track what `process` writes to `memory`, whose regions are shared mappings of files that it
+    /// has mapped too.
+    pub fn new(
+        process: ForeignProcess,
+        memory: &GuestMemory,
+        standstill: Arc<dyn Standstill>,
+    ) -> Result<Self, SoftDirtyError> {
+        Self::supported()?;
+        if let Some(huge) =
+            memory.layout().regions().iter().find(|region| region.backing_page_bytes != PAGE_BYTES)
+        {
+            return Err(SoftDirtyError::HugePages { guest_addr: huge.guest_addr });
+        }
+        let mapped = process.mapped(memory)?;
+        let clear_refs = File::options()
+            .write(true)
+            .open(process.proc_path("clear_refs"))
+            .map_err(|cause| process.not_permitted_or(cause, "open clear_refs"))?;
+        let bits = Mutex::new(Bits::new(process.pagemap()?, clear_refs));
+        Ok(Self::by(SoftDirtyTracker { process, mapped, standstill, bits }, memory.layout()))
+    }
+
+    /// Whether this kernel has soft-dirty bits, tried on this process.
+    pub fn supported() -> Result<(), SoftDirtyError> {
+        let mut bits = File::open("/proc/self/pagemap")
+            .and_then(|pagemap| {
+                let clear_refs = File::options().write(true).open("/proc/self/clear_refs")?;
+                Ok(Bits::new(pagemap, clear_refs))
+            })
+            .map_err(SoftDirtyError::Try)?;
+        if bits.tell_writes().map_err(SoftDirtyError::Try)? {
+            Ok(())
+        } else {
+            Err(SoftDirtyError::Unsupported)
+        }
+    }
+}
+
+impl Tracker for SoftDirtyTracker {
+    const NAME: &'static str = "soft-dirty bits";
+    const LEFT: &'static str = "nothing behind";
+
+    type Error = SoftDirtyError;
+
+    fn start(&self) -> Result<(), SoftDirtyError> {
+        // No harvest may be needed to see that the bits are cleared; what was written before does not count.
+        let bits = self.bits.lock().unwrap_or_else(PoisonError::into_inner);
+        bits.clear()?;
+        Ok(self.process.check_alive()?)
+    }
+
+    fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), SoftDirtyError> {
+        let mut bits = self.bits.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = |operation| move |cause| SoftDirtyError::Standstill { operation, cause };
+        let held = self.standstill.hold().map_err(failed("make the process stand still"));
+        let harvested = held.and_then(|()| {
+            self.mapped.iter().try_for_each(|mapped| bits.read(mapped, into))?;
+            // Only once all is known: what was read and not cleared is read again.
+            bits.clear()
+        });
+        let let_go = self.standstill.let_go().map_err(failed("let the process go on"));
+        self.process.check_alive()?;
+        harvested.and(let_go)
+    }
+
+    /// A harvest has cleared the bits already.
+    fn rearm(&self, _: u16, _: u64, _: &[u64]) -> Result<(), SoftDirtyError> {
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), SoftDirtyError> {
+        Ok(())
+    }
+}
+
+/// The soft-dirty bits of a process.
+#[derive(Debug)]
+struct Bits {
+    pagemap: File,
+    clear_refs: File,
+    entries: Vec<u8>,
+}
+
+impl Bits {
+    fn new(pagemap: File, clear_refs: File) -> Self {
+        Self { pagemap, clear_refs, entries: vec![0; ENTRIES * ENTRY_BYTES] }
+    }
+
+    /// Clears all bits of the process.
+    fn clear(&self) -> Result<(), SoftDirtyError> {
+        let cleared = self.clear_refs.write_all_at(CLEAR, 0);
+        cleared
+            .map_err(|cause| SoftDirtyError::PageMap { operation: "clear soft-dirty bits", cause })
+    }
+
+    /// Adds the pages that were written.
+    fn read(&mut self, mapped: &Mapped, into: &mut DirtyBitmap) -> Result<(), SoftDirtyError> {
+        let failed = |cause| SoftDirtyError::PageMap { operation: "read soft-dirty bits", cause };
+        let words = into.region_words_mut(mapped.region);
+        let pages = (mapped.addresses.end - mapped.addresses.start) / PAGE_BYTES;
+        let mut done = 0;
+        while done < pages {
+            let count = ENTRIES.min(usize::try_from(pages - done).unwrap_or(ENTRIES));
+            let entries = &mut self.entries[..count * ENTRY_BYTES];
+            let at = (mapped.addresses.start / PAGE_BYTES + done) * ENTRY_BYTES as u64;
+            self.pagemap.read_exact_at(entries, at).map_err(failed)?;
+            for (page, entry) in (mapped.first_page + done..).zip(entries.as_chunks().0) {
+                if u64::from_ne_bytes(*entry) & SOFT_DIRTY != 0 {
+                    set_range(words, page, page + 1);
+                }
+            }
+            done += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether a write of this process, whose bits they are, is told, and no write is not.
+    fn tell_writes(&mut self) -> io::Result<bool> {
+        let page_bytes = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
+        let mut pages = vec![1_u8; 2 * page_bytes];
+        let whole = pages.as_ptr().addr().next_multiple_of(page_bytes) - pages.as_ptr().addr();
+        let address = (pages.as_ptr().addr() + whole) as u64;
+        let is_dirty = |bits: &Self| {
+            let mut entry = [0; ENTRY_BYTES];
+            let at = address / PAGE_BYTES * ENTRY_BYTES as u64;
+            bits.pagemap.read_exact_at(&mut entry, at)?;
+            io::Result::Ok(u64::from_ne_bytes(entry) & SOFT_DIRTY != 0)
+        };
+        self.clear_refs.write_all_at(CLEAR, 0)?;
+        let before = is_dirty(self)?;
+        pages[whole] = std::hint::black_box(2);
+        std::hint::black_box(&mut pages);
+        Ok(!before && is_dirty(self)?)
+    }
+}
