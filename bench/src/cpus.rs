@@ -1,9 +1,8 @@
 //! A CPU for each of two sides that wait by looking: on one they would take turns, and measure the
 //! scheduler.
 
+use pageferry_cli::outcome::Failure;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-
-use crate::outcome::Failure;
 
 /// Does something on the CPU of side 0 or 1, as far as this process may use two.
 pub(crate) fn of_side<T>(

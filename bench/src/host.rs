@@ -3,9 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use pageferry_cli::outcome::Failure;
 use pageferry_vmm::ram::{Backing, RamError};
-
-use crate::outcome::Failure;
 
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const HUGE_PAGE_COUNTERS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";

@@ -3,13 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use pageferry::transport::{Admission, DestinationLink, Interrupt, SourceLink};
+use pageferry_cli::outcome::Failure;
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{RdmaAcceptor, RdmaOptions, RegistrationMode};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink};
 use serde::{Deserialize, Serialize};
 
-use crate::outcome::Failure;
 #[cfg(feature = "rdma")]
 use crate::words::RdmaRegistration;
 use crate::words::{RdmaArgs, Transport, ZeroCopyChoice};

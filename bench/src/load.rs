@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use pageferry_cli::outcome::Failure;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::outcome::Failure;
 use crate::usage::thread_cpu_nanoseconds;
 
 /// More than the last level of caches has on most CPUs.

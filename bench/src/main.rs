@@ -16,15 +16,6 @@
 //! Progress and errors go to stderr, the result to stdout: a table, or with `--json` one object
 //! whose fields are a contract (added to, never repurposed; `schema` counts what breaks it).
 
-/// As `eprintln!`, but in one write, since several processes share stderr; and if nobody reads it
-/// any more, that is no reason to end.
-macro_rules! say {
-    ($($message:tt)+) => {{
-        let line = format!("{}\n", format_args!($($message)+));
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
-    }};
-}
-
 mod args;
 mod bitmap;
 mod compare;
@@ -37,7 +28,6 @@ mod latency;
 mod links;
 mod load;
 mod migrate;
-mod outcome;
 mod output;
 mod page;
 mod perftest;
@@ -55,10 +45,12 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, Measurement};
-use outcome::Outcome;
+
+use pageferry_cli::outcome::Outcome;
+use pageferry_cli::say;
 
 fn main() -> std::process::ExitCode {
-    pageferry_vmm::log::to_stderr();
+    pageferry_cli::log::to_stderr();
     let command = Cli::parse().command;
     if let Err(complaint) = command.check() {
         Cli::command().error(ErrorKind::ValueValidation, complaint).exit();

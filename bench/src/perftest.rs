@@ -5,12 +5,15 @@ use std::fs;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pageferry_cli::child::OwnedChild;
+use pageferry_cli::outcome::Failure;
+use pageferry_cli::say;
+
 use crate::cpus;
-use crate::outcome::Failure;
 
 /// Nothing of perftest's takes longer than that here.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -194,15 +197,15 @@ fn await_listener(port: u16, server: &mut End) -> Result<(), Failure> {
     }
 }
 
-/// A process of perftest's; ends with us.
+/// A process of perftest's.
 struct End {
     program: String,
-    child: Child,
+    child: OwnedChild,
 }
 
 impl End {
     fn start(command: &mut Command, program: &str) -> Result<Self, Failure> {
-        let child = command.spawn().map_err(|error| match error.kind() {
+        let child = OwnedChild::spawn(command).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => {
                 format!("{program} is not there; install perftest (Debian: perftest)")
             }
@@ -241,14 +244,6 @@ impl End {
             let _ = stderr.read_to_string(&mut text);
         }
         format!("{} {how}: {}", self.program, text.trim()).into()
-    }
-}
-
-impl Drop for End {
-    fn drop(&mut self) {
-        // Both calls do nothing to a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -4,19 +4,18 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write, stdin, stdout};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use pageferry_cli::child::OwnedChild;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::signals;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
-
-use crate::outcome::{Failure, Outcome};
 
 /// When one side fails the other mostly does too, and one of them knows why.
 const OTHER_SIDES_WORDS: Duration = Duration::from_millis(500);
@@ -67,7 +66,9 @@ pub(crate) struct Sides<A> {
 impl<A: DeserializeOwned + std::fmt::Debug + Send + 'static> Sides<A> {
     /// Starts both, as `side MEASUREMENT source` and `destination`.
     pub(crate) fn start(measurement: &str) -> Result<Self, Failure> {
-        let interrupted = listen_to_signals()?;
+        let (interrupt, interrupted) = unbounded();
+        signals::listen(&signals::ENDING, interrupt, |_| ())
+            .map_err(|error| format!("failed to listen to signals: {error}"))?;
         let (hear, heard) = unbounded();
         Ok(Self {
             source: Process::start(measurement, SideName::Source, hear.clone())?,
@@ -131,7 +132,7 @@ impl<A: DeserializeOwned + std::fmt::Debug + Send + 'static> Sides<A> {
 
 #[derive(Debug)]
 struct Process {
-    child: Child,
+    _child: OwnedChild,
     stdin: ChildStdin,
 }
 
@@ -142,31 +143,23 @@ impl Process {
         hear: Sender<(SideName, Option<Word<A>>)>,
     ) -> Result<Self, Failure> {
         let failed = |error| format!("failed to start the {name}: {error}");
-        let mut child = Command::new(std::env::current_exe()?)
+        let mut command = Command::new(std::env::current_exe()?);
+        command
             .args(["side", measurement, &name.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // Ctrl-C is for us, who end both.
-            .process_group(0)
-            .spawn()
-            .map_err(failed)?;
+            .process_group(0);
+        let mut child = OwnedChild::spawn(&mut command).map_err(failed)?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(failed(std::io::ErrorKind::BrokenPipe.into()).into());
         };
-        let process = Self { child, stdin };
+        let process = Self { _child: child, stdin };
         thread::Builder::new()
             .name(format!("hear-{name}"))
             .spawn(move || listen(name, stdout, &hear))
             .map_err(failed)?;
         Ok(process)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Both calls do nothing to a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -185,24 +178,6 @@ fn listen<A: DeserializeOwned>(
     }
     // Nobody may listen any more.
     let _ = hear.send((name, None));
-}
-
-/// Ctrl-C and SIGTERM, on a thread that lives as long as the process.
-fn listen_to_signals() -> Result<Receiver<()>, Failure> {
-    let failed = |error| format!("failed to listen to signals: {error}");
-    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
-    let (interrupt, interrupted) = unbounded();
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            for _ in signals.forever() {
-                if interrupt.send(()).is_err() {
-                    return;
-                }
-            }
-        })
-        .map_err(failed)?;
-    Ok(interrupted)
 }
 
 /// The life of a side: does what it is told until stdin ends.

@@ -4,27 +4,25 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
-use rustix::time::{ClockId, clock_gettime};
+use pageferry_cli::cpu;
 
 use crate::host::kib_bytes;
 
-/// CPU time of all threads of this process so far, user and system, in nanoseconds. The sum that
-/// `getrusage` has in microseconds.
+/// CPU time of all threads of this process so far, user and system, in nanoseconds.
 pub(crate) fn process_cpu_nanoseconds() -> u64 {
-    nanoseconds(ClockId::ProcessCPUTime)
+    nanoseconds(cpu::time_of_process())
 }
 
 /// The same of the calling thread alone.
 pub(crate) fn thread_cpu_nanoseconds() -> u64 {
-    nanoseconds(ClockId::ThreadCPUTime)
+    nanoseconds(cpu::time_of_thread())
 }
 
-fn nanoseconds(clock: ClockId) -> u64 {
-    let time = clock_gettime(clock);
-    let (seconds, rest) = (u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec));
-    seconds.unwrap_or(0) * 1_000_000_000 + rest.unwrap_or(0)
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// CPU time between two moments that different pieces of code see. The first mark of each counts.

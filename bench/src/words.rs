@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use clap::{Args, ValueEnum};
 use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
+use pageferry_cli::units::size;
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
@@ -118,15 +119,6 @@ pub(crate) fn a_page_each(memory: u64, channels: u16) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// "512M", "1G", "64MiB": binary units.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
-    match parse_size::Config::new().with_binary().parse_size(text) {
-        Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
-        Ok(bytes) => Ok(bytes),
-        Err(error) => Err(format!("{error}; a size is like 512M or 1G")),
-    }
 }
 
 /// Whole pages, as many as one RDMA write can have.

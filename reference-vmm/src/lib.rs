@@ -18,7 +18,6 @@ mod kind;
 mod kvm;
 pub mod layout;
 mod linear;
-pub mod log;
 mod process;
 pub mod ram;
 mod run_control;

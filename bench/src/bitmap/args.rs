@@ -3,8 +3,9 @@
 use clap::Args;
 use pageferry::MAX_CHANNELS;
 use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
+use pageferry_cli::units::size;
 
-use crate::words::{share, size};
+use crate::words::share;
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

@@ -9,8 +9,8 @@ use pageferry::dirty::{DirtyBitmap, runs};
 use pageferry::ledger::Ledger;
 use pageferry::memory::Layout;
 use pageferry::partition::Partition;
+use pageferry_cli::outcome::Failure;
 
-use crate::outcome::Failure;
 use crate::output::median;
 
 /// A sample takes about this long at least, so that the clock does not matter.

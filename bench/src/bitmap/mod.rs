@@ -13,10 +13,11 @@ use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{Layout, PAGE_BYTES, RegionLayout};
 
 use crate::host::available_bytes;
-use crate::outcome::{Failure, Outcome};
 
 pub(crate) use args::{BitmapArgs, EXAMPLES, METHOD};
 use measure::Sampler;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pattern::Pattern;
 use report::{Report, Row};
 

@@ -2,10 +2,10 @@
 
 use comfy_table::{Cell, CellAlignment};
 use indicatif::HumanBytes;
+use pageferry_cli::outcome::Failure;
 use serde::Serialize;
 
 use super::pattern::Pattern;
-use crate::outcome::Failure;
 use crate::output::{self, SCHEMA};
 
 /// Times are medians in nanoseconds for the whole bitmap.

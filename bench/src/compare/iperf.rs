@@ -4,11 +4,11 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::process::Command;
 
+use pageferry_cli::outcome::Failure;
 use serde_json::Value;
 
 use super::process::{Running, find as find_program, output};
 use super::{CompareArgs, Mover};
-use crate::outcome::Failure;
 
 pub(super) const NAME: &str = "iperf3";
 

@@ -9,12 +9,13 @@ mod qemu;
 
 use comfy_table::{Cell, CellAlignment};
 use indicatif::HumanBytes;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_report::document::{Comparison, Contestant, Document, Kind, Missing, median};
 use pageferry_report::facts::Facts;
 use pageferry_vmm::facts::transports;
 
 use crate::host;
-use crate::outcome::{Failure, Outcome};
 use crate::output;
 use crate::perftest::{READ, WRITE};
 use crate::sides::NoAnswer;

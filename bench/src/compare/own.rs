@@ -1,8 +1,9 @@
 //! The engine and the bare loop, as `throughput` has them move memory.
 
+use pageferry_cli::outcome::Failure;
+
 use super::{CompareArgs, Mover};
 use crate::links::Way;
-use crate::outcome::Failure;
 use crate::transfer::{Contestant, Pair, Setup, prepared, transfer};
 use crate::words::{Transport, ZeroCopyChoice};
 

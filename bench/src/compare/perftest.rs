@@ -1,9 +1,10 @@
 //! perftest's bandwidth tests, over the device that was named, or the first one.
 
+use pageferry_cli::outcome::Failure;
+
 use super::process::find as find_program;
 use super::{CompareArgs, Mover};
 use crate::links::slice_bytes;
-use crate::outcome::Failure;
 use crate::perftest::Device;
 
 struct Perftest {

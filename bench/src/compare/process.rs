@@ -3,9 +3,10 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{ChildStdout, Command, Output, Stdio};
 
-use crate::outcome::Failure;
+use pageferry_cli::child::OwnedChild;
+use pageferry_cli::outcome::Failure;
 
 /// Where a program is.
 pub(super) fn find(program: &str, package: &str) -> Result<PathBuf, Failure> {
@@ -22,18 +23,15 @@ pub(super) fn find(program: &str, package: &str) -> Result<PathBuf, Failure> {
 #[derive(Debug)]
 pub(super) struct Running {
     name: String,
-    pub(super) child: Child,
+    pub(super) child: OwnedChild,
 }
 
 impl Running {
     pub(super) fn start(command: &mut Command) -> Result<Self, Failure> {
         let name = command.get_program().to_string_lossy().into_owned();
         // Ctrl-C is for us, who end it.
-        let child = command
-            .process_group(0)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
+        command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = OwnedChild::spawn(command)
             .map_err(|error| format!("failed to start {name}: {error}"))?;
         Ok(Self { name, child })
     }
@@ -63,14 +61,6 @@ impl Running {
             let _ = stderr.read_to_string(&mut words);
         }
         format!("{}: {what}: {}", self.name, words.trim()).into()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Both calls do nothing to a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -7,13 +7,13 @@ use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry_cli::outcome::Failure;
 use pageferry_vmm::ram::Backing;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::process::{Running, find as find_program};
 use super::{CompareArgs, Mover};
-use crate::outcome::Failure;
 use crate::random::Random;
 
 const NAME: &str = "QEMU, multifd";

@@ -1,8 +1,7 @@
 //! The command line of `device-state`.
 
 use clap::Args;
-
-use crate::words::size;
+use pageferry_cli::units::size;
 
 pub(crate) const METHOD: &str = "\
 Example:

@@ -8,13 +8,14 @@ use std::time::Instant;
 
 use comfy_table::{Cell, CellAlignment, Table};
 use indicatif::HumanBytes;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_device_state::{DeviceState, from_bytes, to_bytes};
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available};
 use pageferry_vmm::ram::{Backing, Ram};
 use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 use serde::Serialize;
 
-use crate::outcome::{Failure, Outcome};
 use crate::output::{self, SCHEMA, median};
 use crate::random::Random;
 

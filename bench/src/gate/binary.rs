@@ -4,9 +4,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use pageferry_cli::outcome::Failure;
 use serde_json::Value;
-
-use crate::outcome::Failure;
 
 /// What clap ends with when it does not know a command, or one of its values.
 const UNKNOWN: i32 = 2;

@@ -5,12 +5,13 @@
 
 use std::collections::BTreeMap;
 
+use pageferry_cli::outcome::Failure;
+use pageferry_cli::say;
 use pageferry_iouring::{IoUringOptions, Rings};
 
 use super::binary::Binary;
 use super::verdict::{Limit, Row};
 use crate::hot::{BATCHES, Counts};
-use crate::outcome::Failure;
 
 /// How much worse a number of instructions may be. It changes a little with the compiler's mood
 /// about unrelated code.

@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use comfy_table::{Cell, CellAlignment, Table};
+use pageferry_cli::outcome::Failure;
+use pageferry_cli::say;
 use pageferry_iouring::{IoUringOptions, Rings};
 use pageferry_report::document::Document;
 use pageferry_report::latency::Latency;
 use serde::Serialize;
 
 use super::binary::Binary;
-use crate::outcome::Failure;
 use crate::output;
 
 /// The same thing, measured with both.

@@ -11,8 +11,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::outcome::{Failure, Outcome};
 use binary::Binary;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use verdict::{Report, Row};
 
 pub(crate) const METHOD: &str = "\

@@ -1,12 +1,12 @@
 //! Times, by pairs of runs that alternate: what changes slowly on this host changes for both.
 
+use pageferry_cli::outcome::Failure;
 use pageferry_iouring::{IoUringOptions, Rings};
 use serde_json::Value;
 
 use super::binary::Binary;
 use super::interval::interval;
 use super::verdict::{Limit, Row};
-use crate::outcome::Failure;
 
 /// A ratio of times that is no worse than noise.
 const SLACK: f64 = 1.05;

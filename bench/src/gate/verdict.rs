@@ -1,11 +1,12 @@
 //! What came of it.
 
 use comfy_table::{Cell, CellAlignment};
+use pageferry_cli::outcome::Failure;
+use pageferry_cli::say;
 use serde::Serialize;
 
 use super::histograms::Percentiles;
 use super::interval::Interval;
-use crate::outcome::Failure;
 use crate::output::{self, SCHEMA};
 
 /// When a count is worse.

@@ -8,11 +8,11 @@ mod transports;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_report::document::ZeroCopy;
 use serde::{Deserialize, Serialize};
 
 use crate::links::Way;
-use crate::outcome::{Failure, Outcome};
 use crate::output::line;
 use crate::words::{RdmaArgs, Transport, ZeroCopyChoice};
 

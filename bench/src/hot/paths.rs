@@ -16,13 +16,13 @@ use pageferry::transport::{
     Capabilities, ChannelCounters, Interrupt, MAX_BATCH_RUNS, PageSender, Run, RunKind, Ticket,
     TransportError, Watermarks,
 };
+use pageferry_cli::outcome::Failure;
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Counts;
 use crate::links::Nobody;
-use crate::outcome::Failure;
 use crate::random::Random;
 
 /// Guest memory for each unit of work.

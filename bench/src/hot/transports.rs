@@ -11,13 +11,13 @@ use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use pageferry::transport::{
     ChannelCounters, DestinationLink, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
 };
+use pageferry_cli::outcome::Failure;
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Counts;
 use crate::links::{Listener, Way, connect};
-use crate::outcome::Failure;
 use crate::random::Random;
 use crate::words::ZeroCopyChoice;
 

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use pageferry::MAX_CHANNELS;
+use pageferry_cli::units::size;
 use pageferry_vmm::ram::Backing;
 
 use crate::links::Way;
-use crate::words::{RdmaArgs, Transport, size, whole_pages};
+use crate::words::{RdmaArgs, Transport, whole_pages};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

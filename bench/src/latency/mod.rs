@@ -11,6 +11,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::HumanCount;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_report::document::{Document, Kind, median};
 use pageferry_report::facts::Facts;
 use pageferry_report::latency::{Interval, Latencies, Recording, What, by_kind, keep};
@@ -19,7 +21,6 @@ use pageferry_vmm::ram::Ram;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::links::Way;
-use crate::outcome::{Failure, Outcome};
 use crate::random::Random;
 use crate::sides::{NoAnswer, SideName, Sides};
 use crate::words::Transport;

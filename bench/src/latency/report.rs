@@ -1,10 +1,10 @@
 //! A table of percentiles.
 
 use comfy_table::{Cell, CellAlignment};
+use pageferry_cli::outcome::Failure;
 use pageferry_report::document::{Document, PageWritePair, median};
 use pageferry_report::latency::Latency;
 
-use crate::outcome::Failure;
 use crate::output;
 
 /// The object on stdout, or the table.

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use pageferry::transport::{DestinationLink, Received, TransportError};
 use pageferry::{Destination, Machine, MachineError};
+use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::{Backing, Ram};
 use serde::{Deserialize, Serialize};
 
 use crate::links::{Listener, Way};
-use crate::outcome::{Failure, Outcome};
 use crate::sides::{self, answer};
 
 /// For what answers at once where all is well.

@@ -2,12 +2,13 @@
 
 use clap::{Args, ValueEnum};
 use pageferry::MAX_CHANNELS;
+use pageferry_cli::units::size;
 use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
 
-use crate::words::{HUGE_PAGE_BYTES, RdmaArgs, Transport, size};
+use crate::words::{HUGE_PAGE_BYTES, RdmaArgs, Transport};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

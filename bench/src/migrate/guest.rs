@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use pageferry::{GuestAlarm, Machine, MachineError, Rehearsal};
+use pageferry_cli::outcome::Failure;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::Guest;
 
 use crate::load::{Load, Used};
-use crate::outcome::Failure;
 
 /// For a guest that lives.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -7,6 +7,8 @@ mod side;
 
 use std::net::SocketAddr;
 
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_report::document::{Document, Gap, Kind, Load as LoadFigures, Migration, Setting};
 use pageferry_report::facts::Facts;
 use pageferry_vmm::facts::transports;
@@ -21,7 +23,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::links::Way;
 use crate::load::Load;
-use crate::outcome::{Failure, Outcome};
 use crate::sides::{NoAnswer, SideName, Sides};
 use crate::words::Transport;
 

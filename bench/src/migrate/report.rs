@@ -1,9 +1,9 @@
 //! A table of migrations.
 
 use comfy_table::{Cell, CellAlignment};
+use pageferry_cli::outcome::Failure;
 use pageferry_report::document::{Document, Migration};
 
-use crate::outcome::Failure;
 use crate::output;
 
 /// The object on stdout, or the table.

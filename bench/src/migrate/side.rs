@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use pageferry::{Destination, Machine, Source};
+use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_report::document::{Load as LoadFigures, Migration, ms};
 use pageferry_report::recorder::Recorder;
 use pageferry_vmm::guest::{Guest, GuestConfig};
@@ -13,7 +14,6 @@ use pageferry_vmm::tracking::DirtyTracking;
 use super::guest::LoadedGuest;
 use super::{Answer, Arrived, Departed, Order, Plan};
 use crate::links::{Listener, connect};
-use crate::outcome::{Failure, Outcome};
 use crate::sides::{self, answer};
 use crate::usage::process_cpu_nanoseconds;
 use crate::words::ZeroCopyChoice;

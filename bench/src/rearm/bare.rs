@@ -5,10 +5,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use kvm_bindings::{kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
 use pageferry::dirty::WORD_PAGES;
+use pageferry_cli::outcome::Failure;
 use pageferry_vmm::guest::KvmHandles;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
-
-use crate::outcome::Failure;
 
 const KVM_CLEAR_DIRTY_LOG: Opcode = opcode::read_write::<kvm_clear_dirty_log>(0xae, 0xc0);
 

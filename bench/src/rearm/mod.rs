@@ -10,6 +10,9 @@ use clap::Args;
 use comfy_table::{Cell, CellAlignment, Table};
 use pageferry::dirty::{DirtyBitmap, DirtySources, STRIPE_WORDS, WORD_PAGES};
 use pageferry::memory::GuestMemory;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
+use pageferry_cli::units::size;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, KvmHandles, kvm_available};
 use pageferry_vmm::layout::WORKING_SET;
@@ -19,9 +22,7 @@ use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::outcome::{Failure, Outcome};
 use crate::output::{self, SCHEMA, median};
-use crate::words::size;
 
 pub(crate) const METHOD: &str = "\
 Example:

@@ -2,8 +2,7 @@
 
 use clap::Args;
 use pageferry::memory::PAGE_BYTES;
-
-use crate::words::size;
+use pageferry_cli::units::size;
 
 pub(crate) const METHOD: &str = "\
 Example, on two hosts or in two network namespaces:

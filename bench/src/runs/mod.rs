@@ -12,6 +12,8 @@ use pageferry::transport::{
     Admission, DestinationLink, Link, PageSender, Received, Run, RunKind, SourceLink,
     TransportError, ZeroCopyCounts,
 };
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_iouring::{IoUringOptions, Rings, ZeroCopy};
 use pageferry_rust_vmm::guest_memory;
 use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink, connect};
@@ -19,7 +21,6 @@ use pageferry_vmm::ram::{Backing, Ram};
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::outcome::{Failure, Outcome};
 use crate::output::{self, SCHEMA, median};
 use crate::random::Random;
 use crate::usage::process_cpu_nanoseconds;

@@ -18,10 +18,10 @@ use std::time::Instant;
 pub(crate) use args::{METHOD, SimulateArgs};
 use contenders::{ALL, Contender};
 use migration::{Outcome, migrate};
+use pageferry_cli::outcome::{Failure, Outcome as Ended};
+use pageferry_cli::say;
 use report::Report;
 use scenario::Scenario;
-
-use crate::outcome::{Failure, Outcome as Ended};
 
 /// Runs all scenarios with all contenders, and compares.
 pub(crate) fn run(args: &SimulateArgs) -> Result<Ended, Failure> {

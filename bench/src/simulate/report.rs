@@ -1,12 +1,13 @@
 //! What came of all scenarios, as one JSON object and as a table for people.
 
 use comfy_table::{Cell, CellAlignment};
+use pageferry_cli::outcome::Failure;
+use pageferry_cli::say;
 use serde::Serialize;
 
 use super::contenders::{ALL, Contender};
 use super::migration::{End, Outcome};
 use super::scenario::{KINDS, Kind};
-use crate::outcome::Failure;
 use crate::output::{self, SCHEMA};
 
 /// What came of one contender. Times in milliseconds, shares from 0 to 1.

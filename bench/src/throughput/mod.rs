@@ -6,11 +6,12 @@ mod report;
 
 use crate::host;
 use crate::links::{Way, rdma_address, slice_bytes};
-use crate::outcome::{Failure, Outcome};
 use crate::perftest::{Device, WRITE};
 use crate::sides::{NoAnswer, SideName};
 use crate::transfer::{self, Answer, Contestant, Order, Setup, prepared, transfer};
 use crate::words::Transport;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use report::{Other, Pair, Report};
 
 pub(crate) use args::{EXAMPLES, METHOD, ThroughputArgs};

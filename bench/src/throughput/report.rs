@@ -2,10 +2,10 @@
 
 use comfy_table::Cell;
 use indicatif::HumanBytes;
+use pageferry_cli::outcome::Failure;
 use serde::Serialize;
 
 use crate::links::slice_bytes;
-use crate::outcome::Failure;
 use crate::output::{self, SCHEMA, median};
 use crate::transfer::{Measured, Setup, Transfer, ZeroCopyFigures};
 use crate::words::{RdmaRegistration, Transport};

@@ -16,6 +16,7 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, bounded};
+use pageferry_cli::outcome::Failure;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile, VolatileMemoryError,
     VolatileSlice, WriteVolatile,
@@ -23,7 +24,6 @@ use vm_memory::{
 
 use super::memory::parts;
 use super::wire::{Measured, Setup};
-use crate::outcome::Failure;
 use crate::usage::CpuWindow;
 
 /// Most bytes of one `write`.

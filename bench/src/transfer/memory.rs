@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::thread;
 
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
+use pageferry_cli::outcome::Failure;
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::Ram;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::wire::Setup;
-use crate::outcome::Failure;
 use crate::random::Random;
 
 /// Zero pages come in blocks of so many.

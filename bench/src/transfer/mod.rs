@@ -9,8 +9,9 @@ mod wire;
 mod writer;
 
 use indicatif::HumanBytes;
+use pageferry_cli::outcome::Failure;
+use pageferry_cli::say;
 
-use crate::outcome::Failure;
 use crate::sides::{SideName, Sides};
 
 pub(crate) use side::serve;

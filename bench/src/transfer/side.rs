@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pageferry::digest::Digest;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::{Destination, Event, Source, Statistics};
+use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_rust_vmm::PagemapScan;
 use pageferry_vmm::ram::Ram;
 
@@ -14,7 +15,6 @@ use super::wire::{Answer, Contestant, Measured, Order, Setup};
 use super::writer::Writer;
 use super::{bare, memory};
 use crate::links::{self, HERE, Listener};
-use crate::outcome::{Failure, Outcome};
 use crate::sides::{self, SideName, answer};
 use crate::usage::Growth;
 

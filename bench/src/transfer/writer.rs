@@ -6,11 +6,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use pageferry::memory::PAGE_BYTES;
+use pageferry_cli::outcome::Failure;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::memory::ZeroBlocks;
 use super::wire::Setup;
-use crate::outcome::Failure;
 use crate::random::Random;
 use crate::usage::thread_cpu_nanoseconds;
 

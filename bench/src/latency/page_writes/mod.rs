@@ -5,10 +5,11 @@ mod there_and_back;
 
 use std::net::IpAddr;
 
+use pageferry_cli::outcome::Failure;
+use pageferry_cli::say;
 use pageferry_report::document::{PageWritePair, PageWrites};
 
 use crate::links::rdma_address;
-use crate::outcome::Failure;
 use crate::perftest::Device;
 use crate::words::RdmaArgs;
 

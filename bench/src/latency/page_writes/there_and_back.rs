@@ -12,6 +12,7 @@ use pageferry::memory::{GuestMemory, PageRange};
 use pageferry::transport::{
     DestinationLink, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
 };
+use pageferry_cli::outcome::Failure;
 use pageferry_rdma::{RdmaAcceptor, RdmaOptions, connect};
 use pageferry_report::document::median;
 use pageferry_rust_vmm::guest_memory;
@@ -19,7 +20,6 @@ use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::cpus;
-use crate::outcome::Failure;
 
 const PAGE_BYTES: u64 = super::PAGE_BYTES as u64;
 

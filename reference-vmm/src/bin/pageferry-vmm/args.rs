@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::convergence::{Bound, Policy, Throttling};
-use pageferry::memory::PAGE_BYTES;
+use pageferry_cli::units::{downtime, rate, size, time};
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::Serialize;
@@ -396,47 +396,4 @@ pub(crate) struct InspectArgs {
     pub(crate) file: PathBuf,
     /// Another one: print what is different in it.
     pub(crate) other: Option<PathBuf>,
-}
-
-/// "512M", "1G", "64MiB": binary units.
-fn size(text: &str) -> Result<u64, String> {
-    match parse_size::Config::new().with_binary().parse_size(text) {
-        Ok(0) => Err("nothing is too little; a size is like 512M or 1G".to_owned()),
-        Ok(bytes) => Ok(bytes),
-        Err(error) => Err(format!("{error}; a size is like 512M or 1G")),
-    }
-}
-
-/// "100M": bytes a second.
-pub(crate) fn rate(text: &str) -> Result<NonZeroU64, String> {
-    match NonZeroU64::new(size(text)?) {
-        Some(rate) if rate.get() >= PAGE_BYTES => Ok(rate),
-        _ => Err(format!(
-            "less than {PAGE_BYTES} bytes a second, one page; a rate is like 100M, and most often \
-             more than the guest writes"
-        )),
-    }
-}
-
-/// "300ms": how long a guest may stand still.
-pub(crate) fn downtime(text: &str) -> Result<Duration, String> {
-    match time(text)? {
-        Duration::ZERO => {
-            Err("a guest stands still for some time whenever it moves: with no time \
-                               for that it is sent until the deadline, and stays; a time is like \
-                               300ms or 2s"
-                .to_owned())
-        }
-        limit => Ok(limit),
-    }
-}
-
-/// A time as [`time`] reads it, whatever it is.
-pub(crate) fn time_text(time: &Duration) -> String {
-    humantime::format_duration(*time).to_string().replace(' ', "")
-}
-
-/// "300ms", "1s", "2s 500ms".
-pub(crate) fn time(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|error| format!("{error}; a time is like 300ms or 2s"))
 }

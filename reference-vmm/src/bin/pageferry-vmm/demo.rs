@@ -1,29 +1,29 @@
 //! `demo`: a source and a destination as two processes, a guest that moves from one to the
 //! other, and a verdict.
 
-use std::error::Error;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use crossbeam_channel::{Receiver, after, bounded, never, select_biased, unbounded};
 use pageferry::Statistics;
+use pageferry_cli::child::OwnedChild;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
+use pageferry_cli::units::time_text;
 use pageferry_vmm::guest::{GuestConfig, GuestKind};
 use pageferry_vmm::tracking::DirtyTracking;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::args::{DemoArgs, time_text};
-use crate::outcome::Outcome;
+use crate::args::DemoArgs;
 use crate::page;
 use crate::report::{GuestAt, Report};
 use crate::signals::{Wish, listen_to_signals};
 use crate::timeline::Timeline;
-
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// How long the guest runs on where it ends up, before its memory is checked.
 const RUN_ON: &str = "300ms";
@@ -31,7 +31,7 @@ const RUN_ON: &str = "300ms";
 /// How long a process may take to listen, or to end once the other has.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome> {
+pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
     // Decided once, so that it is said once, and before anything starts.
@@ -71,7 +71,7 @@ fn finish(
     args: &DemoArgs,
     mut report: Report,
     timelines: [Option<Timeline>; 2],
-) -> Result<Outcome> {
+) -> Result<Outcome, Failure> {
     if let Some(path) = &args.report
         && let Err(error) = page::write(path, &report, timelines)
     {
@@ -183,27 +183,28 @@ fn value_name(value: &impl ValueEnum) -> String {
 /// One side.
 struct Process {
     name: &'static str,
-    child: Child,
+    child: OwnedChild,
     lines: Option<Receiver<String>>,
 }
 
 impl Process {
-    fn start(name: &'static str, args: &[OsString], stderr: Stdio) -> Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
+    fn start(name: &'static str, args: &[OsString], stderr: Stdio) -> Result<Self, Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(stderr)
             // Ctrl-C is for the demo, which passes it on to the source.
-            .process_group(0)
-            .spawn()
+            .process_group(0);
+        let mut child = OwnedChild::spawn(&mut command)
             .map_err(|error| format!("failed to start the {name}: {error}"))?;
         let lines = child.stderr.take().map(|stderr| forward_lines(name, stderr));
         Ok(Self { name, child, lines })
     }
 
     /// The address from the line that a listening destination writes; `None` if a Ctrl-C came first.
-    fn listening_on(&mut self, wishes: &Receiver<Wish>) -> Result<Option<String>> {
+    fn listening_on(&mut self, wishes: &Receiver<Wish>) -> Result<Option<String>, Failure> {
         let timer = after(PATIENCE);
         let lines = self.lines.as_ref().ok_or("the destination's messages are not read")?;
         let silent = "the destination did not start to listen; its messages are above";
@@ -229,7 +230,7 @@ impl Process {
         &mut self,
         wishes: &Receiver<Wish>,
         patience: Option<Duration>,
-    ) -> Result<Option<Report>> {
+    ) -> Result<Option<Report>, Failure> {
         let Some(mut stdout) = self.child.stdout.take() else {
             return Err(format!("the {}'s report was read before", self.name).into());
         };
@@ -267,14 +268,6 @@ impl Process {
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Both calls do nothing to a process that has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// Shows a process's messages with its name, and hands them on.
 fn forward_lines(name: &'static str, stderr: impl Read + Send + 'static) -> Receiver<String> {
     let (lines_in, lines) = unbounded();
@@ -289,7 +282,7 @@ fn forward_lines(name: &'static str, stderr: impl Read + Send + 'static) -> Rece
 }
 
 /// One report of both sides': the source knows the migration, the destination the guest after it.
-fn merge(mut report: Report, arrived: Result<Report>) -> Report {
+fn merge(mut report: Report, arrived: Result<Report, Failure>) -> Report {
     match (report.outcome, arrived) {
         (Outcome::Completed, Ok(arrived)) => {
             report.oracle_ok = arrived.oracle_ok;

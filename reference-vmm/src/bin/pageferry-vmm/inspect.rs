@@ -5,16 +5,15 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_device_state::inspect::{Inspected, diff};
 use pageferry_vmm::{snapshot, state};
 
 use crate::args::InspectArgs;
-use crate::outcome::Outcome;
 use crate::schema::print;
 
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
-
-pub(crate) fn inspect(args: &InspectArgs) -> Result<Outcome> {
+pub(crate) fn inspect(args: &InspectArgs) -> Result<Outcome, Failure> {
     let found = look_into(&args.file)?;
     let Some(other) = &args.other else {
         print(&found.to_string());
@@ -29,7 +28,7 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<Outcome> {
 }
 
 /// A file of a guest has the schema of its program, a stream is taken for one of this program's.
-fn look_into(path: &Path) -> Result<Inspected> {
+fn look_into(path: &Path) -> Result<Inspected, Failure> {
     let named = |error: &(dyn Error + 'static)| {
         format!("failed to inspect {}: {}", path.display(), pageferry::Chain::of(error))
     };

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use pageferry::transport::{DestinationLink, Interrupt, SourceLink, TransportError};
+use pageferry_cli::say;
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaConnector, RdmaOptions, RegistrationMode};

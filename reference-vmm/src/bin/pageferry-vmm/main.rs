@@ -1,19 +1,9 @@
 //! `pageferry-vmm`: runs a small KVM guest and migrates it live.
 
-/// As `eprintln!`, but in one write, since several processes may share stderr; and if nobody reads
-/// it any more, that is no reason for a guest to end.
-macro_rules! say {
-    ($($message:tt)+) => {{
-        let line = format!("{}\n", format_args!($($message)+));
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
-    }};
-}
-
 mod args;
 mod demo;
 mod inspect;
 mod links;
-mod outcome;
 mod page;
 mod receive;
 mod report;
@@ -31,11 +21,12 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, RestoreArgs, SaveArgs};
-use outcome::Outcome;
+use pageferry_cli::outcome::Outcome;
+use pageferry_cli::say;
 use report::Report;
 
 fn main() -> ExitCode {
-    pageferry_vmm::log::to_stderr();
+    pageferry_cli::log::to_stderr();
     let command = Cli::parse().command;
     if let Err(complaint) = command.check() {
         Cli::command().error(ErrorKind::ValueValidation, complaint).exit();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use pageferry_cli::say;
 use pageferry_report::document::{Document, Gap, Kind, Migration};
 use pageferry_report::facts::Facts;
 use pageferry_report::page;

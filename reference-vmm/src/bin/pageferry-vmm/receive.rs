@@ -12,13 +12,14 @@ use pageferry::transport::{DestinationLink, Warnings};
 use pageferry::{
     Arrived, Blame, Destination, DestinationFailure, Event, GuestAtDestination, Offer, Statistics,
 };
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
 
 use crate::args::ReceiveArgs;
 use crate::links::{Acceptor, Chosen};
-use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
 use crate::signals::{
@@ -26,9 +27,7 @@ use crate::signals::{
 };
 use crate::watch::Watch;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
-pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
+pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
         end_with_parent()?;
     }
@@ -104,7 +103,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome> {
 }
 
 /// Ends a destination that was told to, before a guest was on its way.
-fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outcome> {
+fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outcome, Failure> {
     say!("{why}");
     let (ended, memory_bytes) = (Outcome::Cancelled, args.memory.unwrap_or_default());
     let statistics = Statistics::default();
@@ -113,12 +112,15 @@ fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outco
     finish(&report, args.json)
 }
 
+/// Somebody who connected, and from where.
+type Caller = (SocketAddr, Box<dyn DestinationLink>);
+
 /// Waits for somebody who connects; `None` if a Ctrl-C came first.
 fn await_source(
     chosen: &Chosen,
     acceptor: &Acceptor,
     wishes: &Receiver<Wish>,
-) -> Result<Option<(SocketAddr, Box<dyn DestinationLink>)>> {
+) -> Result<Option<Caller>, Failure> {
     let interrupt = acceptor.interrupter();
     let accept = || chosen.accept(acceptor);
     match until_interrupted(wishes, accept, || interrupt.interrupt())? {
@@ -141,7 +143,7 @@ enum Come {
 struct Coming {
     channels: u16,
     config: GuestConfig,
-    result: std::result::Result<Arrived<GuestMachine>, Box<DestinationFailure<GuestMachine>>>,
+    result: Result<Arrived<GuestMachine>, Box<DestinationFailure<GuestMachine>>>,
     /// Whether a Ctrl-C came meanwhile: too late if the guest is here.
     cancelled: bool,
 }
@@ -152,7 +154,7 @@ fn take_in(
     link: Box<dyn DestinationLink>,
     wishes: &Receiver<Wish>,
     tell: bool,
-) -> Result<Come> {
+) -> Result<Come, Failure> {
     let destination = Destination::new()
         .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
         .timeouts(args.link.timeouts())
@@ -217,7 +219,10 @@ fn take_in_uninterrupted(
 }
 
 /// Builds the machine that the source describes.
-fn machine_for(args: &ReceiveArgs, offer: &Offer) -> Result<(GuestMachine, Arc<GuestMemory>)> {
+fn machine_for(
+    args: &ReceiveArgs,
+    offer: &Offer,
+) -> Result<(GuestMachine, Arc<GuestMemory>), Failure> {
     let memory_bytes = offer.layout().len_bytes();
     if let Some(wanted) = args.memory
         && wanted != memory_bytes
@@ -259,7 +264,7 @@ fn run_on(
     mut guest: Guest,
     mut report: Report,
     wishes: &Receiver<Wish>,
-) -> Result<Outcome> {
+) -> Result<Outcome, Failure> {
     let before = guest.heartbeat().beats;
     if !await_beats(&guest, before + 10) {
         report.fail("the guest does not beat at the destination".to_owned());
@@ -286,7 +291,7 @@ fn keep_copy(wishes: &Receiver<Wish>) {
     wait_or_quit(wishes, None);
 }
 
-fn finish(report: &Report, json: bool) -> Result<Outcome> {
+fn finish(report: &Report, json: bool) -> Result<Outcome, Failure> {
     report.print(json)?;
     Ok(report.outcome)
 }

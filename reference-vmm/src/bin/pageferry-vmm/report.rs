@@ -1,12 +1,14 @@
 //! What a migration did, as one JSON object and as a table for people.
 
-use std::io::Write;
 use std::time::Duration;
 
-use comfy_table::{Cell, CellAlignment, Table, presets};
+use comfy_table::{Cell, CellAlignment, Table};
 use indicatif::{HumanBytes, HumanCount};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Ending, Statistics};
+use pageferry_cli::outcome::Outcome;
+use pageferry_cli::output;
+use pageferry_cli::say;
 use pageferry_vmm::guest::GuestConfig;
 use pageferry_vmm::heartbeat::HeartbeatSnapshot;
 use pageferry_vmm::tracking::DirtyTracking;
@@ -14,7 +16,6 @@ use pageferry_vmm::workload::OracleReport;
 use serde::{Deserialize, Serialize};
 
 use crate::args::MigrationArgs;
-use crate::outcome::Outcome;
 use crate::timeline::Timeline;
 
 /// Version of the JSON object. Fields are added, never repurposed.
@@ -310,15 +311,14 @@ impl Report {
     /// The object on stdout, or the table. If nobody reads it, the guest runs all the same.
     pub(crate) fn print(&self, json: bool) -> Result<(), serde_json::Error> {
         let text = if json { serde_json::to_string(self)? } else { self.table().to_string() };
-        if let Err(error) = std::io::stdout().write_all(format!("{text}\n").as_bytes()) {
+        if let Err(error) = output::line(&text) {
             say!("failed to print the report: {error}");
         }
         Ok(())
     }
 
     fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_BORDERS_ONLY);
+        let mut table = output::table();
         let mut row = |name: &str, value: String| {
             let value = Cell::new(value).set_alignment(CellAlignment::Left);
             table.add_row(vec![Cell::new(name), value]);

@@ -1,6 +1,5 @@
 //! `run`: runs a guest, and migrates it away.
 
-use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +8,9 @@ use pageferry::machine::MachineOperation;
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::{SourceLink, TransportError};
 use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure, Statistics};
+use pageferry_cli::cpu;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_report::recorder::Recorder;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
@@ -18,11 +20,9 @@ use pageferry_vmm::guest::{
 use pageferry_vmm::ram::Ram;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::args::{GuestArgs, RunArgs};
 use crate::links::Chosen;
-use crate::outcome::Outcome;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
 use crate::signals::{
@@ -31,8 +31,6 @@ use crate::signals::{
 };
 use crate::timeline::Timeline;
 use crate::watch::Watch;
-
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     GuestConfig {
@@ -51,10 +49,7 @@ pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
 
 /// What will track a guest of this kind, once it is known that this host has both, and that such a
 /// guest can do what it is told to.
-pub(crate) fn tracking(
-    args: &GuestArgs,
-    kind: GuestKind,
-) -> std::result::Result<DirtyTracking, GuestError> {
+pub(crate) fn tracking(args: &GuestArgs, kind: GuestKind) -> Result<DirtyTracking, GuestError> {
     if kind == GuestKind::Kvm {
         kvm_available().map_err(|reason| GuestError::KvmUnavailable { reason })?;
     }
@@ -64,7 +59,7 @@ pub(crate) fn tracking(
     Ok(tracking)
 }
 
-pub(crate) fn run(args: &RunArgs) -> Result<Outcome> {
+pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
         end_with_parent()?;
     }
@@ -87,7 +82,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome> {
 }
 
 /// Does what the operator wishes until the guest is gone or told to end.
-fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> Result<Outcome> {
+fn serve(
+    args: &RunArgs,
+    mut machine: GuestMachine,
+    wishes: &Receiver<Wish>,
+) -> Result<Outcome, Failure> {
     let planned = args.migrate_to.is_some() && !args.on_demand;
     let mut timer = if planned { after(args.migrate_after) } else { never() };
     let mut last = None;
@@ -141,7 +140,7 @@ fn serve(args: &RunArgs, mut machine: GuestMachine, wishes: &Receiver<Wish>) -> 
 }
 
 /// The report of a migration that was cancelled before it began.
-fn called_off(args: &RunArgs, guest: &mut Guest) -> Result<Report> {
+fn called_off(args: &RunArgs, guest: &mut Guest) -> Result<Report, Failure> {
     let mut report = Report::of_source(
         (Outcome::Cancelled, GuestAt::Source),
         args.migration.transport.name(),
@@ -201,7 +200,7 @@ fn migrate(
     machine: GuestMachine,
     address: &str,
     wishes: &Receiver<Wish>,
-) -> Result<(Report, Option<GuestMachine>)> {
+) -> Result<(Report, Option<GuestMachine>), Failure> {
     let migration = &args.migration;
     let config = machine.guest.config().clone();
     let tracking = machine.guest.tracking();
@@ -240,7 +239,7 @@ fn migrate(
         Ok(chosen) => connect_to(address, chosen, &handle, wishes),
         Err(error) => Err(error.into()),
     };
-    let cpu = cpu_time();
+    let cpu = cpu::time_of_process();
     let mut cancelled = false;
     let result = hearing(
         wishes,
@@ -250,7 +249,7 @@ fn migrate(
             steer(&handle, &wish);
         },
     )?;
-    let cpu = cpu_time().saturating_sub(cpu);
+    let cpu = cpu::time_of_process().saturating_sub(cpu);
     drop(watch);
     let limit = handle.settings().downtime_limit;
     let report = |outcome, at, statistics: &Statistics| {
@@ -301,19 +300,13 @@ fn migrate(
     })
 }
 
-/// CPU time of this process so far.
-fn cpu_time() -> Duration {
-    let time = clock_gettime(ClockId::ProcessCPUTime);
-    Duration::try_from(time).unwrap_or_default()
-}
-
 /// Connects, on a thread of its own so that wishes are heard meanwhile.
 fn connect_to(
     address: &str,
     chosen: Chosen,
     handle: &MigrationHandle,
     wishes: &Receiver<Wish>,
-) -> std::result::Result<Box<dyn SourceLink>, pageferry::Error> {
+) -> Result<Box<dyn SourceLink>, pageferry::Error> {
     let connector = chosen.connector()?;
     let interrupter = connector.interrupter();
     let address = address.to_owned();
@@ -334,9 +327,9 @@ fn connect_to(
 fn depart(
     source: Source,
     machine: GuestMachine,
-    link: std::result::Result<Box<dyn SourceLink>, pageferry::Error>,
-) -> std::result::Result<Departed<GuestMachine>, Box<SourceFailure<GuestMachine>>> {
-    let prepared = || -> std::result::Result<_, pageferry::Error> {
+    link: Result<Box<dyn SourceLink>, pageferry::Error>,
+) -> Result<Departed<GuestMachine>, Box<SourceFailure<GuestMachine>>> {
+    let prepared = || -> Result<_, pageferry::Error> {
         let refused =
             |cause| pageferry::Error::Machine { operation: MachineOperation::Describe, cause };
         let memory = machine.memory().map_err(refused)?;
@@ -362,7 +355,7 @@ fn stay(
     guest: &mut Guest,
     mut report: Report,
     wishes: &Receiver<Wish>,
-) -> Result<bool> {
+) -> Result<bool, Failure> {
     if report.guest_at != GuestAt::Source {
         report.heartbeat(guest.heartbeat());
         report.print(args.json)?;

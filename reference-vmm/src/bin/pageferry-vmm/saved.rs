@@ -1,13 +1,15 @@
 //! `save` and `restore`: a guest that goes on from a file.
 
-use std::error::Error;
 use std::fs::File;
-use std::io::{BufReader, Write};
+use std::io::BufReader;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::output;
+use pageferry_cli::say;
 use pageferry_vmm::guest::Guest;
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::snapshot::{self, Fate, NewFile, Snapshot, SnapshotError, Written};
@@ -15,12 +17,9 @@ use serde::Serialize;
 use signal_hook::consts::SIGXFSZ;
 
 use crate::args::{RestoreArgs, SaveArgs};
-use crate::outcome::Outcome;
 use crate::resident::await_beats;
 use crate::run::{config, tracking};
 use crate::signals::{Wish, listen_to_signals, unless_given_up, unless_interrupted, wait_or_quit};
-
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Version of the JSON object. Fields are added, never repurposed.
 const SCHEMA: u32 = 1;
@@ -52,30 +51,27 @@ struct Report {
 
 /// The object of a command that has none to report on. Its fields are those of [`Report`].
 #[derive(Debug, Serialize)]
-struct Failure<'a> {
+struct Ended<'a> {
     schema: u32,
     outcome: Outcome,
     error: &'a str,
 }
 
 /// Prints it.
-pub(crate) fn print_failure(
-    outcome: Outcome,
-    why: &str,
-) -> std::result::Result<(), serde_json::Error> {
-    let failure = Failure { schema: SCHEMA, outcome, error: why };
+pub(crate) fn print_failure(outcome: Outcome, why: &str) -> Result<(), serde_json::Error> {
+    let failure = Ended { schema: SCHEMA, outcome, error: why };
     print(&serde_json::to_string(&failure)?);
     Ok(())
 }
 
 fn print(text: &str) {
-    if let Err(error) = std::io::stdout().write_all(format!("{text}\n").as_bytes()) {
+    if let Err(error) = output::line(text) {
         say!("failed to print the report: {error}");
     }
 }
 
 /// Runs a guest for a while and saves it. If that fails, or is cancelled, it runs on.
-pub(crate) fn save(args: &SaveArgs) -> Result<Outcome> {
+pub(crate) fn save(args: &SaveArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
     // A limit on the length of files is an error of the write then, and not the end of the guest.
@@ -125,7 +121,7 @@ fn write(
     snapshot: Snapshot,
     mut file: NewFile,
     wishes: &Receiver<Wish>,
-) -> Result<(Outcome, std::result::Result<Written, String>)> {
+) -> Result<(Outcome, Result<Written, String>), Failure> {
     let fate = Fate::default();
     let write = {
         let fate = fate.clone();
@@ -159,7 +155,7 @@ fn chain(error: &SnapshotError) -> String {
 }
 
 /// Runs the guest that a file holds for a while.
-pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome> {
+pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
     let began = Instant::now();
@@ -178,7 +174,7 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome> {
 }
 
 /// Makes the guest that a file holds, which is right before it has done anything here.
-fn read(path: &Path, backing: Backing) -> Result<(Guest, Written)> {
+fn read(path: &Path, backing: Backing) -> Result<(Guest, Written), Failure> {
     let name = path.display();
     let file = File::open(path).map_err(|error| format!("failed to open {name}: {error}"))?;
     let (guest, read) = snapshot::restore(&mut BufReader::new(file), backing)
@@ -192,7 +188,7 @@ fn read(path: &Path, backing: Backing) -> Result<(Guest, Written)> {
 }
 
 /// Ends a command that was told to, before it had a guest.
-fn ended(json: bool, why: &str) -> Result<Outcome> {
+fn ended(json: bool, why: &str) -> Result<Outcome, Failure> {
     say!("{why}");
     if json {
         print_failure(Outcome::Cancelled, why)?;
@@ -201,7 +197,7 @@ fn ended(json: bool, why: &str) -> Result<Outcome> {
 }
 
 /// Lets the guest run for so long, or until a Ctrl-C, and pauses it.
-fn run(guest: &mut Guest, time: Duration, wishes: &Receiver<Wish>) -> Result<()> {
+fn run(guest: &mut Guest, time: Duration, wishes: &Receiver<Wish>) -> Result<(), Failure> {
     resume(guest)?;
     wait_or_quit(wishes, Some(time));
     guest.pause()?;
@@ -212,7 +208,7 @@ fn run(guest: &mut Guest, time: Duration, wishes: &Receiver<Wish>) -> Result<()>
 }
 
 /// Lets the guest run, and sees it do so.
-fn resume(guest: &mut Guest) -> Result<()> {
+fn resume(guest: &mut Guest) -> Result<(), Failure> {
     let beats = guest.heartbeat().beats;
     guest.resume()?;
     if await_beats(guest, beats + 10) {
@@ -257,7 +253,7 @@ impl Report {
         (self.state_bytes, self.memory_bytes) = (state_bytes, memory_bytes);
     }
 
-    fn print(&self, json: bool) -> Result<()> {
+    fn print(&self, json: bool) -> Result<(), Failure> {
         let text = if json { serde_json::to_string(self)? } else { self.to_string() };
         print(&text);
         Ok(())

@@ -1,19 +1,17 @@
 //! `schema`: what device state is made of.
 
-use std::error::Error;
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::output;
+use pageferry_cli::say;
 use pageferry_device_state::Schema;
 use pageferry_vmm::state;
 
 use crate::args::SchemaCommand;
-use crate::outcome::Outcome;
 
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
-
-pub(crate) fn schema(command: &SchemaCommand) -> Result<Outcome> {
+pub(crate) fn schema(command: &SchemaCommand) -> Result<Outcome, Failure> {
     match command {
         SchemaCommand::Dump => {
             print(&state::schema().to_pretty_json());
@@ -23,7 +21,7 @@ pub(crate) fn schema(command: &SchemaCommand) -> Result<Outcome> {
     }
 }
 
-fn read(path: &Path) -> Result<Schema> {
+fn read(path: &Path) -> Result<Schema, Failure> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let json = fs::read(path).map_err(|error| failed(&error))?;
     Ok(Schema::from_json(&json).map_err(|error| failed(&pageferry::Chain::of(&error)))?)
@@ -45,5 +43,5 @@ fn check(old: &Schema, new: &Schema) -> Outcome {
 
 /// If nobody reads it there is nothing to do about it.
 pub(crate) fn print(text: &str) {
-    let _ = std::io::stdout().write_all(format!("{text}\n").as_bytes());
+    let _ = output::line(text);
 }

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use crossbeam_channel::{Receiver, RecvError, Sender, after, bounded, never, select_biased};
+use pageferry_cli::say;
+use pageferry_cli::signals::{self, SIGUSR1};
+use pageferry_cli::units;
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-use crate::args::{self, BoundChoice, PolicyChoice};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
+use crate::args::{BoundChoice, PolicyChoice};
 
 /// What the operator wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,18 +41,13 @@ pub(crate) enum Wish {
     Channels(NonZeroU16),
 }
 
-/// Turns signals into wishes, on a thread of its own that lives as long as the process.
+/// Turns signals into wishes.
 pub(crate) fn listen_to_signals(wishes: Sender<Wish>) -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
-    thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in signals.forever() {
-            let wish = if signal == SIGUSR1 { Wish::Migrate(None) } else { Wish::Interrupt };
-            if wishes.send(wish).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok(())
+    let [interrupt, terminate] = signals::ENDING;
+    signals::listen(&[interrupt, terminate, SIGUSR1], wishes, |signal| match signal {
+        SIGUSR1 => Wish::Migrate(None),
+        _ => Wish::Interrupt,
+    })
 }
 
 /// Turns lines on stdin into wishes. The end of stdin means nothing: the guest runs on.
@@ -176,12 +172,12 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         (Some("cancel"), None) => Wish::Cancel,
         (Some("status"), None) => Wish::Status,
         (Some("limit"), Some("off")) => Wish::Limit(None),
-        (Some("limit"), Some(rate)) => Wish::Limit(Some(args::rate(rate)?)),
+        (Some("limit"), Some(rate)) => Wish::Limit(Some(units::rate(rate)?)),
         (Some("switchover-bandwidth"), Some("off")) => Wish::SwitchoverBandwidth(None),
         (Some("switchover-bandwidth"), Some(rate)) => {
-            Wish::SwitchoverBandwidth(Some(args::rate(rate)?))
+            Wish::SwitchoverBandwidth(Some(units::rate(rate)?))
         }
-        (Some("downtime-limit"), Some(limit)) => Wish::DowntimeLimit(args::downtime(limit)?),
+        (Some("downtime-limit"), Some(limit)) => Wish::DowntimeLimit(units::downtime(limit)?),
         (Some("downtime-bound"), Some(bound)) => {
             Wish::DowntimeBound(BoundChoice::from_str(bound, false)?)
         }

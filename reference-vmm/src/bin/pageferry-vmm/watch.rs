@@ -10,6 +10,7 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Phase, Progress};
+use pageferry_cli::say;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const TICK: Duration = Duration::from_millis(50);

@@ -1,14 +1,14 @@
 //! The guest: what it is made of, and what it does.
 
 use clap::{Args, ValueEnum};
+use pageferry_cli::say;
+use pageferry_cli::units::size;
 use pageferry_vmm::guest::{GuestKind, kvm_available};
 use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
 use serde::Serialize;
-
-use super::size;
 
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;

@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use clap::Args;
 use pageferry::Timeouts;
+use pageferry_cli::units::{size, time, time_text};
 use pageferry_tcp::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
-
-use super::{size, time, time_text};
 
 /// Settings of a link, with the library's defaults.
 #[derive(Debug, Clone, Default, Args)]

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use pageferry_cli::units::{time, time_text};
 
-use super::{Transport, time, time_text};
+use super::Transport;
 
 /// Settings of `--transport rdma`.
 #[expect(clippy::struct_field_names, reason = "as the command line has them")]

@@ -1,4 +1,4 @@
-//! How a migration ended, for scripts.
+//! How a program ended, for scripts.
 
 use std::process::ExitCode;
 
@@ -6,13 +6,16 @@ use pageferry::protocol::FailureReason;
 use pageferry::{Blame, Error};
 use serde::{Deserialize, Serialize};
 
+/// What any part of a program fails with.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
 /// How it ended. The names are a contract: `outcome` in the JSON report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Outcome {
-    /// The guest runs at the destination, and every check that was made passed.
+pub enum Outcome {
+    /// All was done, and every check that was made passed: of a migration, the guest runs at the destination.
     Completed,
-    /// Someone cancelled; the guest runs at the source.
+    /// Someone cancelled; a guest that was to move runs at the source.
     Cancelled,
     /// It failed.
     Failed,
@@ -24,7 +27,7 @@ impl Outcome {
     /// Of a migration that ended by an error, and whether somebody here had cancelled it. That wins:
     /// what the link and the other side do at that moment may be seen first. A fault of this host or
     /// of the guest's memory is one all the same.
-    pub(crate) fn of(error: &Error, cancelled: bool) -> Self {
+    pub fn of(error: &Error, cancelled: bool) -> Self {
         match error {
             error if error.is_uncertain() => Self::Uncertain,
             // By someone at the other side.
@@ -40,7 +43,8 @@ impl Outcome {
         }
     }
 
-    pub(crate) fn exit_code(self) -> ExitCode {
+    /// What the process ends with: a contract too.
+    pub fn exit_code(self) -> ExitCode {
         ExitCode::from(match self {
             Self::Completed => 0,
             Self::Failed => 1,

@@ -1,4 +1,4 @@
-//! What the library and the engine log, for programs.
+//! What the libraries log, for programs.
 
 use std::io;
 

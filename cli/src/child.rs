@@ -1,0 +1,57 @@
+//! Processes that a program starts.
+
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::process::{Child, Command};
+
+/// A process that ends with its owner: dropping it ends it and waits until it is gone.
+#[derive(Debug)]
+pub struct OwnedChild(Child);
+
+impl OwnedChild {
+    /// Starts it.
+    pub fn spawn(command: &mut Command) -> io::Result<Self> {
+        command.spawn().map(Self)
+    }
+}
+
+impl Deref for OwnedChild {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for OwnedChild {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for OwnedChild {
+    fn drop(&mut self) {
+        // Both calls do nothing to a process that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::process::Stdio;
+
+    use super::*;
+
+    #[test]
+    fn a_child_is_gone_when_its_owner_is() {
+        let mut child =
+            OwnedChild::spawn(Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()))
+                .unwrap();
+        let (_stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        drop(child);
+        // Its end of the pipe is closed, though nobody closed its stdin.
+        assert_eq!(stdout.read(&mut [0]).unwrap(), 0);
+    }
+}

@@ -1,0 +1,28 @@
+//! What pageferry's programs have in common on a terminal and in scripts, whatever guest they move.
+//!
+//! - [`units`]: sizes, rates and times as a command line has them.
+//! - [`outcome`]: how a program ended, and its exit status.
+//! - [`signals`]: what Ctrl-C and others mean to it.
+//! - [`output`], [`say!`] and [`log`]: what it says.
+//! - [`child`]: processes that end with it.
+//! - [`cpu`]: what it takes of the CPUs.
+//!
+//! It knows no guest: a program that moves another kind of them has the same home.
+
+/// As `eprintln!`, but in one write, since several processes may share stderr; and if nobody reads
+/// it any more, that is no reason to end.
+#[macro_export]
+macro_rules! say {
+    ($($message:tt)+) => {{
+        let line = format!("{}\n", format_args!($($message)+));
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+    }};
+}
+
+pub mod child;
+pub mod cpu;
+pub mod log;
+pub mod outcome;
+pub mod output;
+pub mod signals;
+pub mod units;
