@@ -1,18 +1,20 @@
-//! Links between processes of this host. A transport of another kind is one more arm here.
+//! Links between processes of this host.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use pageferry::transport::{Admission, DestinationLink, Interrupt, SourceLink};
 use pageferry_cli::outcome::Failure;
-use pageferry_iouring::{IoUringOptions, Rings};
+#[cfg(not(feature = "rdma"))]
+use pageferry_cli::transport::WITHOUT_RDMA;
+use pageferry_cli::transport::{self, Acceptor, Chosen, ZeroCopyChoice};
 #[cfg(feature = "rdma")]
-use pageferry_rdma::{RdmaAcceptor, RdmaOptions, RegistrationMode};
-use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink};
+use pageferry_rdma::{RdmaOptions, RegistrationMode};
+use pageferry_tcp::TcpOptions;
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "rdma")]
 use crate::words::RdmaRegistration;
-use crate::words::{RdmaArgs, Transport, ZeroCopyChoice};
+use crate::words::{RdmaArgs, Transport};
 
 /// Where both sides are, but for RDMA.
 pub(crate) const HERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -37,58 +39,45 @@ impl std::fmt::Display for Way {
     }
 }
 
+impl Way {
+    /// Ready to make links: any source is a destination's, whatever it says first.
+    fn choose(self, zero_copy: ZeroCopyChoice) -> Result<Chosen, Failure> {
+        if self.transport == Transport::Rdma {
+            return rdma(self.rdma);
+        }
+        let (admission, zero_copy) = (Admission::Anyone, zero_copy.into());
+        let tcp = TcpOptions { admission, zero_copy, ..TcpOptions::default() };
+        let transport = transport::Transport::from(self.transport);
+        Ok(transport.choose(tcp, &transport::RdmaArgs::default())?)
+    }
+}
+
 /// Where a destination listens.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    transport: Transport,
+    chosen: Chosen,
     acceptor: Acceptor,
-}
-
-#[derive(Debug)]
-enum Acceptor {
-    Tcp(TcpAcceptor),
-    #[cfg(feature = "rdma")]
-    Rdma(RdmaAcceptor),
 }
 
 impl Listener {
     pub(crate) fn bind(way: Way) -> Result<Self, Failure> {
-        let transport = way.transport;
-        let acceptor = match transport {
-            Transport::Tcp | Transport::IoUring => {
-                let options = TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() };
-                Acceptor::Tcp(TcpAcceptor::bind(HERE, options)?)
-            }
-            #[cfg(feature = "rdma")]
-            Transport::Rdma => {
-                let address = rdma_address(way.rdma)?;
-                Acceptor::Rdma(RdmaAcceptor::bind((address, 0), rdma_options(way.rdma))?)
-            }
-            #[cfg(not(feature = "rdma"))]
-            Transport::Rdma => return Err(no_rdma()),
+        let chosen = way.choose(ZeroCopyChoice::Auto)?;
+        let address = match way.transport {
+            Transport::Tcp | Transport::IoUring => HERE,
+            Transport::Rdma => SocketAddr::new(rdma_address(way.rdma)?, 0),
         };
-        Ok(Self { transport, acceptor })
+        let acceptor = chosen.listen(&address.to_string())?;
+        Ok(Self { chosen, acceptor })
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
-        match &self.acceptor {
-            Acceptor::Tcp(acceptor) => acceptor.local_addr(),
-            #[cfg(feature = "rdma")]
-            Acceptor::Rdma(acceptor) => acceptor.local_addr(),
-        }
+        self.acceptor.local_addr()
     }
 
     /// Waits for a source.
     pub(crate) fn accept(self) -> Result<Box<dyn DestinationLink>, Failure> {
-        Ok(match self.acceptor {
-            Acceptor::Tcp(acceptor) if self.transport == Transport::IoUring => {
-                let rings = Rings::new(IoUringOptions::default())?;
-                Box::new(rings.destination_link(acceptor.accept(None)?))
-            }
-            Acceptor::Tcp(acceptor) => Box::new(acceptor.accept(None)?),
-            #[cfg(feature = "rdma")]
-            Acceptor::Rdma(acceptor) => Box::new(acceptor.accept(None)?),
-        })
+        let (_, link) = self.chosen.accept(&self.acceptor)?;
+        Ok(link)
     }
 }
 
@@ -98,21 +87,18 @@ pub(crate) fn connect(
     zero_copy: ZeroCopyChoice,
     address: SocketAddr,
 ) -> Result<Box<dyn SourceLink>, Failure> {
-    let zero_copy = zero_copy.into();
-    let by_tcp = || -> Result<TcpSourceLink, Failure> {
-        Ok(pageferry_tcp::connect(address, TcpOptions { zero_copy, ..TcpOptions::default() })?)
-    };
-    Ok(match way.transport {
-        Transport::Tcp => Box::new(by_tcp()?),
-        Transport::IoUring => {
-            let options = IoUringOptions { zero_copy, ..IoUringOptions::default() };
-            Box::new(Rings::new(options)?.source_link(by_tcp()?))
-        }
-        #[cfg(feature = "rdma")]
-        Transport::Rdma => Box::new(pageferry_rdma::connect(address, rdma_options(way.rdma))?),
-        #[cfg(not(feature = "rdma"))]
-        Transport::Rdma => return Err(no_rdma()),
-    })
+    Ok(way.choose(zero_copy)?.connector()?.connect(&address.to_string())?)
+}
+
+#[cfg(feature = "rdma")]
+#[expect(clippy::unnecessary_wraps, reason = "without RDMA it fails")]
+fn rdma(args: RdmaArgs) -> Result<Chosen, Failure> {
+    Ok(Chosen::Rdma(rdma_options(args)))
+}
+
+#[cfg(not(feature = "rdma"))]
+fn rdma(_: RdmaArgs) -> Result<Chosen, Failure> {
+    Err(WITHOUT_RDMA.into())
 }
 
 /// Most bytes of one write.
@@ -139,7 +125,7 @@ pub(crate) fn rdma_address(args: RdmaArgs) -> Result<IpAddr, Failure> {
 
 #[cfg(not(feature = "rdma"))]
 pub(crate) fn rdma_address(_: RdmaArgs) -> Result<IpAddr, Failure> {
-    Err(no_rdma())
+    Err(WITHOUT_RDMA.into())
 }
 
 #[cfg(feature = "rdma")]
@@ -154,11 +140,6 @@ pub(crate) fn rdma_options(args: RdmaArgs) -> RdmaOptions {
         },
         ..defaults
     }
-}
-
-#[cfg(not(feature = "rdma"))]
-fn no_rdma() -> Failure {
-    "this program was built without RDMA".into()
 }
 
 /// What interrupts a sender that never waits.

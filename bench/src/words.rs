@@ -4,14 +4,14 @@ use std::net::IpAddr;
 
 use clap::{Args, ValueEnum};
 use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
+use pageferry_cli::transport::{self, WITHOUT_RDMA};
 use pageferry_cli::units::size;
-use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
 pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
-/// What moves the pages.
+/// What moves the pages. A measurement is of one that was named: none is up to the kernel, or to options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Transport {
@@ -57,44 +57,26 @@ impl RdmaArgs {
         if !transports.contains(&Transport::Rdma) {
             Ok(())
         } else if !cfg!(feature = "rdma") {
-            Err("--transport rdma: this program was built without RDMA; build it with --features \
-                 rdma (which needs cmake and libclang)"
-                .to_owned())
+            Err(format!("--transport rdma: {WITHOUT_RDMA}"))
         } else {
             Ok(())
         }
     }
 }
 
-impl std::fmt::Display for Transport {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "tcp",
-            Self::IoUring => "iouring",
-            Self::Rdma => "rdma",
-        })
+impl From<Transport> for transport::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Tcp => Self::Tcp,
+            Transport::IoUring => Self::IoUring,
+            Transport::Rdma => Self::Rdma,
+        }
     }
 }
 
-/// Whether the kernel is asked not to copy what it sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum ZeroCopyChoice {
-    /// As long as it pays: not where the kernel copies anyway, as on loopback.
-    Auto,
-    /// Never.
-    Off,
-    /// Always, also where the kernel copies anyway.
-    On,
-}
-
-impl From<ZeroCopyChoice> for ZeroCopy {
-    fn from(choice: ZeroCopyChoice) -> Self {
-        match choice {
-            ZeroCopyChoice::Auto => Self::Auto,
-            ZeroCopyChoice::Off => Self::Off,
-            ZeroCopyChoice::On => Self::On,
-        }
+impl std::fmt::Display for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(transport::Transport::from(*self).name())
     }
 }
 

@@ -1,6 +1,7 @@
 //! What pageferry's programs have in common on a terminal and in scripts, whatever guest they move.
 //!
 //! - [`units`]: sizes, rates and times as a command line has them.
+//! - [`transport`]: transports by name, their options, and links by them.
 //! - [`outcome`]: how a program ended, and its exit status.
 //! - [`signals`]: what Ctrl-C and others mean to it.
 //! - [`output`], [`say!`] and [`log`]: what it says.
@@ -25,4 +26,5 @@ pub mod log;
 pub mod outcome;
 pub mod output;
 pub mod signals;
+pub mod transport;
 pub mod units;

@@ -11,7 +11,6 @@
 mod devices;
 pub mod embed;
 pub mod error;
-pub mod facts;
 pub mod guest;
 pub mod heartbeat;
 mod kind;

@@ -11,9 +11,9 @@ use comfy_table::{Cell, CellAlignment};
 use indicatif::HumanBytes;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
+use pageferry_cli::transport::facts::transports;
 use pageferry_report::document::{Comparison, Contestant, Document, Kind, Missing, median};
 use pageferry_report::facts::Facts;
-use pageferry_vmm::facts::transports;
 
 use crate::host;
 use crate::output;

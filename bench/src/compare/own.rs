@@ -1,11 +1,12 @@
 //! The engine and the bare loop, as `throughput` has them move memory.
 
 use pageferry_cli::outcome::Failure;
+use pageferry_cli::transport::ZeroCopyChoice;
 
 use super::{CompareArgs, Mover};
 use crate::links::Way;
 use crate::transfer::{Contestant, Pair, Setup, prepared, transfer};
-use crate::words::{Transport, ZeroCopyChoice};
+use crate::words::Transport;
 
 /// Both, since a pair of processes can do either.
 struct Own {

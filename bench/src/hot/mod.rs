@@ -9,12 +9,13 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::transport::ZeroCopyChoice;
 use pageferry_report::document::ZeroCopy;
 use serde::{Deserialize, Serialize};
 
 use crate::links::Way;
 use crate::output::line;
-use crate::words::{RdmaArgs, Transport, ZeroCopyChoice};
+use crate::words::{RdmaArgs, Transport};
 
 pub(crate) use transports::BATCHES;
 

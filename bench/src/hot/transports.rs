@@ -12,6 +12,7 @@ use pageferry::transport::{
     ChannelCounters, DestinationLink, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
 };
 use pageferry_cli::outcome::Failure;
+use pageferry_cli::transport::ZeroCopyChoice;
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress};
@@ -19,7 +20,6 @@ use vm_memory::{Bytes, GuestAddress};
 use super::Counts;
 use crate::links::{Listener, Way, connect};
 use crate::random::Random;
-use crate::words::ZeroCopyChoice;
 
 const MEMORY_PAGES: u64 = 1024;
 /// Batches of a unit of work.

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant, SystemTime};
 use indicatif::HumanCount;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
+use pageferry_cli::transport::facts::transports;
 use pageferry_report::document::{Document, Kind, median};
 use pageferry_report::facts::Facts;
 use pageferry_report::latency::{Interval, Latencies, Recording, What, by_kind, keep};
-use pageferry_vmm::facts::transports;
 use pageferry_vmm::ram::Ram;
 use vm_memory::{Bytes, GuestAddress};
 

@@ -11,6 +11,7 @@ use pageferry::memory::PageRange;
 use pageferry::transport::{Run, RunKind, SourceLink};
 use pageferry::{Source, Statistics};
 use pageferry_cli::outcome::Failure;
+use pageferry_cli::transport::ZeroCopyChoice;
 use pageferry_report::latency::{Latencies, Pacer};
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::Ram;
@@ -20,7 +21,6 @@ use super::serve::NoMachine;
 use super::timed::{Rearms, TimedLink};
 use super::wait_until;
 use crate::links::{Way, connect};
-use crate::words::ZeroCopyChoice;
 
 /// For what answers at once where all is well.
 const PATIENCE: Duration = Duration::from_secs(60);

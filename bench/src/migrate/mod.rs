@@ -9,9 +9,9 @@ use std::net::SocketAddr;
 
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
+use pageferry_cli::transport::facts::transports;
 use pageferry_report::document::{Document, Gap, Kind, Load as LoadFigures, Migration, Setting};
 use pageferry_report::facts::Facts;
-use pageferry_vmm::facts::transports;
 use pageferry_vmm::guest::{
     GuestConfig, GuestKind, kvm_available, tracking_available, workload_available,
 };

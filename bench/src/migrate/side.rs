@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::ValueEnum;
 use pageferry::{Destination, Machine, Source};
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::transport::ZeroCopyChoice;
 use pageferry_report::document::{Load as LoadFigures, Migration, ms};
 use pageferry_report::recorder::Recorder;
 use pageferry_vmm::guest::{Guest, GuestConfig};
@@ -16,7 +17,6 @@ use super::{Answer, Arrived, Departed, Order, Plan};
 use crate::links::{Listener, connect};
 use crate::sides::{self, answer};
 use crate::usage::process_cpu_nanoseconds;
-use crate::words::ZeroCopyChoice;
 
 /// Beats of a guest before it is migrated, and where it arrives, before its memory is looked at.
 const BEATS: u64 = 200;

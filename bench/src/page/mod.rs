@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
+use pageferry_cli::transport::facts::transports;
 use pageferry_report::document::{Comparison, Contestant, Document, Kind};
 use pageferry_report::facts::Facts;
 use pageferry_report::page;
-use pageferry_vmm::facts::transports;
 use serde::Deserialize;
 
 use crate::output::line;

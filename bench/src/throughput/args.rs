@@ -2,10 +2,11 @@
 
 use clap::Args;
 use pageferry::MAX_CHANNELS;
+use pageferry_cli::transport::ZeroCopyChoice;
 use pageferry_cli::units::size;
 use pageferry_vmm::ram::Backing;
 
-use crate::words::{RdmaArgs, Transport, ZeroCopyChoice, a_page_each, share, whole_pages};
+use crate::words::{RdmaArgs, Transport, a_page_each, share, whole_pages};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

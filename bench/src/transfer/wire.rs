@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 
 use pageferry::transport::ZeroCopyCounts;
+use pageferry_cli::transport::ZeroCopyChoice;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
 use crate::links::Way;
-use crate::words::ZeroCopyChoice;
 
 /// What both sides must know.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -7,6 +7,8 @@ use std::net::IpAddr;
 
 use pageferry_cli::outcome::Failure;
 use pageferry_cli::say;
+#[cfg(not(feature = "rdma"))]
+use pageferry_cli::transport::WITHOUT_RDMA;
 use pageferry_report::document::{PageWritePair, PageWrites};
 
 use crate::links::rdma_address;
@@ -48,5 +50,5 @@ fn engine_us(args: RdmaArgs, address: IpAddr, writes: u32) -> Result<f64, Failur
 /// The command line does not let anybody come here.
 #[cfg(not(feature = "rdma"))]
 fn engine_us(_: RdmaArgs, _: IpAddr, _: u32) -> Result<f64, Failure> {
-    Err("this program was built without RDMA".into())
+    Err(WITHOUT_RDMA.into())
 }

@@ -1,8 +1,6 @@
 //! The command line.
 
 mod guest;
-mod link;
-mod rdma;
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
@@ -10,16 +8,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::convergence::{Bound, Policy, Throttling};
+use pageferry_cli::transport::{LinkArgs, RdmaArgs, Transport, ZeroCopyChoice};
 use pageferry_cli::units::{downtime, rate, size, time};
-use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::ram::Backing;
-use serde::Serialize;
 
 pub(crate) use guest::GuestArgs;
-pub(crate) use link::LinkArgs;
-pub(crate) use rdma::RdmaArgs;
-#[cfg(feature = "rdma")]
-pub(crate) use rdma::RdmaRegistration;
 
 const EXIT_CODES: &str = "\
 Exit status:
@@ -106,52 +99,6 @@ impl Command {
             Self::Receive(args) => args.rdma.check(args.transport),
             Self::Save(args) => args.guest.check(),
             Self::Restore(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
-        }
-    }
-}
-
-/// What moves the pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Transport {
-    /// TCP sockets driven by io_uring where the kernel lets this process, and else without; RDMA with
-    /// its options.
-    Auto,
-    /// TCP sockets.
-    Tcp,
-    /// TCP sockets driven by io_uring; the other side may have either.
-    #[value(name = "iouring")]
-    IoUring,
-    /// RDMA: the source's NIC writes to the destination's memory. Addresses are those of RDMA
-    /// devices. In programs that were built with it.
-    Rdma,
-}
-
-impl Transport {
-    /// What is meant, given options that only one of them has.
-    pub(crate) fn meant(self, rdma: &RdmaArgs) -> Self {
-        if self == Self::Auto && rdma.is_given() { Self::Rdma } else { self }
-    }
-}
-
-/// Whether the kernel is asked not to copy what it sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum ZeroCopyChoice {
-    /// As long as it pays: not where the kernel copies anyway, as on loopback.
-    Auto,
-    /// Never.
-    Off,
-    /// Always, also where the kernel copies anyway.
-    On,
-}
-
-impl From<ZeroCopyChoice> for ZeroCopy {
-    fn from(choice: ZeroCopyChoice) -> Self {
-        match choice {
-            ZeroCopyChoice::Auto => Self::Auto,
-            ZeroCopyChoice::Off => Self::Off,
-            ZeroCopyChoice::On => Self::On,
         }
     }
 }

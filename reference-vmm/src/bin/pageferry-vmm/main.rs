@@ -3,7 +3,6 @@
 mod args;
 mod demo;
 mod inspect;
-mod links;
 mod page;
 mod receive;
 mod report;

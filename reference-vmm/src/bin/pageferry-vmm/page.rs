@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use pageferry_cli::say;
+use pageferry_cli::transport::facts::transports;
 use pageferry_report::document::{Document, Gap, Kind, Migration};
 use pageferry_report::facts::Facts;
 use pageferry_report::page;
-use pageferry_vmm::facts::transports;
 
 use crate::report::Report;
 use crate::timeline::Timeline;

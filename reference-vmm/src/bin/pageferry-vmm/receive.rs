@@ -1,6 +1,5 @@
 //! `receive`: waits for a guest, and runs it.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,12 +13,12 @@ use pageferry::{
 };
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
+use pageferry_cli::transport::{Acceptor, Caller, Chosen};
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
 
 use crate::args::ReceiveArgs;
-use crate::links::{Acceptor, Chosen};
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
 use crate::signals::{
@@ -111,9 +110,6 @@ fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outco
     report.error = Some(why);
     finish(&report, args.json)
 }
-
-/// Somebody who connected, and from where.
-type Caller = (SocketAddr, Box<dyn DestinationLink>);
 
 /// Waits for somebody who connects; `None` if a Ctrl-C came first.
 fn await_source(

@@ -11,6 +11,7 @@ use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure,
 use pageferry_cli::cpu;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
+use pageferry_cli::transport::Chosen;
 use pageferry_report::recorder::Recorder;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
@@ -22,7 +23,6 @@ use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
 
 use crate::args::{GuestArgs, RunArgs};
-use crate::links::Chosen;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
 use crate::signals::{

@@ -1,58 +1,60 @@
-//! Which transport a migration has.
+//! The transport that was chosen, and links by it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use pageferry::transport::{DestinationLink, Interrupt, SourceLink, TransportError};
-use pageferry_cli::say;
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaConnector, RdmaOptions, RegistrationMode};
 use pageferry_tcp::{TcpAcceptor, TcpConnector, TcpOptions};
 
 #[cfg(feature = "rdma")]
-use crate::args::RdmaRegistration;
-use crate::args::{RdmaArgs, Transport};
+use super::RdmaRegistration;
+#[cfg(not(feature = "rdma"))]
+use super::WITHOUT_RDMA;
+use super::{RdmaArgs, Transport};
 
 /// The transport that was chosen, ready to make links.
 #[derive(Debug)]
-pub(crate) enum Chosen {
+pub enum Chosen {
+    /// TCP.
     Tcp(TcpOptions),
+    /// TCP by io_uring.
     IoUring(Rings, TcpOptions),
+    /// RDMA.
     #[cfg(feature = "rdma")]
     Rdma(RdmaOptions),
 }
 
 /// Where a destination listens.
 #[derive(Debug)]
-pub(crate) enum Acceptor {
+pub enum Acceptor {
+    /// For TCP, by io_uring or without.
     Tcp(TcpAcceptor),
+    /// For RDMA.
     #[cfg(feature = "rdma")]
     Rdma(RdmaAcceptor),
 }
 
+/// Somebody who connected, and from where.
+pub type Caller = (SocketAddr, Box<dyn DestinationLink>);
+
 /// A link that is to be made.
 #[derive(Debug)]
-pub(crate) enum Connector {
+pub enum Connector {
+    /// By TCP.
     Tcp(TcpConnector),
+    /// By TCP, and moved by io_uring.
     IoUring(Rings, TcpConnector),
+    /// By RDMA.
     #[cfg(feature = "rdma")]
     Rdma(RdmaConnector),
 }
 
 impl Transport {
-    /// As the command line has it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Tcp => "tcp",
-            Self::IoUring => "iouring",
-            Self::Rdma => "rdma",
-        }
-    }
-
     /// Where a destination on this host can be reached from this host; a port of its choice.
-    pub(crate) fn address_here(self, rdma: &RdmaArgs) -> Result<String, TransportError> {
+    pub fn address_here(self, rdma: &RdmaArgs) -> Result<String, TransportError> {
         match self.meant(rdma) {
             Self::Rdma => rdma_address(rdma),
             Self::Auto | Self::Tcp | Self::IoUring => Ok("127.0.0.1:0".to_owned()),
@@ -60,7 +62,7 @@ impl Transport {
     }
 
     /// Decides; if that is up to this kernel and it has no io_uring, says so on stderr.
-    pub(crate) fn choose(self, tcp: TcpOptions, rdma: &RdmaArgs) -> Result<Chosen, TransportError> {
+    pub fn choose(self, tcp: TcpOptions, rdma: &RdmaArgs) -> Result<Chosen, TransportError> {
         let asked_for = match self.meant(rdma) {
             Self::Tcp => return Ok(Chosen::Tcp(tcp)),
             Self::Rdma => return with_rdma(rdma),
@@ -137,13 +139,13 @@ fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
 
 #[cfg(not(feature = "rdma"))]
 fn with_rdma(_: &RdmaArgs) -> Result<Chosen, TransportError> {
-    let how = "this program was built without RDMA; build it with --features rdma (which needs \
-               cmake and libclang)";
-    Err(TransportError::Io { operation: "use RDMA", cause: std::io::Error::other(how) })
+    let cause = std::io::Error::other(WITHOUT_RDMA);
+    Err(TransportError::Io { operation: "use RDMA", cause })
 }
 
 impl Chosen {
-    pub(crate) fn name(&self) -> &'static str {
+    /// As the command line has it.
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Tcp(_) => "tcp",
             Self::IoUring(..) => "iouring",
@@ -153,11 +155,7 @@ impl Chosen {
     }
 
     /// What makes one link, and can be told to stop.
-    #[cfg_attr(
-        not(feature = "rdma"),
-        expect(clippy::unnecessary_wraps, reason = "RDMA's can fail")
-    )]
-    pub(crate) fn connector(self) -> Result<Connector, TransportError> {
+    pub fn connector(self) -> Result<Connector, TransportError> {
         Ok(match self {
             Self::Tcp(options) => Connector::Tcp(TcpConnector::new(options)),
             Self::IoUring(rings, options) => Connector::IoUring(rings, TcpConnector::new(options)),
@@ -166,7 +164,8 @@ impl Chosen {
         })
     }
 
-    pub(crate) fn listen(&self, address: &str) -> Result<Acceptor, TransportError> {
+    /// Listens for sources.
+    pub fn listen(&self, address: &str) -> Result<Acceptor, TransportError> {
         Ok(match self {
             Self::Tcp(options) | Self::IoUring(_, options) => {
                 Acceptor::Tcp(TcpAcceptor::bind(address, options.clone())?)
@@ -177,10 +176,7 @@ impl Chosen {
     }
 
     /// Waits for a source; says where it is.
-    pub(crate) fn accept(
-        &self,
-        acceptor: &Acceptor,
-    ) -> Result<(SocketAddr, Box<dyn DestinationLink>), TransportError> {
+    pub fn accept(&self, acceptor: &Acceptor) -> Result<Caller, TransportError> {
         Ok(match acceptor {
             Acceptor::Tcp(acceptor) => {
                 let link = acceptor.accept(None)?;
@@ -201,7 +197,8 @@ impl Chosen {
 }
 
 impl Connector {
-    pub(crate) fn connect(self, address: &str) -> Result<Box<dyn SourceLink>, TransportError> {
+    /// Makes it.
+    pub fn connect(self, address: &str) -> Result<Box<dyn SourceLink>, TransportError> {
         Ok(match self {
             Self::Tcp(tcp) => Box::new(tcp.connect(address)?),
             Self::IoUring(rings, tcp) => Box::new(rings.source_link(tcp.connect(address)?)),
@@ -211,7 +208,7 @@ impl Connector {
     }
 
     /// Ends the attempt, or the link that came of it.
-    pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
+    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
         match self {
             Self::Tcp(tcp) | Self::IoUring(_, tcp) => tcp.interrupter(),
             #[cfg(feature = "rdma")]
@@ -221,7 +218,8 @@ impl Connector {
 }
 
 impl Acceptor {
-    pub(crate) fn local_addr(&self) -> SocketAddr {
+    /// Where.
+    pub fn local_addr(&self) -> SocketAddr {
         match self {
             Self::Tcp(acceptor) => acceptor.local_addr(),
             #[cfg(feature = "rdma")]
@@ -230,7 +228,7 @@ impl Acceptor {
     }
 
     /// Ends the wait for a source.
-    pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
+    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
         match self {
             Self::Tcp(acceptor) => acceptor.interrupter(),
             #[cfg(feature = "rdma")]

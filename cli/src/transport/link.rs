@@ -4,59 +4,62 @@ use std::time::Duration;
 
 use clap::Args;
 use pageferry::Timeouts;
-use pageferry_cli::units::{size, time, time_text};
 use pageferry_tcp::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
+
+use crate::units::{size, time, time_text};
 
 /// Settings of a link, with the library's defaults.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Time limits and sockets")]
-pub(crate) struct LinkArgs {
+pub struct LinkArgs {
     /// For each step of the handshake, and for opening the data channels [default: 10s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
-    pub(crate) handshake_timeout: Option<Duration>,
+    pub handshake_timeout: Option<Duration>,
     /// For the other side to register each GiB of guest memory, beside the handshake's [default: 5s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
-    pub(crate) registration_timeout_per_gib: Option<Duration>,
+    pub registration_timeout_per_gib: Option<Duration>,
     /// For any page to land [default: 30s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
-    pub(crate) stall_timeout: Option<Duration>,
+    pub stall_timeout: Option<Duration>,
     /// For the destination to load the device state [default: 1m].
     #[arg(long, value_name = "TIME", value_parser = limit)]
-    pub(crate) load_timeout: Option<Duration>,
+    pub load_timeout: Option<Duration>,
     /// At the destination: for the source to release what only one host may hold, as long as it says
     /// that it is at that [default: 5m].
     #[arg(long, value_name = "TIME", value_parser = limit)]
-    pub(crate) release_timeout: Option<Duration>,
+    pub release_timeout: Option<Duration>,
     /// For the commit and its answer, 10ms at least; then it is uncertain who has the guest
     /// [default: 30s].
     #[arg(long, value_name = "TIME", value_parser = round_trip)]
-    pub(crate) commit_timeout: Option<Duration>,
+    pub commit_timeout: Option<Duration>,
     /// At the source: for one address to accept a connection and to answer [default: 10s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
-    pub(crate) connect_timeout: Option<Duration>,
+    pub connect_timeout: Option<Duration>,
     /// At the destination: for a fresh connection to say what it wants [default: 5s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
-    pub(crate) preamble_timeout: Option<Duration>,
+    pub preamble_timeout: Option<Duration>,
     /// How long sent bytes may stay unacknowledged by the other kernel until the link is lost, 10ms
     /// at least, or off to leave it to the kernel, which takes many minutes [default: 30s].
     #[arg(long, value_name = "TIME|off", value_parser = round_trip_or_off)]
-    pub(crate) tcp_user_timeout: Option<OrOff<Duration>>,
+    pub tcp_user_timeout: Option<OrOff<Duration>>,
     /// When a silent connection is probed: silence before the first probe, time between probes,
     /// and how many are not answered until the connection is lost; or off [default: 10s,5s,4].
     #[arg(long, value_name = "TIME,TIME,N|off", value_parser = keepalive)]
-    pub(crate) keepalive: Option<OrOff<Keepalive>>,
+    pub keepalive: Option<OrOff<Keepalive>>,
     /// Send buffer of each connection, 64K to net.core.wmem_max [default: as the kernel tunes it].
     #[arg(long, value_name = "SIZE", value_parser = buffer)]
-    pub(crate) send_buffer: Option<usize>,
+    pub send_buffer: Option<usize>,
     /// Receive buffer of each connection, 64K to net.core.rmem_max [default: as the kernel tunes it].
     #[arg(long, value_name = "SIZE", value_parser = buffer)]
-    pub(crate) receive_buffer: Option<usize>,
+    pub receive_buffer: Option<usize>,
 }
 
 /// A value, or the word "off".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OrOff<T> {
+pub enum OrOff<T> {
+    /// The value.
     On(T),
+    /// "off".
     Off,
 }
 
@@ -134,7 +137,8 @@ fn buffer(text: &str) -> Result<usize, String> {
 }
 
 impl LinkArgs {
-    pub(crate) fn timeouts(&self) -> Timeouts {
+    /// What the engine waits for, and how long.
+    pub fn timeouts(&self) -> Timeouts {
         let defaults = Timeouts::default();
         Timeouts {
             handshake: self.handshake_timeout.unwrap_or(defaults.handshake),
@@ -148,7 +152,8 @@ impl LinkArgs {
         }
     }
 
-    pub(crate) fn tcp(&self, zero_copy: ZeroCopy) -> TcpOptions {
+    /// What sockets are set to.
+    pub fn tcp(&self, zero_copy: ZeroCopy) -> TcpOptions {
         let defaults = TcpOptions::default();
         TcpOptions {
             admission: defaults.admission,
@@ -163,7 +168,7 @@ impl LinkArgs {
     }
 
     /// As options of a command line.
-    pub(crate) fn to_command_line(&self) -> Vec<String> {
+    pub fn to_command_line(&self) -> Vec<String> {
         let probes = |Keepalive { idle, interval, probes }: &Keepalive| {
             format!("{},{},{probes}", time_text(idle), time_text(interval))
         };

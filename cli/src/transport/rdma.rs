@@ -2,46 +2,48 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
-use pageferry_cli::units::{time, time_text};
-
 use super::Transport;
+use crate::units::{time, time_text};
+use clap::{Args, ValueEnum};
+
+/// What a program says that was built without it.
+pub const WITHOUT_RDMA: &str = "this program was built without RDMA; build it with --features rdma (which needs \
+                                cmake and libclang)";
 
 /// Settings of `--transport rdma`.
-#[expect(clippy::struct_field_names, reason = "as the command line has them")]
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "With --transport rdma")]
-pub(crate) struct RdmaArgs {
+pub struct RdmaArgs {
     /// The device that the address must belong to [default: whichever it does].
     #[arg(long, value_name = "NAME")]
-    pub(crate) rdma_device: Option<String>,
+    pub rdma_device: Option<String>,
     /// The port of it [default: whichever it is].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
-    pub(crate) rdma_port: Option<u8>,
+    pub rdma_port: Option<u8>,
     /// Index in the port's table of GIDs, on RoCE: of the address that is connected from, or listened
     /// at [default: the one of the address].
     #[arg(long, value_name = "N")]
-    pub(crate) rdma_gid_index: Option<u8>,
+    pub rdma_gid_index: Option<u8>,
     /// Largest path MTU [default: the largest that both ports and the way between them have].
     #[arg(long, value_name = "BYTES", value_parser = ["256", "512", "1024", "2048", "4096"])]
-    pub(crate) rdma_mtu: Option<String>,
+    pub rdma_mtu: Option<String>,
     /// Traffic class of all packets, for networks that treat RDMA apart.
     #[arg(long, value_name = "N")]
-    pub(crate) rdma_traffic_class: Option<u8>,
+    pub rdma_traffic_class: Option<u8>,
     /// When guest memory is registered [default: at-start].
     #[arg(long, value_name = "WHEN")]
-    pub(crate) rdma_registration: Option<RdmaRegistration>,
+    pub rdma_registration: Option<RdmaRegistration>,
     /// Time without acknowledgement after which a packet is sent again [default: 250ms].
     #[arg(long, value_name = "TIME", value_parser = time)]
-    pub(crate) rdma_ack_timeout: Option<Duration>,
+    pub rdma_ack_timeout: Option<Duration>,
     /// How often it is sent again before the link is lost [default: 7].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=7))]
-    pub(crate) rdma_retries: Option<u8>,
+    pub rdma_retries: Option<u8>,
 }
 
 /// When guest memory is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum RdmaRegistration {
+pub enum RdmaRegistration {
     /// All of it before the first page.
     AtStart,
     /// Chunk by chunk, while pages flow.
@@ -59,11 +61,13 @@ impl RdmaRegistration {
 }
 
 impl RdmaArgs {
-    pub(super) fn is_given(&self) -> bool {
+    /// Whether any was given: such options choose RDMA.
+    pub fn is_given(&self) -> bool {
         !self.to_command_line().is_empty()
     }
 
-    pub(super) fn check(&self, transport: Transport) -> Result<(), String> {
+    /// Whether they are for this transport.
+    pub fn check(&self, transport: Transport) -> Result<(), String> {
         match (transport, self.to_command_line().first()) {
             (Transport::Tcp | Transport::IoUring, Some(option)) => {
                 Err(format!("{option} is for --transport rdma"))
@@ -73,7 +77,7 @@ impl RdmaArgs {
     }
 
     /// As options of a command line.
-    pub(crate) fn to_command_line(&self) -> Vec<String> {
+    pub fn to_command_line(&self) -> Vec<String> {
         let mut list = Vec::new();
         let mut option = |name: &str, value: Option<String>| {
             if let Some(value) = value {
@@ -97,13 +101,18 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::args::{Cli, Command};
+
+    #[derive(Debug, Parser)]
+    struct Command {
+        #[arg(long, default_value = "auto")]
+        transport: Transport,
+        #[command(flatten)]
+        rdma: RdmaArgs,
+    }
 
     #[test]
     fn options_of_rdma_choose_it() {
-        let cli = Cli::try_parse_from(["pageferry-vmm", "run", "--rdma-mtu=4096"]).unwrap();
-        let Command::Run(args) = cli.command else { panic!("{cli:?}") };
-        let args = args.migration;
+        let args = Command::try_parse_from(["program", "--rdma-mtu=4096"]).unwrap();
         assert_eq!(args.transport.meant(&args.rdma), Transport::Rdma);
         args.rdma.check(args.transport).unwrap();
         assert_eq!(Transport::Auto.meant(&RdmaArgs::default()), Transport::Auto);

@@ -1,4 +1,4 @@
-//! What the transports of this program can do here, for reports.
+//! What the transports of a program can do here, for reports.
 
 use pageferry::Chain;
 use pageferry_iouring::{Features, IoUringOptions, Rings, Unavailable};
