@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
-use pageferry_cli::child::OwnedChild;
+use pageferry_cli::child::{OwnedChild, end_with_parent};
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::signals;
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::Signal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -185,7 +185,7 @@ pub(crate) fn serve<O: DeserializeOwned>(
     mut obey: impl FnMut(O) -> Result<(), Failure>,
 ) -> Result<Outcome, Failure> {
     // Ends with its parent even while it is busy.
-    set_parent_process_death_signal(Some(Signal::KILL))?;
+    end_with_parent(Signal::KILL)?;
     for line in stdin().lock().lines() {
         let order = serde_json::from_str(&line?)?;
         if let Err(error) = obey(order) {

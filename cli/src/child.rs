@@ -1,8 +1,10 @@
-//! Processes that a program starts.
+//! Processes that a program starts, and that a program is.
 
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::process::{Child, Command};
+
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 /// A process that ends with its owner: dropping it ends it and waits until it is gone.
 #[derive(Debug)]
@@ -35,6 +37,11 @@ impl Drop for OwnedChild {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Has the kernel send this process that signal when its parent ends.
+pub fn end_with_parent(signal: Signal) -> io::Result<()> {
+    Ok(set_parent_process_death_signal(Some(signal))?)
 }
 
 #[cfg(test)]

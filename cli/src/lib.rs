@@ -3,7 +3,10 @@
 //! - [`units`]: sizes, rates and times as a command line has them.
 //! - [`transport`]: transports by name, their options, and links by them.
 //! - [`outcome`]: how a program ended, and its exit status.
+//! - [`migration`]: options of a migration.
 //! - [`signals`]: what Ctrl-C and others mean to it.
+//! - [`wishes`]: what is wanted of it by signals and lines on stdin while it migrates.
+//! - [`watch`]: a migration shown while it runs.
 //! - [`output`], [`say!`] and [`log`]: what it says.
 //! - [`child`]: processes that end with it.
 //! - [`cpu`]: what it takes of the CPUs.
@@ -23,8 +26,11 @@ macro_rules! say {
 pub mod child;
 pub mod cpu;
 pub mod log;
+pub mod migration;
 pub mod outcome;
 pub mod output;
 pub mod signals;
 pub mod transport;
 pub mod units;
+pub mod watch;
+pub mod wishes;

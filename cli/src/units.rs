@@ -1,8 +1,9 @@
-//! Sizes, rates and times as a command line has them.
+//! Sizes, rates, times and names as a command line has them.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use pageferry::memory::PAGE_BYTES;
 
 /// "512M", "1G", "64MiB": binary units.
@@ -46,4 +47,9 @@ pub fn time_text(time: &Duration) -> String {
 /// "300ms", "1s", "2s 500ms".
 pub fn time(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; a time is like 300ms or 2s"))
+}
+
+/// One of a few values, by the name that chooses it.
+pub fn value_name(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::Transport;
-use crate::units::{time, time_text};
+use crate::units::{time, time_text, value_name};
 use clap::{Args, ValueEnum};
 
 /// What a program says that was built without it.
@@ -50,16 +50,6 @@ pub enum RdmaRegistration {
     Ahead,
 }
 
-impl RdmaRegistration {
-    /// As the command line has it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::AtStart => "at-start",
-            Self::Ahead => "ahead",
-        }
-    }
-}
-
 impl RdmaArgs {
     /// Whether any was given: such options choose RDMA.
     pub fn is_given(&self) -> bool {
@@ -89,7 +79,7 @@ impl RdmaArgs {
         option("gid-index", self.rdma_gid_index.map(|index| index.to_string()));
         option("mtu", self.rdma_mtu.clone());
         option("traffic-class", self.rdma_traffic_class.map(|class| class.to_string()));
-        option("registration", self.rdma_registration.map(|mode| mode.name().to_owned()));
+        option("registration", self.rdma_registration.as_ref().map(value_name));
         option("ack-timeout", self.rdma_ack_timeout.as_ref().map(time_text));
         option("retries", self.rdma_retries.map(|retries| retries.to_string()));
         list

@@ -2,14 +2,13 @@
 
 mod guest;
 
-use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry::convergence::{Bound, Policy, Throttling};
-use pageferry_cli::transport::{LinkArgs, RdmaArgs, Transport, ZeroCopyChoice};
-use pageferry_cli::units::{downtime, rate, size, time};
+use clap::{Args, Parser, Subcommand};
+use pageferry_cli::migration::MigrationArgs;
+use pageferry_cli::transport::{LinkArgs, RdmaArgs, Transport};
+use pageferry_cli::units::{size, time};
 use pageferry_vmm::ram::Backing;
 
 pub(crate) use guest::GuestArgs;
@@ -89,11 +88,11 @@ impl Command {
     pub(crate) fn check(&self) -> Result<(), String> {
         match self {
             Self::Demo(args) => {
-                args.migration.rdma.check(args.migration.transport)?;
+                args.migration.check()?;
                 args.guest.check()
             }
             Self::Run(args) => {
-                args.migration.rdma.check(args.migration.transport)?;
+                args.migration.check()?;
                 args.guest.check()
             }
             Self::Receive(args) => args.rdma.check(args.transport),
@@ -101,94 +100,6 @@ impl Command {
             Self::Restore(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
         }
     }
-}
-
-/// What a downtime limit means once the guest is paused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum BoundChoice {
-    /// A switchover that would overrun it is called off, and the migration goes on.
-    Strict,
-    /// A switchover that has begun is finished.
-    BestEffort,
-}
-
-impl From<BoundChoice> for Bound {
-    fn from(choice: BoundChoice) -> Self {
-        match choice {
-            BoundChoice::Strict => Self::Strict,
-            BoundChoice::BestEffort => Self::BestEffort,
-        }
-    }
-}
-
-/// What to do with a guest that does not converge.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum PolicyChoice {
-    /// Go on until the deadline.
-    KeepTrying,
-    /// Slow it down step by step, and go on until the deadline.
-    Throttle,
-    /// Switch to post-copy (not there yet, refused).
-    PostCopy,
-    /// Give up as soon as that is clear.
-    GiveUp,
-}
-
-impl From<PolicyChoice> for Policy {
-    fn from(choice: PolicyChoice) -> Self {
-        match choice {
-            PolicyChoice::KeepTrying => Self::KeepTrying,
-            PolicyChoice::Throttle => Self::Throttle(Throttling::default()),
-            PolicyChoice::PostCopy => Self::PostCopy,
-            PolicyChoice::GiveUp => Self::GiveUp,
-        }
-    }
-}
-
-#[derive(Debug, Clone, Args)]
-pub(crate) struct MigrationArgs {
-    /// What moves the pages.
-    #[arg(long, default_value = "auto")]
-    pub(crate) transport: Transport,
-    /// Data channels, each with a thread on both sides.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub(crate) channels: u16,
-    /// Send pages without a copy in the kernel (MSG_ZEROCOPY).
-    #[arg(long, value_name = "WHEN", default_value = "auto")]
-    pub(crate) zero_copy: ZeroCopyChoice,
-    /// How long the guest may stand still, which is never no time at all.
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = downtime)]
-    pub(crate) downtime_limit: Duration,
-    /// What the limit means once the guest is paused.
-    #[arg(long, value_name = "BOUND", default_value = "strict")]
-    pub(crate) downtime_bound: BoundChoice,
-    /// What to do with a guest that writes faster than the downtime limit allows to move.
-    #[arg(long, value_name = "POLICY", default_value = "throttle")]
-    pub(crate) not_converging: PolicyChoice,
-    /// How long to go on once all memory was sent once, before giving up on the downtime limit
-    /// [default: as long again as that took, and 5 minutes at least].
-    #[arg(long, value_name = "TIME", value_parser = time)]
-    pub(crate) deadline: Option<Duration>,
-    /// Rounds over dirty pages to try before giving up on the downtime limit [default: as many as
-    /// there is time for].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) max_rounds: Option<u32>,
-    /// Page bytes a second over all channels, while the guest runs, 4K at least, which is one page
-    /// [default: as fast as it goes].
-    #[arg(long, value_name = "SIZE", value_parser = rate)]
-    pub(crate) bandwidth_limit: Option<NonZeroU64>,
-    /// Page bytes a second to expect while the guest stands still, when no bandwidth limit holds,
-    /// 4K at least [default: what was seen without one; if there always was one, 10 Gb/s, and more
-    /// before the guest is slowed down for it].
-    #[arg(long, value_name = "SIZE", value_parser = rate)]
-    pub(crate) switchover_bandwidth: Option<NonZeroU64>,
-    /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
-    #[arg(long, value_name = "CPUS", value_delimiter = ',')]
-    pub(crate) pin: Vec<usize>,
-    #[command(flatten)]
-    pub(crate) link: LinkArgs,
-    #[command(flatten)]
-    pub(crate) rdma: RdmaArgs,
 }
 
 #[derive(Debug, Args)]

@@ -8,13 +8,13 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use clap::ValueEnum;
 use crossbeam_channel::{Receiver, after, bounded, never, select_biased, unbounded};
 use pageferry::Statistics;
 use pageferry_cli::child::OwnedChild;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
-use pageferry_cli::units::time_text;
+use pageferry_cli::units::value_name;
+use pageferry_cli::wishes::{Wish, listen_to_signals};
 use pageferry_vmm::guest::{GuestConfig, GuestKind};
 use pageferry_vmm::tracking::DirtyTracking;
 use rustix::process::{Pid, Signal, kill_process};
@@ -22,7 +22,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::args::DemoArgs;
 use crate::page;
 use crate::report::{GuestAt, Report};
-use crate::signals::{Wish, listen_to_signals};
 use crate::timeline::Timeline;
 
 /// How long the guest runs on where it ends up, before its memory is checked.
@@ -98,7 +97,7 @@ fn source_args(
     tracking: DirtyTracking,
     address: &str,
 ) -> Vec<OsString> {
-    let (guest, migration) = (&args.guest, &args.migration);
+    let guest = &args.guest;
     let mut list: Vec<OsString> =
         ["run", "--json", "--with-parent", "--run-for", RUN_ON].map(OsString::from).into();
     let mut option = |name: &str, value: String| {
@@ -117,34 +116,13 @@ fn source_args(
     if let Some(rate) = guest.dirty_rate {
         option("dirty-rate", rate.to_string());
     }
-    option("transport", value_name(&migration.transport));
-    option("channels", migration.channels.to_string());
-    option("zero-copy", value_name(&migration.zero_copy));
-    option("downtime-limit", time_text(&migration.downtime_limit));
-    option("downtime-bound", value_name(&migration.downtime_bound));
-    option("not-converging", value_name(&migration.not_converging));
-    if let Some(deadline) = &migration.deadline {
-        option("deadline", time_text(deadline));
-    }
-    if let Some(rounds) = migration.max_rounds {
-        option("max-rounds", rounds.to_string());
-    }
-    if let Some(limit) = migration.bandwidth_limit {
-        option("bandwidth-limit", limit.to_string());
-    }
-    if let Some(expected) = migration.switchover_bandwidth {
-        option("switchover-bandwidth", expected.to_string());
-    }
-    if !migration.pin.is_empty() {
-        option("pin", cpu_list(&migration.pin));
-    }
     if args.verify {
         list.push("--verify".into());
     }
     if args.report.is_some() {
         list.push("--timeline".into());
     }
-    list.extend(link_args(args));
+    list.extend(args.migration.to_command_line().into_iter().map(OsString::from));
     list
 }
 
@@ -155,29 +133,11 @@ fn destination_args(args: &DemoArgs, listen: &str) -> Vec<OsString> {
             .into();
     list.extend(["--backing".into(), value_name(&args.guest.backing).into()]);
     list.extend(["--populate".into(), args.populate.to_string().into()]);
-    list.extend(["--transport".into(), value_name(&args.migration.transport).into()]);
-    list.extend(link_args(args));
-    if !args.migration.pin.is_empty() {
-        list.extend(["--pin".into(), cpu_list(&args.migration.pin).into()]);
-    }
+    list.extend(args.migration.for_both_sides().into_iter().map(OsString::from));
     if args.report.is_some() {
         list.push("--timeline".into());
     }
     list
-}
-
-/// What both sides are told of their link.
-fn link_args(args: &DemoArgs) -> impl Iterator<Item = OsString> {
-    let (link, rdma) = (&args.migration.link, &args.migration.rdma);
-    link.to_command_line().into_iter().chain(rdma.to_command_line()).map(OsString::from)
-}
-
-fn cpu_list(cpus: &[usize]) -> String {
-    cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
-}
-
-fn value_name(value: &impl ValueEnum) -> String {
-    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// One side.
@@ -311,6 +271,8 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use pageferry_cli::migration::MigrationArgs;
+
     use crate::args::{Cli, Command as Parsed};
 
     /// Over their whole range, and to the nanosecond.
@@ -328,7 +290,7 @@ mod tests {
             let Parsed::Run(source) = source.expect("a command line").command else {
                 panic!("no source")
             };
-            let of = |args: &crate::args::MigrationArgs| (args.downtime_limit, args.deadline);
+            let of = |args: &MigrationArgs| (args.downtime_limit, args.deadline);
             assert_eq!(of(&source.migration), of(&args.migration), "{time}");
         }
     }

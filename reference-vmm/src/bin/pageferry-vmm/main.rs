@@ -10,9 +10,7 @@ mod resident;
 mod run;
 mod saved;
 mod schema;
-mod signals;
 mod timeline;
-mod watch;
 
 use std::process::ExitCode;
 

@@ -11,24 +11,25 @@ use pageferry::transport::{DestinationLink, Warnings};
 use pageferry::{
     Arrived, Blame, Destination, DestinationFailure, Event, GuestAtDestination, Offer, Statistics,
 };
+use pageferry_cli::child::end_with_parent;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
-use pageferry_cli::transport::{Acceptor, Caller, Chosen};
+use pageferry_cli::watch::Watch;
+use pageferry_cli::wishes::{
+    Wish, accept, listen_to_signals, unless_interrupted, until_interrupted, wait_or_quit,
+};
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
+use rustix::process::Signal;
 
 use crate::args::ReceiveArgs;
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
-use crate::signals::{
-    Wish, end_with_parent, listen_to_signals, unless_interrupted, until_interrupted, wait_or_quit,
-};
-use crate::watch::Watch;
 
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
-        end_with_parent()?;
+        end_with_parent(Signal::TERM)?;
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
@@ -46,7 +47,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     // Strangers may be many.
     let lines = Warnings::default();
     let come = loop {
-        let Some((peer, link)) = await_source(&chosen, &acceptor, &wishes)? else {
+        let Some((peer, link)) = accept(&chosen, &acceptor, &wishes)? else {
             break Err("interrupted before a guest came".to_owned());
         };
         let told = match lines.turn() {
@@ -109,20 +110,6 @@ fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outco
     let mut report = Report::new(ended, GuestAt::Source, transport, 0, memory_bytes, &statistics);
     report.error = Some(why);
     finish(&report, args.json)
-}
-
-/// Waits for somebody who connects; `None` if a Ctrl-C came first.
-fn await_source(
-    chosen: &Chosen,
-    acceptor: &Acceptor,
-    wishes: &Receiver<Wish>,
-) -> Result<Option<Caller>, Failure> {
-    let interrupt = acceptor.interrupter();
-    let accept = || chosen.accept(acceptor);
-    match until_interrupted(wishes, accept, || interrupt.interrupt())? {
-        (_, true) => Ok(None),
-        (link, false) => Ok(Some(link?)),
-    }
 }
 
 /// What came of somebody who connected.

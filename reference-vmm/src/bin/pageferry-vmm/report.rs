@@ -6,6 +6,7 @@ use comfy_table::{Cell, CellAlignment, Table};
 use indicatif::{HumanBytes, HumanCount};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Ending, Statistics};
+use pageferry_cli::migration::MigrationArgs;
 use pageferry_cli::outcome::Outcome;
 use pageferry_cli::output;
 use pageferry_cli::say;
@@ -15,7 +16,6 @@ use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::OracleReport;
 use serde::{Deserialize, Serialize};
 
-use crate::args::MigrationArgs;
 use crate::timeline::Timeline;
 
 /// Version of the JSON object. Fields are added, never repurposed.

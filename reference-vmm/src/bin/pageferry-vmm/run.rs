@@ -1,17 +1,18 @@
 //! `run`: runs a guest, and migrates it away.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use crossbeam_channel::{Receiver, after, never, select_biased, unbounded};
 use pageferry::machine::MachineOperation;
-use pageferry::threads::PinnedThreads;
-use pageferry::transport::{SourceLink, TransportError};
-use pageferry::{Departed, GuestAtSource, MigrationHandle, Source, SourceFailure, Statistics};
+use pageferry::transport::SourceLink;
+use pageferry::{Departed, GuestAtSource, Source, SourceFailure, Statistics};
+use pageferry_cli::child::end_with_parent;
 use pageferry_cli::cpu;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
 use pageferry_cli::transport::Chosen;
+use pageferry_cli::watch::Watch;
+use pageferry_cli::wishes::{
+    Wish, cancels, connect, hearing, listen_to_signals, listen_to_stdin, steer, wait_or_quit,
+};
 use pageferry_report::recorder::Recorder;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
@@ -21,16 +22,12 @@ use pageferry_vmm::guest::{
 use pageferry_vmm::ram::Ram;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
+use rustix::process::Signal;
 
 use crate::args::{GuestArgs, RunArgs};
 use crate::report::{GuestAt, Report};
 use crate::resident::{await_beats, check};
-use crate::signals::{
-    Wish, end_with_parent, hearing, listen_to_signals, listen_to_stdin, unless_given_up,
-    wait_or_quit,
-};
 use crate::timeline::Timeline;
-use crate::watch::Watch;
 
 pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     GuestConfig {
@@ -61,7 +58,7 @@ pub(crate) fn tracking(args: &GuestArgs, kind: GuestKind) -> Result<DirtyTrackin
 
 pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
-        end_with_parent()?;
+        end_with_parent(Signal::TERM)?;
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
@@ -166,33 +163,6 @@ fn status(guest: &Guest) {
     }
 }
 
-/// Whether a wish that comes during a migration is to end it.
-fn cancels(wish: &Wish) -> bool {
-    matches!(wish, Wish::Interrupt | Wish::Cancel)
-}
-
-/// What a wish that comes during a migration does to it.
-fn steer(handle: &MigrationHandle, wish: &Wish) {
-    match wish {
-        Wish::Interrupt | Wish::Cancel => {
-            say!("cancelling; the guest stays here unless it is gone already");
-            handle.cancel();
-        }
-        Wish::Limit(limit) => handle.limit_bandwidth(*limit),
-        Wish::SwitchoverBandwidth(expected) => handle.set_switchover_bandwidth(*expected),
-        Wish::DowntimeLimit(limit) => handle.set_downtime_limit(*limit),
-        Wish::DowntimeBound(bound) => handle.set_bound((*bound).into()),
-        Wish::NotConverging(policy) => {
-            if let Err(error) = handle.set_policy((*policy).into()) {
-                say!("{}", error.chain());
-            }
-        }
-        Wish::Channels(channels) => handle.use_channels(*channels),
-        Wish::Quit => say!("a migration is under way: cancel it first"),
-        Wish::Migrate(_) | Wish::Status => say!("a migration is under way"),
-    }
-}
-
 /// Migrates the guest, on a thread of its own so that wishes are heard meanwhile. Gives the
 /// machine back if the guest is still here.
 fn migrate(
@@ -204,23 +174,9 @@ fn migrate(
     let migration = &args.migration;
     let config = machine.guest.config().clone();
     let tracking = machine.guest.tracking();
-    let source = Source::new()
-        .channels(migration.channels)
-        .downtime_limit(migration.downtime_limit)
-        .bound(migration.downtime_bound.into())
-        .policy(migration.not_converging.into())
-        .verify(args.verify)
-        .timeouts(migration.link.timeouts())
-        .threads(Arc::new(PinnedThreads::new(migration.pin.clone())))
-        .description(serde_json::to_vec(&config)?);
-    let source = match migration.max_rounds {
-        Some(rounds) => source.max_rounds(rounds),
-        None => source,
-    };
+    let source = migration.source().verify(args.verify);
+    let source = source.description(serde_json::to_vec(&config)?);
     let handle = source.handle();
-    handle.limit_bandwidth(migration.bandwidth_limit);
-    handle.set_switchover_bandwidth(migration.switchover_bandwidth);
-    handle.set_deadline(migration.deadline);
     let watch = Watch::start(handle.clone())?;
     let recorder = args.timeline.then(|| Recorder::start(handle.clone())).transpose()?;
     let mut record = recorder.as_ref().map(Recorder::sink);
@@ -232,11 +188,10 @@ fn migrate(
         }
     });
     machine.guest.reset_heartbeat_gap();
-    let tcp = migration.link.tcp(migration.zero_copy.into());
-    let chosen = migration.transport.choose(tcp, &migration.rdma);
+    let chosen = migration.choose();
     let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
     let link = match chosen {
-        Ok(chosen) => connect_to(address, chosen, &handle, wishes),
+        Ok(chosen) => connect(address, chosen, &handle, wishes),
         Err(error) => Err(error.into()),
     };
     let cpu = cpu::time_of_process();
@@ -298,29 +253,6 @@ fn migrate(
             (report, Some(machine))
         }
     })
-}
-
-/// Connects, on a thread of its own so that wishes are heard meanwhile.
-fn connect_to(
-    address: &str,
-    chosen: Chosen,
-    handle: &MigrationHandle,
-    wishes: &Receiver<Wish>,
-) -> Result<Box<dyn SourceLink>, pageferry::Error> {
-    let connector = chosen.connector()?;
-    let interrupter = connector.interrupter();
-    let address = address.to_owned();
-    // It is not waited for after a cancellation: it may be looking up a name.
-    let connect = move || connector.connect(&address);
-    let connected = unless_given_up(wishes, Duration::ZERO, connect, |wish| {
-        steer(handle, &wish);
-        cancels(&wish)
-    });
-    if let (Some(link), false) = connected.map_err(|_| TransportError::Closed)? {
-        return Ok(link?);
-    }
-    interrupter.interrupt();
-    Err(pageferry::Error::Cancelled)
 }
 
 /// Hands the guest to the engine.

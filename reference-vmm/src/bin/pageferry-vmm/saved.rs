@@ -10,6 +10,9 @@ use crossbeam_channel::{Receiver, unbounded};
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::output;
 use pageferry_cli::say;
+use pageferry_cli::wishes::{
+    Wish, listen_to_signals, unless_given_up, unless_interrupted, wait_or_quit,
+};
 use pageferry_vmm::guest::Guest;
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::snapshot::{self, Fate, NewFile, Snapshot, SnapshotError, Written};
@@ -19,7 +22,6 @@ use signal_hook::consts::SIGXFSZ;
 use crate::args::{RestoreArgs, SaveArgs};
 use crate::resident::await_beats;
 use crate::run::{config, tracking};
-use crate::signals::{Wish, listen_to_signals, unless_given_up, unless_interrupted, wait_or_quit};
 
 /// Version of the JSON object. Fields are added, never repurposed.
 const SCHEMA: u32 = 1;

@@ -10,7 +10,6 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Phase, Progress};
-use pageferry_cli::say;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const TICK: Duration = Duration::from_millis(50);
@@ -18,14 +17,16 @@ const TICK: Duration = Duration::from_millis(50);
 const PACE: Duration = Duration::from_secs(5);
 
 /// Watches until dropped.
-pub(crate) struct Watch {
+#[derive(Debug)]
+pub struct Watch {
     bar: ProgressBar,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watch {
-    pub(crate) fn start(handle: MigrationHandle) -> std::io::Result<Self> {
+    /// Begins.
+    pub fn start(handle: MigrationHandle) -> std::io::Result<Self> {
         let bar = if std::io::stderr().is_terminal() {
             ProgressBar::new(1)
         } else {
@@ -46,7 +47,7 @@ impl Watch {
     }
 
     /// A sink for the engine's events.
-    pub(crate) fn sink(&self) -> impl FnMut(&Event) + Send + 'static + use<> {
+    pub fn sink(&self) -> impl FnMut(&Event) + Send + 'static + use<> {
         let bar = self.bar.clone();
         move |event| {
             if let Some(line) = line(event) {
