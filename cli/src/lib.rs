@@ -7,6 +7,7 @@
 //! - [`signals`]: what Ctrl-C and others mean to it.
 //! - [`wishes`]: what is wanted of it by signals and lines on stdin while it migrates.
 //! - [`watch`]: a migration shown while it runs.
+//! - [`report`]: what it did, as JSON, a table and a page of plots.
 //! - [`output`], [`say!`] and [`log`]: what it says.
 //! - [`child`]: processes that end with it.
 //! - [`cpu`]: what it takes of the CPUs.
@@ -29,6 +30,7 @@ pub mod log;
 pub mod migration;
 pub mod outcome;
 pub mod output;
+pub mod report;
 pub mod signals;
 pub mod transport;
 pub mod units;

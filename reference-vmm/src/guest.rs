@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry_device_state::{Registry, Schema};
+use pageferry_report::document::Setting;
 use pageferry_rust_vmm::{DirtyRings, PagemapScan, UffdWp};
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +58,32 @@ pub struct GuestConfig {
     pub vcpus: u8,
     /// What it does.
     pub workload: WorkloadConfig,
+}
+
+impl GuestConfig {
+    /// The memory of all regions together.
+    pub fn memory_bytes(&self) -> u64 {
+        self.regions.iter().map(|(_, len_bytes)| len_bytes).sum()
+    }
+
+    /// How a migration of such a guest is set up, for reports; without load beside it.
+    pub fn setting(&self, transport: &str, channels: u16, dirty_source: &str) -> Setting {
+        let workload = &self.workload;
+        Setting {
+            transport: transport.to_owned(),
+            channels,
+            backing: self.backing.to_string(),
+            guest: self.kind.to_string(),
+            dirty_source: dirty_source.to_owned(),
+            workload: workload.kind.to_string(),
+            vcpus: self.vcpus,
+            memory_bytes: self.memory_bytes(),
+            working_set_bytes: workload.working_set_bytes,
+            dirty_rate: workload.dirty_rate_pages_per_second,
+            guest_load: 0,
+            host_load: 0,
+        }
+    }
 }
 
 /// Whether KVM guests can run here; the reason when not.

@@ -3,23 +3,15 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use pageferry_device_state::{Component, DeviceState, HookError};
-use serde::{Deserialize, Serialize};
+pub use pageferry_report::heartbeat::HeartbeatGap;
+use pageferry_report::heartbeat::realtime_ns;
 
 /// Slices of time of which the longest silence is kept, and how many of them.
 const SLICE_NS: u64 = 10_000_000;
 const MOST_SLICES: usize = 4096;
-
-/// The longest silence that ended in a slice of 10 ms, for who looks at a guest over time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HeartbeatGap {
-    /// `CLOCK_REALTIME` of the beat that ended it.
-    pub ended_realtime_ns: u64,
-    /// How long it was.
-    pub gap_ns: u64,
-}
 
 /// What the heartbeat saw so far. It moves with the device state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, DeviceState)]
@@ -122,10 +114,6 @@ impl Inner {
             }
         }
     }
-}
-
-fn realtime_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, nanoseconds)
 }
 
 fn nanoseconds(duration: Duration) -> u64 {

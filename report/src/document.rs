@@ -1,5 +1,6 @@
 //! The JSON object of measurements. `docs/report.md` describes every field.
 
+use std::ops::Add;
 use std::time::Duration;
 
 use pageferry::Statistics;
@@ -161,6 +162,19 @@ pub struct Downtime {
     pub resume: f64,
 }
 
+impl From<&pageferry::Downtime> for Downtime {
+    fn from(took: &pageferry::Downtime) -> Self {
+        Self {
+            pause: ms(took.pause),
+            final_harvest: ms(took.final_harvest),
+            final_pages: ms(took.final_pages),
+            device_state: ms(took.device_state),
+            commit: ms(took.commit),
+            resume: ms(took.resume),
+        }
+    }
+}
+
 impl Downtime {
     /// The parts with their names, in order.
     pub fn parts(&self) -> [(&'static str, f64); 6] {
@@ -191,6 +205,20 @@ pub struct ZeroCopy {
     pub sent_bytes: u64,
     /// Bytes of those that were copied.
     pub copied_bytes: u64,
+}
+
+/// Of two sides, or two transfers.
+impl Add for ZeroCopy {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            sent: self.sent + other.sent,
+            copied_by_kernel: self.copied_by_kernel + other.copied_by_kernel,
+            sent_bytes: self.sent_bytes + other.sent_bytes,
+            copied_bytes: self.copied_bytes + other.copied_bytes,
+        }
+    }
 }
 
 impl From<ZeroCopyCounts> for ZeroCopy {
@@ -314,14 +342,7 @@ impl Migration {
             registration_ms: ms(statistics.registration.took),
             transfer_ms: ms(statistics.transfer),
             downtime_ms: ms(downtime.total()),
-            downtime: Downtime {
-                pause: ms(downtime.pause),
-                final_harvest: ms(downtime.final_harvest),
-                final_pages: ms(downtime.final_pages),
-                device_state: ms(downtime.device_state),
-                commit: ms(downtime.commit),
-                resume: ms(downtime.resume),
-            },
+            downtime: downtime.into(),
             verify_ms: ms(downtime.verify),
             throughput_gbps: statistics.throughput_gbps(),
             dirty_pages_per_second: statistics.dirty_pages_per_second,

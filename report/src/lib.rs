@@ -4,14 +4,15 @@
 //!   schema is a contract, `docs/report.md`.
 //! - [`latency`]: histograms of times, and the files they are kept in.
 //! - [`recorder`]: what a migration did over time, recorded while it runs.
+//! - [`heartbeat`]: when a guest was heard meanwhile, and when it was not.
 //! - [`facts`]: the machine that all of it was measured on.
 //! - [`page`]: one HTML file that shows a document, and needs nothing else to be looked at.
 //!
-//! It is a crate of its own since both programs write reports, and one of them is a library of the
-//! other.
+//! It is a crate of its own since all programs write reports, and guests have heartbeats.
 
 pub mod document;
 pub mod facts;
+pub mod heartbeat;
 mod hgrm;
 pub mod latency;
 pub mod page;

@@ -11,6 +11,7 @@ use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Progress};
 
 use crate::document::{Round, Sample, ms};
+use crate::heartbeat::realtime_ns;
 
 /// How often one looks at first.
 const INTERVAL: Duration = Duration::from_millis(2);
@@ -27,6 +28,7 @@ const MOST_ROUNDS: usize = 2000;
 /// Records one migration until it is finished or dropped.
 #[derive(Debug)]
 pub struct Recorder {
+    began_realtime_ns: u64,
     began: Instant,
     stop: Arc<AtomicBool>,
     rounds: Arc<Mutex<Rounds>>,
@@ -36,17 +38,17 @@ pub struct Recorder {
 impl Recorder {
     /// Begins. The migration may begin later; times count from here.
     pub fn start(handle: MigrationHandle) -> std::io::Result<Self> {
-        let began = Instant::now();
+        let (began_realtime_ns, began) = (realtime_ns(), Instant::now());
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let body = move || watch(&handle, began, &stopped);
         let thread = thread::Builder::new().name("recorder".into()).spawn(body)?;
-        Ok(Self { began, stop, rounds: Arc::default(), thread: Some(thread) })
+        Ok(Self { began_realtime_ns, began, stop, rounds: Arc::default(), thread: Some(thread) })
     }
 
-    /// When it began.
-    pub fn began(&self) -> Instant {
-        self.began
+    /// When it began, by `CLOCK_REALTIME`.
+    pub fn began_realtime_ns(&self) -> u64 {
+        self.began_realtime_ns
     }
 
     /// A sink for the engine's events.

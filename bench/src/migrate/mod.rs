@@ -10,12 +10,12 @@ use std::net::SocketAddr;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
 use pageferry_cli::transport::facts::transports;
-use pageferry_report::document::{Document, Gap, Kind, Load as LoadFigures, Migration, Setting};
+use pageferry_report::document::{Document, Kind, Load as LoadFigures, Migration, Setting};
 use pageferry_report::facts::Facts;
+use pageferry_report::heartbeat::HeartbeatGap;
 use pageferry_vmm::guest::{
     GuestConfig, GuestKind, kvm_available, tracking_available, workload_available,
 };
-use pageferry_vmm::heartbeat::HeartbeatGap;
 use pageferry_vmm::ram::{Backing, Ram};
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
@@ -64,21 +64,10 @@ struct Plan {
 
 impl Plan {
     fn setting(&self) -> Setting {
-        let workload = &self.config.workload;
-        Setting {
-            transport: self.way.to_string(),
-            channels: self.channels,
-            backing: self.config.backing.to_string(),
-            guest: self.config.kind.to_string(),
-            dirty_source: self.dirty_source.clone(),
-            workload: workload.kind.to_string(),
-            vcpus: self.config.vcpus,
-            memory_bytes: self.config.regions.iter().map(|(_, len_bytes)| len_bytes).sum(),
-            working_set_bytes: workload.working_set_bytes,
-            dirty_rate: workload.dirty_rate_pages_per_second,
-            guest_load: self.guest_load,
-            host_load: self.host_load,
-        }
+        let transport = self.way.to_string();
+        let (guest_load, host_load) = (self.guest_load, self.host_load);
+        let setting = self.config.setting(&transport, self.channels, &self.dirty_source);
+        Setting { guest_load, host_load, ..setting }
     }
 }
 
@@ -86,8 +75,7 @@ impl Plan {
 #[derive(Debug, Serialize, Deserialize)]
 struct Departed {
     migration: Migration,
-    /// `CLOCK_REALTIME`.
-    began_ns: u64,
+    began_realtime_ns: u64,
     gaps: Vec<HeartbeatGap>,
 }
 
@@ -240,23 +228,15 @@ fn migrate(sides: &mut Sides<Answer>, plan: &Plan) -> Result<Migration, NoAnswer
     Ok(migration)
 }
 
-/// How long after its end a migration is still looked at: the gap that it made ends there.
-const LOOK_ON_MS: f64 = 100.0;
-
 /// What both sides saw.
 fn merge(departed: Departed, arrived: Arrived) -> Migration {
-    let Departed { migration, began_ns, gaps } = departed;
-    let ms = |nanoseconds: u64| nanoseconds as f64 / 1e6;
-    let last_ms = migration.total_ms + LOOK_ON_MS;
-    let gaps = gaps.into_iter().chain(arrived.gaps).map(|gap| Gap {
-        ms: ms(gap.ended_realtime_ns.saturating_sub(began_ns)),
-        gap_ms: ms(gap.gap_ns),
-    });
-    Migration {
+    let Departed { migration, began_realtime_ns, gaps } = departed;
+    let mut migration = Migration {
         oracle_ok: Some(arrived.oracle_ok),
         error: (!arrived.oracle_ok).then_some(arrived.oracle),
-        heartbeat_gap_ms: Some(ms(arrived.longest_gap_ns)),
-        heartbeat_gaps: gaps.filter(|gap| gap.ms > 0.0 && gap.ms <= last_ms).collect(),
+        heartbeat_gap_ms: Some(arrived.longest_gap_ns as f64 / 1e6),
         ..migration
-    }
+    };
+    migration.add_heartbeat_gaps(began_realtime_ns, gaps.into_iter().chain(arrived.gaps));
+    migration
 }

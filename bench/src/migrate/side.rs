@@ -1,7 +1,7 @@
 //! A side of a migration.
 
 use std::net::SocketAddr;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use pageferry::{Destination, Machine, Source};
@@ -47,7 +47,7 @@ fn send(plan: &Plan, address: SocketAddr) -> Result<Departed, Failure> {
         .downtime_limit(Duration::from_millis(plan.downtime_limit_ms))
         .description(serde_json::to_vec(&plan.config)?);
     let recorder = Recorder::start(source.handle())?;
-    let began_ns = realtime_ns();
+    let began_realtime_ns = recorder.began_realtime_ns();
     let source = source.on_event(recorder.sink());
     let link = connect(plan.way, ZeroCopyChoice::Auto, address)?;
     let cpu = process_cpu_nanoseconds();
@@ -64,7 +64,7 @@ fn send(plan: &Plan, address: SocketAddr) -> Result<Departed, Failure> {
         ..LoadFigures::default()
     };
     let gaps = departed.machine.machine.guest.heartbeat_gaps();
-    Ok(Departed { migration, began_ns, gaps })
+    Ok(Departed { migration, began_realtime_ns, gaps })
 }
 
 fn receive(plan: &Plan) -> Result<Arrived, Failure> {
@@ -87,9 +87,4 @@ fn receive(plan: &Plan) -> Result<Arrived, Failure> {
         longest_gap_ns: guest.heartbeat().longest_gap_ns,
         gaps: guest.heartbeat_gaps(),
     })
-}
-
-fn realtime_ns() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

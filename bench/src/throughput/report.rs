@@ -1,13 +1,16 @@
 //! What was measured, as one JSON object and as a table for people.
 
+use std::ops::Add;
+
 use comfy_table::Cell;
 use indicatif::HumanBytes;
 use pageferry_cli::outcome::Failure;
+use pageferry_report::document::ZeroCopy;
 use serde::Serialize;
 
 use crate::links::slice_bytes;
 use crate::output::{self, SCHEMA, median};
-use crate::transfer::{Measured, Setup, Transfer, ZeroCopyFigures};
+use crate::transfer::{Measured, Setup, Transfer};
 use crate::words::{RdmaRegistration, Transport};
 
 /// What the engine is compared with.
@@ -101,7 +104,7 @@ pub(super) struct Report {
     engine_peak_bytes: Option<u64>,
     engine_peak_bytes_by_side: BothSides<u64>,
     /// Of all measurements and both sides together.
-    zero_copy: ZeroCopyFigures,
+    zero_copy: ZeroCopy,
     /// Both sides' memory was the same after the first measurement; there is no report if not.
     memory_match: bool,
 }
@@ -158,7 +161,7 @@ impl Report {
             zero_copy: engine
                 .iter()
                 .flat_map(|transfer| [transfer.source.zero_copy, transfer.destination.zero_copy])
-                .fold(ZeroCopyFigures::default(), ZeroCopyFigures::add),
+                .fold(ZeroCopy::default(), Add::add),
             memory_match: true,
         }
     }

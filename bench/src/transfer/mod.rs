@@ -15,7 +15,7 @@ use pageferry_cli::say;
 use crate::sides::{SideName, Sides};
 
 pub(crate) use side::serve;
-pub(crate) use wire::{Answer, Contestant, Measured, Order, Setup, ZeroCopyFigures};
+pub(crate) use wire::{Answer, Contestant, Measured, Order, Setup};
 
 const MEASUREMENT: &str = "transfer";
 const GIB: f64 = (1_u64 << 30) as f64;

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 
-use pageferry::transport::ZeroCopyCounts;
 use pageferry_cli::transport::ZeroCopyChoice;
+use pageferry_report::document::ZeroCopy;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
@@ -61,37 +61,6 @@ impl std::fmt::Display for Contestant {
     }
 }
 
-/// What became of sends that asked the kernel not to copy.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub(crate) struct ZeroCopyFigures {
-    /// Sends that are complete.
-    pub(crate) sent: u64,
-    /// Those of them that the kernel copied after all.
-    pub(crate) copied_by_kernel: u64,
-    /// Bytes of either.
-    pub(crate) sent_bytes: u64,
-    pub(crate) copied_bytes: u64,
-}
-
-impl From<ZeroCopyCounts> for ZeroCopyFigures {
-    fn from(counts: ZeroCopyCounts) -> Self {
-        let ZeroCopyCounts { sent, copied_by_kernel, sent_bytes, copied_bytes } = counts;
-        Self { sent, copied_by_kernel, sent_bytes, copied_bytes }
-    }
-}
-
-impl ZeroCopyFigures {
-    /// Adds another side's, or another transfer's.
-    pub(crate) fn add(self, other: Self) -> Self {
-        Self {
-            sent: self.sent + other.sent,
-            copied_by_kernel: self.copied_by_kernel + other.copied_by_kernel,
-            sent_bytes: self.sent_bytes + other.sent_bytes,
-            copied_bytes: self.copied_bytes + other.copied_bytes,
-        }
-    }
-}
-
 /// What one side saw of one transfer.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub(crate) struct Measured {
@@ -105,7 +74,7 @@ pub(crate) struct Measured {
     pub(crate) system_calls: u64,
     /// Page bytes copied in user space.
     pub(crate) user_copied_bytes: u64,
-    pub(crate) zero_copy: ZeroCopyFigures,
+    pub(crate) zero_copy: ZeroCopy,
     /// Looks for completions of a NIC.
     pub(crate) polls: u64,
     /// How far the process grew, without guest memory; `None` where the kernel does not tell.

@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, after, bounded, never, select_biased, unbounde
 use pageferry::Statistics;
 use pageferry_cli::child::OwnedChild;
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::report::{GuestAt, Report, Timeline, page};
 use pageferry_cli::say;
 use pageferry_cli::units::value_name;
 use pageferry_cli::wishes::{Wish, listen_to_signals};
@@ -20,9 +21,7 @@ use pageferry_vmm::tracking::DirtyTracking;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::args::DemoArgs;
-use crate::page;
-use crate::report::{GuestAt, Report};
-use crate::timeline::Timeline;
+use crate::report::of_source;
 
 /// How long the guest runs on where it ends up, before its memory is checked.
 const RUN_ON: &str = "300ms";
@@ -85,8 +84,8 @@ fn called_off(args: &DemoArgs, config: &GuestConfig, tracking: DirtyTracking) ->
     let ended = (Outcome::Cancelled, GuestAt::Source);
     let transport = args.migration.transport.name();
     let statistics = Statistics::default();
-    let mut report = Report::of_source(ended, transport, config, &args.migration, &statistics);
-    report.dirty_source(tracking);
+    let guest = (config, tracking);
+    let mut report = of_source(ended, transport, guest, &args.migration, &statistics);
     report.error = Some("cancelled before the guest had started".to_owned());
     report
 }

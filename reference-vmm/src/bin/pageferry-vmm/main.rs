@@ -3,14 +3,12 @@
 mod args;
 mod demo;
 mod inspect;
-mod page;
 mod receive;
 mod report;
 mod resident;
 mod run;
 mod saved;
 mod schema;
-mod timeline;
 
 use std::process::ExitCode;
 
@@ -19,8 +17,8 @@ use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, RestoreArgs, SaveArgs};
 use pageferry_cli::outcome::Outcome;
+use pageferry_cli::report::Report;
 use pageferry_cli::say;
-use report::Report;
 
 fn main() -> ExitCode {
     pageferry_cli::log::to_stderr();

@@ -13,6 +13,7 @@ use pageferry::{
 };
 use pageferry_cli::child::end_with_parent;
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::report::{GuestAt, Report};
 use pageferry_cli::say;
 use pageferry_cli::watch::Watch;
 use pageferry_cli::wishes::{
@@ -24,7 +25,7 @@ use pageferry_vmm::guest::{Guest, GuestConfig};
 use rustix::process::Signal;
 
 use crate::args::ReceiveArgs;
-use crate::report::{GuestAt, Report};
+use crate::report::{describe, heartbeat};
 use crate::resident::{await_beats, check};
 
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
@@ -75,12 +76,12 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
         Ok(coming) => coming,
         Err(why) => return nobody_came(args, transport, why),
     };
-    let memory_bytes = config.regions.iter().map(|(_, len_bytes)| len_bytes).sum();
+    let memory_bytes = config.memory_bytes();
     match result {
         Ok(arrived) => {
             let (at, statistics) = (GuestAt::Destination, &arrived.statistics);
             let mut report = report(Outcome::Completed, at, channels, memory_bytes, statistics);
-            report.guest(&config);
+            describe(&mut report, &config);
             report.memory_match = arrived.verified.then_some(true);
             run_on(args, arrived.machine.guest, report, &wishes)
         }
@@ -91,7 +92,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
             };
             let outcome = Outcome::of(&failure.error, cancelled);
             let mut report = report(outcome, at, channels, memory_bytes, &failure.statistics);
-            report.guest(&config);
+            describe(&mut report, &config);
             report.error = Some(failure.error.chain().to_string());
             let outcome = finish(&report, args.json)?;
             if at == GuestAt::Unknown {
@@ -253,7 +254,7 @@ fn run_on(
         report.fail("the guest does not beat at the destination".to_owned());
     }
     let Some(time) = args.run_for else {
-        report.heartbeat(guest.heartbeat());
+        heartbeat(&mut report, guest.heartbeat());
         let outcome = finish(&report, args.json)?;
         say!("the guest runs here; Ctrl-C ends it");
         wait_or_quit(wishes, None);
@@ -261,9 +262,9 @@ fn run_on(
     };
     wait_or_quit(wishes, Some(time));
     check(&mut guest, &mut report)?;
-    report.heartbeat(guest.heartbeat());
+    heartbeat(&mut report, guest.heartbeat());
     if args.timeline {
-        report.timeline.get_or_insert_default().add_gaps(guest.heartbeat_gaps());
+        report.timeline.get_or_insert_default().gaps = guest.heartbeat_gaps();
     }
     finish(&report, args.json)
 }

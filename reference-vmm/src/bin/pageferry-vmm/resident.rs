@@ -2,10 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use pageferry_cli::report::Report;
 use pageferry_vmm::error::GuestError;
 use pageferry_vmm::guest::Guest;
-
-use crate::report::Report;
 
 /// Waits until the guest has beaten so often.
 pub(crate) fn await_beats(guest: &Guest, beats: u64) -> bool {
@@ -23,10 +22,10 @@ pub(crate) fn await_beats(guest: &Guest, beats: u64) -> bool {
 pub(crate) fn check(guest: &mut Guest, report: &mut Report) -> Result<(), GuestError> {
     guest.pause()?;
     let oracle = guest.check_oracle();
-    report.oracle(&oracle);
     if !oracle.ok {
         report.fail(format!("the guest's memory is wrong: {}", oracle.detail));
     }
+    report.oracle(oracle.ok, oracle.detail);
     if let Some(failure) = guest.failure() {
         report.fail(format!("the guest ended: {failure}"));
     }

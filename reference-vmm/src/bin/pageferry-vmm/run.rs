@@ -7,6 +7,7 @@ use pageferry::{Departed, GuestAtSource, Source, SourceFailure, Statistics};
 use pageferry_cli::child::end_with_parent;
 use pageferry_cli::cpu;
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::report::{GuestAt, Report, Timeline};
 use pageferry_cli::say;
 use pageferry_cli::transport::Chosen;
 use pageferry_cli::watch::Watch;
@@ -25,9 +26,8 @@ use pageferry_vmm::workload::WorkloadConfig;
 use rustix::process::Signal;
 
 use crate::args::{GuestArgs, RunArgs};
-use crate::report::{GuestAt, Report};
+use crate::report::{heartbeat, of_source};
 use crate::resident::{await_beats, check};
-use crate::timeline::Timeline;
 
 pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     GuestConfig {
@@ -138,19 +138,18 @@ fn serve(
 
 /// The report of a migration that was cancelled before it began.
 fn called_off(args: &RunArgs, guest: &mut Guest) -> Result<Report, Failure> {
-    let mut report = Report::of_source(
+    let mut report = of_source(
         (Outcome::Cancelled, GuestAt::Source),
         args.migration.transport.name(),
-        guest.config(),
+        (guest.config(), guest.tracking()),
         &args.migration,
         &Statistics::default(),
     );
-    report.dirty_source(guest.tracking());
     report.error = Some("cancelled before the migration began".to_owned());
     if args.run_for.is_some() {
         check(guest, &mut report)?;
     }
-    report.heartbeat(guest.heartbeat());
+    heartbeat(&mut report, guest.heartbeat());
     Ok(report)
 }
 
@@ -208,11 +207,10 @@ fn migrate(
     drop(watch);
     let limit = handle.settings().downtime_limit;
     let report = |outcome, at, statistics: &Statistics| {
-        let mut report =
-            Report::of_source((outcome, at), transport, &config, migration, statistics);
+        let guest = (&config, tracking);
+        let mut report = of_source((outcome, at), transport, guest, migration, statistics);
         // It may have been changed on the way.
         report.downtime_limit(statistics.downtime_limit.unwrap_or(limit));
-        report.dirty_source(tracking);
         report.cpu_time(cpu);
         report
     };
@@ -221,11 +219,11 @@ fn migrate(
         Err(failure) => (&failure.statistics, &failure.machine.guest),
     };
     let timeline = recorder.map(|recorder| {
-        let channels = migration.channels;
-        let mut timeline =
-            Timeline::of_source(recorder, transport, channels, &config, tracking, statistics);
-        timeline.add_gaps(guest.heartbeat_gaps());
-        timeline
+        let setting = config.setting(transport, migration.channels, &tracking.to_string());
+        Timeline {
+            gaps: guest.heartbeat_gaps(),
+            ..Timeline::of_source(recorder, setting, statistics)
+        }
     });
     Ok(match result {
         Ok(departed) => {
@@ -289,7 +287,7 @@ fn stay(
     wishes: &Receiver<Wish>,
 ) -> Result<bool, Failure> {
     if report.guest_at != GuestAt::Source {
-        report.heartbeat(guest.heartbeat());
+        heartbeat(&mut report, guest.heartbeat());
         report.print(args.json)?;
         say!("the guest's copy is kept here, paused; Ctrl-C destroys it");
         wait_or_quit(wishes, None);
@@ -303,7 +301,7 @@ fn stay(
         wait_or_quit(wishes, Some(time));
         check(guest, &mut report)?;
     }
-    report.heartbeat(guest.heartbeat());
+    heartbeat(&mut report, guest.heartbeat());
     report.print(args.json)?;
     if args.run_for.is_some() {
         return Ok(true);

@@ -13,6 +13,7 @@ use pageferry_cli::say;
 use pageferry_cli::wishes::{
     Wish, listen_to_signals, unless_given_up, unless_interrupted, wait_or_quit,
 };
+use pageferry_report::document::ms;
 use pageferry_vmm::guest::Guest;
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::snapshot::{self, Fate, NewFile, Snapshot, SnapshotError, Written};
@@ -235,7 +236,7 @@ impl Report {
             vcpus: config.vcpus,
             state_bytes: 0,
             memory_bytes: 0,
-            file_ms: (file.as_secs_f64() * 1e6).round() / 1e3,
+            file_ms: ms(file),
             heartbeats: guest.heartbeat().beats,
             oracle_ok: oracle.ok,
             oracle: oracle.detail,

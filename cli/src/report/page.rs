@@ -1,27 +1,23 @@
-//! The page of plots that a demo makes of its migration.
+//! The page of plots of one migration.
 
 use std::fs;
 use std::path::Path;
 
-use pageferry_cli::say;
-use pageferry_cli::transport::facts::transports;
-use pageferry_report::document::{Document, Gap, Kind, Migration};
+use pageferry_report::document::{Document, Kind, Migration};
 use pageferry_report::facts::Facts;
 use pageferry_report::page;
 
-use crate::report::Report;
-use crate::timeline::Timeline;
-
-/// How long after its end a migration is still looked at: the gap that it made ends there.
-const LOOK_ON_MS: f64 = 100.0;
+use super::{Report, Timeline};
+use crate::outcome::Failure;
+use crate::transport::facts::transports;
 
 /// Writes the page of one migration: `report` is what both sides say together, `timelines` what
 /// each of them saw.
-pub(crate) fn write(
+pub fn write(
     path: &Path,
     report: &Report,
     timelines: [Option<Timeline>; 2],
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+) -> Result<(), Failure> {
     let mut document = Document::new(Kind::Demo, Facts::here(transports()));
     document.migrations.extend(migration(report, timelines));
     fs::write(path, page::render(&document))
@@ -37,21 +33,16 @@ fn migration(report: &Report, timelines: [Option<Timeline>; 2]) -> Option<Migrat
         began = began.or(timeline.migration);
         gaps.extend(timeline.gaps);
     }
-    let (began_ns, migration) = began?;
-    let ms = |nanoseconds: u64| nanoseconds as f64 / 1e6;
-    let gaps = gaps.into_iter().map(|gap| Gap {
-        ms: ms(gap.ended_realtime_ns.saturating_sub(began_ns)),
-        gap_ms: ms(gap.gap_ns),
-    });
-    let last_ms = migration.total_ms + LOOK_ON_MS;
-    Some(Migration {
+    let (began_realtime_ns, migration) = began?;
+    let mut migration = Migration {
         outcome: serde_json::to_value(report.outcome).ok()?.as_str()?.to_owned(),
         error: report.error.clone(),
         oracle_ok: report.oracle_ok,
         downtime_limit_ms: report.downtime_limit_ms.unwrap_or_default(),
         cpu_ms: report.cpu_ms,
         heartbeat_gap_ms: report.heartbeat_gap_ms,
-        heartbeat_gaps: gaps.filter(|gap| gap.ms > 0.0 && gap.ms <= last_ms).collect(),
         ..*migration
-    })
+    };
+    migration.add_heartbeat_gaps(began_realtime_ns, gaps);
+    Some(migration)
 }
