@@ -131,17 +131,24 @@ impl Link {
         }
     }
 
+    /// Whether all that is known is what a limit lets through, and more than was assumed may be true.
+    pub(super) fn may_assume_more(&self) -> bool {
+        self.more().is_some()
+    }
+
     /// By what was assumed nothing will come of it. Assumes twice as much, if nothing is known: only a
-    /// switchover can tell, and costs less than a guest that is slowed down in vain. Whether it does.
-    pub(super) fn assumes_more(&mut self) -> bool {
-        let Some(rate) = self.limited.bytes_per_second() else { return false };
+    /// switchover can tell, and costs less than a guest that is slowed down in vain.
+    pub(super) fn assume_more(&mut self) {
+        if let Some(more) = self.more() {
+            self.assumed = more;
+        }
+    }
+
+    fn more(&self) -> Option<f64> {
+        let rate = self.limited.bytes_per_second()?;
         let unseen = self.free.bytes_per_second().is_none();
         let more = 2.0 * self.assumed.max(rate);
-        if !self.is_held() || !unseen || more > MOST_ASSUMED {
-            return false;
-        }
-        self.assumed = more;
-        true
+        (self.is_held() && unseen && more <= MOST_ASSUMED).then_some(more)
     }
 }
 
@@ -252,13 +259,16 @@ mod tests {
     #[test]
     fn more_is_assumed_of_a_link_until_it_was_seen() {
         let mut seen = Seen::nothing().at(20, Some(20));
-        assert!(seen.0.assumes_more());
+        assert!(seen.0.may_assume_more());
+        seen.0.assume_more();
         assert_eq!(seen.expected(None, true), Some(2500.0));
-        while seen.0.assumes_more() {}
+        while seen.0.may_assume_more() {
+            seen.0.assume_more();
+        }
         assert_eq!(seen.expected(None, true), Some(80_000.0));
-        assert!(!seen.at(90, None).at(20, Some(20)).0.assumes_more());
+        assert!(!seen.at(90, None).at(20, Some(20)).0.may_assume_more());
         // Nothing holds these back but the link.
-        assert!(!Seen::nothing().at(20, Some(100)).0.assumes_more());
-        assert!(!Seen::nothing().at(20, None).0.assumes_more());
+        assert!(!Seen::nothing().at(20, Some(100)).0.may_assume_more());
+        assert!(!Seen::nothing().at(20, None).0.may_assume_more());
     }
 }

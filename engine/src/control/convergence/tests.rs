@@ -1,4 +1,12 @@
+mod cells;
+
+use std::num::NonZeroU64;
+
+use super::caution::CAUTION;
+use super::estimate::from_seconds;
 use super::*;
+use crate::machine::Rehearsal;
+use crate::pages::memory::PAGE_BYTES;
 
 const MS: Duration = Duration::from_millis(1);
 const PAGES_A_GIB: u64 = 1 << 18;
