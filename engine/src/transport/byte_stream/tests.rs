@@ -1,9 +1,11 @@
 use std::sync::Mutex;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use super::*;
 use crate::pages::memory::PageRange;
 use crate::testing::TestMemory;
+use crate::transport::{Received, Run, RunKind, stream};
 
 /// Bytes to be read, in small reads; notes for how many it is asked at most.
 struct Script {
