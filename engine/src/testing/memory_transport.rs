@@ -12,8 +12,8 @@ use crossbeam_channel::{
 use crate::pages::memory::GuestMemory;
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
-    Interrupt, Link, MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageCounts, PageReceiver, PageSender,
-    Received, Registration, Run, RunKind, SourceLink, Ticket, TransportError, Watermarks,
+    Interrupt, Link, MAX_BATCH_RUNS, PageCounts, PageReceiver, PageSender, Received, Registration,
+    Run, RunKind, SourceLink, Stages, Ticket, TransportError, Watermarks, check_frame,
 };
 
 /// Batches and frames that may wait on a channel before its sender does.
@@ -59,9 +59,7 @@ pub struct MemoryDestination {
 /// What both ends have.
 #[derive(Debug)]
 struct End {
-    control: Option<ControlChannel>,
-    memory: Option<Arc<GuestMemory>>,
-    opened: bool,
+    stages: Stages<Arc<GuestMemory>>,
     stop: Arc<Stop>,
 }
 
@@ -71,20 +69,13 @@ impl End {
         let sender = FrameSender { frames: frames_out, stop: Arc::clone(&stop), broken: false };
         let sender = Box::new(sender);
         let receiver = Box::new(FrameReceiver { frames: frames_in, stop: Arc::clone(&stop) });
-        let control = Some(ControlChannel { sender, receiver });
-        Self { control, memory: None, opened: false, stop }
-    }
-
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
+        Self { stages: Stages::new(ControlChannel { sender, receiver }), stop }
     }
 
     /// What data channels need, which are opened once.
     fn memory(&self) -> Result<Arc<GuestMemory>, TransportError> {
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
-        self.memory.clone().ok_or(TransportError::OutOfOrder("guest memory is not registered"))
+        self.stages.check_closed()?;
+        self.stages.registered()
     }
 }
 
@@ -150,11 +141,11 @@ impl Link for MemorySource {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.end.control()
+        self.end.stages.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.end.memory = Some(Arc::clone(memory));
+        self.end.stages.register(Arc::clone(memory));
         Ok(Registration::default())
     }
 
@@ -186,7 +177,7 @@ impl SourceLink for MemorySource {
             send(self.lanes, theirs) -> sent => sent.map_err(|_| lost("open channels"))?,
             recv(self.end.stop.stopped) -> _ => return Err(TransportError::Interrupted),
         }
-        self.end.opened = true;
+        self.end.stages.open();
         Ok(senders)
     }
 }
@@ -201,11 +192,11 @@ impl Link for MemoryDestination {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.end.control()
+        self.end.stages.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.end.memory = Some(Arc::clone(memory));
+        self.end.stages.register(Arc::clone(memory));
         Ok(Registration::default())
     }
 
@@ -233,7 +224,7 @@ impl DestinationLink for MemoryDestination {
         if lanes.len() != usize::from(channels) {
             return Err(TransportError::OutOfOrder("the two sides open different channels"));
         }
-        self.end.opened = true;
+        self.end.stages.open();
         Ok(lanes
             .into_iter()
             .map(|lane| -> Box<dyn PageReceiver> {
@@ -258,13 +249,7 @@ struct FrameSender {
 
 impl ControlSender for FrameSender {
     fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
-        if frame.is_empty() || frame.len() > MAX_FRAME_BYTES {
-            return Err(TransportError::TooLarge {
-                what: "control frame",
-                size: frame.len() as u64,
-                limit: MAX_FRAME_BYTES as u64,
-            });
-        }
+        check_frame(frame)?;
         self.stop.check()?;
         let operation = "send a frame";
         if self.broken {

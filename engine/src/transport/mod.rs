@@ -17,14 +17,13 @@
 //! feature `test-support`).
 
 pub mod addresses;
-mod admission;
 mod batch;
 pub mod byte_stream;
-mod origin;
-mod standing;
+mod fate;
+pub mod race;
+pub mod reception;
+mod stages;
 pub mod stream;
-mod waiting;
-mod warnings;
 
 use std::fmt;
 use std::io;
@@ -33,11 +32,13 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use admission::{Admission, MAX_GREETING_BYTES, check_greeting};
 pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
-pub use standing::{Holder, Place, Standing, Turn};
-pub use waiting::{Greeted, WaitingRoom, first_of_the_most};
-pub use warnings::Warnings;
+pub use fate::{Ending, Fate};
+pub use reception::{
+    Admission, Greeted, Holder, MAX_GREETING_BYTES, Place, Standing, Turn, WaitingRoom, Warnings,
+    check_greeting, first_of_the_most,
+};
+pub use stages::Stages;
 
 use crate::pages::memory::{GuestMemory, OutOfRange, PageRange};
 
@@ -242,6 +243,19 @@ pub struct ControlChannel {
     pub sender: Box<dyn ControlSender>,
     /// From the other side.
     pub receiver: Box<dyn ControlReceiver>,
+}
+
+/// Refuses a control frame that no sender may pass.
+pub fn check_frame(frame: &[u8]) -> Result<(), TransportError> {
+    if frame.is_empty() {
+        let cause = io::Error::new(io::ErrorKind::InvalidInput, "the frame is empty");
+        return Err(TransportError::Io { operation: "send a control frame", cause });
+    }
+    if frame.len() > MAX_FRAME_BYTES {
+        let (size, limit) = (frame.len() as u64, MAX_FRAME_BYTES as u64);
+        return Err(TransportError::TooLarge { what: "control frame", size, limit });
+    }
+    Ok(())
 }
 
 impl fmt::Debug for ControlChannel {

@@ -14,7 +14,11 @@
 //! What comes before page bytes is a multiple of [`LEAD_BYTES`] long, a power of two. So pages lie
 //! in the kernel's buffers as they lie in guest memory, by cache lines, and are copied faster.
 
+mod acks;
+
 use thiserror::Error;
+
+pub use acks::{AckSchedule, AckWriter};
 
 use super::batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, Run, RunKind};
 use super::{PageCounts, Ticket};
@@ -338,57 +342,6 @@ pub fn decode_ack(
         return Err(StreamError::Ack { got, sent, landed });
     }
     Ok(got)
-}
-
-/// Guest memory sent after which an acknowledgement is asked for, as data or as zeroes. A
-/// fraction of what an engine lets be under way, so that a sender never stands still for want of
-/// an acknowledgement that nobody asked for.
-const ACK_EVERY_BYTES: u64 = 8 << 20;
-/// The same for batches of a few pages each.
-const ACK_EVERY_BATCHES: u32 = 64;
-
-/// When a source asks for acknowledgements: with a flag every now and then, and with a request
-/// when it waits and no answer would come otherwise.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct AckSchedule {
-    /// Since the last batch with the flag.
-    unasked_bytes: u64,
-    unasked_batches: u32,
-    /// The last batch with the flag.
-    flagged: Ticket,
-    /// Up to here acknowledgements come without any further record.
-    promised: Ticket,
-}
-
-impl AckSchedule {
-    /// Whether the batch that is sent next is to have the flag.
-    pub fn flag_next(&mut self, ticket: Ticket, runs: &[Run]) -> bool {
-        // What was flagged before is answered at the latest when this batch's lead arrives.
-        self.promised = self.promised.max(self.flagged);
-        let covered_bytes =
-            runs.iter().fold(0_u64, |bytes, run| bytes.saturating_add(run.range.len_bytes()));
-        self.unasked_bytes = self.unasked_bytes.saturating_add(covered_bytes);
-        self.unasked_batches += 1;
-        let flag =
-            self.unasked_bytes >= ACK_EVERY_BYTES || self.unasked_batches >= ACK_EVERY_BATCHES;
-        if flag {
-            (self.unasked_bytes, self.unasked_batches) = (0, 0);
-            self.flagged = ticket;
-        }
-        flag
-    }
-
-    /// Whether an acknowledgement is under way that `landed` does not include, or will be
-    /// without any further record.
-    pub fn expects_more(&self, landed: Ticket) -> bool {
-        self.promised > landed
-    }
-
-    /// A request follows the batch `sent`.
-    pub fn requested(&mut self, sent: Ticket) {
-        (self.unasked_bytes, self.unasked_batches) = (0, 0);
-        self.promised = sent;
-    }
 }
 
 /// The first `N` bytes, and the rest. Callers pass slices of a length they checked.

@@ -213,3 +213,43 @@ fn acknowledgements_only_grow_and_never_pass_what_was_sent() {
     assert!(decode_ack(6_u64.to_le_bytes(), 5, 0).is_err());
     assert!(decode_ack(1_u64.to_le_bytes(), 5, 2).is_err());
 }
+
+/// Sends what is due, of which so many bytes fit at a time.
+fn write(acks: &mut AckWriter, landed: Ticket, mut room: usize, out: &mut Vec<u8>) {
+    while acks.is_due(landed) {
+        if room == 0 {
+            return acks.no_room();
+        }
+        let next = acks.next(landed);
+        let fits = next.len().min(room);
+        out.extend_from_slice(&next[..fits]);
+        room -= fits;
+        acks.sent(fits);
+    }
+}
+
+#[test]
+fn the_newest_acknowledgement_replaces_what_did_not_fit() {
+    let (mut acks, mut out) = (AckWriter::default(), Vec::new());
+    assert!(!acks.is_due(0) && acks.is_between());
+    write(&mut acks, 3, 5, &mut out);
+    assert!(acks.is_stuck() && acks.is_due(3) && !acks.is_between());
+    // Others land meanwhile; what is half out has to go first.
+    for landed in 4..9 {
+        write(&mut acks, landed, 0, &mut out);
+    }
+    write(&mut acks, 9, 100, &mut out);
+    assert!(!acks.is_stuck() && !acks.is_due(9) && acks.is_between());
+    assert_eq!(out, [u64::to_le_bytes(3), u64::to_le_bytes(9)].concat());
+}
+
+#[test]
+fn an_acknowledgement_that_did_not_begin_is_due_again_and_none_where_nobody_is() {
+    let (mut acks, mut out) = (AckWriter::default(), Vec::new());
+    write(&mut acks, 3, 100, &mut out);
+    assert_eq!(acks.next(5), u64::to_le_bytes(5));
+    acks.withdraw();
+    assert!(!acks.is_due(3) && acks.is_due(4) && acks.is_between());
+    acks.nobody();
+    assert!(!acks.is_due(9) && !acks.is_stuck() && !acks.is_between());
+}

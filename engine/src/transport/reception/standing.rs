@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::MigrationId;
+use crate::transport::MigrationId;
 
 /// How long a source that was answered may take for its next word while another one waits, beyond the
 /// round trip.
