@@ -128,6 +128,7 @@ pub(crate) enum Fault {
     LostDestinationIsClosed,
     LostDestinationNotNoticed,
     LostControlNotNoticed,
+    FramesAreLostWithTheLink,
     LostChannelTakesAll,
     ReadsSupportedInNameOnly,
 }

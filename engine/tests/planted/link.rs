@@ -1,6 +1,7 @@
 //! Links and control channels with a fault.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
@@ -222,6 +223,10 @@ impl ControlSender for PlantedFrames<dyn ControlSender> {
             (Err(TransportError::Interrupted), Fault::ControlSendNotWoken) => self.plot.hang(),
             (Err(TransportError::Interrupted), Fault::FrameAfterInterruptSucceeds) => Ok(()),
             (Err(_), Fault::LostControlNotNoticed) => Ok(()),
+            (Err(error), _) => {
+                self.plot.frames_are_lost.store(true, Ordering::SeqCst);
+                Err(error)
+            }
             (result, _) => result,
         }
     }
@@ -229,6 +234,11 @@ impl ControlSender for PlantedFrames<dyn ControlSender> {
 
 impl ControlReceiver for PlantedFrames<dyn ControlReceiver> {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
+        if self.plot.is(Fault::FramesAreLostWithTheLink)
+            && self.plot.frames_are_lost.load(Ordering::SeqCst)
+        {
+            return Err(lost());
+        }
         let wait = match (self.plot.fault, timeout) {
             (Fault::TimeoutAtOnce, Some(_)) => Some(Duration::ZERO),
             (Fault::TimeoutLate, Some(time)) => Some(time * 20),

@@ -140,6 +140,11 @@ const PLANTED: &[Planted] = &[
     (F::LostDestinationNotNoticed, "a_dropped_channel_is_lost_alone", "is lost"),
     (F::LossIsEnd, "a_dropped_channel_is_lost_alone", "Ok(())"),
     (F::LostChannelTakesAll, "a_dropped_channel_is_lost_alone", "Interrupted"),
+    (
+        F::FramesAreLostWithTheLink,
+        "what_was_said_before_a_link_broke_is_heard",
+        "before the link broke: Err",
+    ),
     (F::ReadsSupportedInNameOnly, "pages_are_read_where_that_is_possible", "Unsupported"),
     (
         F::ControlSendNotWoken,

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,13 +22,16 @@ struct State {
 /// The fault of a link, and what it needs to be one.
 pub(crate) struct Plot {
     pub(crate) fault: Fault,
+    /// One did not go out.
+    pub(crate) frames_are_lost: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 impl Plot {
     pub(crate) fn new(fault: Fault) -> Arc<Self> {
-        Arc::new(Self { fault, state: Mutex::default(), changed: Condvar::new() })
+        let frames_are_lost = AtomicBool::new(false);
+        Arc::new(Self { fault, frames_are_lost, state: Mutex::default(), changed: Condvar::new() })
     }
 
     pub(crate) fn is(&self, fault: Fault) -> bool {

@@ -171,3 +171,33 @@ pub(super) fn a_dropped_channel_is_lost_alone(trial: &Trial) {
         others_go_on(trial, &mut opened);
     }
 }
+
+/// Whoever sends when the link breaks still hears what the other side said before that.
+pub(super) fn what_was_said_before_a_link_broke_is_heard(trial: &Trial) {
+    let (mut here, mut there, _source, destination) = trial.control();
+    let said = [&b"the cause"[..], b"farewell"];
+    for frame in said {
+        say(&mut there.sender, frame);
+    }
+    // Without a last word.
+    destination.interrupter().interrupt();
+    drop((there, destination));
+    let began = Instant::now();
+    let error = loop {
+        assert!(began.elapsed() < PROMPT, "frames go out to a destination that is lost");
+        if let Err(error) = here.sender.send(b"more", Duration::from_millis(100)) {
+            break error;
+        }
+    };
+    assert!(matches!(error, TransportError::Lost { .. }), "a frame to a lost end: {error:?}");
+    for frame in said {
+        let heard = here.receiver.receive(Some(PROMPT));
+        assert!(
+            matches!(&heard, Ok(heard) if heard == frame),
+            "what was said before the link broke: {heard:?}"
+        );
+    }
+    let result = here.receiver.receive(Some(PROMPT));
+    let gone = matches!(result, Err(TransportError::Closed | TransportError::Lost { .. }));
+    assert!(gone, "a wait for a frame of a lost destination: {result:?}");
+}
