@@ -63,3 +63,31 @@ impl Default for Common {
         Self { timeouts: Timeouts::default(), spawn: Arc::new(StdThreads) }
     }
 }
+
+/// The settings that [`crate::Source`] and [`crate::Destination`] both have, of their `common` and `events`.
+macro_rules! common_settings {
+    () => {
+        /// How long to wait for the other side.
+        #[must_use]
+        pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
+            self.common.timeouts = timeouts;
+            self
+        }
+
+        /// Who starts the engine's threads.
+        #[must_use]
+        pub fn threads(mut self, spawn: Arc<dyn Spawn>) -> Self {
+            self.common.spawn = spawn;
+            self
+        }
+
+        /// Who is told what happens; called on the thread that runs the migration.
+        #[must_use]
+        pub fn on_event(mut self, sink: impl FnMut(&Event) + Send + 'static) -> Self {
+            self.events = Box::new(sink);
+            self
+        }
+    };
+}
+
+pub(crate) use common_settings;

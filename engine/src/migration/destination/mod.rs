@@ -7,7 +7,7 @@ mod populate;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::config::{Common, MAX_CHANNELS, Timeouts};
+use crate::config::{Common, MAX_CHANNELS, Timeouts, common_settings};
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::pages::memory::{GuestMemory, Layout};
@@ -154,26 +154,7 @@ impl Destination {
         self
     }
 
-    /// How long to wait for the other side.
-    #[must_use]
-    pub fn timeouts(mut self, timeouts: Timeouts) -> Self {
-        self.common.timeouts = timeouts;
-        self
-    }
-
-    /// Who starts the engine's threads.
-    #[must_use]
-    pub fn threads(mut self, spawn: Arc<dyn Spawn>) -> Self {
-        self.common.spawn = spawn;
-        self
-    }
-
-    /// Who is told what happens; called on the thread that runs the migration.
-    #[must_use]
-    pub fn on_event(mut self, sink: impl FnMut(&Event) + Send + 'static) -> Self {
-        self.events = Box::new(sink);
-        self
-    }
+    common_settings!();
 
     /// To watch and to cancel from other threads.
     pub fn handle(&self) -> MigrationHandle {
