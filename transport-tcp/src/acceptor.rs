@@ -4,21 +4,20 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use pageferry::transport::reception::{Desk, spawn_named};
 use pageferry::transport::{Interrupt, TransportError, addresses};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::board::Board;
-use crate::connection::LinkState;
-use crate::desk::Desk;
+use crate::channels::DataChannels;
 use crate::destination::TcpDestinationLink;
+use crate::newcomer::Newcomer;
 use crate::options::TcpOptions;
+use crate::reception::Reception;
 
 const BACKLOG: i32 = 128;
-/// Fits the kernel's 15 bytes.
-const THREAD_NAME: &str = "ferry-accept";
 
 /// Waits for migrations on a port. Serves one migration at a time: of a source that has greeted
 /// ([`TcpOptions::admission`]). A second one that has waited a second is told to come later. One that does
@@ -39,7 +38,7 @@ const THREAD_NAME: &str = "ferry-accept";
 /// thread and frees the port.
 #[derive(Debug)]
 pub struct TcpAcceptor {
-    desk: Arc<Desk>,
+    desk: Arc<Desk<Newcomer, DataChannels>>,
     local_addr: SocketAddr,
 }
 
@@ -50,9 +49,7 @@ impl TcpAcceptor {
         addr: impl ToSocketAddrs + fmt::Debug,
         options: TcpOptions,
     ) -> Result<Self, TransportError> {
-        Self::bind_with(addr, options, |body| {
-            thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(body)
-        })
+        Self::bind_with(addr, options, spawn_named)
     }
 
     /// As [`TcpAcceptor::bind`], for a host that wants to start the acceptor's thread itself (to
@@ -68,8 +65,13 @@ impl TcpAcceptor {
         for address in found {
             match listen(address, &options) {
                 Ok((listener, local_addr)) => {
-                    let desk = Desk::open(listener, options, spawn).map_err(|cause| {
-                        TransportError::Io { operation: "start the acceptor's thread", cause }
+                    let works = |board, bell| {
+                        let reception = Reception::new(listener, bell, board, options);
+                        move || reception.run()
+                    };
+                    let desk = Desk::open(works, spawn).map_err(|cause| TransportError::Io {
+                        operation: "start the acceptor's thread",
+                        cause,
                     })?;
                     return Ok(Self { desk: Arc::new(desk), local_addr });
                 }
@@ -89,29 +91,14 @@ impl TcpAcceptor {
     /// Waits for a source, at most `timeout` (`None`: until there is one). While the link of the
     /// migration before lives, no source is let in.
     pub fn accept(&self, timeout: Option<Duration>) -> Result<TcpDestinationLink, TransportError> {
-        let board = Arc::downgrade(self.desk.board());
-        let state = LinkState::new(move || {
-            if let Some(board) = board.upgrade() {
-                board.wake_all();
-            }
-        });
-        let accepted = self.desk.board().next_migration(timeout, &state)?;
-        Ok(TcpDestinationLink::new(accepted, Arc::clone(&self.desk), state))
+        let (newcomer, seat) = self.desk.accept(timeout)?;
+        TcpDestinationLink::new(newcomer, seat)
     }
 
     /// A handle that ends [`TcpAcceptor::accept`], now and later, with
     /// [`TransportError::Interrupted`]. Links that were accepted are not concerned.
     pub fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::new(AcceptInterrupter(Arc::clone(self.desk.board())))
-    }
-}
-
-#[derive(Debug)]
-struct AcceptInterrupter(Arc<Board>);
-
-impl Interrupt for AcceptInterrupter {
-    fn interrupt(&self) {
-        self.0.interrupt_accept();
+        Arc::clone(self.desk.board()) as Arc<dyn Interrupt>
     }
 }
 

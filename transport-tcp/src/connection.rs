@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, Place, Standing, TransportError, ZeroCopyCounts};
+use pageferry::transport::reception::{Served, TurnedAway};
+use pageferry::transport::{Ending, Fate, Interrupt, Place, TransportError, ZeroCopyCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -40,33 +41,9 @@ pub(crate) fn until(deadline: Instant) -> Timespec {
     Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })
 }
 
-/// Why a link is over before its time. What fails then fails for this.
-#[derive(Debug)]
-pub(crate) enum Ending {
-    /// The destination has turned this source away.
-    Refused { by: SocketAddr, reason: String },
-    /// At the destination: this source has lost its place to another one.
-    Displaced,
-}
-
-impl From<&Ending> for TransportError {
-    fn from(ending: &Ending) -> Self {
-        match ending {
-            Ending::Displaced => Self::Displaced,
-            Ending::Refused { by, reason } => {
-                Self::Refused { address: by.to_string(), reason: reason.clone() }
-            }
-        }
-    }
-}
-
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
-    interrupted: AtomicBool,
-    /// Once that is known.
-    ending: OnceLock<Ending>,
-    /// Of a source at the destination.
-    standing: Mutex<Standing>,
+    pub(crate) fate: Fate,
     connections: Mutex<Vec<Weak<Connection>>>,
     /// Wakes whoever waits for something else than a connection.
     wake: Box<dyn Fn() + Send + Sync>,
@@ -74,16 +51,14 @@ pub(crate) struct LinkState {
 
 impl std::fmt::Debug for LinkState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LinkState").field("interrupted", &self.interrupted).finish_non_exhaustive()
+        f.debug_struct("LinkState").field("fate", &self.fate).finish_non_exhaustive()
     }
 }
 
 impl LinkState {
     pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
-            interrupted: AtomicBool::new(false),
-            ending: OnceLock::new(),
-            standing: Mutex::new(Standing::firm()),
+            fate: Fate::default(),
             connections: Mutex::default(),
             wake: Box::new(wake),
         })
@@ -91,38 +66,7 @@ impl LinkState {
 
     /// Fails once the link was interrupted, or it is known why it is over.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
-        if self.interrupted.load(Ordering::Acquire) {
-            return Err(TransportError::Interrupted);
-        }
-        self.ending.get().map_or(Ok(()), |ending| Err(ending.into()))
-    }
-
-    /// Of the source that this link is of.
-    pub(crate) fn take_place(&self, standing: Standing) {
-        *lock(&self.standing) = standing;
-    }
-
-    /// Whether the source keeps its place.
-    pub(crate) fn place(&self) -> Place {
-        lock(&self.standing).place(Instant::now())
-    }
-
-    /// The link is over; the first cause of that.
-    fn end(&self, why: Ending) -> TransportError {
-        self.ending.get_or_init(|| why).into()
-    }
-
-    /// Ends the link for the sake of another source, and says so to this one: who has the place has only
-    /// its control connection.
-    pub(crate) fn displace(&self) {
-        let reason = "no answer to the welcome, and another source waits".to_owned();
-        let told = refusal(&Answer { status: Status::Busy, reason });
-        self.end(Ending::Displaced);
-        for connection in lock(&self.connections).iter().filter_map(Weak::upgrade) {
-            // Should a frame be half out it is cut short, for somebody who does not read either.
-            let _ = connection.send(&told, SendFlags::DONTWAIT);
-        }
-        self.shut_down();
+        self.fate.check()
     }
 
     /// Wakes everyone up, for whom [`Self::check`] fails from now on.
@@ -131,11 +75,6 @@ impl LinkState {
             connection.shutdown(Shutdown::Both);
         }
         (self.wake)();
-    }
-
-    /// Guest memory is registered.
-    pub(crate) fn settle(&self) {
-        lock(&self.standing).settle();
     }
 
     /// Makes a connection part of the link, so that an interrupt reaches it.
@@ -163,9 +102,27 @@ impl LinkState {
     }
 }
 
+impl Served for LinkState {
+    fn place(&self) -> Place {
+        self.fate.place()
+    }
+
+    /// Says so to the source: who has the place has only its control connection.
+    fn displace(&self) {
+        let reason = TurnedAway::Displaced.to_string();
+        let told = refusal(&Answer { status: Status::Busy, reason });
+        self.fate.end(Ending::Displaced);
+        for connection in lock(&self.connections).iter().filter_map(Weak::upgrade) {
+            // Should a frame be half out it is cut short, for somebody who does not read either.
+            let _ = connection.send(&told, SendFlags::DONTWAIT);
+        }
+        self.shut_down();
+    }
+}
+
 impl Interrupt for LinkState {
     fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::Release);
+        self.fate.interrupt();
         self.shut_down();
     }
 }
@@ -228,19 +185,9 @@ impl Connection {
         self.link.check()
     }
 
-    /// The link is over; the first cause of that.
-    pub(crate) fn end_link(&self, why: Ending) -> TransportError {
-        self.link.end(why)
-    }
-
-    /// A control frame has come.
-    pub(crate) fn note_heard(&self) {
-        lock(&self.link.standing).hear();
-    }
-
-    /// A control frame goes out.
-    pub(crate) fn note_told(&self) {
-        lock(&self.link.standing).tell(Instant::now());
+    /// Of the whole link.
+    pub(crate) fn fate(&self) -> &Fate {
+        &self.link.fate
     }
 
     /// A handle that ends this connection alone.
@@ -471,11 +418,3 @@ impl Drop for Connection {
 /// Most time that a channel's end and a dropped link spend on what was finished, and is not all
 /// with the other side.
 pub(crate) const LINGER: Duration = Duration::from_secs(2);
-
-/// Closes all connections of a link that is dropped.
-pub(crate) fn close_all(connections: &[Arc<Connection>]) {
-    let deadline = Instant::now() + LINGER;
-    for connection in connections {
-        connection.close(deadline);
-    }
-}

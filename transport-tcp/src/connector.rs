@@ -1,25 +1,21 @@
 //! How a source reaches a destination: which of a name's addresses answers.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::ToSocketAddrs;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use pageferry::transport::race::Race;
 use pageferry::transport::{Interrupt, MigrationId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use crate::connection::{Connection, LinkState, until};
-use crate::dial::{Attempt, Dialled};
+use crate::connection::{self, LinkState};
+use crate::dial::{Dialled, Dialling};
 use crate::options::TcpOptions;
 use crate::preamble::{Kind, Preamble};
 use crate::source::TcpSourceLink;
-
-/// How long an address may be silent before the next one is tried too: the connection attempt
-/// delay of RFC 8305.
-const STAGGER: Duration = Duration::from_millis(250);
 
 /// Connects to a destination that accepts migrations ([`TcpAcceptor`](crate::TcpAcceptor)).
 ///
@@ -78,100 +74,27 @@ impl TcpConnector {
         let id = MigrationId::random()
             .map_err(|cause| TransportError::Io { operation: "make a migration id", cause })?;
         let preamble = Preamble { id, kind: Kind::Control };
-        let mut race = Race {
-            options: &options,
-            state: &state,
-            waiting: found.into(),
-            attempts: Vec::new(),
-            next_start: Instant::now(),
-            last_error: unreachable(io::ErrorKind::NotFound.into()),
-        };
+        let mut race = Race::new(found, unreachable(io::ErrorKind::NotFound.into()));
+        let begin = |peer| Dialling::begin(peer, &options, &state);
         loop {
-            let answer = race.winner()?.greet(&preamble, &options).and_then(Dialled::await_answer);
-            match answer {
-                Ok(control) => {
-                    options.check_buffers(control.socket()).map_err(unreachable)?;
-                    return Ok(TcpSourceLink::new(id, options, state, control));
-                }
-                // What listens there is no destination of ours; another address may be.
-                Err(error @ TransportError::Connect { .. }) => race.last_error = error,
-                Err(error) => return Err(error),
-            }
+            let winner = race.winner(begin, wait)?;
+            let answer = winner.greet(&preamble, &options).and_then(Dialled::await_answer);
+            // What listens there may be no destination of ours; another address may be.
+            let Some(control) = race.note(answer)? else { continue };
+            options.check_buffers(control.socket()).map_err(unreachable)?;
+            return Ok(TcpSourceLink::new(id, options, state, &control));
         }
     }
 }
 
-/// Attempts to connect to the addresses of one name. Nothing is said on those that lose.
-struct Race<'a> {
-    options: &'a TcpOptions,
-    state: &'a Arc<LinkState>,
-    waiting: VecDeque<SocketAddr>,
-    attempts: Vec<Attempt>,
-    next_start: Instant,
-    last_error: TransportError,
-}
-
-impl Race<'_> {
-    /// Starts the next attempt, if it is time or nothing else is under way; whether there was one.
-    fn start_next(&mut self) -> Result<bool, TransportError> {
-        if !self.attempts.is_empty() && Instant::now() < self.next_start {
-            return Ok(false);
+/// Sleeps until something happens to one of them, of which an interrupt is some.
+fn wait(attempts: &[Dialling], until: Option<Instant>) -> Result<(), TransportError> {
+    let mut polled: Vec<_> =
+        attempts.iter().map(|attempt| PollFd::new(&*attempt.connection, PollFlags::OUT)).collect();
+    match poll(&mut polled, until.map(connection::until).as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => {
+            Err(TransportError::Io { operation: "wait for connections", cause: errno.into() })
         }
-        let Some(peer) = self.waiting.pop_front() else { return Ok(false) };
-        match Attempt::begin(peer, self.options, self.state) {
-            Ok(attempt) => self.attempts.push(attempt),
-            Err(error @ TransportError::Connect { .. }) => self.last_error = error,
-            Err(error) => return Err(error),
-        }
-        self.next_start = Instant::now() + STAGGER;
-        Ok(true)
-    }
-
-    /// Waits for the first attempt that is connected.
-    fn winner(&mut self) -> Result<Attempt, TransportError> {
-        loop {
-            self.state.check()?;
-            if self.start_next()? {
-                continue;
-            }
-            if self.attempts.is_empty() {
-                let nobody = TransportError::OutOfOrder("no address is left");
-                return Err(std::mem::replace(&mut self.last_error, nobody));
-            }
-            for index in self.ready()?.into_iter().rev() {
-                let attempt = self.attempts.swap_remove(index);
-                match attempt.outcome() {
-                    Ok(()) => return Ok(attempt),
-                    Err(error @ TransportError::Connect { .. }) => self.last_error = error,
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-    }
-
-    /// Waits until attempts are decided or their time is over, or another is to begin; which.
-    fn ready(&self) -> Result<Vec<usize>, TransportError> {
-        let deadlines = self.attempts.iter().filter_map(|attempt| attempt.deadline);
-        let next_start = (!self.waiting.is_empty()).then_some(self.next_start);
-        let timeout = deadlines.chain(next_start).min().map(until);
-        let connections: Vec<&Connection> =
-            self.attempts.iter().map(|attempt| &*attempt.connection).collect();
-        let mut polled: Vec<PollFd<'_>> =
-            connections.iter().map(|connection| PollFd::new(*connection, PollFlags::OUT)).collect();
-        match poll(&mut polled, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => {
-                return Err(TransportError::Io {
-                    operation: "wait for connections",
-                    cause: errno.into(),
-                });
-            }
-        }
-        let now = Instant::now();
-        let is_over = |index: usize| {
-            let over = self.attempts[index].deadline.is_some_and(|deadline| now >= deadline);
-            over || !polled[index].revents().is_empty()
-        };
-        Ok((0..polled.len()).filter(|index| is_over(*index)).collect())
     }
 }

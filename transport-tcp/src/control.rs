@@ -1,12 +1,12 @@
 //! The control channel over its connection.
 
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{
-    ControlChannel, ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError,
+    ControlChannel, ControlReceiver, ControlSender, TransportError, check_frame,
 };
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -71,22 +71,12 @@ impl TcpControlSender {
 impl ControlSender for TcpControlSender {
     fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         self.connection.check()?;
-        if frame.is_empty() {
-            let cause = io::Error::new(io::ErrorKind::InvalidInput, "the frame is empty");
-            return Err(TransportError::Io { operation: SENDING, cause });
-        }
-        if frame.len() > MAX_FRAME_BYTES {
-            return Err(TransportError::TooLarge {
-                what: "control frame",
-                size: frame.len() as u64,
-                limit: MAX_FRAME_BYTES as u64,
-            });
-        }
+        check_frame(frame)?;
         if self.broken {
             return Err(self.connection.failed(SENDING, Errno::NOTCONN.into()));
         }
         // Before the answer can come.
-        self.connection.note_told();
+        self.connection.fate().note_told();
         let sent = self.put(frame, deadline_after(Some(timeout)));
         self.broken = !matches!(sent, Ok(true));
         if self.broken {

@@ -6,18 +6,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
+use pageferry::transport::reception::Seat;
 use pageferry::transport::{
     Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReceiver,
     Registration, TransportError,
 };
 
-use crate::board::Accepted;
-use crate::connection::{Connection, LinkState, close_all};
+use crate::channels::DataChannels;
+use crate::connection::{Connection, deadline_after};
 use crate::data_socket::DataSocket;
-use crate::desk::Desk;
+use crate::end::End;
 use crate::inbox::{Inbox, Side};
+use crate::newcomer::Newcomer;
 use crate::receiver::TcpPageReceiver;
-use crate::{CAPABILITIES, NAME, control};
+use crate::{CAPABILITIES, NAME};
 
 /// The destination's end of a link over TCP. Made by
 /// [`TcpAcceptor::accept`](crate::TcpAcceptor::accept).
@@ -28,46 +30,35 @@ use crate::{CAPABILITIES, NAME, control};
 /// keeps the acceptor's thread and port alive even if the acceptor was dropped.
 #[derive(Debug)]
 pub struct TcpDestinationLink {
-    id: MigrationId,
-    desk: Arc<Desk>,
-    state: Arc<LinkState>,
-    /// Control first, then data.
-    connections: Vec<Arc<Connection>>,
-    /// The first control frame, if that has come.
-    greeting: Option<Vec<u8>>,
-    control_taken: bool,
-    memory: Option<Arc<GuestMemory>>,
-    opened: bool,
+    end: End,
+    /// Given up after the connections are closed.
+    seat: Seat<Newcomer, DataChannels>,
 }
 
 impl TcpDestinationLink {
-    pub(crate) fn new(accepted: Accepted, desk: Arc<Desk>, state: Arc<LinkState>) -> Self {
-        let Accepted { id, control, greeting } = accepted;
-        Self {
-            id,
-            desk,
-            state,
-            connections: vec![control],
-            greeting,
-            control_taken: false,
-            memory: None,
-            opened: false,
-        }
+    pub(crate) fn new(
+        newcomer: Newcomer,
+        seat: Seat<Newcomer, DataChannels>,
+    ) -> Result<Self, TransportError> {
+        let Newcomer { id, incoming, greeting, state, .. } = newcomer;
+        let control = state.adopt(incoming.socket, incoming.peer)?;
+        let inbox = Arc::new(Inbox::new(&control, Side::Destination, greeting));
+        Ok(Self { end: End::new(id, state, &inbox), seat })
     }
 
     /// The migration, as the acceptor's logs call it.
     pub fn migration_id(&self) -> MigrationId {
-        self.id
+        self.end.migration_id()
     }
 
     /// The source's address.
     pub fn peer_addr(&self) -> SocketAddr {
-        self.connections[0].peer()
+        self.end.peer_addr()
     }
 
     /// Fails once the link was interrupted, or it is known why it is over.
     pub fn check(&self) -> Result<(), TransportError> {
-        self.state.check()
+        self.end.check()
     }
 
     /// Accepts the connections of `channels` data channels, in order of their index, for a
@@ -86,19 +77,20 @@ impl TcpDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Arc<Connection>>, TransportError> {
-        self.state.check()?;
-        crate::check_channels(channels)?;
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
-        let sockets = self.desk.board().collect_channels(channels, timeout, &self.state)?;
-        self.opened = true;
-        let connections = sockets
-            .into_iter()
-            .map(|incoming| self.state.adopt(incoming.socket, incoming.peer))
-            .collect::<Result<Vec<_>, _>>()?;
-        self.connections.extend(connections.iter().cloned());
-        Ok(connections)
+        let Self { end, seat } = self;
+        end.open(channels, |end| {
+            let deadline = deadline_after(Some(timeout));
+            seat.connections(|came| came.set(channels));
+            let sockets = seat.take(deadline, || end.check(), DataChannels::take_all)?;
+            let sockets = sockets.ok_or(TransportError::TimedOut {
+                operation: "accept data channels",
+                after: timeout,
+            })?;
+            let adopted = sockets
+                .into_iter()
+                .map(|incoming| end.state().adopt(incoming.socket, incoming.peer));
+            adopted.collect()
+        })
     }
 }
 
@@ -112,24 +104,17 @@ impl Link for TcpDestinationLink {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.state.check()?;
-        if std::mem::replace(&mut self.control_taken, true) {
-            return Err(TransportError::OutOfOrder("the control channel is taken"));
-        }
-        let greeting = self.greeting.take();
-        let inbox = Inbox::new(&self.connections[0], Side::Destination, greeting);
-        Ok(control::channel(Arc::new(inbox)))
+        self.end.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.state.check()?;
-        self.state.settle();
-        self.memory = Some(Arc::clone(memory));
+        self.end.register(memory)?;
+        self.end.state().fate.settle();
         Ok(Registration::default())
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.state) as Arc<dyn Interrupt>
+        self.end.interrupter()
     }
 }
 
@@ -139,10 +124,7 @@ impl DestinationLink for TcpDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
-        self.state.check()?;
-        let Some(memory) = self.memory.clone() else {
-            return Err(TransportError::OutOfOrder("data channels before registration"));
-        };
+        let memory = self.end.registered()?;
         let connections = self.open(channels, timeout)?;
         Ok(connections
             .into_iter()
@@ -151,12 +133,5 @@ impl DestinationLink for TcpDestinationLink {
                     as Box<dyn PageReceiver>
             })
             .collect())
-    }
-}
-
-impl Drop for TcpDestinationLink {
-    fn drop(&mut self) {
-        close_all(&self.connections);
-        self.desk.board().end_migration();
     }
 }

@@ -6,22 +6,24 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry::transport::TransportError;
+use pageferry::transport::race::{Attempt, Progress};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::connection::{Connection, LinkState, deadline_after};
+use crate::connection::{Connection, LinkState, deadline_after, is_past};
 use crate::options::TcpOptions;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 
 /// A connection that is being made.
-pub(crate) struct Attempt {
+#[derive(Debug)]
+pub(crate) struct Dialling {
     pub(crate) connection: Arc<Connection>,
-    pub(crate) deadline: Option<Instant>,
+    deadline: Option<Instant>,
 }
 
-impl Attempt {
+impl Dialling {
     pub(crate) fn begin(
         peer: SocketAddr,
         options: &TcpOptions,
@@ -38,25 +40,45 @@ impl Attempt {
     fn failed(&self, cause: io::Error) -> TransportError {
         TransportError::Connect { address: self.connection.peer().to_string(), cause }
     }
+}
 
-    /// Whether it is connected, once something has happened or its time is over.
-    pub(crate) fn outcome(&self) -> Result<(), TransportError> {
+impl Attempt for Dialling {
+    type Connected = Connected;
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    fn go_on(self) -> Result<Progress<Self>, TransportError> {
         self.connection.check()?;
         if self.connection.wait(PollFlags::OUT, Some(Instant::now()))?.is_empty() {
-            return Err(self.failed(io::ErrorKind::TimedOut.into()));
+            if is_past(self.deadline) {
+                return Err(self.failed(io::ErrorKind::TimedOut.into()));
+            }
+            return Ok(Progress::NotYet(self));
         }
         self.connection.check()?;
         match self.connection.socket().take_error().map_err(|cause| self.failed(cause))? {
             Some(cause) => Err(self.failed(cause)),
-            None => Ok(()),
+            None => Ok(Progress::Connected(Connected(self))),
         }
     }
+}
 
-    /// Waits until it is connected.
-    fn finish(self) -> Result<Self, TransportError> {
-        self.connection.wait(PollFlags::OUT, self.deadline)?;
-        self.outcome()?;
-        Ok(self)
+/// A connection on which nothing was said yet.
+#[derive(Debug)]
+pub(crate) struct Connected(Dialling);
+
+impl Connected {
+    /// Waits until a connection is made.
+    fn after(mut dialling: Dialling) -> Result<Self, TransportError> {
+        loop {
+            dialling.connection.wait(PollFlags::OUT, dialling.deadline)?;
+            match dialling.go_on()? {
+                Progress::NotYet(goes_on) => dialling = goes_on,
+                Progress::Connected(connected) => return Ok(connected),
+            }
+        }
     }
 
     /// Says what the connection is for.
@@ -65,19 +87,21 @@ impl Attempt {
         preamble: &Preamble,
         options: &TcpOptions,
     ) -> Result<Dialled, TransportError> {
-        let socket = self.connection.socket();
-        options.apply_to_path(socket).map_err(|cause| self.failed(cause))?;
-        socket.set_nonblocking(false).map_err(|cause| self.failed(cause))?;
+        let Self(dialling) = self;
+        let socket = dialling.connection.socket();
+        options.apply_to_path(socket).map_err(|cause| dialling.failed(cause))?;
+        socket.set_nonblocking(false).map_err(|cause| dialling.failed(cause))?;
         // A fresh socket has room for these few bytes, always.
         let (kind, preamble) = (preamble.kind, preamble.encode());
-        match self.connection.send(&preamble, SendFlags::DONTWAIT) {
+        match dialling.connection.send(&preamble, SendFlags::DONTWAIT) {
             Ok(sent) if sent == preamble.len() => {
-                Ok(Dialled { connection: self.connection, kind, deadline: self.deadline })
+                let Dialling { connection, deadline } = dialling;
+                Ok(Dialled { connection, kind, deadline })
             }
-            Ok(_) => Err(self.failed(io::ErrorKind::WriteZero.into())),
+            Ok(_) => Err(dialling.failed(io::ErrorKind::WriteZero.into())),
             Err(errno) => {
-                self.connection.check()?;
-                Err(self.failed(errno.into()))
+                dialling.connection.check()?;
+                Err(dialling.failed(errno.into()))
             }
         }
     }
@@ -97,7 +121,8 @@ impl Dialled {
         options: &TcpOptions,
         state: &Arc<LinkState>,
     ) -> Result<Self, TransportError> {
-        Attempt::begin(peer, options, state)?.finish()?.greet(preamble, options)
+        let dialling = Dialling::begin(peer, options, state)?;
+        Connected::after(dialling)?.greet(preamble, options)
     }
 
     pub(crate) fn await_answer(self) -> Result<Arc<Connection>, TransportError> {

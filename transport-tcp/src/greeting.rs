@@ -3,8 +3,8 @@
 use pageferry::transport::check_greeting;
 use rustix::io::Errno;
 
-use crate::board::Incoming;
 use crate::framing::LENGTH_BYTES;
+use crate::incoming::Incoming;
 
 /// Most bytes that are read at once: what a stranger only announces costs nothing.
 const PIECE_BYTES: usize = 16 << 10;

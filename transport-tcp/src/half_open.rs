@@ -2,13 +2,15 @@
 //! away.
 
 use std::net::Shutdown;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Admission, Warnings};
 use rustix::io::Errno;
 
-use crate::board::{Board, Incoming, Newcomer, Unwanted};
 use crate::greeting::Greeting;
+use crate::incoming::{Incoming, Unwanted};
+use crate::newcomer::{Newcomer, TcpBoard};
 use crate::preamble::{Kind, PREAMBLE_BYTES, Preamble, PreambleError, Status, check_start};
 
 /// How long a refused connection may take to read why.
@@ -65,16 +67,16 @@ impl HalfOpen {
     }
 
     /// Goes on with what has come.
-    pub(crate) fn advance(self, board: &Board, rules: &Rules<'_>) -> Step {
+    pub(crate) fn advance(self, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
         match self.phase {
             Phase::Preamble { .. } => self.hear(board, rules),
-            Phase::Greeting { .. } => self.listen(rules),
+            Phase::Greeting { .. } => self.listen(board, rules),
             Phase::Refused => self.discard(),
         }
     }
 
     /// Reads the preamble.
-    fn hear(mut self, board: &Board, rules: &Rules<'_>) -> Step {
+    fn hear(mut self, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
         let Phase::Preamble { bytes, filled } = &mut self.phase else { return Step::Stays(self) };
         match self.incoming.receive(&mut bytes[*filled..]) {
             Ok(0) => return self.close(rules, "it ended within its preamble"),
@@ -102,15 +104,21 @@ impl HalfOpen {
     }
 
     /// Its preamble is good.
-    fn welcome(mut self, preamble: Preamble, board: &Board, rules: &Rules<'_>) -> Step {
+    fn welcome(mut self, preamble: Preamble, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
         let answered = Instant::now();
         match (preamble.kind, rules.admission) {
-            (Kind::Data { channel }, _) => match board.join(self.incoming, preamble.id, channel) {
-                Ok(()) => Step::Done,
-                Err(unwanted) => Step::Stays(Self::refuse(unwanted, rules.warnings)),
-            },
+            (Kind::Data { channel }, _) => {
+                let joined = board.connections(preamble.id, |channels| match channels {
+                    Some(channels) => channels.join(channel, self.incoming, rules.warnings),
+                    None => Err(Unwanted::unknown(self.incoming)),
+                });
+                match joined {
+                    Ok(()) => Step::Done,
+                    Err(unwanted) => Step::Stays(Self::refuse(unwanted, rules.warnings)),
+                }
+            }
             (Kind::Control, Admission::Anyone) => {
-                Step::Comes(Newcomer::stranger(preamble.id, self.incoming))
+                Step::Comes(Newcomer::stranger(preamble.id, self.incoming, board))
             }
             (Kind::Control, Admission::Greeted) => match self.incoming.let_in() {
                 Ok(()) => {
@@ -126,7 +134,7 @@ impl HalfOpen {
     }
 
     /// Reads the greeting.
-    fn listen(mut self, rules: &Rules<'_>) -> Step {
+    fn listen(mut self, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
         let Phase::Greeting { preamble, answered, greeting } = &mut self.phase else {
             return Step::Stays(self);
         };
@@ -139,6 +147,7 @@ impl HalfOpen {
                     self.incoming,
                     frame,
                     round_trip,
+                    board,
                 ));
             }
             Err(why) => {

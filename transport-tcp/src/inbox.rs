@@ -5,11 +5,11 @@ use std::net::Shutdown;
 use std::sync::{Arc, Mutex};
 
 use pageferry::transport::stream::StreamError::FrameLength;
-use pageferry::transport::{MAX_FRAME_BYTES, TransportError};
+use pageferry::transport::{Ending, MAX_FRAME_BYTES, TransportError};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use crate::connection::{Connection, Ending, lock};
+use crate::connection::{Connection, lock};
 use crate::framing::LENGTH_BYTES;
 use crate::preamble::{ANSWER_BYTES, Answer, Status};
 
@@ -102,7 +102,7 @@ impl Inbox {
             }
             if arriving.filled == LENGTH_BYTES + arriving.frame.len() {
                 let frame = self.take(arriving)?;
-                connection.note_heard();
+                connection.fate().note_heard();
                 return Ok(Some(frame));
             }
         }
@@ -120,7 +120,7 @@ impl Inbox {
             Some(Ok(Answer { status, reason })) if status != Status::Ok => {
                 let by = self.connection.peer();
                 // Before the connection is shut: who sends meanwhile fails for this, and not for that.
-                let refused = self.connection.end_link(Ending::Refused { by, reason });
+                let refused = self.connection.fate().end(Ending::Refused { by, reason });
                 self.connection.shutdown(Shutdown::Both);
                 Err(refused)
             }

@@ -59,29 +59,31 @@
 //! holds then is kept by the kernel's own reference, whatever happens to the mapping.
 
 mod acceptor;
-mod board;
+mod channels;
 mod connection;
 mod connector;
 mod control;
 mod data_socket;
-mod desk;
 mod destination;
 mod dial;
+mod end;
 mod framing;
 mod greeting;
 mod half_open;
 mod inbox;
+mod incoming;
+mod newcomer;
 mod options;
 mod outstanding;
-mod poll_loop;
 pub mod preamble;
 mod raw_io;
 mod receiver;
+mod reception;
 mod sender;
 mod source;
 mod zero_copy;
 
-use pageferry::transport::{Capabilities, MAX_BATCH_RUNS, TransportError};
+use pageferry::transport::{Capabilities, MAX_BATCH_RUNS};
 
 pub use acceptor::TcpAcceptor;
 pub use connector::{TcpConnector, connect};
@@ -104,11 +106,3 @@ const CAPABILITIES: Capabilities = Capabilities {
     max_batch_bytes: sender::MAX_BATCH_BYTES,
     max_batch_runs: MAX_BATCH_RUNS,
 };
-
-fn check_channels(channels: u16) -> Result<(), TransportError> {
-    if channels > MAX_CHANNELS {
-        let (size, limit) = (u64::from(channels), u64::from(MAX_CHANNELS));
-        return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
-    }
-    Ok(())
-}

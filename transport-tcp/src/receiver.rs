@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::stream::{
-    self, ACK_BYTES, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
+    self, AckWriter, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
 };
 use pageferry::transport::{
     ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Run, RunKind, Ticket,
@@ -47,7 +47,7 @@ pub(crate) struct TcpPageReceiver {
     head_filled: usize,
     runs: Vec<Run>,
     landed: Ticket,
-    acks: AckSender,
+    acks: AckWriter,
     ended: bool,
     broken: Option<StreamError>,
     /// Failed, perhaps in the middle of a batch: what comes next would be misread.
@@ -64,7 +64,7 @@ impl TcpPageReceiver {
             head_filled: 0,
             runs: Vec::new(),
             landed: 0,
-            acks: AckSender::default(),
+            acks: AckWriter::default(),
             ended: false,
             broken: None,
             lost: false,
@@ -163,8 +163,19 @@ impl TcpPageReceiver {
         Ok(())
     }
 
+    /// Says what has landed, if that is news and there is room.
     fn acknowledge(&mut self, flags: SendFlags) {
-        self.acks.send(self.landed, &self.connection, flags, &mut self.counters);
+        while self.acks.is_due(self.landed) {
+            self.counters.system_calls += 1;
+            match self.connection.send(self.acks.next(self.landed), flags) {
+                Ok(sent) => {
+                    self.acks.sent(sent);
+                    self.counters.wire_bytes += sent as u64;
+                }
+                Err(Errno::AGAIN) => return self.acks.no_room(),
+                Err(_) => return self.acks.nobody(),
+            }
+        }
     }
 
     fn place(&mut self, header: &BatchHeader) -> Result<Received, TransportError> {
@@ -237,64 +248,6 @@ impl Drop for TcpPageReceiver {
     fn drop(&mut self) {
         if !self.ended {
             self.connection.break_off();
-        }
-    }
-}
-
-/// Sends acknowledgements, the newest only, and keeps what did not fit.
-///
-/// That one cannot be sent is no error here: a source that finished and went away at once does
-/// not want them, and one that was lost shows when the next header is read.
-#[derive(Debug, Default)]
-struct AckSender {
-    /// The acknowledgement on its way, of which `unsent` bytes at the end are not out yet.
-    bytes: [u8; ACK_BYTES],
-    unsent: usize,
-    /// The ticket in `bytes`.
-    acknowledged: Ticket,
-    /// It did not fit; try again before sleeping.
-    stuck: bool,
-    dead: bool,
-}
-
-impl AckSender {
-    fn is_due(&self, landed: Ticket) -> bool {
-        !self.dead && (self.unsent > 0 || self.acknowledged < landed)
-    }
-
-    fn is_stuck(&self) -> bool {
-        self.stuck
-    }
-
-    fn send(
-        &mut self,
-        landed: Ticket,
-        connection: &Connection,
-        flags: SendFlags,
-        counters: &mut ChannelCounters,
-    ) {
-        self.stuck = false;
-        while self.is_due(landed) {
-            if self.unsent == 0 {
-                self.bytes = landed.to_le_bytes();
-                self.unsent = ACK_BYTES;
-                self.acknowledged = landed;
-            }
-            counters.system_calls += 1;
-            match connection.send(&self.bytes[ACK_BYTES - self.unsent..], flags) {
-                Ok(sent) => {
-                    self.unsent -= sent;
-                    counters.wire_bytes += sent as u64;
-                }
-                Err(Errno::AGAIN) => {
-                    self.stuck = true;
-                    return;
-                }
-                Err(_) => {
-                    self.dead = true;
-                    return;
-                }
-            }
         }
     }
 }

@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::addresses::canonical;
+use pageferry::transport::reception::{Arrived, Bell};
 use pageferry::transport::{WaitingRoom, first_of_the_most};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use socket2::Socket;
 
-use crate::board::{Bell, Board, Incoming, Newcomer, Unwanted};
 use crate::connection::until;
 use crate::half_open::{Expiry, HalfOpen, Rules, Step};
+use crate::incoming::{Incoming, Unwanted};
+use crate::newcomer::{Newcomer, TcpBoard};
 use crate::options::TcpOptions;
 
 /// An hour is for ever to a stranger, and a moment that any clock can name.
@@ -37,10 +39,10 @@ const GLANCE: Duration = Duration::from_millis(10);
 /// How long the listener rests when the machine has no descriptors or memory for a connection.
 const REST: Duration = Duration::from_millis(100);
 
-pub(crate) struct PollLoop {
+pub(crate) struct Reception {
     listener: Socket,
     bell: Arc<Bell>,
-    board: Arc<Board>,
+    board: Arc<TcpBoard>,
     options: TcpOptions,
     /// Oldest first.
     half_open: Vec<HalfOpen>,
@@ -50,11 +52,11 @@ pub(crate) struct PollLoop {
     rests_until: Option<Instant>,
 }
 
-impl PollLoop {
+impl Reception {
     pub(crate) fn new(
         listener: Socket,
         bell: Arc<Bell>,
-        board: Arc<Board>,
+        board: Arc<TcpBoard>,
         options: TcpOptions,
     ) -> Self {
         let share = share_of_descriptors();
@@ -75,7 +77,7 @@ impl PollLoop {
         while !self.board.is_stopped() {
             if let Err(errno) = self.turn() {
                 tracing::error!("stopped accepting connections: {errno}");
-                self.board.stop(Some(errno));
+                self.board.stop(Some(errno.into()));
             }
         }
         self.turn_all_away();
@@ -104,10 +106,8 @@ impl PollLoop {
         let deadline = deadlines.chain(self.rests_until).chain(glance).min();
 
         let listening = if self.rests_until.is_some() { PollFlags::empty() } else { PollFlags::IN };
-        let mut polled = vec![
-            PollFd::new(self.bell.fd(), PollFlags::IN),
-            PollFd::new(&self.listener, listening),
-        ];
+        let mut polled =
+            vec![PollFd::new(&self.bell, PollFlags::IN), PollFd::new(&self.listener, listening)];
         let sockets = self.half_open.iter().map(|half_open| &half_open.incoming.socket);
         polled.extend(sockets.map(|socket| PollFd::new(socket, PollFlags::IN)));
         match poll(&mut polled, deadline.map(until).as_ref()) {
@@ -161,7 +161,7 @@ impl PollLoop {
     fn serve_waiting(&mut self, greeted: Vec<Newcomer>) {
         let (now, board) = (Instant::now(), Arc::clone(&self.board));
         // Who has left keeps nobody out.
-        for left in self.waiting.without(|newcomer| newcomer.has_left()) {
+        for left in self.waiting.without(Newcomer::has_left) {
             let peer = left.incoming.peer;
             board.warnings.warn(peer, "closed a connection: it left while it waited");
         }

@@ -9,14 +9,15 @@ use pageferry::transport::{
     SourceLink, TransportError,
 };
 
-use crate::connection::{Connection, LinkState, close_all};
+use crate::connection::{Connection, LinkState};
 use crate::data_socket::DataSocket;
 use crate::dial::Dialled;
+use crate::end::End;
 use crate::inbox::{Inbox, Side};
 use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{Kind, Preamble};
 use crate::sender::TcpPageSender;
-use crate::{CAPABILITIES, NAME, control};
+use crate::{CAPABILITIES, NAME};
 
 /// The source's end of a link over TCP. Made by [`connect()`](crate::connect()).
 ///
@@ -27,16 +28,9 @@ use crate::{CAPABILITIES, NAME, control};
 /// other side to take them, at most two seconds in all.
 #[derive(Debug)]
 pub struct TcpSourceLink {
-    id: MigrationId,
+    end: End,
     options: TcpOptions,
-    state: Arc<LinkState>,
-    /// Control first, then data. Held open here, so that dropping a channel sends no reset
-    /// after what was sent last.
-    connections: Vec<Arc<Connection>>,
     inbox: Arc<Inbox>,
-    control_taken: bool,
-    memory: Option<Arc<GuestMemory>>,
-    opened: bool,
 }
 
 impl TcpSourceLink {
@@ -44,34 +38,25 @@ impl TcpSourceLink {
         id: MigrationId,
         options: TcpOptions,
         state: Arc<LinkState>,
-        control: Arc<Connection>,
+        control: &Arc<Connection>,
     ) -> Self {
-        let inbox = Arc::new(Inbox::new(&control, Side::Source, None));
-        Self {
-            id,
-            options,
-            state,
-            connections: vec![control],
-            inbox,
-            control_taken: false,
-            memory: None,
-            opened: false,
-        }
+        let inbox = Arc::new(Inbox::new(control, Side::Source, None));
+        Self { end: End::new(id, state, &inbox), options, inbox }
     }
 
     /// The migration, as the destination's logs call it.
     pub fn migration_id(&self) -> MigrationId {
-        self.id
+        self.end.migration_id()
     }
 
     /// The destination's address.
     pub fn peer_addr(&self) -> SocketAddr {
-        self.connections[0].peer()
+        self.end.peer_addr()
     }
 
     /// Fails once the link was interrupted, or it is known why it is over.
     pub fn check(&self) -> Result<(), TransportError> {
-        self.state.check()
+        self.end.check()
     }
 
     /// Opens the connections of `channels` data channels for a transport that moves bytes in a
@@ -82,32 +67,30 @@ impl TcpSourceLink {
     }
 
     fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
-        self.state.check()?;
-        crate::check_channels(channels)?;
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
-        let connections = self.dial(channels).map_err(|error| {
-            // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
-            self.inbox.look_for_the_end();
-            self.state.check().err().unwrap_or(error)
-        })?;
-        self.opened = true;
-        self.connections.extend(connections.iter().cloned());
-        Ok(connections)
-    }
-
-    fn dial(&self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
-        let peer = self.peer_addr();
-        // All preambles go out before the first answer is waited for.
-        let dialled = (0..channels)
-            .map(|channel| {
-                let preamble = Preamble { id: self.id, kind: Kind::Data { channel } };
-                Dialled::begin(peer, &preamble, &self.options, &self.state)
+        let Self { end, options, inbox } = self;
+        end.open(channels, |end| {
+            dial(end, channels, options).map_err(|error| {
+                // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
+                inbox.look_for_the_end();
+                end.check().err().unwrap_or(error)
             })
-            .collect::<Result<Vec<_>, _>>()?;
-        dialled.into_iter().map(Dialled::await_answer).collect()
+        })
     }
+}
+
+fn dial(
+    end: &End,
+    channels: u16,
+    options: &TcpOptions,
+) -> Result<Vec<Arc<Connection>>, TransportError> {
+    // All preambles go out before the first answer is waited for.
+    let dialled = (0..channels)
+        .map(|channel| {
+            let preamble = Preamble { id: end.migration_id(), kind: Kind::Data { channel } };
+            Dialled::begin(end.peer_addr(), &preamble, options, end.state())
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    dialled.into_iter().map(Dialled::await_answer).collect()
 }
 
 impl Link for TcpSourceLink {
@@ -120,30 +103,22 @@ impl Link for TcpSourceLink {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.state.check()?;
-        if std::mem::replace(&mut self.control_taken, true) {
-            return Err(TransportError::OutOfOrder("the control channel is taken"));
-        }
-        Ok(control::channel(Arc::clone(&self.inbox)))
+        self.end.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.state.check()?;
-        self.memory = Some(Arc::clone(memory));
+        self.end.register(memory)?;
         Ok(Registration::default())
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.state) as Arc<dyn Interrupt>
+        self.end.interrupter()
     }
 }
 
 impl SourceLink for TcpSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        self.state.check()?;
-        let Some(memory) = self.memory.clone() else {
-            return Err(TransportError::OutOfOrder("data channels before registration"));
-        };
+        let memory = self.end.registered()?;
         let connections = self.open(channels)?;
         connections
             .into_iter()
@@ -153,11 +128,5 @@ impl SourceLink for TcpSourceLink {
                 Ok(Box::new(sender) as Box<dyn PageSender>)
             })
             .collect()
-    }
-}
-
-impl Drop for TcpSourceLink {
-    fn drop(&mut self) {
-        close_all(&self.connections);
     }
 }

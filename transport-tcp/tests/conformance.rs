@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use pageferry::testing::conformance::Pair;
-use pageferry::transport::Admission;
+use pageferry::testing::conformance::acceptors::Venue;
+use pageferry::transport::{Admission, DestinationLink, SourceLink, TransportError};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy, connect};
 
 fn pair(address: &str, options: TcpOptions) -> Pair {
@@ -65,3 +66,22 @@ fn over_ipv6() {
     let ipv6 = || pair("[::1]:0", TcpOptions::default());
     pageferry::testing::conformance::run_all(&ipv6);
 }
+
+struct Port(TcpAcceptor);
+
+impl Venue for Port {
+    fn connect(&self) -> Result<Box<dyn SourceLink>, TransportError> {
+        Ok(Box::new(connect(self.0.local_addr(), TcpOptions::default())?))
+    }
+
+    fn accept(&self, timeout: Duration) -> Result<Box<dyn DestinationLink>, TransportError> {
+        Ok(Box::new(self.0.accept(Some(timeout))?))
+    }
+}
+
+fn port() -> Box<dyn Venue> {
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default());
+    Box::new(Port(acceptor.expect("a port of loopback")))
+}
+
+pageferry::acceptor_suite!(port);

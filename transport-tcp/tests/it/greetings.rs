@@ -12,7 +12,6 @@ use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 use socket2::{Domain, Socket, Type};
 
-use crate::support::memory::guest_memory;
 use crate::support::{PATIENCE, log, raw};
 
 /// A source's first word.
@@ -196,56 +195,15 @@ fn greetings_that_do_not_end_have_a_bounded_share_of_memory() {
     assert_serves(&acceptor);
 }
 
+/// Nobody waits for what does not come any more.
 #[test]
-fn who_comes_while_another_one_keeps_its_place_is_told_so() {
+fn who_waits_when_nobody_is_accepted_any_more_is_told_to_come_later() {
     let acceptor = acceptor(TcpOptions::default());
-    let (_source, mut from) = greet(&acceptor);
-    let (mut link, mut to) = accept(&acceptor);
-    to.sender.send(b"welcome", PATIENCE).unwrap();
-    from.sender.send(b"agreed", PATIENCE).unwrap();
-    assert_eq!(to.receiver.receive(Some(PATIENCE)).unwrap(), b"agreed");
-    for registered in [false, true] {
-        if registered {
-            link.register(&guest_memory(&[1])).unwrap();
-        }
-        let began = Instant::now();
-        let (_second, mut control) = greet(&acceptor);
-        assert_busy(&mut control, "another migration is being served");
-        assert!(began.elapsed() >= Duration::from_secs(1), "it waits a second for its turn");
-    }
-    from.sender.send(b"more", PATIENCE).unwrap();
-    assert_eq!(to.receiver.receive(Some(PATIENCE)).unwrap(), b"more");
-    // Nobody waits for what does not come any more.
-    let (_third, mut control) = greet(&acceptor);
+    let (_source, _from) = greet(&acceptor);
+    let (link, to) = accept(&acceptor);
+    let (_waits, mut control) = greet(&acceptor);
     drop((acceptor, link, to));
-    let error = control.receiver.receive(Some(PATIENCE)).unwrap_err();
-    assert!(matches!(error, TransportError::Refused { .. }), "{error}");
-}
-
-/// Two that come after it: both attempts succeed, one after the other.
-#[test]
-fn who_does_not_answer_its_welcome_gives_way_to_who_waits() {
-    let acceptor = acceptor(TcpOptions::default());
-    let (stranger, mut from_stranger) = greet(&acceptor);
-    let (mut link, mut to) = accept(&acceptor);
-    assert_eq!(link.migration_id(), stranger.migration_id());
-    to.sender.send(b"welcome", PATIENCE).unwrap();
-    assert_eq!(from_stranger.receiver.receive(Some(PATIENCE)).unwrap(), b"welcome");
-    let (first, _from_first) = greet(&acceptor);
-    let (second, _from_second) = greet(&acceptor);
-    for error in [
-        to.receiver.receive(Some(PATIENCE)).unwrap_err(),
-        to.sender.send(b"more", PATIENCE).unwrap_err(),
-        link.register(&guest_memory(&[1])).unwrap_err(),
-    ] {
-        assert!(matches!(error, TransportError::Displaced), "{error}");
-    }
-    assert_busy(&mut from_stranger, "no answer to the welcome, and another source waits");
-    drop((link, to));
-    for source in [first, second] {
-        let (link, _to) = accept(&acceptor);
-        assert_eq!(link.migration_id(), source.migration_id());
-    }
+    assert_busy(&mut control, "another migration is being served");
 }
 
 /// As far away as it seems by the time it took to greet.
@@ -284,20 +242,6 @@ fn who_is_far_away_does_not_wait_for_longer_than_who_is_near() {
     });
     told.sort();
     assert!(told[1] - told[0] < ROUND_TRIP / 2, "it hears that so much later");
-}
-
-#[test]
-fn a_source_that_leaves_while_it_waits_is_forgotten() {
-    let acceptor = acceptor(TcpOptions::default());
-    drop(greet(&acceptor));
-    assert_serves(&acceptor);
-    let (_source, _from) = greet(&acceptor);
-    let (link, mut to) = accept(&acceptor);
-    to.sender.send(b"welcome", PATIENCE).unwrap();
-    drop(greet(&acceptor));
-    let (next, _from) = greet(&acceptor);
-    drop((link, to));
-    assert_eq!(accept(&acceptor).0.migration_id(), next.migration_id());
 }
 
 /// A connection from an address that the other tests do not have.

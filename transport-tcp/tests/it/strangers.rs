@@ -233,7 +233,7 @@ fn data_connections_must_name_the_migration_and_a_free_channel() {
     assert_eq!(status(raw::ID, data(1)), Status::ChannelTaken);
     assert!(matches!(
         link.open_receivers(2, PATIENCE),
-        Err(TransportError::OutOfOrder("data channels before registration"))
+        Err(TransportError::OutOfOrder("guest memory is not registered"))
     ));
     link.register(&guest_memory(&[1])).unwrap();
     assert!(matches!(

@@ -1,0 +1,94 @@
+//! What the source's end of a link and the destination's have in common.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{ControlChannel, Interrupt, MigrationId, Stages, TransportError};
+
+use crate::connection::{Connection, LINGER, LinkState};
+use crate::inbox::Inbox;
+use crate::{MAX_CHANNELS, control};
+
+#[derive(Debug)]
+pub(crate) struct End {
+    id: MigrationId,
+    state: Arc<LinkState>,
+    /// Control first, then data. Held open here, so that dropping a channel sends no reset
+    /// after what was sent last.
+    connections: Vec<Arc<Connection>>,
+    stages: Stages<Arc<GuestMemory>>,
+}
+
+impl End {
+    /// Of a link of which there is the control connection.
+    pub(crate) fn new(id: MigrationId, state: Arc<LinkState>, inbox: &Arc<Inbox>) -> Self {
+        let connections = vec![Arc::clone(inbox.connection())];
+        let stages = Stages::new(control::channel(Arc::clone(inbox)));
+        Self { id, state, connections, stages }
+    }
+
+    pub(crate) fn migration_id(&self) -> MigrationId {
+        self.id
+    }
+
+    pub(crate) fn peer_addr(&self) -> SocketAddr {
+        self.connections[0].peer()
+    }
+
+    pub(crate) fn state(&self) -> &Arc<LinkState> {
+        &self.state
+    }
+
+    pub(crate) fn check(&self) -> Result<(), TransportError> {
+        self.state.check()
+    }
+
+    pub(crate) fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.check()?;
+        self.stages.control()
+    }
+
+    pub(crate) fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<(), TransportError> {
+        self.check()?;
+        self.stages.register(Arc::clone(memory));
+        Ok(())
+    }
+
+    pub(crate) fn registered(&self) -> Result<Arc<GuestMemory>, TransportError> {
+        self.check()?;
+        self.stages.registered()
+    }
+
+    /// Opens data channels, once, by connections that `connect` makes.
+    pub(crate) fn open(
+        &mut self,
+        channels: u16,
+        connect: impl FnOnce(&Self) -> Result<Vec<Arc<Connection>>, TransportError>,
+    ) -> Result<Vec<Arc<Connection>>, TransportError> {
+        self.check()?;
+        if channels > MAX_CHANNELS {
+            let (size, limit) = (u64::from(channels), u64::from(MAX_CHANNELS));
+            return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
+        }
+        self.stages.check_closed()?;
+        let connections = connect(self)?;
+        self.stages.open();
+        self.connections.extend(connections.iter().cloned());
+        Ok(connections)
+    }
+
+    pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.state) as Arc<dyn Interrupt>
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + LINGER;
+        for connection in &self.connections {
+            connection.close(deadline);
+        }
+    }
+}
