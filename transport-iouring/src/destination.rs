@@ -11,9 +11,9 @@ use pageferry::transport::{
 };
 use pageferry_tcp::TcpDestinationLink;
 
+use crate::end::{End, Registered};
 use crate::receiver::IoUringPageReceiver;
 use crate::rings::Rings;
-use crate::table::Table;
 use crate::{CAPABILITIES, NAME};
 
 /// The destination's end of a link whose pages go through io_uring. Made by
@@ -24,35 +24,24 @@ use crate::{CAPABILITIES, NAME};
 /// Dropping it revokes the registration of guest memory and closes all connections, as
 /// [`TcpDestinationLink`] does.
 #[derive(Debug)]
-pub struct IoUringDestinationLink {
-    tcp: TcpDestinationLink,
-    rings: Rings,
-    memory: Option<Registered>,
-}
-
-#[derive(Debug)]
-struct Registered {
-    memory: Arc<GuestMemory>,
-    /// Held, so that all pages stay where they are.
-    _table: Option<Arc<Table>>,
-}
+pub struct IoUringDestinationLink(End<TcpDestinationLink>);
 
 impl Rings {
     /// Has io_uring place the pages of an accepted link. The other end may be of either sort.
     pub fn destination_link(&self, tcp: TcpDestinationLink) -> IoUringDestinationLink {
-        IoUringDestinationLink { tcp, rings: self.clone(), memory: None }
+        IoUringDestinationLink(End::new(tcp, self.clone()))
     }
 }
 
 impl IoUringDestinationLink {
     /// The migration, as the acceptor's logs call it.
     pub fn migration_id(&self) -> MigrationId {
-        self.tcp.migration_id()
+        self.0.tcp.migration_id()
     }
 
     /// The source's address.
     pub fn peer_addr(&self) -> SocketAddr {
-        self.tcp.peer_addr()
+        self.0.tcp.peer_addr()
     }
 }
 
@@ -62,29 +51,29 @@ impl Link for IoUringDestinationLink {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let needs_registration = self.rings.options().register_destination;
+        let needs_registration = self.0.rings.options().register_destination;
         Capabilities { needs_registration, ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.tcp.control()
+        self.0.tcp.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
         // Also for the case that there is no ring for a channel. First, since the source keeps its
         // place from here on, however long it takes to pin memory.
-        self.tcp.register(memory)?;
-        let (table, cost) = if self.rings.options().register_destination {
-            self.rings.register(memory, || self.tcp.check())?
+        self.0.tcp.register(memory)?;
+        let (table, cost) = if self.0.rings.options().register_destination {
+            self.0.rings.register(memory, || self.0.tcp.check())?
         } else {
             (None, Registration::default())
         };
-        self.memory = Some(Registered { memory: Arc::clone(memory), _table: table });
+        self.0.register(memory, table);
         Ok(cost)
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.tcp.interrupter()
+        self.0.tcp.interrupter()
     }
 }
 
@@ -94,20 +83,18 @@ impl DestinationLink for IoUringDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
-        self.tcp.check()?;
-        let Some(Registered { memory, .. }) = &self.memory else {
-            return Err(TransportError::OutOfOrder("data channels before registration"));
-        };
+        self.0.tcp.check()?;
+        let Registered { memory, .. } = self.0.registered()?;
         // No request of a receiver names a registered buffer: its ring needs no table.
-        let Some(rings) = self.rings.for_channels(channels, None, || self.tcp.check())? else {
-            return self.tcp.open_receivers(channels, timeout);
+        let Some(rings) = self.0.rings.for_channels(channels, None, || self.0.tcp.check())? else {
+            return self.0.tcp.open_receivers(channels, timeout);
         };
-        let sockets = self.tcp.open_sockets(channels, timeout)?;
+        let sockets = self.0.tcp.open_sockets(channels, timeout)?;
         sockets
             .into_iter()
             .zip(rings)
             .map(|(socket, ring)| {
-                let receiver = IoUringPageReceiver::new(socket, Arc::clone(memory), ring);
+                let receiver = IoUringPageReceiver::new(socket, Arc::clone(&memory), ring);
                 Ok(Box::new(receiver) as Box<dyn PageReceiver>)
             })
             .collect()

@@ -65,8 +65,10 @@
 
 mod chain;
 mod destination;
+mod end;
 mod features;
 mod huge;
+mod landings;
 mod limits;
 mod options;
 mod probe;
@@ -78,6 +80,7 @@ mod sender;
 mod setup;
 mod source;
 mod table;
+mod trial;
 mod vectors;
 
 use pageferry::memory::PAGE_BYTES;

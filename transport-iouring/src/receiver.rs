@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::stream::{
-    self, ACK_BYTES, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
+    self, AckWriter, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
 };
 use pageferry::transport::{
     ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Run, RunKind, Ticket,
@@ -34,49 +34,6 @@ use crate::vectors::Incoming;
 
 const RECEIVING: &str = "receive pages";
 
-/// A cumulative acknowledgement on its way.
-#[derive(Debug, Default)]
-struct Ack {
-    /// Of which `unsent` bytes at the end are not out yet.
-    bytes: [u8; ACK_BYTES],
-    unsent: usize,
-    /// The ticket in `bytes`.
-    acknowledged: Ticket,
-    /// It did not fit; try again before sleeping.
-    stuck: bool,
-    /// The other side does not take any more. That is no error here: a source that finished and
-    /// went away at once does not want them, and one that was lost shows in what it sends.
-    dead: bool,
-}
-
-impl Ack {
-    fn is_due(&self, landed: Ticket) -> bool {
-        !self.dead && (self.unsent > 0 || self.acknowledged < landed)
-    }
-
-    /// Adds a request that says what has landed, or the rest of what is half said.
-    fn request<'a>(&'a mut self, landed: Ticket, chain: &mut Chain<'a>) {
-        if self.unsent == 0 {
-            self.bytes = landed.to_le_bytes();
-            self.unsent = ACK_BYTES;
-            self.acknowledged = landed;
-        }
-        chain.send_now(&self.bytes[ACK_BYTES - self.unsent..]);
-    }
-
-    /// What the request came to.
-    fn take(&mut self, result: i32) -> u64 {
-        self.stuck = false;
-        if let Ok(sent) = usize::try_from(result) {
-            self.unsent -= sent.min(self.unsent);
-            return sent as u64;
-        }
-        self.stuck = [libc::EAGAIN, libc::EINTR, libc::ECANCELED].contains(&-result);
-        self.dead = !self.stuck;
-        0
-    }
-}
-
 #[derive(Debug)]
 pub(crate) struct IoUringPageReceiver {
     ring: Ring,
@@ -87,7 +44,7 @@ pub(crate) struct IoUringPageReceiver {
     head_filled: usize,
     runs: Vec<Run>,
     landed: Ticket,
-    ack: Ack,
+    acks: AckWriter,
     ended: bool,
     broken: Option<StreamError>,
     /// Failed, perhaps in the middle of a batch: what comes next would be misread.
@@ -107,7 +64,7 @@ impl IoUringPageReceiver {
             head_filled: 0,
             runs: Vec::new(),
             landed: 0,
-            ack: Ack::default(),
+            acks: AckWriter::default(),
             ended: false,
             broken: None,
             lost: false,
@@ -151,7 +108,7 @@ impl IoUringPageReceiver {
 
     fn receive_lead(&mut self) -> Result<Header, TransportError> {
         // Rare: the last acknowledgement did not fit. It must get out while we wait.
-        while self.head_filled == 0 && self.ack.stuck {
+        while self.head_filled == 0 && self.acks.is_stuck() {
             let events = PollFlags::IN | PollFlags::OUT;
             let mut polled = [PollFd::new(&self.socket, events)];
             self.system_calls += 1;
@@ -196,22 +153,20 @@ impl IoUringPageReceiver {
             let mut chain = Chain::new();
             let room = &mut self.head[self.head_filled..LEAD_BYTES];
             self.incoming.request(room, &mut chain);
-            let acknowledged_before = self.ack.acknowledged;
             // Half an acknowledgement that is still to come goes first.
-            let wanted = landed.filter(|_| !self.ack.dead && self.ack.unsent == 0);
+            let wanted = landed.filter(|_| self.acks.is_between());
             if let Some(landed) = wanted {
-                self.ack.request(landed, chain.then());
+                chain.then().send_now(self.acks.next(landed));
             }
             let results = self.ring.run(&self.socket, &mut chain);
             let results = results.map_err(|cause| self.socket.failed(RECEIVING, cause))?;
             let (received, told) = (results[0], results.get(1).copied());
             if let Some(result) = told {
                 if result == -libc::ECANCELED {
-                    // Not all came, so it was not sent, and must not seem so.
-                    self.ack.unsent = 0;
-                    self.ack.acknowledged = acknowledged_before;
+                    // Not all came, so it was not sent.
+                    self.acks.withdraw();
                 } else {
-                    self.wire_bytes += self.ack.take(result);
+                    self.told(result);
                 }
             }
             let bytes = match self.received(received) {
@@ -226,15 +181,29 @@ impl IoUringPageReceiver {
         Ok(())
     }
 
+    /// What the request for an acknowledgement came to.
+    fn told(&mut self, result: i32) {
+        match usize::try_from(result) {
+            Ok(sent) => {
+                self.acks.sent(sent);
+                self.wire_bytes += sent as u64;
+            }
+            Err(_) if [libc::EAGAIN, libc::EINTR, libc::ECANCELED].contains(&-result) => {
+                self.acks.no_room();
+            }
+            Err(_) => self.acks.nobody(),
+        }
+    }
+
     /// Says what has landed, if that is news and there is room.
     fn acknowledge(&mut self) -> Result<(), TransportError> {
-        while self.ack.is_due(self.landed) {
+        while self.acks.is_due(self.landed) {
             let mut chain = Chain::new();
-            self.ack.request(self.landed, &mut chain);
+            chain.send_now(self.acks.next(self.landed));
             let result = self.ring.run(&self.socket, &mut chain);
             let result = result.map_err(|cause| self.socket.failed(RECEIVING, cause))?[0];
-            self.wire_bytes += self.ack.take(result);
-            if self.ack.stuck {
+            self.told(result);
+            if self.acks.is_stuck() {
                 break;
             }
         }

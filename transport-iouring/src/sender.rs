@@ -5,7 +5,7 @@
 //! does in order, going on by itself after partial sends, and one system call hands the chain
 //! over and waits for its end. The last request takes what acknowledgements are there.
 //!
-//! Pages go out without a copy where that pays ([`ZeroCopy`]): long runs from registered buffers
+//! Pages go out without a copy where that pays ([`Trial`]): long runs from registered buffers
 //! if there are any, or pinned by the kernel for the time of one send; all else is copied by the
 //! kernel. There are no plain sends from registered buffers: `IORING_OP_SEND` takes none, and
 //! `IORING_OP_WRITE_FIXED` neither goes on after a partial send nor, before Linux 6.18, spares the
@@ -14,33 +14,31 @@
 //! # Acknowledgements
 //!
 //! As tcp has them: a flag on a batch now and then, and a request when this side waits and no
-//! answer would come otherwise ([`AckSchedule`]). A batch that was sent zero-copy counts as landed
+//! answer would come otherwise ([`AckSchedule`](stream::AckSchedule)). A batch that was sent zero-copy counts as landed
 //! when the kernel has let go of its memory too, which is mostly before.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::memory::GuestMemory;
-use pageferry::transport::stream::{self, ACK_BYTES, AckSchedule};
+use pageferry::transport::stream;
 use pageferry::transport::{
     ChannelCounters, Interrupt, PageSender, Run, Ticket, TransportError, Watermarks, ZeroCopyCounts,
 };
-use pageferry_tcp::{DataSocket, ZeroCopy};
+use pageferry_tcp::DataSocket;
 use rustix::io::Errno;
 
 use crate::chain::{Chain, Until};
-use crate::features::Feature;
+use crate::landings::Landings;
 use crate::options::IoUringOptions;
 use crate::queue::{Queue, WireBatch};
 use crate::ring::Ring;
 use crate::setup::MAX_CHAIN;
 use crate::table::Table;
+use crate::trial::Trial;
 use crate::vectors::{Outgoing, ZeroCopyRuns};
 
-/// Acknowledgements read with one request.
-const ACKS_AT_ONCE: usize = 64;
 /// A queue that has waited for so long is handed over at the next look.
 const STALE: Duration = Duration::from_millis(1);
 /// How long a wait for notifications lasts before it looks whether it is to go on: an interrupt ends
@@ -63,19 +61,6 @@ enum Phase {
     /// Something failed, perhaps in the middle of a batch: nothing can follow.
     Broken,
 }
-
-/// Whether long runs are sent zero-copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Trial {
-    /// So many sends may still be made before the kernel's word on the first ones is known.
-    Running(usize),
-    Pays,
-    DoesNotPay,
-}
-
-/// Sends of a trial, and the longest.
-const TRIAL_SENDS: usize = 8;
-const TRIAL_BYTES: usize = 256 << 10;
 
 /// Whether a request failed because the kernel could not pin its memory, or had none for it.
 fn is_no_room(result: i32) -> bool {
@@ -109,15 +94,7 @@ pub(crate) struct IoUringPageSender {
     head: Vec<u8>,
     /// The engine's tickets.
     sent: Ticket,
-    marks: Watermarks,
-    /// The number on the wire of each batch that is out and not landed, with the engine's last
-    /// ticket in it.
-    wire: VecDeque<(Ticket, Ticket)>,
-    wire_sent: Ticket,
-    acknowledged: Ticket,
-    schedule: AckSchedule,
-    acks: [u8; ACKS_AT_ONCE * ACK_BYTES],
-    acks_filled: usize,
+    landings: Landings,
     wire_bytes: u64,
 }
 
@@ -129,15 +106,7 @@ impl IoUringPageSender {
         ring: Ring,
         options: &IoUringOptions,
     ) -> Self {
-        let features = ring.features();
-        let trial = match options.zero_copy {
-            ZeroCopy::On if features.has(Feature::SendZc) => Trial::Pays,
-            // Only where it may pay, and can be told whether it does.
-            ZeroCopy::Auto if features.has(Feature::ReportUsage) && !socket.is_within_host() => {
-                Trial::Running(TRIAL_SENDS)
-            }
-            _ => Trial::DoesNotPay,
-        };
+        let trial = Trial::new(options.zero_copy, ring.features(), socket.is_within_host());
         Self {
             ring,
             socket,
@@ -153,13 +122,7 @@ impl IoUringPageSender {
             memory,
             head: Vec::new(),
             sent: 0,
-            marks: Watermarks::default(),
-            wire: VecDeque::new(),
-            wire_sent: 0,
-            acknowledged: 0,
-            schedule: AckSchedule::default(),
-            acks: [0; ACKS_AT_ONCE * ACK_BYTES],
-            acks_filled: 0,
+            landings: Landings::default(),
             wire_bytes: 0,
         }
     }
@@ -197,34 +160,27 @@ impl IoUringPageSender {
     fn encode(&mut self, last: Last) -> Result<(), TransportError> {
         self.queued_since = None;
         for WireBatch { runs, last, .. } in self.queue.drain() {
-            self.wire_sent += 1;
-            let ask = self.schedule.flag_next(self.wire_sent, &runs);
-            stream::encode_batch(self.wire_sent, &runs, ask, &mut self.head);
-            self.outgoing.record(self.wire_sent, &self.head, runs);
-            self.wire.push_back((self.wire_sent, last));
+            let (number, ask) = self.landings.number(last, &runs);
+            stream::encode_batch(number, &runs, ask, &mut self.head);
+            self.outgoing.record(number, &self.head, runs);
         }
         match last {
             Last::Nothing => {}
             Last::Request => {
-                let waits = self.acknowledged < self.wire_sent;
-                if waits && !self.schedule.expects_more(self.acknowledged) {
+                if self.landings.are_due() && !self.landings.are_expected() {
                     stream::encode_ack_request(&mut self.head);
                     self.outgoing.record(0, &self.head, Vec::new());
-                    self.schedule.requested(self.wire_sent);
+                    self.landings.request();
                 }
             }
             Last::End => {
                 stream::encode_end(&mut self.head);
                 self.outgoing.record(0, &self.head, Vec::new());
                 // The end is a request too.
-                self.schedule.requested(self.wire_sent);
+                self.landings.request();
             }
         }
-        let (most_bytes, most_sends) = match self.trial {
-            Trial::Running(sends) => (TRIAL_BYTES, sends),
-            Trial::Pays => (usize::MAX, self.ring.room_for_zero_copy()),
-            Trial::DoesNotPay => (0, 0),
-        };
+        let (most_bytes, most_sends) = self.trial.most(|| self.ring.room_for_zero_copy());
         let before = most_sends;
         let mut zero_copy = (most_sends > 0).then_some(ZeroCopyRuns {
             table: self.table.as_deref(),
@@ -233,8 +189,8 @@ impl IoUringPageSender {
             most_sends,
         });
         self.outgoing.prepare(zero_copy.as_mut())?;
-        if let (Trial::Running(sends), Some(zero_copy)) = (&mut self.trial, zero_copy) {
-            *sends -= before - zero_copy.most_sends;
+        if let Some(zero_copy) = zero_copy {
+            self.trial.spend(before - zero_copy.most_sends);
         }
         Ok(())
     }
@@ -246,9 +202,9 @@ impl IoUringPageSender {
             let mut chain = Chain::new();
             self.outgoing.request(&mut chain, MAX_CHAIN - 1);
             let sends = chain.len();
-            let with_acks = self.schedule.expects_more(self.acknowledged);
+            let with_acks = self.landings.are_expected();
             if with_acks {
-                chain.then().receive(&mut self.acks[self.acks_filled..], Until::Now);
+                chain.then().receive(self.landings.room(), Until::Now);
             }
             let results = self.ring.run(&self.socket, &mut chain);
             let results = results.map_err(|cause| self.socket.failed(SENDING, cause))?;
@@ -283,22 +239,12 @@ impl IoUringPageSender {
                 return Err(self.socket.failed(SENDING, cause));
             }
         }
-        self.judge();
+        if self.trial.judge(|| self.ring.zero_copy()) {
+            let peer = self.socket.peer_addr();
+            let ZeroCopyCounts { sent, copied_by_kernel, .. } = self.ring.zero_copy();
+            tracing::debug!(%peer, sent, copied_by_kernel, "zero-copy sends: {:?}", self.trial);
+        }
         Ok(())
-    }
-
-    /// Ends the trial of zero-copy sends once the kernel has said what it did.
-    fn judge(&mut self) {
-        if !matches!(self.trial, Trial::Running(_)) {
-            return;
-        }
-        let ZeroCopyCounts { sent, copied_by_kernel, .. } = self.ring.zero_copy();
-        if sent < TRIAL_SENDS as u64 {
-            return;
-        }
-        self.trial = if copied_by_kernel * 2 < sent { Trial::Pays } else { Trial::DoesNotPay };
-        let peer = self.socket.peer_addr();
-        tracing::debug!(%peer, sent, copied_by_kernel, "zero-copy sends: {:?}", self.trial);
     }
 
     /// The kernel may not pin any more; what was to be zero-copy is copied.
@@ -331,26 +277,16 @@ impl IoUringPageSender {
             }
         };
         self.wire_bytes += received as u64;
-        let filled = self.acks_filled + received;
-        let (acks, partial) = self.acks[..filled].as_chunks::<ACK_BYTES>();
-        self.acks_filled = partial.len();
-        for ack in acks {
-            match stream::decode_ack(*ack, self.wire_sent, self.acknowledged) {
-                Ok(acknowledged) => self.acknowledged = acknowledged,
-                Err(error) => {
-                    self.give_up();
-                    return Err(error.into());
-                }
-            }
-        }
-        self.acks.copy_within(filled - self.acks_filled..filled, 0);
-        Ok(())
+        self.landings.take(received).map_err(|error| {
+            self.give_up();
+            error.into()
+        })
     }
 
     /// Waits for acknowledgements, at most so long.
     fn await_acks(&mut self, most: Duration) -> Result<(), TransportError> {
         let mut chain = Chain::new();
-        chain.receive(&mut self.acks[self.acks_filled..], Until::Some);
+        chain.receive(self.landings.room(), Until::Some);
         chain.then().time_out(most);
         let results = self.ring.run(&self.socket, &mut chain);
         let results = results.map_err(|cause| self.socket.failed(AWAITING_ACKS, cause))?;
@@ -358,22 +294,11 @@ impl IoUringPageSender {
         self.take_acks(received)
     }
 
-    /// The wire's numbers in the engine's tickets.
-    fn advance_marks(&mut self) {
+    /// How far all has come.
+    fn advance_marks(&mut self) -> Watermarks {
         self.ring.take_notifications();
-        let released =
-            self.ring.oldest_unreleased().map_or(self.wire_sent, |oldest| oldest.saturating_sub(1));
-        let landed = self.acknowledged.min(released);
-        let last = |upto: Ticket| {
-            let covered = self.wire.iter().take_while(|(wire, _)| *wire <= upto);
-            covered.last().map(|(_, ticket)| *ticket)
-        };
-        let (released, landed_ticket) = (last(released), last(landed));
-        self.marks.released = self.marks.released.max(released.unwrap_or(0));
-        self.marks.landed = self.marks.landed.max(landed_ticket.unwrap_or(0));
-        while self.wire.front().is_some_and(|(wire, _)| *wire <= landed) {
-            self.wire.pop_front();
-        }
+        self.landings.advance(self.ring.oldest_unreleased());
+        self.landings.marks()
     }
 
     /// Waits until the kernel reads no guest memory any more, at most so long.
@@ -412,27 +337,24 @@ impl PageSender for IoUringPageSender {
 
     fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
         self.socket.check()?;
-        let before = self.marks.landed;
+        let before = self.landings.marks().landed;
         let Some(wait) = wait else {
             let stale = self.queued_since.is_some_and(|since| since.elapsed() >= STALE);
             if stale && self.phase == Phase::Open {
                 self.flush(Last::Nothing)?;
             }
-            self.advance_marks();
-            return Ok(self.marks);
+            return Ok(self.advance_marks());
         };
         let deadline = Instant::now().checked_add(wait);
         if self.phase == Phase::Open && before < self.sent {
-            let flushed = self.flush(Last::Request);
-            self.advance_marks();
             // What landed before the link was lost is worth knowing; the next call fails.
-            self.untold = flushed.err();
-            if self.marks.landed == before {
+            self.untold = self.flush(Last::Request).err();
+            if self.advance_marks().landed == before {
                 self.check_open()?;
             }
         }
-        self.advance_marks();
-        while self.marks.landed == before && self.marks.landed < self.sent {
+        let mut marks = self.advance_marks();
+        while marks.landed == before && marks.landed < self.sent {
             let left = deadline
                 .map_or(wait, |deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_zero() {
@@ -441,16 +363,16 @@ impl PageSender for IoUringPageSender {
             if self.phase == Phase::Broken {
                 self.check_open()?;
             }
-            if self.acknowledged < self.wire_sent {
+            if self.landings.are_due() {
                 self.await_acks(left)?;
             } else {
                 let waited = self.ring.await_notification(left.min(TURN));
                 waited.map_err(|cause| self.socket.failed(AWAITING_RELEASE, cause))?;
             }
             self.socket.check()?;
-            self.advance_marks();
+            marks = self.advance_marks();
         }
-        Ok(self.marks)
+        Ok(marks)
     }
 
     fn counters(&self) -> ChannelCounters {
@@ -486,7 +408,7 @@ impl Drop for IoUringPageSender {
     fn drop(&mut self) {
         if self.phase != Phase::Finished {
             self.socket.break_off();
-        } else if self.acknowledged < self.wire_sent {
+        } else if self.landings.are_due() {
             // The last batches may still be in this side's send buffer. The link holds the
             // socket open; tell it to be patient when it goes.
             self.socket.ask_to_linger();

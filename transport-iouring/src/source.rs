@@ -11,11 +11,11 @@ use pageferry::transport::{
 };
 use pageferry_tcp::{TcpOptions, TcpSourceLink, ZeroCopy};
 
+use crate::end::{End, Registered};
 use crate::features::Feature;
 use crate::options::IoUringOptions;
 use crate::rings::Rings;
 use crate::sender::IoUringPageSender;
-use crate::table::Table;
 use crate::{CAPABILITIES, NAME};
 
 /// Connects to a destination that accepts migrations over tcp, whatever moves the pages there.
@@ -38,41 +38,30 @@ pub fn connect(
 /// Dropping it revokes the registration of guest memory and closes all connections, as
 /// [`TcpSourceLink`] does.
 #[derive(Debug)]
-pub struct IoUringSourceLink {
-    tcp: TcpSourceLink,
-    rings: Rings,
-    memory: Option<Registered>,
-}
-
-#[derive(Debug)]
-struct Registered {
-    memory: Arc<GuestMemory>,
-    /// If memory is registered.
-    table: Option<Arc<Table>>,
-}
+pub struct IoUringSourceLink(End<TcpSourceLink>);
 
 impl Rings {
     /// Has io_uring move the pages of a connected link. The other end may be of either sort.
     pub fn source_link(&self, tcp: TcpSourceLink) -> IoUringSourceLink {
-        IoUringSourceLink { tcp, rings: self.clone(), memory: None }
+        IoUringSourceLink(End::new(tcp, self.clone()))
     }
 }
 
 impl IoUringSourceLink {
     /// The migration, as the destination's logs call it.
     pub fn migration_id(&self) -> MigrationId {
-        self.tcp.migration_id()
+        self.0.tcp.migration_id()
     }
 
     /// The destination's address.
     pub fn peer_addr(&self) -> SocketAddr {
-        self.tcp.peer_addr()
+        self.0.tcp.peer_addr()
     }
 
     /// Whether any send may be zero-copy.
     fn may_be_zero_copy(&self) -> bool {
-        let features = self.rings.features();
-        match self.rings.options().zero_copy {
+        let features = self.0.rings.features();
+        match self.0.rings.options().zero_copy {
             ZeroCopy::Off => false,
             ZeroCopy::On => features.has(Feature::SendZc),
             // `Auto`: only where it can be told whether it pays.
@@ -83,7 +72,7 @@ impl IoUringSourceLink {
     /// Whether memory is registered. That pins all of it, and so allocates what is zero too: only
     /// for who asks for it.
     fn registers(&self) -> bool {
-        self.rings.options().zero_copy == ZeroCopy::On && self.may_be_zero_copy()
+        self.0.rings.options().zero_copy == ZeroCopy::On && self.may_be_zero_copy()
     }
 }
 
@@ -98,13 +87,13 @@ impl Link for IoUringSourceLink {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.tcp.control()
+        self.0.tcp.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.tcp.check()?;
+        self.0.tcp.check()?;
         let (mut table, mut cost) = if self.registers() {
-            self.rings.register(memory, || self.tcp.check())?
+            self.0.rings.register(memory, || self.0.tcp.check())?
         } else {
             (None, Registration::default())
         };
@@ -116,33 +105,32 @@ impl Link for IoUringSourceLink {
             cost.registered_bytes = 0;
         }
         // For the case that there is no ring for a channel.
-        self.tcp.register(memory)?;
-        self.memory = Some(Registered { memory: Arc::clone(memory), table });
+        self.0.tcp.register(memory)?;
+        self.0.register(memory, table);
         Ok(cost)
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.tcp.interrupter()
+        self.0.tcp.interrupter()
     }
 }
 
 impl SourceLink for IoUringSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        self.tcp.check()?;
-        let Some(Registered { memory, table }) = &self.memory else {
-            return Err(TransportError::OutOfOrder("data channels before registration"));
-        };
-        let Some(rings) = self.rings.for_channels(channels, table.as_ref(), || self.tcp.check())?
+        self.0.tcp.check()?;
+        let Registered { memory, table } = self.0.registered()?;
+        let Some(rings) =
+            self.0.rings.for_channels(channels, table.as_ref(), || self.0.tcp.check())?
         else {
-            return self.tcp.open_senders(channels);
+            return self.0.tcp.open_senders(channels);
         };
-        let sockets = self.tcp.open_sockets(channels)?;
+        let sockets = self.0.tcp.open_sockets(channels)?;
         sockets
             .into_iter()
             .zip(rings)
             .map(|(socket, ring)| {
-                let (memory, table) = (Arc::clone(memory), table.clone());
-                let options = self.rings.options();
+                let (memory, table) = (Arc::clone(&memory), table.clone());
+                let options = self.0.rings.options();
                 let sender = IoUringPageSender::new(socket, memory, table, ring, options);
                 Ok(Box::new(sender) as Box<dyn PageSender>)
             })

@@ -4,8 +4,9 @@
 
 use std::time::Duration;
 
+use pageferry::testing::conformance::acceptors::{self, Venue};
 use pageferry::testing::conformance::{Pair, run_all};
-use pageferry::transport::Admission;
+use pageferry::transport::{Admission, DestinationLink, SourceLink, TransportError};
 use pageferry_iouring::{Feature, Features, IoUringOptions, Rings, ZeroCopy};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 
@@ -152,4 +153,27 @@ fn with_a_polling_kernel_thread() {
 fn without_zero_copy() {
     let options = IoUringOptions { zero_copy: ZeroCopy::Off, ..IoUringOptions::default() };
     run_all(&|| pair_of(&TcpOptions::default(), options.clone()));
+}
+
+/// Tcp's acceptor, and io_uring at both ends.
+struct Port(TcpAcceptor, Rings);
+
+impl Venue for Port {
+    fn connect(&self) -> Result<Box<dyn SourceLink>, TransportError> {
+        let source = connect(self.0.local_addr(), TcpOptions::default())?;
+        Ok(Box::new(self.1.source_link(source)))
+    }
+
+    fn accept(&self, timeout: Duration) -> Result<Box<dyn DestinationLink>, TransportError> {
+        Ok(Box::new(self.1.destination_link(self.0.accept(Some(timeout))?)))
+    }
+}
+
+#[test]
+fn who_is_turned_away_hears_why() {
+    acceptors::run_all(&|| {
+        let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default());
+        let rings = rings(IoUringOptions::default());
+        Box::new(Port(acceptor.expect("a port of loopback"), rings))
+    });
 }
