@@ -12,6 +12,7 @@ use clap::ValueEnum;
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use pageferry_cli::child::{OwnedChild, end_with_parent};
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_cli::signals;
 use rustix::process::Signal;
 use serde::Serialize;
@@ -50,6 +51,18 @@ pub(crate) enum NoAnswer {
     /// A side failed.
     #[error("{0}")]
     Failed(String),
+}
+
+/// How a measurement ended: that somebody cancelled it is no failure.
+pub(crate) fn outcome(measured: Result<(), Failure>) -> Result<Outcome, Failure> {
+    match measured {
+        Ok(()) => Ok(Outcome::Completed),
+        Err(error) if matches!(error.downcast_ref(), Some(NoAnswer::Cancelled)) => {
+            say!("cancelled");
+            Ok(Outcome::Cancelled)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Both processes. Dropping it ends them and waits until they are gone.

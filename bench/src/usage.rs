@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
 use pageferry_cli::cpu;
-
-use crate::host::kib_bytes;
+use pageferry_report::facts::kib_bytes;
 
 /// CPU time of all threads of this process so far, user and system, in nanoseconds.
 pub(crate) fn process_cpu_nanoseconds() -> u64 {

@@ -9,8 +9,6 @@ use pageferry_cli::units::size;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
-pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
-
 /// What moves the pages. A measurement is of one that was named: none is up to the kernel, or to options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -82,7 +80,7 @@ impl std::fmt::Display for Transport {
 
 /// Memory of whole pages of its backing, no more than a region can have.
 pub(crate) fn whole_pages(memory: u64, backing: Backing) -> Result<(), String> {
-    let unit = if backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+    let unit = backing.page_bytes();
     if memory / PAGE_BYTES > MAX_REGION_PAGES {
         let most = MAX_REGION_PAGES * PAGE_BYTES;
         Err(format!("--memory {memory} is too much, at most {most} is possible"))

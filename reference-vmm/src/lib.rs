@@ -8,6 +8,8 @@
 //! The workloads ([`workload`]) dirty memory in ways whose result can be verified from memory
 //! alone, so after a move the destination can tell by itself whether a page was lost.
 
+pub mod choice;
+mod config;
 mod devices;
 pub mod embed;
 pub mod error;

@@ -21,7 +21,8 @@ use vm_memory::{
 const LOW_RAM_END: u64 = 3 << 30;
 /// Where RAM goes on above the hole.
 const HIGH_RAM_START: u64 = 4 << 30;
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// The pages of [`Backing::Hugetlb`].
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const BASE_PAGE_BYTES: u64 = 4096;
 /// Bytes for one bit: the engine's pages.
 const BITMAP_PAGE_BYTES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -38,6 +39,16 @@ pub enum Backing {
     Memfd,
     /// A memfd of reserved 2 MiB huge pages.
     Hugetlb,
+}
+
+impl Backing {
+    /// Memory is a multiple of that.
+    pub fn page_bytes(self) -> u64 {
+        match self {
+            Self::Anonymous | Self::Memfd => BASE_PAGE_BYTES,
+            Self::Hugetlb => HUGE_PAGE_BYTES,
+        }
+    }
 }
 
 impl fmt::Display for Backing {
@@ -284,7 +295,8 @@ fn map_region<B: Bitmap>(
     GuestRegionMmap::new(mapping, GuestAddress(guest_address)).ok_or(bad)
 }
 
-fn check_huge_pages(needed_pages: u64) -> Result<(), RamError> {
+/// Whether so many huge pages are there and not promised to anybody.
+pub fn check_huge_pages(needed_pages: u64) -> Result<(), RamError> {
     let free = huge_page_counter("free_hugepages")?;
     let reserved = huge_page_counter("resv_hugepages")?;
     let available_pages = free.saturating_sub(reserved);

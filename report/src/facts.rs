@@ -55,7 +55,7 @@ impl Facts {
             cpu: field(&read("/proc/cpuinfo"), "model name"),
             cpus: thread::available_parallelism().map_or(1, usize::from),
             kernel: read("/proc/sys/kernel/osrelease"),
-            memory_bytes: kib_bytes(&field(&read("/proc/meminfo"), "MemTotal")),
+            memory_bytes: meminfo("MemTotal").unwrap_or(0),
             thp: chosen(&read(&format!("{thp}/enabled"))),
             thp_shmem: chosen(&read(&format!("{thp}/shmem_enabled"))),
             huge_pages: read(huge).parse().unwrap_or(0),
@@ -67,9 +67,16 @@ impl Facts {
 
 /// All memory and swap of this machine, used or not. `None` where it does not tell.
 pub fn memory_and_swap_bytes() -> Option<u64> {
-    let text = read("/proc/meminfo");
-    let [memory, swap] = ["MemTotal", "SwapTotal"].map(|name| kib_bytes(&field(&text, name)));
-    (memory > 0).then(|| memory.saturating_add(swap))
+    Some(meminfo("MemTotal")?.saturating_add(meminfo("SwapTotal").unwrap_or(0)))
+}
+
+/// Memory that can be had without swapping. `None` where the machine does not tell.
+pub fn available_bytes() -> Option<u64> {
+    meminfo("MemAvailable")
+}
+
+fn meminfo(name: &str) -> Option<u64> {
+    kib_bytes(&field(&read("/proc/meminfo"), name))
 }
 
 fn read(path: &str) -> String {
@@ -84,10 +91,9 @@ fn field(text: &str, name: &str) -> String {
         .map_or_else(String::new, |(_, value)| value.trim().to_owned())
 }
 
-/// "1024 kB".
-fn kib_bytes(value: &str) -> u64 {
-    let kib = value.strip_suffix("kB").and_then(|value| value.trim().parse::<u64>().ok());
-    kib.unwrap_or(0).saturating_mul(1024)
+/// "  1024 kB", as the kernel writes sizes, in bytes.
+pub fn kib_bytes(value: &str) -> Option<u64> {
+    value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// The word in brackets of `always [madvise] never`.
@@ -107,8 +113,8 @@ mod tests {
             "A CPU: fast"
         );
         assert_eq!(field("", "model name"), "");
-        assert_eq!(kib_bytes("  2048 kB".trim()), 2 << 20);
-        assert_eq!(kib_bytes("many"), 0);
+        assert_eq!(kib_bytes("  2048 kB"), Some(2 << 20));
+        assert_eq!(kib_bytes("many"), None);
         assert_eq!(chosen("always [madvise] never"), "madvise");
         assert_eq!(chosen(""), "");
         let here = Facts::here(Vec::new());

@@ -12,12 +12,11 @@ use indicatif::HumanBytes;
 use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{Layout, PAGE_BYTES, RegionLayout};
 
-use crate::host::available_bytes;
-
 pub(crate) use args::{BitmapArgs, EXAMPLES, METHOD};
 use measure::Sampler;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
+use pageferry_report::facts::available_bytes;
 use pattern::Pattern;
 use report::{Report, Row};
 

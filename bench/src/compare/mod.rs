@@ -18,7 +18,7 @@ use pageferry_report::facts::Facts;
 use crate::host;
 use crate::output;
 use crate::perftest::{READ, WRITE};
-use crate::sides::NoAnswer;
+use crate::sides::{self, NoAnswer};
 
 pub(crate) use args::{CompareArgs, EXAMPLES, METHOD};
 
@@ -34,19 +34,11 @@ trait Mover {
 pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, Failure> {
     host::check_room_for_two(args.memory, args.backing)?;
     let facts = Facts::here(transports());
-    match compare(args) {
-        Ok(comparison) => {
-            let mut document = Document::new(Kind::Compare, facts);
-            document.comparisons.push(comparison);
-            output::report(&document, &table(&document.comparisons[0]), args.json)?;
-            Ok(Outcome::Completed)
-        }
-        Err(error) if matches!(error.downcast_ref(), Some(NoAnswer::Cancelled)) => {
-            say!("cancelled");
-            Ok(Outcome::Cancelled)
-        }
-        Err(error) => Err(error),
-    }
+    sides::outcome(compare(args).and_then(|comparison| {
+        let mut document = Document::new(Kind::Compare, facts);
+        document.comparisons.push(comparison);
+        output::report(&document, &table(&document.comparisons[0]), args.json)
+    }))
 }
 
 fn compare(args: &CompareArgs) -> Result<Comparison, Failure> {

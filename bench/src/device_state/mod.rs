@@ -11,7 +11,8 @@ use indicatif::HumanBytes;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
 use pageferry_device_state::{DeviceState, from_bytes, to_bytes};
-use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available};
+use pageferry_vmm::choice::GuestChoice;
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
 use pageferry_vmm::ram::{Backing, Ram};
 use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 use serde::Serialize;
@@ -60,13 +61,7 @@ struct Report {
 
 /// Measures, and prints the result.
 pub(crate) fn run(args: &DeviceStateArgs) -> Result<Outcome, Failure> {
-    let kind = match kvm_available() {
-        Ok(()) => GuestKind::Kvm,
-        Err(reason) => {
-            say!("no KVM guest, because {reason}: threads of a process instead");
-            GuestKind::Process
-        }
-    };
+    let kind = GuestChoice::Auto.decide();
     let mut guest = guest(kind, args.vcpus)?;
     let state = guest.save()?;
     let mut saves = Vec::new();
@@ -127,12 +122,8 @@ fn guest(kind: GuestKind, vcpus: u8) -> Result<Guest, Failure> {
     })?;
     guest.boot()?;
     guest.resume()?;
-    while guest.heartbeat().beats < 10 * u64::from(vcpus) {
-        if let Some(failure) = guest.failure() {
-            return Err(format!("the guest ended: {failure}").into());
-        }
-        std::thread::yield_now();
-    }
+    let lives = guest.await_beats(10 * u64::from(vcpus));
+    lives.map_err(|reason| format!("the guest does not run: {reason}"))?;
     guest.pause()?;
     Ok(guest)
 }

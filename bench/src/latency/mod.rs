@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::links::Way;
 use crate::random::Random;
-use crate::sides::{NoAnswer, SideName, Sides};
+use crate::sides::{self, NoAnswer, SideName, Sides};
 use crate::words::Transport;
 
 pub(crate) use args::{EXAMPLES, LatencyArgs, METHOD};
@@ -35,21 +35,13 @@ const PAGES_BYTES: u64 = 64 << 20;
 
 /// Measures, and prints the result.
 pub(crate) fn run(args: &LatencyArgs) -> Result<Outcome, Failure> {
-    match measure(args) {
-        Ok((document, intervals)) => {
-            if let Some(directory) = &args.histograms {
-                keep(directory, &args.transport.to_string(), &intervals)?;
-                say!("histograms are in {}", directory.display());
-            }
-            report::print(&document, args.json)?;
-            Ok(Outcome::Completed)
+    sides::outcome(measure(args).and_then(|(document, intervals)| {
+        if let Some(directory) = &args.histograms {
+            keep(directory, &args.transport.to_string(), &intervals)?;
+            say!("histograms are in {}", directory.display());
         }
-        Err(error) if matches!(error.downcast_ref(), Some(NoAnswer::Cancelled)) => {
-            say!("cancelled");
-            Ok(Outcome::Cancelled)
-        }
-        Err(error) => Err(error),
-    }
+        report::print(&document, args.json)
+    }))
 }
 
 fn measure(args: &LatencyArgs) -> Result<(Document, Vec<Interval>), Failure> {

@@ -1,14 +1,14 @@
 //! The command line of `migrate`.
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use pageferry::MAX_CHANNELS;
 use pageferry_cli::units::size;
-use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
+use pageferry_vmm::choice::{GuestChoice, check_sizes};
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
 
-use crate::words::{HUGE_PAGE_BYTES, RdmaArgs, Transport};
+use crate::words::{RdmaArgs, Transport};
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:
@@ -29,17 +29,6 @@ What is measured:
   Load of the guest is threads that read the guest's memory and compute as long as the guest runs, at
   the source and then at the destination. Load of the host is threads of a third process that copy
   memory and compute all the time. Each takes a CPU, if it can get one; what they got is reported.";
-
-/// What runs the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum GuestChoice {
-    /// KVM, or a process where there is no /dev/kvm.
-    Auto,
-    /// A KVM virtual machine.
-    Kvm,
-    /// Threads of a process.
-    Process,
-}
 
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArgs {
@@ -97,22 +86,6 @@ impl MigrateArgs {
     pub(crate) fn check(&self) -> Result<(), String> {
         RdmaArgs::check(&self.transport)?;
         let Self { memory, working_set, vcpus, .. } = *self;
-        let needed = working_set.saturating_add(WORKING_SET);
-        let huge = self.backing.contains(&Backing::Hugetlb);
-        let unit = if huge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
-        if memory < needed {
-            Err(format!(
-                "--working-set {working_set} needs at least {needed} bytes of memory, --memory is \
-                 {memory}"
-            ))
-        } else if memory > MAX_MEMORY_BYTES {
-            Err(format!("--memory {memory} is too much, at most {MAX_MEMORY_BYTES} is possible"))
-        } else if !memory.is_multiple_of(unit) {
-            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
-        } else if working_set / PAGE_BYTES < u64::from(vcpus) {
-            Err(format!("--working-set {working_set} has less than one page for each of --vcpus"))
-        } else {
-            Ok(())
-        }
+        check_sizes(memory, working_set, vcpus, &self.backing)
     }
 }

@@ -1,16 +1,11 @@
 //! The guest with its load, as the engine sees it.
 
-use std::time::{Duration, Instant};
-
 use pageferry::{GuestAlarm, Machine, MachineError, Rehearsal};
 use pageferry_cli::outcome::Failure;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::Guest;
 
 use crate::load::{Load, Used};
-
-/// For a guest that lives.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A guest whose load runs while it does.
 #[derive(Debug)]
@@ -32,17 +27,8 @@ impl LoadedGuest {
     pub(super) fn await_beats(&self, more: u64) -> Result<(), Failure> {
         let guest = &self.machine.guest;
         let beats = guest.heartbeat().beats + more;
-        let began = Instant::now();
-        while guest.heartbeat().beats < beats {
-            if let Some(failure) = guest.failure() {
-                return Err(format!("the guest ended: {failure}").into());
-            }
-            if began.elapsed() > PATIENCE {
-                return Err("the guest does not beat".into());
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
+        let lives = guest.await_beats(beats);
+        Ok(lives.map_err(|reason| format!("the guest does not run: {reason}"))?)
     }
 }
 

@@ -13,9 +13,8 @@ use pageferry_cli::transport::facts::transports;
 use pageferry_report::document::{Document, Kind, Load as LoadFigures, Migration, Setting};
 use pageferry_report::facts::Facts;
 use pageferry_report::heartbeat::HeartbeatGap;
-use pageferry_vmm::guest::{
-    GuestConfig, GuestKind, kvm_available, tracking_available, workload_available,
-};
+use pageferry_vmm::choice::decide_tracking;
+use pageferry_vmm::guest::{GuestConfig, GuestKind};
 use pageferry_vmm::ram::{Backing, Ram};
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
@@ -26,7 +25,6 @@ use crate::load::Load;
 use crate::sides::{NoAnswer, SideName, Sides};
 use crate::words::Transport;
 
-use args::GuestChoice;
 pub(crate) use args::{EXAMPLES, METHOD, MigrateArgs};
 pub(crate) use side::serve;
 
@@ -90,7 +88,8 @@ struct Arrived {
 
 /// Measures, and prints the result.
 pub(crate) fn run(args: &MigrateArgs) -> Result<Outcome, Failure> {
-    let (kind, tracking) = decide(args)?;
+    let kind = args.guest.decide();
+    let tracking = decide_tracking(kind, &args.workload, args.dirty_source)?;
     let plans = plans(args, kind, tracking);
     let mut document = Document::new(Kind::Migrate, Facts::here(transports()));
     let mut sides = Sides::start(MEASUREMENT)?;
@@ -125,26 +124,6 @@ pub(crate) fn run(args: &MigrateArgs) -> Result<Outcome, Failure> {
     report::print(&document, args.json)?;
     let right = |each: &Migration| each.outcome == "completed" && each.oracle_ok == Some(true);
     Ok(if document.migrations.iter().all(right) { Outcome::Completed } else { Outcome::Failed })
-}
-
-/// What runs and tracks the guests, once it is known that this host has it.
-fn decide(args: &MigrateArgs) -> Result<(GuestKind, DirtyTracking), Failure> {
-    let kind = match (args.guest, kvm_available()) {
-        (GuestChoice::Process, _) => GuestKind::Process,
-        (_, Ok(())) => GuestKind::Kvm,
-        (GuestChoice::Kvm, Err(reason)) => return Err(format!("there is no KVM: {reason}").into()),
-        (GuestChoice::Auto, Err(reason)) => {
-            say!("no KVM guest, because {reason}: threads of a process instead");
-            GuestKind::Process
-        }
-    };
-    for workload in &args.workload {
-        workload_available(kind, *workload)?;
-    }
-    let tracking = args.dirty_source.decide(kind)?;
-    tracking.check(kind)?;
-    tracking_available(tracking)?;
-    Ok((kind, tracking))
 }
 
 /// Every combination. What is varied first differs between neighbours, so that they can be compared.

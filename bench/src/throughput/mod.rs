@@ -7,7 +7,7 @@ mod report;
 use crate::host;
 use crate::links::{Way, rdma_address, slice_bytes};
 use crate::perftest::{Device, WRITE};
-use crate::sides::{NoAnswer, SideName};
+use crate::sides::{self, SideName};
 use crate::transfer::{self, Answer, Contestant, Order, Setup, prepared, transfer};
 use crate::words::Transport;
 use pageferry_cli::outcome::{Failure, Outcome};
@@ -30,18 +30,8 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<Outcome, Failure> {
         batch_bytes: args.batch,
         populate_threads: args.populate,
     };
-    match measure(&setup, args.pairs) {
-        Ok(pairs) => {
-            let report = Report::new(&setup, &pairs);
-            report.print(args.json)?;
-            Ok(Outcome::Completed)
-        }
-        Err(error) if matches!(error.downcast_ref(), Some(NoAnswer::Cancelled)) => {
-            say!("cancelled");
-            Ok(Outcome::Cancelled)
-        }
-        Err(error) => Err(error),
-    }
+    let measured = measure(&setup, args.pairs);
+    sides::outcome(measured.and_then(|pairs| Report::new(&setup, &pairs).print(args.json)))
 }
 
 fn measure(setup: &Setup, count: u16) -> Result<Vec<Pair>, Failure> {

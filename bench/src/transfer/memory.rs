@@ -8,7 +8,7 @@ use std::thread;
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
 use pageferry_cli::outcome::Failure;
 use pageferry_rust_vmm::guest_memory;
-use pageferry_vmm::ram::Ram;
+use pageferry_vmm::ram::{HUGE_PAGE_BYTES, Ram};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::wire::Setup;
@@ -86,7 +86,6 @@ fn fill_part(
 
 /// Cuts memory into contiguous parts of whole pages; whole huge pages where there are enough.
 pub(super) fn parts(memory_bytes: u64, parts: usize) -> impl Iterator<Item = Range<u64>> {
-    const HUGE_PAGE_BYTES: u64 = 2 << 20;
     let parts = parts as u64;
     let unit = if memory_bytes >= parts * HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { PAGE_BYTES };
     let units = memory_bytes.div_ceil(unit);

@@ -5,7 +5,6 @@ mod demo;
 mod inspect;
 mod receive;
 mod report;
-mod resident;
 mod run;
 mod saved;
 mod schema;

@@ -25,8 +25,7 @@ use pageferry_vmm::guest::{Guest, GuestConfig};
 use rustix::process::Signal;
 
 use crate::args::ReceiveArgs;
-use crate::report::{describe, heartbeat};
-use crate::resident::{await_beats, check};
+use crate::report::{check, describe, heartbeat};
 
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
@@ -250,7 +249,7 @@ fn run_on(
     wishes: &Receiver<Wish>,
 ) -> Result<Outcome, Failure> {
     let before = guest.heartbeat().beats;
-    if !await_beats(&guest, before + 10) {
+    if guest.await_beats(before + 10).is_err() {
         report.fail("the guest does not beat at the destination".to_owned());
     }
     let Some(time) = args.run_for else {

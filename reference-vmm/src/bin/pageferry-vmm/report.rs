@@ -6,7 +6,8 @@ use pageferry::Statistics;
 use pageferry_cli::migration::MigrationArgs;
 use pageferry_cli::outcome::Outcome;
 use pageferry_cli::report::{GuestAt, Report};
-use pageferry_vmm::guest::GuestConfig;
+use pageferry_vmm::error::GuestError;
+use pageferry_vmm::guest::{Guest, GuestConfig};
 use pageferry_vmm::heartbeat::HeartbeatSnapshot;
 use pageferry_vmm::tracking::DirtyTracking;
 
@@ -37,4 +38,18 @@ pub(crate) fn describe(report: &mut Report, config: &GuestConfig) {
 /// What it noticed.
 pub(crate) fn heartbeat(report: &mut Report, seen: HeartbeatSnapshot) {
     report.heartbeat(seen.beats, Duration::from_nanos(seen.longest_gap_ns));
+}
+
+/// Pauses the guest for good and looks whether its memory is what it wrote.
+pub(crate) fn check(guest: &mut Guest, report: &mut Report) -> Result<(), GuestError> {
+    guest.pause()?;
+    let oracle = guest.check_oracle();
+    if !oracle.ok {
+        report.fail(format!("the guest's memory is wrong: {}", oracle.detail));
+    }
+    report.oracle(oracle.ok, oracle.detail);
+    if let Some(failure) = guest.failure() {
+        report.fail(format!("the guest ended: {failure}"));
+    }
+    Ok(())
 }

@@ -15,19 +15,17 @@ use pageferry_cli::wishes::{
     Wish, cancels, connect, hearing, listen_to_signals, listen_to_stdin, steer, wait_or_quit,
 };
 use pageferry_report::recorder::Recorder;
+use pageferry_vmm::choice::decide_tracking;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
-use pageferry_vmm::guest::{
-    Guest, GuestConfig, GuestKind, kvm_available, tracking_available, workload_available,
-};
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
 use pageferry_vmm::ram::Ram;
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadConfig;
 use rustix::process::Signal;
 
 use crate::args::{GuestArgs, RunArgs};
-use crate::report::{heartbeat, of_source};
-use crate::resident::{await_beats, check};
+use crate::report::{check, heartbeat, of_source};
 
 pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     GuestConfig {
@@ -44,16 +42,9 @@ pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     }
 }
 
-/// What will track a guest of this kind, once it is known that this host has both, and that such a
-/// guest can do what it is told to.
+/// What will track it, once it is known that this host can run it.
 pub(crate) fn tracking(args: &GuestArgs, kind: GuestKind) -> Result<DirtyTracking, GuestError> {
-    if kind == GuestKind::Kvm {
-        kvm_available().map_err(|reason| GuestError::KvmUnavailable { reason })?;
-    }
-    workload_available(kind, args.workload)?;
-    let tracking = args.dirty_source.decide(kind)?;
-    tracking_available(tracking)?;
-    Ok(tracking)
+    decide_tracking(kind, &[args.workload], args.dirty_source)
 }
 
 pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
@@ -68,10 +59,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     let mut guest = Guest::create_tracked(config, tracking)?;
     guest.boot()?;
     guest.resume()?;
-    if !await_beats(&guest, 1) {
-        let reason = guest.failure().unwrap_or_else(|| "it does not beat".to_owned());
-        return Err(format!("the guest did not start: {reason}").into());
-    }
+    guest.await_beats(1).map_err(|reason| format!("the guest did not start: {reason}"))?;
     for line in String::from_utf8_lossy(&guest.serial_output()).lines() {
         say!("guest: {line}");
     }
@@ -294,7 +282,7 @@ fn stay(
         return Ok(true);
     }
     let beats = guest.heartbeat().beats;
-    if !await_beats(guest, beats + 10) {
+    if guest.await_beats(beats + 10).is_err() {
         report.fail("the guest does not beat any more".to_owned());
     }
     if let Some(time) = args.run_for {

@@ -21,7 +21,6 @@ use serde::Serialize;
 use signal_hook::consts::SIGXFSZ;
 
 use crate::args::{RestoreArgs, SaveArgs};
-use crate::resident::await_beats;
 use crate::run::{config, tracking};
 
 /// Version of the JSON object. Fields are added, never repurposed.
@@ -214,11 +213,8 @@ fn run(guest: &mut Guest, time: Duration, wishes: &Receiver<Wish>) -> Result<(),
 fn resume(guest: &mut Guest) -> Result<(), Failure> {
     let beats = guest.heartbeat().beats;
     guest.resume()?;
-    if await_beats(guest, beats + 10) {
-        return Ok(());
-    }
-    let reason = guest.failure().unwrap_or_else(|| "it does not beat".to_owned());
-    Err(format!("the guest does not run: {reason}").into())
+    let beats = guest.await_beats(beats + 10);
+    Ok(beats.map_err(|reason| format!("the guest does not run: {reason}"))?)
 }
 
 impl Report {

@@ -1,53 +1,15 @@
 //! The guest: what it is made of, and what it does.
 
-use clap::{Args, ValueEnum};
-use pageferry_cli::say;
+use clap::Args;
 use pageferry_cli::units::size;
-use pageferry_vmm::guest::{GuestKind, kvm_available};
-use pageferry_vmm::layout::{MAX_MEMORY_BYTES, PAGE_BYTES, WORKING_SET};
-use pageferry_vmm::ram::Backing;
+use pageferry_vmm::choice::{GuestChoice, check_sizes};
+use pageferry_vmm::layout::{MAX_MEMORY_BYTES, WORKING_SET};
+use pageferry_vmm::ram::{Backing, HUGE_PAGE_BYTES};
 use pageferry_vmm::tracking::DirtyTracking;
 use pageferry_vmm::workload::WorkloadKind;
-use serde::Serialize;
 
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
 const DEFAULT_WORKING_SET_BYTES: u64 = 64 << 20;
-
-/// What runs the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum GuestChoice {
-    /// KVM, or a process where there is no /dev/kvm.
-    Auto,
-    /// A KVM virtual machine.
-    Kvm,
-    /// Threads of a process.
-    Process,
-}
-
-impl GuestChoice {
-    /// Decides; without KVM, says so on stderr.
-    pub(crate) fn decide(self) -> GuestKind {
-        let (kind, why) = self.kind();
-        if let Some(reason) = why {
-            say!("no KVM guest, because {reason}: threads of a process instead");
-        }
-        kind
-    }
-
-    /// What it comes to, and why it is not KVM where that was not asked for.
-    fn kind(self) -> (GuestKind, Option<String>) {
-        match self {
-            Self::Kvm => (GuestKind::Kvm, None),
-            Self::Process => (GuestKind::Process, None),
-            Self::Auto => match kvm_available() {
-                Ok(()) => (GuestKind::Kvm, None),
-                Err(reason) => (GuestKind::Process, Some(reason)),
-            },
-        }
-    }
-}
 
 #[derive(Debug, Args)]
 pub(crate) struct GuestArgs {
@@ -105,25 +67,7 @@ impl GuestArgs {
             format!("--workload {}: {error}{}", self.workload, why.unwrap_or_default())
         })?;
         let (memory, working_set, vcpus) = (self.memory(), self.working_set(), self.vcpus);
-        let needed = working_set.saturating_add(WORKING_SET);
-        let unit = if self.backing == Backing::Hugetlb { HUGE_PAGE_BYTES } else { PAGE_BYTES };
-        if memory < needed {
-            Err(format!(
-                "--working-set {working_set} needs at least {needed} bytes of memory, --memory is \
-                 {memory}"
-            ))
-        } else if memory > MAX_MEMORY_BYTES {
-            Err(format!("--memory {memory} is too much, at most {MAX_MEMORY_BYTES} is possible"))
-        } else if !memory.is_multiple_of(unit) {
-            Err(format!("--memory {memory} is not a multiple of the page size, {unit} bytes"))
-        } else if working_set / PAGE_BYTES < u64::from(vcpus) {
-            Err(format!(
-                "--working-set {working_set} has less than one page of {PAGE_BYTES} bytes for each \
-                 of --vcpus {vcpus}"
-            ))
-        } else {
-            Ok(())
-        }
+        check_sizes(memory, working_set, vcpus, &[self.backing])
     }
 }
 
