@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use pageferry::transport::{Admission, DestinationLink, Interrupt, SourceLink};
+use pageferry::transport::{
+    Admission, Capabilities, DestinationLink, Interrupt, MAX_BATCH_RUNS, SourceLink,
+};
 use pageferry_cli::outcome::Failure;
 #[cfg(not(feature = "rdma"))]
 use pageferry_cli::transport::WITHOUT_RDMA;
@@ -114,18 +116,13 @@ pub(crate) fn slice_bytes(args: RdmaArgs) -> u32 {
 }
 
 /// The address of an RDMA device where both sides are: the one that was named, or the first there is.
-#[cfg(feature = "rdma")]
 pub(crate) fn rdma_address(args: RdmaArgs) -> Result<IpAddr, Failure> {
     if let Some(address) = args.rdma_address {
         return Ok(address);
     }
-    let first = pageferry_rdma::addresses()?.into_iter().next();
-    first.map(|first| first.address).ok_or_else(|| "no RDMA device has an address".into())
-}
-
-#[cfg(not(feature = "rdma"))]
-pub(crate) fn rdma_address(_: RdmaArgs) -> Result<IpAddr, Failure> {
-    Err(WITHOUT_RDMA.into())
+    let any = transport::RdmaArgs::default();
+    let first = transport::Transport::Rdma.address_here(&any)?;
+    Ok(first.parse::<SocketAddr>()?.ip())
 }
 
 #[cfg(feature = "rdma")]
@@ -141,6 +138,16 @@ pub(crate) fn rdma_options(args: RdmaArgs) -> RdmaOptions {
         ..defaults
     }
 }
+
+/// Of a sender that moves nothing; batches as the engine has them.
+pub(crate) const NOWHERE: Capabilities = Capabilities {
+    one_sided_write: false,
+    one_sided_read: false,
+    zero_copy: false,
+    needs_registration: false,
+    max_batch_bytes: 4 << 20,
+    max_batch_runs: MAX_BATCH_RUNS,
+};
 
 /// What interrupts a sender that never waits.
 pub(crate) struct Nobody;

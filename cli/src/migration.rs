@@ -11,7 +11,7 @@ use pageferry::threads::PinnedThreads;
 use pageferry::transport::TransportError;
 
 use crate::transport::{Chosen, LinkArgs, RdmaArgs, Transport, ZeroCopyChoice};
-use crate::units::{downtime, rate, time, time_text, value_name};
+use crate::units::{downtime, options, rate, time, time_text, value_name};
 
 /// What a downtime limit means once the guest is paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -138,33 +138,30 @@ impl MigrationArgs {
     /// As options of a command line.
     pub fn to_command_line(&self) -> Vec<String> {
         let mut list = self.for_both_sides();
-        let mut option = |name: &str, value: Option<String>| {
-            if let Some(value) = value {
-                list.extend([format!("--{name}"), value]);
-            }
-        };
-        option("channels", Some(self.channels.to_string()));
-        option("zero-copy", Some(value_name(&self.zero_copy)));
-        option("downtime-limit", Some(time_text(&self.downtime_limit)));
-        option("downtime-bound", Some(value_name(&self.downtime_bound)));
-        option("not-converging", Some(value_name(&self.not_converging)));
-        option("deadline", self.deadline.as_ref().map(time_text));
-        option("max-rounds", self.max_rounds.map(|rounds| rounds.to_string()));
-        option("bandwidth-limit", self.bandwidth_limit.map(|limit| limit.to_string()));
-        option(
-            "switchover-bandwidth",
-            self.switchover_bandwidth.map(|expected| expected.to_string()),
-        );
+        list.extend(options([
+            ("channels", Some(self.channels.to_string())),
+            ("zero-copy", Some(value_name(&self.zero_copy))),
+            ("downtime-limit", Some(time_text(&self.downtime_limit))),
+            ("downtime-bound", Some(value_name(&self.downtime_bound))),
+            ("not-converging", Some(value_name(&self.not_converging))),
+            ("deadline", self.deadline.as_ref().map(time_text)),
+            ("max-rounds", self.max_rounds.map(|rounds| rounds.to_string())),
+            ("bandwidth-limit", self.bandwidth_limit.map(|limit| limit.to_string())),
+            (
+                "switchover-bandwidth",
+                self.switchover_bandwidth.map(|expected| expected.to_string()),
+            ),
+        ]));
         list
     }
 
     /// Those of them that a destination has as well.
     pub fn for_both_sides(&self) -> Vec<String> {
-        let mut list = vec!["--transport".to_owned(), value_name(&self.transport)];
-        if !self.pin.is_empty() {
-            let cpus: Vec<_> = self.pin.iter().map(ToString::to_string).collect();
-            list.extend(["--pin".to_owned(), cpus.join(",")]);
-        }
+        let cpus: Vec<_> = self.pin.iter().map(ToString::to_string).collect();
+        let mut list = options([
+            ("transport", Some(value_name(&self.transport))),
+            ("pin", (!cpus.is_empty()).then(|| cpus.join(","))),
+        ]);
         list.extend(self.link.to_command_line());
         list.extend(self.rdma.to_command_line());
         list

@@ -1,4 +1,4 @@
-//! Sizes, rates, times and names as a command line has them.
+//! Sizes, rates, times, names and options as a command line has them.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -52,4 +52,10 @@ pub fn time(text: &str) -> Result<Duration, String> {
 /// One of a few values, by the name that chooses it.
 pub fn value_name(value: &impl ValueEnum) -> String {
     value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// Options with values, as far as they were given, for the command line of another process.
+pub fn options<'a>(given: impl IntoIterator<Item = (&'a str, Option<String>)>) -> Vec<String> {
+    let given = given.into_iter().filter_map(|(name, value)| Some((name, value?)));
+    given.flat_map(|(name, value)| [format!("--{name}"), value]).collect()
 }

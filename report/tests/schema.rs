@@ -4,24 +4,12 @@
 
 #[path = "browser/sample.rs"]
 mod sample;
+#[path = "support/shape.rs"]
+mod shape;
 
 use pageferry_report::document::Document;
-use serde_json::{Map, Value};
-
-/// A value with types in place of values; of a list, of its first one.
-fn shape(value: &Value) -> Value {
-    match value {
-        Value::Null => "null".into(),
-        Value::Bool(_) => "boolean".into(),
-        Value::Number(_) => "number".into(),
-        Value::String(_) => "text".into(),
-        Value::Array(list) => list.iter().take(1).map(shape).collect(),
-        Value::Object(object) => {
-            let fields = object.iter().map(|(name, value)| (name.clone(), shape(value)));
-            Value::Object(fields.collect::<Map<_, _>>())
-        }
-    }
-}
+use serde_json::Value;
+use shape::shape;
 
 #[test]
 fn the_shape_of_a_document_is_a_contract() {

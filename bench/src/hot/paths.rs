@@ -13,8 +13,8 @@ use pageferry::transport::stream::{
     HEADER_BYTES, Header, LEAD_BYTES, decode_header, decode_table, encode_batch,
 };
 use pageferry::transport::{
-    Capabilities, ChannelCounters, Interrupt, MAX_BATCH_RUNS, PageSender, Run, RunKind, Ticket,
-    TransportError, Watermarks,
+    Capabilities, ChannelCounters, Interrupt, PageSender, Run, RunKind, Ticket, TransportError,
+    Watermarks,
 };
 use pageferry_cli::outcome::Failure;
 use pageferry_rust_vmm::guest_memory;
@@ -22,7 +22,7 @@ use pageferry_vmm::ram::{Backing, Ram};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Counts;
-use crate::links::Nobody;
+use crate::links::{NOWHERE, Nobody};
 use crate::random::Random;
 
 /// Guest memory for each unit of work.
@@ -102,19 +102,11 @@ fn round(
     move || {
         black_box(&ram);
         let (nobody, nowhere) = (DirtySources::new(Vec::new()), Box::new(Nowhere(0)));
-        black_box(send_round(&memory, &dirty, nobody, nowhere, NOWHERE, BATCH_BYTES));
+        let small = Capabilities { max_batch_bytes: BATCH_BYTES, ..NOWHERE };
+        black_box(send_round(&memory, &dirty, nobody, nowhere, small, BATCH_BYTES));
         Ok(Counts::default())
     }
 }
-
-const NOWHERE: Capabilities = Capabilities {
-    one_sided_write: false,
-    one_sided_read: false,
-    zero_copy: false,
-    needs_registration: false,
-    max_batch_bytes: BATCH_BYTES,
-    max_batch_runs: MAX_BATCH_RUNS,
-};
 
 /// A transport on which everything has landed at once. Counts batches.
 #[derive(Debug)]

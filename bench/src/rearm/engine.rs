@@ -8,23 +8,10 @@ use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
 use pageferry::testing::hot::send_round;
 use pageferry::transport::{
-    Capabilities, ChannelCounters, Interrupt, MAX_BATCH_RUNS, PageSender, Run, RunKind, Ticket,
-    TransportError, Watermarks,
+    ChannelCounters, Interrupt, PageSender, Run, RunKind, Ticket, TransportError, Watermarks,
 };
 
-use crate::links::Nobody;
-
-/// The engine's own.
-const BATCH_BYTES: u64 = 4 << 20;
-
-const CAPABILITIES: Capabilities = Capabilities {
-    one_sided_write: false,
-    one_sided_read: false,
-    zero_copy: false,
-    needs_registration: false,
-    max_batch_bytes: BATCH_BYTES,
-    max_batch_runs: MAX_BATCH_RUNS,
-};
+use crate::links::{NOWHERE, Nobody};
 
 /// A call that re-armed.
 #[derive(Debug)]
@@ -46,7 +33,7 @@ pub(super) fn round(
     let paced = Paced { bytes_per_second: gigabits * 1e9 / 8.0, ticket: 0, due: None };
     let sources = DirtySources::new(vec![Box::new(noted)]);
     let began = Instant::now();
-    send_round(memory, dirty, sources, Box::new(paced), CAPABILITIES, BATCH_BYTES);
+    send_round(memory, dirty, sources, Box::new(paced), NOWHERE, NOWHERE.max_batch_bytes);
     let took = began.elapsed();
     let calls = std::mem::take(&mut *calls.lock().unwrap_or_else(PoisonError::into_inner));
     (calls, took)

@@ -1,24 +1,13 @@
 //! The shapes of objects that are no documents of `pageferry-report`: every field with its type, as
 //! others' scripts rely on it. A new field changes the snapshot, and `docs/report.md`.
 
-use serde_json::{Map, Value};
+#[path = "../../../report/tests/support/shape.rs"]
+mod shape;
+
+use serde_json::Value;
+use shape::shape;
 
 use crate::support::{no_kvm, run};
-
-/// A value with types in place of values; of a list, of its first one.
-fn shape(value: &Value) -> Value {
-    match value {
-        Value::Null => "null".into(),
-        Value::Bool(_) => "boolean".into(),
-        Value::Number(_) => "number".into(),
-        Value::String(_) => "text".into(),
-        Value::Array(list) => list.iter().take(1).map(shape).collect(),
-        Value::Object(object) => {
-            let fields = object.iter().map(|(name, value)| (name.clone(), shape(value)));
-            Value::Object(fields.collect::<Map<_, _>>())
-        }
-    }
-}
 
 fn shape_of(args: &[&str]) -> Value {
     let ran = run(args);

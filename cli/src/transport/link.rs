@@ -6,7 +6,7 @@ use clap::Args;
 use pageferry::Timeouts;
 use pageferry_tcp::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
 
-use crate::units::{size, time, time_text};
+use crate::units::{options, size, time, time_text};
 
 /// Settings of a link, with the library's defaults.
 #[derive(Debug, Clone, Default, Args)]
@@ -172,7 +172,7 @@ impl LinkArgs {
         let probes = |Keepalive { idle, interval, probes }: &Keepalive| {
             format!("{},{},{probes}", time_text(idle), time_text(interval))
         };
-        let options = [
+        options([
             ("handshake-timeout", self.handshake_timeout.as_ref().map(time_text)),
             (
                 "registration-timeout-per-gib",
@@ -188,9 +188,7 @@ impl LinkArgs {
             ("keepalive", self.keepalive.map(|keepalive| keepalive.to_text(probes))),
             ("send-buffer", self.send_buffer.map(|bytes| bytes.to_string())),
             ("receive-buffer", self.receive_buffer.map(|bytes| bytes.to_string())),
-        ];
-        let given = options.into_iter().filter_map(|(name, value)| Some((name, value?)));
-        given.flat_map(|(name, value)| [format!("--{name}"), value]).collect()
+        ])
     }
 }
 

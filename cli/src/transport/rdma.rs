@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::Transport;
-use crate::units::{time, time_text, value_name};
+use crate::units::{options, time, time_text, value_name};
 use clap::{Args, ValueEnum};
 
 /// What a program says that was built without it.
@@ -68,21 +68,16 @@ impl RdmaArgs {
 
     /// As options of a command line.
     pub fn to_command_line(&self) -> Vec<String> {
-        let mut list = Vec::new();
-        let mut option = |name: &str, value: Option<String>| {
-            if let Some(value) = value {
-                list.extend([format!("--rdma-{name}"), value]);
-            }
-        };
-        option("device", self.rdma_device.clone());
-        option("port", self.rdma_port.map(|port| port.to_string()));
-        option("gid-index", self.rdma_gid_index.map(|index| index.to_string()));
-        option("mtu", self.rdma_mtu.clone());
-        option("traffic-class", self.rdma_traffic_class.map(|class| class.to_string()));
-        option("registration", self.rdma_registration.as_ref().map(value_name));
-        option("ack-timeout", self.rdma_ack_timeout.as_ref().map(time_text));
-        option("retries", self.rdma_retries.map(|retries| retries.to_string()));
-        list
+        options([
+            ("rdma-device", self.rdma_device.clone()),
+            ("rdma-port", self.rdma_port.map(|port| port.to_string())),
+            ("rdma-gid-index", self.rdma_gid_index.map(|index| index.to_string())),
+            ("rdma-mtu", self.rdma_mtu.clone()),
+            ("rdma-traffic-class", self.rdma_traffic_class.map(|class| class.to_string())),
+            ("rdma-registration", self.rdma_registration.as_ref().map(value_name)),
+            ("rdma-ack-timeout", self.rdma_ack_timeout.as_ref().map(time_text)),
+            ("rdma-retries", self.rdma_retries.map(|retries| retries.to_string())),
+        ])
     }
 }
 

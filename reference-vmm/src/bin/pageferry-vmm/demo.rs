@@ -1,7 +1,6 @@
 //! `demo`: a source and a destination as two processes, a guest that moves from one to the
 //! other, and a verdict.
 
-use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
@@ -14,7 +13,7 @@ use pageferry_cli::child::OwnedChild;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report, Timeline, page};
 use pageferry_cli::say;
-use pageferry_cli::units::value_name;
+use pageferry_cli::units::{options, value_name};
 use pageferry_cli::wishes::{Wish, listen_to_signals};
 use pageferry_vmm::guest::{GuestConfig, GuestKind};
 use pageferry_vmm::tracking::DirtyTracking;
@@ -95,46 +94,43 @@ fn source_args(
     kind: GuestKind,
     tracking: DirtyTracking,
     address: &str,
-) -> Vec<OsString> {
+) -> Vec<String> {
     let guest = &args.guest;
-    let mut list: Vec<OsString> =
-        ["run", "--json", "--with-parent", "--run-for", RUN_ON].map(OsString::from).into();
-    let mut option = |name: &str, value: String| {
-        list.push(format!("--{name}").into());
-        list.push(value.into());
-    };
-    option("migrate-to", address.to_owned());
-    option("memory", guest.memory().to_string());
-    option("working-set", guest.working_set().to_string());
-    option("workload", value_name(&guest.workload));
-    option("vcpus", guest.vcpus.to_string());
-    option("backing", value_name(&guest.backing));
-    option("guest", value_name(&kind));
-    option("dirty-source", value_name(&tracking));
-    option("seed", guest.seed.to_string());
-    if let Some(rate) = guest.dirty_rate {
-        option("dirty-rate", rate.to_string());
-    }
+    let mut list =
+        ["run", "--json", "--with-parent", "--run-for", RUN_ON].map(str::to_owned).to_vec();
+    list.extend(options([
+        ("migrate-to", Some(address.to_owned())),
+        ("memory", Some(guest.memory().to_string())),
+        ("working-set", Some(guest.working_set().to_string())),
+        ("workload", Some(value_name(&guest.workload))),
+        ("vcpus", Some(guest.vcpus.to_string())),
+        ("backing", Some(value_name(&guest.backing))),
+        ("guest", Some(value_name(&kind))),
+        ("dirty-source", Some(value_name(&tracking))),
+        ("seed", Some(guest.seed.to_string())),
+        ("dirty-rate", guest.dirty_rate.map(|rate| rate.to_string())),
+    ]));
     if args.verify {
-        list.push("--verify".into());
+        list.push("--verify".to_owned());
     }
     if args.report.is_some() {
-        list.push("--timeline".into());
+        list.push("--timeline".to_owned());
     }
-    list.extend(args.migration.to_command_line().into_iter().map(OsString::from));
+    list.extend(args.migration.to_command_line());
     list
 }
 
-fn destination_args(args: &DemoArgs, listen: &str) -> Vec<OsString> {
-    let mut list: Vec<OsString> =
-        ["receive", "--json", "--with-parent", "--run-for", RUN_ON, "--listen", listen]
-            .map(OsString::from)
-            .into();
-    list.extend(["--backing".into(), value_name(&args.guest.backing).into()]);
-    list.extend(["--populate".into(), args.populate.to_string().into()]);
-    list.extend(args.migration.for_both_sides().into_iter().map(OsString::from));
+fn destination_args(args: &DemoArgs, listen: &str) -> Vec<String> {
+    let mut list =
+        ["receive", "--json", "--with-parent", "--run-for", RUN_ON].map(str::to_owned).to_vec();
+    list.extend(options([
+        ("listen", Some(listen.to_owned())),
+        ("backing", Some(value_name(&args.guest.backing))),
+        ("populate", Some(args.populate.to_string())),
+    ]));
+    list.extend(args.migration.for_both_sides());
     if args.report.is_some() {
-        list.push("--timeline".into());
+        list.push("--timeline".to_owned());
     }
     list
 }
@@ -147,7 +143,7 @@ struct Process {
 }
 
 impl Process {
-    fn start(name: &'static str, args: &[OsString], stderr: Stdio) -> Result<Self, Failure> {
+    fn start(name: &'static str, args: &[String], stderr: Stdio) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
         command
             .args(args)
@@ -285,7 +281,7 @@ mod tests {
             };
             let list =
                 source_args(&args, GuestKind::Process, DirtyTracking::Auto, "127.0.0.1:7400");
-            let source = Cli::try_parse_from([OsString::from("pageferry-vmm")].iter().chain(&list));
+            let source = Cli::try_parse_from(["pageferry-vmm".to_owned()].iter().chain(&list));
             let Parsed::Run(source) = source.expect("a command line").command else {
                 panic!("no source")
             };
