@@ -11,46 +11,17 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, unbounded};
 use pageferry::convergence::Policy;
 use pageferry::dirty::DirtySources;
-use pageferry::memory::GuestMemory;
-use pageferry::testing::{BreakingSender, TestMemory, memory_transport};
-use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, PageSender, Registration, SourceLink,
-    TransportError,
-};
+use pageferry::testing::{TestMemory, WrappedChannel, WrappedSource, memory_transport};
+use pageferry::transport::SourceLink;
 use pageferry::{Destination, Event, Machine, MachineError, Source, SwitchoverStage, Timeouts};
 use support::{SharedLog, SoftwareLog, TestMachine};
 
 /// A link that loses its second data channel when it is told to.
-struct Unlucky {
-    inner: Box<dyn SourceLink>,
-    lost: Arc<AtomicBool>,
-}
-
-impl Link for Unlucky {
-    fn name(&self) -> &'static str {
-        "unlucky"
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
-    }
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.inner.control()
-    }
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.inner.register(memory)
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.inner.interrupter()
-    }
-}
-
-impl SourceLink for Unlucky {
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let mut senders = self.inner.open_senders(channels)?;
-        let inner = senders.remove(1);
-        senders.insert(1, Box::new(BreakingSender::new(inner, Arc::clone(&self.lost))));
-        Ok(senders)
-    }
+fn unlucky(link: Box<dyn SourceLink>, lost: Arc<AtomicBool>) -> WrappedSource {
+    WrappedSource::new(link).channels(move |channel, inner| match channel {
+        1 => Box::new(WrappedChannel::new(inner).breaking(Arc::clone(&lost))),
+        _ => inner,
+    })
 }
 
 /// Its first load goes on until it was called off, and for a while more.
@@ -125,7 +96,7 @@ fn a_load_that_outlives_its_switchover_costs_time_alone() {
             offer.receive(theirs, there.memory())
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
-        let link = Box::new(Unlucky { inner: Box::new(source_link), lost });
+        let link = Box::new(unlucky(Box::new(source_link), lost));
         let departed = source.migrate(mine, here.memory(), dirty, link);
         (departed, receiving.join().expect("the destination does not panic"))
     });

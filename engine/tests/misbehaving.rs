@@ -9,15 +9,13 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
 use pageferry::dirty::DirtySources;
-use pageferry::memory::GuestMemory;
 use pageferry::protocol::{
     FailureReason, Hello, Message, Prepare, Refusal, Welcome, Why, negotiate,
 };
-use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, PageReceiver, Registration,
-    SourceLink, TransportError,
+use pageferry::testing::{
+    LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, memory_transport,
 };
+use pageferry::transport::{ControlChannel, Link, Registration, SourceLink};
 use pageferry::{
     Destination, DestinationFailure, Error, Event, GuestAtDestination, Offer, Source, Timeouts,
 };
@@ -216,48 +214,13 @@ fn the_destination_compares_memory_itself() {
 }
 
 /// A link whose registration takes its time, as pinning does.
-struct Slow<L>(L, Duration);
-
-impl<L: Link> Link for Slow<L> {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
-    }
-
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.0.control()
-    }
-
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        thread::sleep(self.1);
-        self.0.register(memory)
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.0.interrupter()
-    }
-}
-
-impl<L: SourceLink> SourceLink for Slow<L> {
-    fn open_senders(
-        &mut self,
-        channels: u16,
-    ) -> Result<Vec<Box<dyn pageferry::transport::PageSender>>, TransportError> {
-        self.0.open_senders(channels)
-    }
-}
-
-impl<L: DestinationLink> DestinationLink for Slow<L> {
-    fn open_receivers(
-        &mut self,
-        channels: u16,
-        timeout: Duration,
-    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
-        self.0.open_receivers(channels, timeout)
-    }
+fn slow<L: Link + ?Sized, C: ?Sized>(link: Box<L>, takes: Duration) -> WrappedLink<L, C> {
+    WrappedLink::new(link).before(move |call| {
+        if call == LinkCall::Register {
+            thread::sleep(takes);
+        }
+        Ok(())
+    })
 }
 
 #[test]
@@ -280,17 +243,19 @@ fn registration_has_a_time_of_its_own_on_either_side() {
         theirs.contend_with(&machine);
         thread::scope(|scope| {
             let receiving = scope.spawn(|| {
-                let link = Box::new(Slow(destination, destination_takes));
-                let offer =
-                    Destination::new().timeouts(timeouts).negotiate(link).expect("an offer");
+                let link: WrappedDestination = slow(Box::new(destination), destination_takes);
+                let offer = Destination::new()
+                    .timeouts(timeouts)
+                    .negotiate(Box::new(link))
+                    .expect("an offer");
                 offer.receive(theirs, there.memory())
             });
             let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&log)))]);
-            let link = Box::new(Slow(source, source_takes));
+            let link: WrappedSource = slow(Box::new(source), source_takes);
             Source::new()
                 .timeouts(timeouts)
                 .downtime_limit(PATIENCE)
-                .migrate(machine, here.memory(), dirty, link)
+                .migrate(machine, here.memory(), dirty, Box::new(link))
                 .unwrap_or_else(|failure| panic!("{}", failure.error.chain()));
             receiving.join().expect("no panic").expect("the guest arrives");
         });

@@ -9,14 +9,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
-use pageferry::memory::GuestMemory;
-use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::threads::{Spawn, StdThreads, ThreadBody, ThreadRole};
-use pageferry::transport::{
-    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
-    Interrupt, Link, PageReceiver, PageSender, Received, Registration, Run, SourceLink, Ticket,
-    TransportError, Watermarks,
+use pageferry::testing::{
+    ChannelCall, LinkCall, TestMemory, WrappedChannel, WrappedDestination, WrappedLink,
+    WrappedSource, memory_transport,
 };
+use pageferry::threads::{Spawn, StdThreads, ThreadBody, ThreadRole};
+use pageferry::transport::{ControlChannel, ControlReceiver, ControlSender, Link, TransportError};
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtDestination,
     GuestAtSource, Machine, Source, SourceFailure,
@@ -96,98 +94,58 @@ impl DirtySource for Log {
     }
 }
 
-/// Anything of a transport.
-struct Panicky<T: ?Sized>(Spot, Box<T>);
-
-impl<L: Link + ?Sized> Link for Panicky<L> {
-    fn name(&self) -> &'static str {
-        self.1.name()
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.1.capabilities()
-    }
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.0.reach(Spot::Link("control"));
-        let ControlChannel { sender, receiver } = self.1.control()?;
-        let sender = Box::new(Panicky(self.0, sender));
-        Ok(ControlChannel { sender, receiver: Box::new(Panicky(self.0, receiver)) })
-    }
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.0.reach(Spot::Link("register"));
-        self.1.register(memory)
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.1.interrupter()
-    }
+/// A link that panics at the spot, or one of its channels does.
+fn panicky<L: Link + ?Sized, C: ?Sized + 'static>(
+    spot: Spot,
+    link: Box<L>,
+    channel: fn(WrappedChannel<C>) -> Box<C>,
+) -> WrappedLink<L, C> {
+    WrappedLink::new(link)
+        .before(move |call| {
+            spot.reach(Spot::Link(match call {
+                LinkCall::Control => "control",
+                LinkCall::Register => "register",
+                LinkCall::Open => "open",
+            }));
+            Ok(())
+        })
+        .control(move |ControlChannel { sender, receiver }| ControlChannel {
+            sender: Box::new(PanickyFrames(spot, sender)),
+            receiver: Box::new(PanickyFrames(spot, receiver)),
+        })
+        .channels(move |_, inner| {
+            let wrapped = WrappedChannel::new(inner).before(move |call| {
+                match call {
+                    ChannelCall::Send => spot.reach(Spot::Link("send pages")),
+                    ChannelCall::Watermarks { .. } => spot.reach(Spot::Link("watermarks")),
+                    ChannelCall::Finish => spot.reach(Spot::Link("finish")),
+                    ChannelCall::Receive => {}
+                }
+                Ok(())
+            });
+            channel(wrapped.after(move |call| {
+                if call == ChannelCall::Receive {
+                    spot.reach(Spot::Link("receive pages"));
+                }
+            }))
+        })
 }
 
-impl ControlSender for Panicky<dyn ControlSender> {
+/// A half of the control channel.
+struct PanickyFrames<C: ?Sized>(Spot, Box<C>);
+
+impl ControlSender for PanickyFrames<dyn ControlSender> {
     fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         self.0.reach(Spot::Link("send a frame"));
         self.1.send(frame, timeout)
     }
 }
 
-impl ControlReceiver for Panicky<dyn ControlReceiver> {
+impl ControlReceiver for PanickyFrames<dyn ControlReceiver> {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
         let received = self.1.receive(timeout);
         self.0.reach(Spot::Link("receive a frame"));
         received
-    }
-}
-
-impl SourceLink for Panicky<dyn SourceLink> {
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        self.0.reach(Spot::Link("open"));
-        let senders = self.1.open_senders(channels)?.into_iter();
-        Ok(senders.map(|sender| Box::new(Panicky(self.0, sender)) as _).collect())
-    }
-}
-
-impl DestinationLink for Panicky<dyn DestinationLink> {
-    fn open_receivers(
-        &mut self,
-        channels: u16,
-        timeout: Duration,
-    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
-        self.0.reach(Spot::Link("open"));
-        let receivers = self.1.open_receivers(channels, timeout)?.into_iter();
-        Ok(receivers.map(|receiver| Box::new(Panicky(self.0, receiver)) as _).collect())
-    }
-}
-
-impl PageSender for Panicky<dyn PageSender> {
-    fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
-        self.0.reach(Spot::Link("send pages"));
-        self.1.send(runs)
-    }
-    fn watermarks(&mut self, wait: Option<Duration>) -> Result<Watermarks, TransportError> {
-        self.0.reach(Spot::Link("watermarks"));
-        self.1.watermarks(wait)
-    }
-    fn counters(&self) -> ChannelCounters {
-        self.1.counters()
-    }
-    fn finish(&mut self) -> Result<(), TransportError> {
-        self.0.reach(Spot::Link("finish"));
-        self.1.finish()
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.1.interrupter()
-    }
-}
-
-impl PageReceiver for Panicky<dyn PageReceiver> {
-    fn receive(&mut self) -> Result<Received, TransportError> {
-        let received = self.1.receive();
-        self.0.reach(Spot::Link("receive pages"));
-        received
-    }
-    fn counters(&self) -> ChannelCounters {
-        self.1.counters()
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.1.interrupter()
     }
 }
 
@@ -233,15 +191,16 @@ fn play(at_source: Spot, at_destination: Spot) -> Outcome {
         (source.on_event(sink(at_source)), destination.on_event(sink(at_destination)));
     let (source, destination) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let link: Box<dyn DestinationLink> = Box::new(destination_link);
-            let offer = destination.negotiate(Box::new(Panicky(at_destination, link)))?;
+            let link: WrappedDestination =
+                panicky(at_destination, Box::new(destination_link), |channel| Box::new(channel));
+            let offer = destination.negotiate(Box::new(link))?;
             Ok(offer.receive(theirs, there.memory()))
         });
         let log = Log(SharedLog(log), at_source);
         let dirty = DirtySources::new(vec![Box::new(log)]);
-        let link: Box<dyn SourceLink> = Box::new(source_link);
-        let link = Box::new(Panicky(at_source, link));
-        (source.migrate(mine, here.memory(), dirty, link), receiving.join().unwrap())
+        let link: WrappedSource =
+            panicky(at_source, Box::new(source_link), |channel| Box::new(channel));
+        (source.migrate(mine, here.memory(), dirty, Box::new(link)), receiving.join().unwrap())
     });
     Outcome { source, destination, here }
 }

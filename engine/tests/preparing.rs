@@ -13,12 +13,9 @@ use pageferry::convergence::Policy;
 use pageferry::digest::Digest;
 use pageferry::dirty::DirtySources;
 use pageferry::memory::GuestMemory;
-use pageferry::testing::{TestMemory, memory_transport, until_asleep};
+use pageferry::testing::{TestMemory, WrappedSource, memory_transport, until_asleep};
 use pageferry::threads::{Spawn, StdThreads, ThreadBody, ThreadRole};
-use pageferry::transport::{
-    Capabilities, ControlChannel, ControlSender, Interrupt, Link, PageSender, Registration,
-    SourceLink, TransportError,
-};
+use pageferry::transport::{ControlChannel, ControlSender, SourceLink, TransportError};
 use pageferry::{
     Arrived, Departed, Destination, Event, Machine, MachineError, Source, SwitchoverStage,
 };
@@ -35,35 +32,12 @@ const WATCHED: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_secs(60);
 
 /// A link that takes its first *prepare* once the guest runs on and its driver waits for that.
-struct Holding {
-    inner: Box<dyn SourceLink>,
-    resumed: Option<Receiver<Pid>>,
-}
-
-impl Link for Holding {
-    fn name(&self) -> &'static str {
-        "holding"
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
-    }
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        let ControlChannel { sender, receiver } = self.inner.control()?;
-        let sender = HoldingSender { inner: sender, resumed: self.resumed.take() };
-        Ok(ControlChannel { sender: Box::new(sender), receiver })
-    }
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.inner.register(memory)
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.inner.interrupter()
-    }
-}
-
-impl SourceLink for Holding {
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        self.inner.open_senders(channels)
-    }
+fn holding(link: Box<dyn SourceLink>, resumed: Receiver<Pid>) -> WrappedSource {
+    let mut resumed = Some(resumed);
+    WrappedSource::new(link).control(move |ControlChannel { sender, receiver }| {
+        let sender = Box::new(HoldingSender { inner: sender, resumed: resumed.take() });
+        ControlChannel { sender, receiver }
+    })
 }
 
 struct HoldingSender {
@@ -185,7 +159,7 @@ fn called_off_meanwhile(threads: Arc<dyn Spawn>, told: Option<Sender<()>>) {
             offer.receive(theirs, there.memory())
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
-        let link = Box::new(Holding { inner: Box::new(source_link), resumed: Some(resumed) });
+        let link = Box::new(holding(Box::new(source_link), resumed));
         let departed = source.migrate(mine, here.memory(), dirty, link);
         (departed, receiving.join().expect("the destination does not panic"))
     });

@@ -9,12 +9,11 @@ use std::time::{Duration, Instant};
 
 use pageferry::convergence::{Bound, Policy};
 use pageferry::dirty::DirtySources;
-use pageferry::memory::GuestMemory;
 use pageferry::protocol::Message;
-use pageferry::testing::{BreakingSender, TestMemory, memory_transport};
+use pageferry::testing::{TestMemory, WrappedChannel, WrappedSource, memory_transport};
 use pageferry::transport::{
-    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, Interrupt, Link, PageSender,
-    Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
+    ChannelCounters, ControlChannel, ControlReceiver, Interrupt, PageSender, Run, SourceLink,
+    Ticket, TransportError, Watermarks,
 };
 use pageferry::{Blame, Destination, Event, GuestAtSource, Machine, Source, Timeouts};
 use support::{SharedLog, SoftwareLog, TestMachine};
@@ -23,34 +22,11 @@ use support::{SharedLog, SoftwareLog, TestMachine};
 const SILENCE: Duration = Duration::ZERO;
 
 /// A link on which all lands, and nothing is heard any more once the greetings are over.
-struct Mute(Box<dyn SourceLink>);
-
-impl Link for Mute {
-    fn name(&self) -> &'static str {
-        "mute"
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
-    }
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        let ControlChannel { sender, receiver } = self.0.control()?;
-        Ok(ControlChannel {
-            sender,
-            receiver: Box::new(MuteReceiver { inner: receiver, frames: 0 }),
-        })
-    }
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.0.register(memory)
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.0.interrupter()
-    }
-}
-
-impl SourceLink for Mute {
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        self.0.open_senders(channels)
-    }
+fn mute(link: Box<dyn SourceLink>) -> WrappedSource {
+    WrappedSource::new(link).control(|ControlChannel { sender, receiver }| {
+        let receiver = Box::new(MuteReceiver { inner: receiver, frames: 0 });
+        ControlChannel { sender, receiver }
+    })
 }
 
 struct MuteReceiver {
@@ -71,39 +47,16 @@ impl ControlReceiver for MuteReceiver {
 }
 
 /// A link whose other end takes all and has nothing land.
-struct Landless {
-    inner: Box<dyn SourceLink>,
-    /// Whether it says *pong* all the time.
-    chatty: bool,
+fn landless(link: Box<dyn SourceLink>) -> WrappedSource {
+    WrappedSource::new(link).channels(|_, inner| Box::new(Sink { inner, sent: 0 }))
 }
 
-impl Link for Landless {
-    fn name(&self) -> &'static str {
-        "landless"
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
-    }
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        let ControlChannel { sender, receiver } = self.inner.control()?;
-        if !self.chatty {
-            return Ok(ControlChannel { sender, receiver });
-        }
-        Ok(ControlChannel { sender, receiver: Box::new(Chatter { inner: receiver, frames: 0 }) })
-    }
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.inner.register(memory)
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.inner.interrupter()
-    }
-}
-
-impl SourceLink for Landless {
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let senders = self.inner.open_senders(channels)?.into_iter();
-        Ok(senders.map(|inner| Box::new(Sink { inner, sent: 0 }) as _).collect())
-    }
+/// The same, and it says *pong* all the time.
+fn chatty(link: Box<dyn SourceLink>) -> WrappedSource {
+    landless(link).control(|ControlChannel { sender, receiver }| {
+        let receiver = Box::new(Chatter { inner: receiver, frames: 0 });
+        ControlChannel { sender, receiver }
+    })
 }
 
 struct Chatter {
@@ -129,39 +82,17 @@ impl ControlReceiver for Chatter {
 /// What the destination says before the first round: *welcome*, *registered*, *ready*.
 const GREETINGS: u32 = 3;
 
-/// A link that breaks as soon as the guest was paused, without another word of the other side.
-struct Deaf {
-    inner: Box<dyn SourceLink>,
-    broken: Arc<AtomicBool>,
-}
-
-impl Link for Deaf {
-    fn name(&self) -> &'static str {
-        "deaf"
-    }
-    fn capabilities(&self) -> Capabilities {
-        self.inner.capabilities()
-    }
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        let ControlChannel { sender, receiver } = self.inner.control()?;
-        let receiver = Box::new(DeafReceiver { inner: receiver, broken: Arc::clone(&self.broken) });
-        Ok(ControlChannel { sender, receiver })
-    }
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.inner.register(memory)
-    }
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.inner.interrupter()
-    }
-}
-
-impl SourceLink for Deaf {
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let senders = self.inner.open_senders(channels)?.into_iter();
-        let broken = &self.broken;
-        let sender = |inner| Box::new(BreakingSender::new(inner, Arc::clone(broken))) as _;
-        Ok(senders.map(sender).collect())
-    }
+/// A link that breaks when it is told to, without another word of the other side.
+fn deaf(link: Box<dyn SourceLink>, broken: &Arc<AtomicBool>) -> WrappedSource {
+    let (deaf, breaking) = (Arc::clone(broken), Arc::clone(broken));
+    WrappedSource::new(link)
+        .control(move |ControlChannel { sender, receiver }| {
+            let receiver = Box::new(DeafReceiver { inner: receiver, broken: Arc::clone(&deaf) });
+            ControlChannel { sender, receiver }
+        })
+        .channels(move |_, inner| {
+            Box::new(WrappedChannel::new(inner).breaking(Arc::clone(&breaking)))
+        })
 }
 
 struct DeafReceiver {
@@ -216,7 +147,7 @@ fn lose_the_link_of(channels: u16) {
             offer.receive(theirs, there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
-        let link = Box::new(Deaf { inner: Box::new(source_link), broken });
+        let link = Box::new(deaf(Box::new(source_link), &broken));
         let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("it broke");
         (failure, Instant::now())
     });
@@ -258,7 +189,7 @@ impl PageSender for Sink {
 
 #[test]
 fn a_peer_that_lands_nothing_is_given_up_in_time() {
-    let (said, took) = migrate_over(|inner| Landless { inner, chatty: false });
+    let (said, took) = migrate_over(landless);
     assert!(said.contains("pages to land"), "{said}");
     assert!(took >= STALL, "{took:?}");
 }
@@ -266,14 +197,14 @@ fn a_peer_that_lands_nothing_is_given_up_in_time() {
 /// It is not heard until its time is up: that it says anything is against the protocol.
 #[test]
 fn a_peer_that_says_what_nobody_asked_is_refused() {
-    let (said, _) = migrate_over(|inner| Landless { inner, chatty: true });
+    let (said, _) = migrate_over(chatty);
     assert!(said.contains("it sent pong at the stage copying"), "{said}");
 }
 
 /// Its pages land, round after round, and no switchover is due that would find out.
 #[test]
 fn a_peer_that_answers_no_ping_is_given_up_in_time() {
-    let (said, took) = migrate_over(Mute);
+    let (said, took) = migrate_over(mute);
     assert!(said.contains("to answer a ping"), "{said}");
     assert!(took >= STALL, "{took:?}");
 }
@@ -281,9 +212,7 @@ fn a_peer_that_answers_no_ping_is_given_up_in_time() {
 const STALL: Duration = Duration::from_millis(300);
 
 /// What was said of such a link, and how long it took. No switchover is due.
-fn migrate_over<L: SourceLink + 'static>(
-    link: impl FnOnce(Box<dyn SourceLink>) -> L,
-) -> (String, Duration) {
+fn migrate_over(link: fn(Box<dyn SourceLink>) -> WrappedSource) -> (String, Duration) {
     let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
     (0..500).for_each(|page| here.fill_page(0, page, 1));
     let (source_link, destination_link) = memory_transport::pair();

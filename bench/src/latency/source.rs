@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::unbounded;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::PageRange;
-use pageferry::transport::{Run, RunKind, SourceLink};
+use pageferry::transport::{Run, RunKind};
 use pageferry::{Source, Statistics};
 use pageferry_cli::outcome::Failure;
 use pageferry_cli::transport::ZeroCopyChoice;
@@ -18,7 +18,7 @@ use pageferry_vmm::ram::Ram;
 
 use super::args::LatencyArgs;
 use super::serve::NoMachine;
-use super::timed::{Rearms, TimedLink};
+use super::timed::{Rearms, timed};
 use super::wait_until;
 use crate::links::{Way, connect};
 
@@ -112,7 +112,7 @@ pub(super) fn migration(
     let (done, measured) = unbounded();
     if recorded {
         trackers.push(Box::new(Rearms));
-        link = Box::new(TimedLink::new(link, done)) as Box<dyn SourceLink>;
+        link = Box::new(timed(link, done));
     } else {
         drop(done);
     }

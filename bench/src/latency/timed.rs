@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, WORD_PAGES};
-use pageferry::memory::GuestMemory;
+use pageferry::testing::WrappedSource;
 use pageferry::transport::{
-    Capabilities, ChannelCounters, ControlChannel, Interrupt, Link, PageSender, Registration, Run,
-    SourceLink, Ticket, TransportError, Watermarks,
+    ChannelCounters, Interrupt, PageSender, Run, SourceLink, Ticket, TransportError, Watermarks,
 };
 use pageferry_report::latency::Latencies;
 
@@ -75,53 +74,16 @@ impl DirtySource for Rearms {
     }
 }
 
-/// A link with senders that measure.
-pub(super) struct TimedLink {
-    link: Box<dyn SourceLink>,
-    done: Sender<Latencies>,
-}
-
-impl TimedLink {
-    /// What each sender measured goes to `done` when it ends.
-    pub(super) fn new(link: Box<dyn SourceLink>, done: Sender<Latencies>) -> Self {
-        Self { link, done }
-    }
-}
-
-impl Link for TimedLink {
-    fn name(&self) -> &'static str {
-        self.link.name()
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        self.link.capabilities()
-    }
-
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.link.control()
-    }
-
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.link.register(memory)
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.link.interrupter()
-    }
-}
-
-impl SourceLink for TimedLink {
-    fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let timed = |sender| -> Box<dyn PageSender> {
-            Box::new(TimedSender {
-                sender,
-                under_way: VecDeque::new(),
-                latencies: Latencies::new(),
-                done: self.done.clone(),
-            })
-        };
-        Ok(self.link.open_senders(channels)?.into_iter().map(timed).collect())
-    }
+/// A link with senders that measure. What each measured goes to `done` when it ends.
+pub(super) fn timed(link: Box<dyn SourceLink>, done: Sender<Latencies>) -> WrappedSource {
+    WrappedSource::new(link).channels(move |_, sender| {
+        Box::new(TimedSender {
+            sender,
+            under_way: VecDeque::new(),
+            latencies: Latencies::new(),
+            done: done.clone(),
+        })
+    })
 }
 
 struct TimedSender {

@@ -5,7 +5,7 @@
 //! - [`memory_transport`]: a transport inside one process, without sockets;
 //! - [`faulty`]: a wrapper that makes any transport slow, choppy, unordered between channels, or
 //!   breaks it, by a seed;
-//! - [`BreakingSender`]: a data channel that breaks when it is told to;
+//! - [`WrappedLink`] and [`WrappedChannel`]: as another link or channel in all but what a test wants otherwise;
 //! - [`TestMemory`]: guest memory of its own, with a pattern to compare;
 //! - [`drain`] and [`settle`]: what a channel carries, to its end and until it has landed;
 //! - [`until_asleep`]: for tests of what ends a wait.
@@ -15,15 +15,17 @@ pub mod faulty;
 pub mod hot;
 pub mod memory_transport;
 
-mod breaking;
 mod test_memory;
+mod wrapped;
 
 use std::time::{Duration, Instant};
 
 use crate::transport::{PageReceiver, PageSender, Received, Ticket};
 
-pub use breaking::BreakingSender;
 pub use test_memory::TestMemory;
+pub use wrapped::{
+    ChannelCall, LinkCall, WrappedChannel, WrappedDestination, WrappedLink, WrappedSource,
+};
 
 /// Longer than anything takes that is to happen, on a machine that has other things to do.
 const SOON: Duration = Duration::from_secs(60);

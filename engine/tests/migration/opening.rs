@@ -8,13 +8,11 @@ use std::time::Duration;
 use crate::support::{self, SharedLog, SoftwareLog, TestMachine};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use pageferry::dirty::DirtySources;
-use pageferry::memory::GuestMemory;
 use pageferry::protocol::{FailureReason, Hello, Message, negotiate};
-use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, PageReceiver, PageSender,
-    Registration, SourceLink, TransportError,
+use pageferry::testing::{
+    LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, memory_transport,
 };
+use pageferry::transport::{ControlChannel, Interrupt, Link, TransportError};
 use pageferry::{Blame, Destination, Error, GuestAlarm, GuestAtSource, Source};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -41,15 +39,6 @@ fn nonsense() -> [Vec<u8>; 2] {
     [vec![27, 0], Message::Round { round: 1, dirty_pages: 1 }.encode()]
 }
 
-/// A link whose data channels do not open until it is interrupted.
-struct Stuck<L> {
-    link: L,
-    /// Says that somebody waits for them.
-    waits: Sender<()>,
-    latch: Arc<Latch>,
-    opened: Receiver<()>,
-}
-
 /// Opens when it is interrupted.
 struct Latch {
     hold: Mutex<Option<Sender<()>>>,
@@ -63,57 +52,22 @@ impl Interrupt for Latch {
     }
 }
 
-impl<L: Link + 'static> Stuck<L> {
-    fn new(link: L) -> (Self, Receiver<()>) {
-        let (waits, waited_for) = unbounded();
-        let (hold, opened) = bounded(0);
-        let latch = Arc::new(Latch { hold: Mutex::new(Some(hold)), link: link.interrupter() });
-        (Self { link, waits, latch, opened }, waited_for)
-    }
-
-    fn wait<T>(&self) -> Result<T, TransportError> {
-        let _ = self.waits.send(());
-        let _ = self.opened.recv();
-        Err(TransportError::Interrupted)
-    }
-}
-
-impl<L: Link + 'static> Link for Stuck<L> {
-    fn name(&self) -> &'static str {
-        self.link.name()
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        self.link.capabilities()
-    }
-
-    fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.link.control()
-    }
-
-    fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.link.register(memory)
-    }
-
-    fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.latch) as Arc<dyn Interrupt>
-    }
-}
-
-impl<L: SourceLink + 'static> SourceLink for Stuck<L> {
-    fn open_senders(&mut self, _: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        self.wait()
-    }
-}
-
-impl<L: DestinationLink + 'static> DestinationLink for Stuck<L> {
-    fn open_receivers(
-        &mut self,
-        _: u16,
-        _: Duration,
-    ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
-        self.wait()
-    }
+/// A link whose data channels do not open until it is interrupted, and what says that somebody waits for
+/// them.
+fn stuck<L: Link + ?Sized, C: ?Sized>(link: Box<L>) -> (WrappedLink<L, C>, Receiver<()>) {
+    let (waits, waited_for) = unbounded();
+    let (hold, opened) = bounded::<()>(0);
+    let link = WrappedLink::new(link)
+        .interrupted_by(|link| Arc::new(Latch { hold: Mutex::new(Some(hold)), link }))
+        .before(move |call| {
+            if call != LinkCall::Open {
+                return Ok(());
+            }
+            let _ = waits.send(());
+            let _ = opened.recv();
+            Err(TransportError::Interrupted)
+        });
+    (link, waited_for)
 }
 
 /// A source that waits for its data channels to open. `then` gets its control channel's other end, and
@@ -124,11 +78,11 @@ fn source_that_opens(source: Source, then: impl FnOnce(&mut ControlChannel, &Gue
     let log = SoftwareLog::new(&memory);
     let machine = TestMachine::new(&memory, &log, 1, 1);
     let alarm = Arc::clone(&machine.alarm);
-    let (link, waits) = Stuck::new(here);
+    let (link, waits): (WrappedSource, _) = stuck(Box::new(here));
     thread::scope(|scope| {
         let migrating = scope.spawn(|| {
             let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&log)))]);
-            source.migrate(machine, memory.memory(), dirty, Box::new(link) as Box<dyn SourceLink>)
+            source.migrate(machine, memory.memory(), dirty, Box::new(link))
         });
         let mut control = there.control().expect("the control channel");
         let Message::Hello(hello) = hear(&mut control) else { panic!("no greeting") };
@@ -154,11 +108,13 @@ fn destination_that_opens(
     let (mut here, there) = memory_transport::pair();
     let memory = TestMemory::new(&[64]);
     let machine = TestMachine::new(&memory, &SoftwareLog::new(&memory), 1, 1);
-    let (link, waits) = Stuck::new(there);
+    let (link, waits): (WrappedDestination, _) = stuck(Box::new(there));
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let link: Box<dyn DestinationLink> = Box::new(link);
-            destination.negotiate(link).expect("an offer").receive(machine, memory.memory())
+            destination
+                .negotiate(Box::new(link))
+                .expect("an offer")
+                .receive(machine, memory.memory())
         });
         let mut control = here.control().expect("the control channel");
         let hello = Hello::new(memory.memory().layout().clone(), 1, false, Vec::new());
