@@ -1,0 +1,261 @@
+//! Two sides, a machine that takes its time, and what must hold of them when it is over.
+
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use pageferry::dirty::DirtySources;
+use pageferry::testing::faulty::{Faults, FaultySource};
+use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::{
+    Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtSource, Machine,
+    MachineError, Rehearsal, Source, SourceFailure, SwitchoverStage,
+};
+
+use crate::support::{SharedLog, SoftwareLog, TestMachine};
+
+pub(crate) const PAGES: u64 = 2000;
+
+pub(crate) const WORKING_SET: u64 = 200;
+
+/// Long enough for a busy machine to meet, short enough to wait for.
+pub(crate) const LIMIT: Duration = Duration::from_millis(400);
+
+/// What nothing takes that goes on.
+pub(crate) const HANG: Duration = Duration::from_secs(20);
+
+/// When a machine takes its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Slow {
+    Save,
+    Load,
+    Release,
+    /// For so long.
+    ReleaseFor(Duration),
+}
+
+/// A machine that takes too long for something so many times, and notes by how much it was slowed
+/// down.
+pub(crate) struct SlowMachine {
+    pub(crate) inner: TestMachine,
+    pub(crate) slow: Slow,
+    pub(crate) times: u32,
+    pub(crate) takes: Duration,
+    /// Instead of that: as long as the source's guest stands still, by what is heard of it.
+    pub(crate) stands_still: Option<Receiver<bool>>,
+    /// Bytes of device state beyond what it is about.
+    pub(crate) padding: usize,
+    pub(crate) throttled: Arc<Mutex<Vec<u8>>>,
+    pub(crate) rehearsals: u32,
+}
+
+impl std::fmt::Debug for SlowMachine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SlowMachine").field("slow", &self.slow).finish_non_exhaustive()
+    }
+}
+
+impl SlowMachine {
+    pub(crate) fn take_time(&mut self, at: Slow) {
+        if at == self.slow && self.times > 0 {
+            self.times -= 1;
+            let Some(stands_still) = &self.stands_still else {
+                return thread::sleep(self.takes);
+            };
+            let mut stands = true;
+            while let Ok(now) =
+                stands_still.recv_timeout(if stands { HANG } else { Duration::ZERO })
+            {
+                stands = now;
+            }
+        }
+    }
+}
+
+impl Machine for SlowMachine {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.inner.pause()
+    }
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.inner.resume()
+    }
+    fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
+        self.take_time(Slow::Save);
+        self.inner.save(state)?;
+        state.resize(state.len() + self.padding, 7);
+        Ok(())
+    }
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.take_time(Slow::Load);
+        let (state, padding) = state.split_at(state.len() - self.padding);
+        assert!(padding.iter().all(|byte| *byte == 7));
+        self.inner.load(state)
+    }
+    fn release_resources(&mut self) -> Result<(), MachineError> {
+        self.take_time(Slow::Release);
+        if let Slow::ReleaseFor(time) = self.slow {
+            thread::sleep(time);
+        }
+        self.inner.release_resources()
+    }
+    fn reacquire_resources(&mut self) -> Result<(), MachineError> {
+        self.inner.reacquire_resources()
+    }
+    fn rehearse(&mut self) -> Result<Option<Rehearsal>, MachineError> {
+        self.rehearsals += 1;
+        Ok(Some(Rehearsal {
+            state_bytes: 8,
+            save: Duration::from_millis(1),
+            ..Rehearsal::default()
+        }))
+    }
+    fn throttle(&mut self, percent: u8) {
+        self.throttled.lock().unwrap().push(percent);
+    }
+}
+
+/// What was heard on one side.
+pub(crate) type Events = Arc<Mutex<Vec<Event>>>;
+
+pub(crate) struct Scene {
+    pub(crate) here: TestMemory,
+    pub(crate) log: Arc<SoftwareLog>,
+    pub(crate) slow: (Slow, u32),
+    /// How long each time.
+    pub(crate) takes: Duration,
+    /// For the destination's machine.
+    pub(crate) stands_still: Option<Receiver<bool>>,
+    pub(crate) padding: usize,
+    pub(crate) faults: Faults,
+    pub(crate) source: Source,
+    pub(crate) destination: Destination,
+    pub(crate) events: Events,
+    pub(crate) there_events: Events,
+    pub(crate) throttled: Arc<Mutex<Vec<u8>>>,
+}
+
+pub(crate) struct Outcome {
+    pub(crate) source: Result<Departed<SlowMachine>, Box<SourceFailure<SlowMachine>>>,
+    pub(crate) destination: Result<Arrived<SlowMachine>, Box<DestinationFailure<SlowMachine>>>,
+    pub(crate) log: Arc<SoftwareLog>,
+    pub(crate) events: Vec<Event>,
+    pub(crate) there_events: Vec<Event>,
+    pub(crate) throttled: Vec<u8>,
+}
+
+impl Scene {
+    pub(crate) fn new(slow: Slow, times: u32) -> Self {
+        let here = TestMemory::new(&[PAGES]);
+        (0..PAGES / 2).for_each(|page| here.fill_page(0, page, 1));
+        Self {
+            log: SoftwareLog::new(&here),
+            here,
+            slow: (slow, times),
+            takes: LIMIT,
+            stands_still: None,
+            padding: 0,
+            faults: Faults::default(),
+            source: Source::new().channels(2).downtime_limit(LIMIT),
+            destination: Destination::new(),
+            events: Events::default(),
+            there_events: Events::default(),
+            throttled: Arc::default(),
+        }
+    }
+
+    /// Has `hear` called with each event at the source, besides keeping it.
+    pub(crate) fn on_event(mut self, mut hear: impl FnMut(&Event) + Send + 'static) -> Self {
+        let events = Arc::clone(&self.events);
+        self.source = self.source.on_event(move |event| {
+            events.lock().unwrap().push(event.clone());
+            hear(event);
+        });
+        self
+    }
+
+    pub(crate) fn play(self) -> Outcome {
+        let there = TestMemory::new(&[PAGES]);
+        let (source_link, destination_link) = memory_transport::pair();
+        let machine = |memory: &TestMemory, log: &Arc<SoftwareLog>, seed| SlowMachine {
+            inner: TestMachine::new(memory, log, WORKING_SET, seed),
+            slow: self.slow.0,
+            times: self.slow.1,
+            takes: self.takes,
+            stands_still: None,
+            padding: self.padding,
+            throttled: Arc::clone(&self.throttled),
+            rehearsals: 0,
+        };
+        let mut mine = machine(&self.here, &self.log, 42);
+        mine.resume().unwrap();
+        mine.inner.await_writes();
+        let mut theirs = machine(&there, &SoftwareLog::new(&there), 43);
+        theirs.inner.contend_with(&mine.inner);
+        theirs.stands_still = self.stands_still;
+        let hear_there = Arc::clone(&self.there_events);
+        let destination =
+            self.destination.on_event(move |event| hear_there.lock().unwrap().push(event.clone()));
+        let (source, destination) = thread::scope(|scope| {
+            let receiving = scope.spawn(|| {
+                let offer = destination.negotiate(Box::new(destination_link)).unwrap();
+                offer.receive(theirs, there.memory())
+            });
+            let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&self.log)))]);
+            let link = FaultySource::new(Box::new(source_link), self.faults, 1);
+            let source = self.source.migrate(mine, self.here.memory(), dirty, Box::new(link));
+            (source, receiving.join().expect("the destination does not panic"))
+        });
+        Outcome {
+            source,
+            destination,
+            log: self.log,
+            events: std::mem::take(&mut self.events.lock().unwrap()),
+            there_events: std::mem::take(&mut self.there_events.lock().unwrap()),
+            throttled: std::mem::take(&mut self.throttled.lock().unwrap()),
+        }
+    }
+}
+
+pub(crate) fn called_off(events: &[Event]) -> Vec<Option<SwitchoverStage>> {
+    let stage = |event: &Event| match event {
+        Event::CalledOff { stage, .. } => Some(*stage),
+        _ => None,
+    };
+    events.iter().filter_map(stage).collect()
+}
+
+impl Outcome {
+    /// The guest left in the end. By how it was called off before, as the source saw it.
+    pub(crate) fn expect_moved(
+        self,
+    ) -> (Departed<SlowMachine>, Arrived<SlowMachine>, Vec<SwitchoverStage>) {
+        let departed = self.source.expect("the source hands over");
+        let arrived = self.destination.expect("the guest arrives");
+        assert!(arrived.machine.inner.is_running() && !departed.machine.inner.is_running());
+        assert!(arrived.machine.inner.holds_lock() && !departed.machine.inner.holds_lock());
+        // What was loaded last is what the guest was when it left.
+        assert_eq!(arrived.machine.inner.loaded, Some(departed.machine.inner.writes()));
+        arrived.machine.inner.await_writes();
+        let here = called_off(&self.events);
+        assert_eq!(here.len(), called_off(&self.there_events).len());
+        let statistics = &departed.statistics;
+        assert_eq!(statistics.switchover_attempts as usize, here.len() + 1);
+        assert_eq!(statistics.called_off > Duration::ZERO, !here.is_empty());
+        assert!(statistics.downtime.total() <= LIMIT, "{statistics:?}");
+        let stages = here.into_iter().flatten().collect();
+        (departed, arrived, stages)
+    }
+
+    /// The guest stayed, at its own speed.
+    pub(crate) fn expect_kept(self) -> Error {
+        let failure = self.source.expect_err("the source keeps its guest");
+        assert!(matches!(failure.guest, GuestAtSource::Running), "{failure}");
+        assert!(failure.machine.inner.is_running() && failure.machine.inner.holds_lock());
+        failure.machine.inner.await_writes();
+        assert!(self.destination.is_err());
+        assert!(!self.log.tracking.load(std::sync::atomic::Ordering::SeqCst));
+        assert!(matches!(self.throttled.last(), None | Some(0)), "{:?}", self.throttled);
+        failure.error
+    }
+}
