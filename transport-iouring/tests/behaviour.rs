@@ -8,10 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::memory::PageRange;
-use pageferry::testing::{Random, TestMemory, drain, settle, until_asleep};
+use pageferry::testing::{Random, TestMemory, drain, open_channel, settle, until_asleep};
 use pageferry::transport::{
-    Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind,
-    SourceLink, TransportError,
+    Admission, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
+    TransportError,
 };
 use pageferry_iouring::{
     Feature, IoUringDestinationLink, IoUringOptions, IoUringSourceLink, Rings, Unavailable,
@@ -53,12 +53,7 @@ fn open(options: &IoUringOptions) -> Opened {
     let cost = destination.register(there.memory()).expect("destination memory registers");
     assert_eq!(cost.registered_bytes, if options.register_destination { bytes } else { 0 });
     assert!(cost.registered_bytes == 0 || !cost.took.is_zero());
-    let (mut senders, mut receivers) = thread::scope(|scope| {
-        let accepted = scope.spawn(|| destination.open_receivers(1, SOON));
-        let senders = source.open_senders(1).expect("a channel opens");
-        (senders, accepted.join().expect("no panic").expect("a channel is accepted"))
-    });
-    let (sender, receiver) = (senders.remove(0), receivers.remove(0));
+    let (sender, receiver) = open_channel(&mut source, &mut destination);
     Opened { sender, receiver, source, destination, here, there }
 }
 

@@ -4,31 +4,19 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::memory::PageRange;
-use pageferry::testing::TestMemory;
+use pageferry::testing::{TestMemory, lock_at_most};
 use pageferry::transport::{
     Admission, DestinationLink, Link, Received, Run, RunKind, SourceLink, TransportError,
 };
 use pageferry_iouring::{IoUringOptions, Rings, ZeroCopy};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 const SOON: Duration = Duration::from_secs(20);
 const REGION_PAGES: u32 = 4096;
 
-/// Leaves this process 2 MiB to lock, and this thread no privilege to exceed that.
-fn limit() {
-    let before = getrlimit(Resource::Memlock);
-    let current = Some(before.maximum.map_or(2 << 20, |most| most.min(2 << 20)));
-    setrlimit(Resource::Memlock, Rlimit { current, ..before }).expect("a lower limit");
-    let mut sets = capabilities(None).expect("what this thread may do");
-    sets.effective.remove(CapabilitySet::IPC_LOCK);
-    set_capabilities(None, sets).expect("less than before");
-}
-
 #[test]
 fn what_does_not_fit_is_copied() {
-    limit();
+    lock_at_most(2 << 20);
     let options = IoUringOptions { zero_copy: ZeroCopy::On, ..IoUringOptions::default() };
     let tcp = TcpOptions::default;
     let there = TcpOptions { admission: Admission::Anyone, ..tcp() };

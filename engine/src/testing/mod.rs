@@ -7,7 +7,10 @@
 //!   breaks it, by a seed;
 //! - [`WrappedLink`] and [`WrappedChannel`]: as another link or channel in all but what a test wants otherwise;
 //! - [`TestMemory`]: guest memory of its own, with a pattern to compare;
-//! - [`drain`] and [`settle`]: what a channel carries, to its end and until it has landed;
+//! - [`open_channel`], [`data`] and [`zero`], [`drain`] and [`settle`]: data channels, and what they carry, to
+//!   their end and until it has landed;
+//! - [`lock_at_most`]: a process that may lock little memory;
+//! - [`Random`]: numbers by a seed;
 //! - [`until_asleep`]: for tests of what ends a wait.
 
 pub mod conformance;
@@ -20,7 +23,14 @@ mod wrapped;
 
 use std::time::{Duration, Instant};
 
-use crate::transport::{PageReceiver, PageSender, Received, Ticket};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
+use crate::pages::memory::PageRange;
+use crate::transport::{
+    DestinationLink, MigrationId, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
+    Ticket,
+};
 
 pub use test_memory::TestMemory;
 pub use wrapped::{
@@ -55,6 +65,47 @@ pub fn settle(sender: &mut dyn PageSender, ticket: Ticket) {
     }
 }
 
+/// Opens the one data channel of a link whose memory is registered, at both ends meanwhile.
+///
+/// # Panics
+///
+/// If it does not open.
+pub fn open_channel(
+    source: &mut dyn SourceLink,
+    destination: &mut dyn DestinationLink,
+) -> (Box<dyn PageSender>, Box<dyn PageReceiver>) {
+    std::thread::scope(|scope| {
+        let accepted = scope.spawn(|| destination.open_receivers(1, SOON));
+        let mut senders = source.open_senders(1).expect("a channel opens");
+        let mut receivers = accepted.join().expect("no panic").expect("a channel is accepted");
+        (senders.remove(0), receivers.remove(0))
+    })
+}
+
+/// A run of pages with bytes.
+pub fn data(region: u16, first_page: u64, pages: u32) -> Run {
+    Run { range: PageRange { region, first_page, pages }, kind: RunKind::Data }
+}
+
+/// A run of pages that are zero.
+pub fn zero(region: u16, first_page: u64, pages: u32) -> Run {
+    Run { range: PageRange { region, first_page, pages }, kind: RunKind::Zero }
+}
+
+/// Leaves this process so many bytes to lock at most, and this thread no privilege to exceed that.
+///
+/// # Panics
+///
+/// If the kernel refuses.
+pub fn lock_at_most(bytes: u64) {
+    let before = getrlimit(Resource::Memlock);
+    let current = Some(before.maximum.map_or(bytes, |most| most.min(bytes)));
+    setrlimit(Resource::Memlock, Rlimit { current, ..before }).expect("a lower limit");
+    let mut sets = capabilities(None).expect("what this thread may do");
+    sets.effective.remove(CapabilitySet::IPC_LOCK);
+    set_capabilities(None, sets).expect("less than before");
+}
+
 /// Waits until a thread of this process sleeps in the kernel (state `S` in proc_pid_stat(5)).
 ///
 /// # Panics
@@ -77,6 +128,22 @@ impl Random {
     /// From a seed; the same seed gives the same numbers.
     pub fn new(seed: u64) -> Self {
         Self(seed)
+    }
+
+    /// From the seed in `PAGEFERRY_TEST_SEED`, or a fresh one; printed, so that a failure of `what` can be
+    /// repeated.
+    ///
+    /// # Panics
+    ///
+    /// If the operating system has no random numbers.
+    pub fn seeded(what: &str) -> Self {
+        let told = std::env::var("PAGEFERRY_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = told.unwrap_or_else(|| {
+            let MigrationId(fresh) = MigrationId::random().expect("random numbers");
+            fresh.iter().fold(0, |seed, byte| seed << 8 | u64::from(*byte))
+        });
+        eprintln!("{what}: PAGEFERRY_TEST_SEED={seed}");
+        Self::new(seed)
     }
 
     /// The next number.

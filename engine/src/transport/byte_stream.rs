@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use super::{
     Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MAX_BATCH_RUNS, PageReceiver,
-    PageSender, Registration, SourceLink, TransportError,
+    PageSender, Registration, SourceLink, Stages, TransportError,
 };
 use crate::pages::memory::GuestMemory;
 use frames::{FrameReceiver, FrameSender};
@@ -61,10 +61,8 @@ pub trait ByteStream: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct ByteStreamLink<S: ByteStream> {
     name: &'static str,
-    control: Option<Arc<S>>,
+    stages: Stages<Arc<GuestMemory>>,
     data: Vec<Arc<S>>,
-    opened: bool,
-    memory: Option<Arc<GuestMemory>>,
     stop: Arc<Stop<S>>,
 }
 
@@ -75,36 +73,28 @@ impl<S: ByteStream> ByteStreamLink<S> {
         let control = Arc::new(control);
         let data: Vec<Arc<S>> = data.into_iter().map(Arc::new).collect();
         let stop = Stop::of(data.iter().chain([&control]));
-        Self { name, control: Some(control), data, opened: false, memory: None, stop }
-    }
-
-    fn take_control(&mut self) -> Result<ControlChannel, TransportError> {
-        let taken = TransportError::OutOfOrder("the control channel was taken");
-        let stream = self.control.take().ok_or(taken)?;
-        let half = Half::new(stream, &self.stop);
-        Ok(ControlChannel {
+        let half = Half::new(control, &stop);
+        let stages = Stages::new(ControlChannel {
             sender: Box::new(FrameSender::new(half.clone())),
             receiver: Box::new(FrameReceiver::new(half)),
-        })
+        });
+        Self { name, stages, data, stop }
     }
 
     fn take_data(&mut self, channels: u16) -> Result<Vec<Pages<S>>, TransportError> {
         if self.stop.is_stopped() {
             return Err(TransportError::Interrupted);
         }
-        let unregistered = TransportError::OutOfOrder("guest memory is not registered");
-        let memory = self.memory.as_ref().ok_or(unregistered)?;
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
+        let memory = self.stages.registered()?;
+        self.stages.check_closed()?;
         if usize::from(channels) > self.data.len() {
             let (size, limit) = (u64::from(channels), self.data.len() as u64);
             return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
         }
-        self.opened = true;
+        self.stages.open();
         let streams = self.data.drain(..usize::from(channels));
         let pages =
-            streams.map(|stream| Pages::new(Half::new(stream, &self.stop), Arc::clone(memory)));
+            streams.map(|stream| Pages::new(Half::new(stream, &self.stop), Arc::clone(&memory)));
         Ok(pages.collect())
     }
 }
@@ -119,11 +109,11 @@ impl<S: ByteStream> Link for ByteStreamLink<S> {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.take_control()
+        self.stages.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.memory = Some(Arc::clone(memory));
+        self.stages.register(Arc::clone(memory));
         Ok(Registration::default())
     }
 

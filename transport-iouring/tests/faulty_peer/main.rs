@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use memory::{Lent, NEXT_USE};
 use pageferry::memory::PageRange;
-use pageferry::testing::Random;
+use pageferry::testing::{Random, open_channel};
 use pageferry::transport::{
     Admission, DestinationLink, Interrupt, PageSender, Run, RunKind, SourceLink, TransportError,
 };
@@ -135,12 +135,7 @@ fn round(seed: u64, fault: Fault, ends: (bool, bool), zero_copy: ZeroCopy) {
     source.register(&here).expect("source memory registers");
     destination.register(&there).expect("destination memory registers");
     drop((here, there));
-    let (sender, receiver) = thread::scope(|scope| {
-        let accepted = scope.spawn(|| destination.open_receivers(1, BOUND));
-        let sender = source.open_senders(1).expect("a channel opens").remove(0);
-        let accepted = accepted.join().expect("no panic").expect("a channel is accepted");
-        (sender, accepted.into_iter().next().expect("one channel"))
-    });
+    let (sender, receiver) = open_channel(&mut *source, &mut *destination);
 
     // In the head of a batch, in the first of them, or anywhere.
     let moment = match random.below(3) {

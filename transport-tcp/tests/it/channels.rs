@@ -100,7 +100,7 @@ fn moves_exactly(mut link: Pair, channels: u16, random: &mut Random) {
 
 #[test]
 fn one_to_eight_channels_move_pages_exactly() {
-    let mut random = Random::new("channels");
+    let mut random = Random::seeded("channels");
     for channels in 1..=8 {
         moves_exactly(pair(&TcpOptions::default()), channels, &mut random);
     }
@@ -108,7 +108,7 @@ fn one_to_eight_channels_move_pages_exactly() {
 
 #[test]
 fn tiny_buffers_move_pages_exactly() {
-    let mut random = Random::new("tiny buffers");
+    let mut random = Random::seeded("tiny buffers");
     // In a receive buffer of less than a few packets Linux may leave the window smaller than a
     // packet, and then only probes pass, every fifth of a second. Nothing is wrong with the bytes.
     let options = TcpOptions {
@@ -121,11 +121,11 @@ fn tiny_buffers_move_pages_exactly() {
 
 #[test]
 fn pieces_of_any_length_move_pages_exactly() {
-    let mut random = Random::new("relay");
+    let mut random = Random::seeded("relay");
     for most_bytes in [90, 5_000, 200_000] {
         let options = TcpOptions::default();
         let acceptor = acceptor(&options);
-        let relay_random = Random::with_seed(random.next());
+        let relay_random = Random::new(random.next_u64());
         let relay = relay::start(acceptor.local_addr(), most_bytes, relay_random);
         let source = connect(relay, options).unwrap();
         let destination = acceptor.accept(Some(PATIENCE)).unwrap();
@@ -135,7 +135,7 @@ fn pieces_of_any_length_move_pages_exactly() {
 
 #[test]
 fn ipv6_moves_pages_exactly() {
-    let mut random = Random::new("ipv6");
+    let mut random = Random::seeded("ipv6");
     let acceptor = match TcpAcceptor::bind("[::1]:0", of_anyone(&TcpOptions::default())) {
         Ok(acceptor) => acceptor,
         Err(error) => {
@@ -151,7 +151,7 @@ fn ipv6_moves_pages_exactly() {
 
 #[test]
 fn the_newest_bytes_win() {
-    let mut random = Random::new("newest");
+    let mut random = Random::seeded("newest");
     let (from, to) = (guest_memory(&[4]), guest_memory(&[4]));
     let mut link = pair(&TcpOptions::default());
     let Ends { mut senders, mut receivers } = link.open(&from, &to, 1);
@@ -174,7 +174,7 @@ fn the_newest_bytes_win() {
 /// The largest batches there may be: most runs, and most bytes.
 #[test]
 fn full_batches_pass_and_larger_ones_are_refused() {
-    let mut random = Random::new("full");
+    let mut random = Random::seeded("full");
     let (from, to) = (guest_memory(&[2048]), guest_memory(&[2048]));
     fill(&from, &mut random);
     let mut link = pair(&TcpOptions::default());
@@ -263,7 +263,7 @@ fn a_receiver_acknowledges_when_asked_and_only_then() {
 /// Everything sent arrives even if the source goes away right after `finish`.
 #[test]
 fn a_source_may_leave_after_finish() {
-    let mut random = Random::new("leave");
+    let mut random = Random::seeded("leave");
     let (from, to) = (guest_memory(&[4096]), guest_memory(&[4096]));
     fill(&from, &mut random);
     let mut link = pair(&TcpOptions::default());

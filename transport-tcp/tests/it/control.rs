@@ -26,12 +26,12 @@ fn with_raw_source() -> (TcpStream, TcpDestinationLink, Box<dyn ControlReceiver>
 
 #[test]
 fn frames_of_all_lengths_pass_both_ways() {
-    let mut random = Random::new("frames");
+    let mut random = Random::seeded("frames");
     let mut link = pair(&TcpOptions::default());
     let mut here = link.source.control().unwrap();
     let mut there = link.destination.control().unwrap();
     for length in [1, 2, 5, 4096, 100_000, MAX_FRAME_BYTES - 1, MAX_FRAME_BYTES] {
-        let frame: Vec<u8> = (0..length).map(|_| random.next().to_le_bytes()[3]).collect();
+        let frame: Vec<u8> = (0..length).map(|_| random.next_u64().to_le_bytes()[3]).collect();
         thread::scope(|scope| {
             scope.spawn(|| here.sender.send(&frame, PATIENCE).unwrap());
             scope.spawn(|| there.sender.send(&frame, PATIENCE).unwrap());

@@ -15,7 +15,7 @@ use crate::support::{Ends, Random, data, drain, pair, until_landed};
 fn measure_a_gibibyte_into_warm_memory() {
     const PAGES: u64 = (1 << 30) / PAGE_BYTES;
     const ROUNDS: u64 = 5;
-    let mut random = Random::with_seed(1);
+    let mut random = Random::new(1);
     let (from, to) = (guest_memory(&[PAGES]), guest_memory(&[PAGES]));
     fill(&from, &mut random);
     fill(&to, &mut random);

@@ -29,7 +29,7 @@ fn all_copied(sent: u64, bytes: u64) -> ZeroCopyCounts {
 
 #[test]
 fn every_send_is_accounted_for_at_the_end() {
-    let mut random = Random::new("zero-copy");
+    let mut random = Random::seeded("zero-copy");
     let (from, to) = (guest_memory(&[3000, 8]), guest_memory(&[3000, 8]));
     fill(&from, &mut random);
     let mut link = pair(&options(ZeroCopy::On));
@@ -66,7 +66,7 @@ fn every_send_is_accounted_for_at_the_end() {
 #[test]
 fn it_stops_where_the_kernel_copies_anyway() {
     log::capture();
-    let mut random = Random::new("zero-copy auto");
+    let mut random = Random::seeded("zero-copy auto");
     let (from, to) = (guest_memory(&[1024]), guest_memory(&[1024]));
     fill(&from, &mut random);
     let mut link = pair_at("127.0.0.2:0", &options(ZeroCopy::Auto));

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::{PROMPT, Trial};
 use crate::pages::memory::{PAGE_BYTES, PageRange};
 use crate::testing::TestMemory;
+pub(super) use crate::testing::{data, zero};
 use crate::transport::{
     ControlChannel, ControlReceiver, ControlSender, DestinationLink, PageCounts, PageReceiver,
     PageSender, Received, Run, RunKind, SourceLink, TransportError, Watermarks,
@@ -84,14 +85,6 @@ impl Opened {
 
 pub(super) fn run(region: u16, first_page: u64, pages: u32, kind: RunKind) -> Run {
     Run { range: PageRange { region, first_page, pages }, kind }
-}
-
-pub(super) fn data(region: u16, first_page: u64, pages: u32) -> Run {
-    run(region, first_page, pages, RunKind::Data)
-}
-
-pub(super) fn zero(region: u16, first_page: u64, pages: u32) -> Run {
-    run(region, first_page, pages, RunKind::Zero)
 }
 
 /// Splits `pages` pages of a region into batches of at most `most` pages.

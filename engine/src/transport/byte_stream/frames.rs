@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use super::ByteStream;
 use super::half::Half;
 use crate::transport::stream::StreamError;
-use crate::transport::{ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError};
+use crate::transport::{
+    ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError, check_frame,
+};
 
 /// Bytes of a control frame's length.
 const LENGTH_BYTES: usize = 4;
@@ -26,17 +28,14 @@ impl<S> FrameSender<S> {
 impl<S: ByteStream> ControlSender for FrameSender<S> {
     fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         let operation = "send a frame";
-        let (size, limit) = (frame.len() as u64, MAX_FRAME_BYTES as u64);
-        let length = u32::try_from(frame.len()).ok().filter(|_| (1..=limit).contains(&size));
-        let Some(length) = length else {
-            return Err(TransportError::TooLarge { what: "control frame", size, limit });
-        };
+        check_frame(frame)?;
         if self.broken {
             return self.half.check(operation, Err(ErrorKind::NotConnected.into()));
         }
         self.broken = true;
         let deadline = Instant::now().checked_add(timeout);
-        let length = length.to_le_bytes();
+        // Cannot fail: the length was checked.
+        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX).to_le_bytes();
         let half = &mut self.half;
         if !(half.write_until(&length, deadline)? && half.write_until(frame, deadline)?) {
             return Err(TransportError::TimedOut { operation, after: timeout });

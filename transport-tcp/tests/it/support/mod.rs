@@ -8,48 +8,17 @@ pub(crate) mod relay;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry::memory::{GuestMemory, PageRange};
-pub(crate) use pageferry::testing::drain;
+use pageferry::memory::GuestMemory;
 use pageferry::testing::until_asleep;
+pub(crate) use pageferry::testing::{Random, data, drain, zero};
 use pageferry::transport::{
-    Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, Run, RunKind,
-    SourceLink, Ticket, TransportError,
+    Admission, DestinationLink, Interrupt, Link, PageReceiver, PageSender, SourceLink, Ticket,
+    TransportError,
 };
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 
 /// Long enough for any machine; only a failure takes it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Random numbers that a seed reproduces (xorshift64*).
-pub(crate) struct Random(u64);
-
-impl Random {
-    /// From `PAGEFERRY_TEST_SEED`, or fresh; printed, so that a failure can be repeated.
-    pub(crate) fn new(what: &str) -> Self {
-        let seed = std::env::var("PAGEFERRY_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or_else(|| {
-            let id = pageferry::transport::MigrationId::random().unwrap();
-            u64::from_le_bytes(id.0[..8].try_into().unwrap())
-        });
-        eprintln!("{what}: PAGEFERRY_TEST_SEED={seed}");
-        Self::with_seed(seed)
-    }
-
-    pub(crate) fn with_seed(seed: u64) -> Self {
-        Self(seed | 1)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        (self.next() >> 16) % limit
-    }
-}
 
 pub(crate) struct Pair {
     pub(crate) source: TcpSourceLink,
@@ -97,14 +66,6 @@ impl Pair {
         let receivers = self.destination.open_receivers(channels, PATIENCE).unwrap();
         Ends { senders, receivers }
     }
-}
-
-pub(crate) fn data(region: u16, first_page: u64, pages: u32) -> Run {
-    Run { range: PageRange { region, first_page, pages }, kind: RunKind::Data }
-}
-
-pub(crate) fn zero(region: u16, first_page: u64, pages: u32) -> Run {
-    Run { range: PageRange { region, first_page, pages }, kind: RunKind::Zero }
 }
 
 /// Waits until everything up to `ticket` has landed.

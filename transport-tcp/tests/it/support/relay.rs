@@ -16,7 +16,7 @@ pub(crate) fn start(to: SocketAddr, most_bytes: usize, mut random: Random) -> So
             let far = TcpStream::connect(to).unwrap();
             for (from, to) in [(&near, &far), (&far, &near)] {
                 let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                let random = Random::with_seed(random.next());
+                let random = Random::new(random.next_u64());
                 thread::spawn(move || forward(from, to, most_bytes, random));
             }
         }
@@ -34,12 +34,12 @@ pub(crate) fn holding(to: SocketAddr, held: usize) -> SocketAddr {
             let Ok((near, _)) = listener.accept() else { break };
             let far = TcpStream::connect(to).unwrap();
             let (back_from, back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-            thread::spawn(move || forward(back_from, back_to, 4096, Random::with_seed(1)));
+            thread::spawn(move || forward(back_from, back_to, 4096, Random::new(1)));
             if index == held {
                 // Open for as long as the process lives.
                 std::mem::forget(near);
             } else {
-                thread::spawn(move || forward(near, far, 4096, Random::with_seed(2)));
+                thread::spawn(move || forward(near, far, 4096, Random::new(2)));
             }
         }
     });
