@@ -5,8 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::protocol::{FailureReason, Hello, Message};
-use pageferry::testing::TestMemory;
 use pageferry::testing::memory_transport::{self, MemorySource};
+use pageferry::testing::{TestMemory, hear, say};
 use pageferry::transport::{ControlChannel, Link, SourceLink, TransportError};
 use pageferry::{
     Destination, DestinationFailure, Error, GuestAtDestination, Machine, MachineError, Timeouts,
@@ -69,15 +69,6 @@ fn destination_by(
         go_on(Welcomed { link, control, agreed: welcome.agreed(&hello) });
         receiving.join().expect("no panic").expect_err("no guest came")
     })
-}
-
-fn say(control: &mut ControlChannel, message: &Message) {
-    control.sender.send(&message.encode(), PATIENCE).expect("say something");
-}
-
-fn hear(control: &mut ControlChannel) -> Message {
-    let frame = control.receiver.receive(Some(PATIENCE)).expect("an answer");
-    Message::decode(&frame).expect("a message")
 }
 
 #[test]

@@ -13,7 +13,8 @@ use pageferry::protocol::{
     FailureReason, Hello, Message, Prepare, Refusal, Welcome, Why, negotiate,
 };
 use pageferry::testing::{
-    LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, memory_transport,
+    LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, hear, memory_transport,
+    say,
 };
 use pageferry::transport::{ControlChannel, Link, Registration, SourceLink};
 use pageferry::{
@@ -28,15 +29,6 @@ const FLOOD: u32 = 10_000;
 
 /// What may wait between two sides: with the engine and with the transport of these tests.
 const FEW: usize = 64;
-
-fn say(control: &mut ControlChannel, message: &Message) {
-    control.sender.send(&message.encode(), PATIENCE).expect("the other side listens");
-}
-
-fn hear(control: &mut ControlChannel) -> Message {
-    let frame = control.receiver.receive(Some(PATIENCE)).expect("a frame");
-    Message::decode(&frame).expect("a message")
-}
 
 fn hello(memory: &TestMemory, verify: bool) -> Hello {
     let hello = Hello::new(memory.memory().layout().clone(), 1, verify, Vec::new());

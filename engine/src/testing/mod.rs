@@ -9,6 +9,7 @@
 //! - [`TestMemory`]: guest memory of its own, with a pattern to compare;
 //! - [`open_channel`], [`data`] and [`zero`], [`drain`] and [`settle`]: data channels, and what they carry, to
 //!   their end and until it has landed;
+//! - [`say`] and [`hear`]: a side of the control channel that is no engine;
 //! - [`lock_at_most`]: a process that may lock little memory;
 //! - [`Random`]: numbers by a seed;
 //! - [`until_asleep`]: for tests of what ends a wait.
@@ -26,10 +27,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
+use crate::control::protocol::Message;
 use crate::pages::memory::PageRange;
 use crate::transport::{
-    DestinationLink, MigrationId, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
-    Ticket,
+    ControlChannel, DestinationLink, MigrationId, PageReceiver, PageSender, Received, Run, RunKind,
+    SourceLink, Ticket,
 };
 
 pub use test_memory::TestMemory;
@@ -104,6 +106,25 @@ pub fn lock_at_most(bytes: u64) {
     let mut sets = capabilities(None).expect("what this thread may do");
     sets.effective.remove(CapabilitySet::IPC_LOCK);
     set_capabilities(None, sets).expect("less than before");
+}
+
+/// Says something to the other side.
+///
+/// # Panics
+///
+/// If it does not listen.
+pub fn say(control: &mut ControlChannel, message: &Message) {
+    control.sender.send(&message.encode(), SOON).expect("the other side listens");
+}
+
+/// What the other side says next.
+///
+/// # Panics
+///
+/// If it says nothing, or what is no message.
+pub fn hear(control: &mut ControlChannel) -> Message {
+    let frame = control.receiver.receive(Some(SOON)).expect("a frame");
+    Message::decode(&frame).expect("a message")
 }
 
 /// Waits until a thread of this process sleeps in the kernel (state `S` in proc_pid_stat(5)).

@@ -10,21 +10,13 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use pageferry::dirty::DirtySources;
 use pageferry::protocol::{FailureReason, Hello, Message, negotiate};
 use pageferry::testing::{
-    LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, memory_transport,
+    LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, hear, memory_transport,
+    say,
 };
 use pageferry::transport::{ControlChannel, Interrupt, Link, TransportError};
 use pageferry::{Blame, Destination, Error, GuestAlarm, GuestAtSource, Source};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-fn say(control: &mut ControlChannel, message: &Message) {
-    control.sender.send(&message.encode(), PATIENCE).expect("the other side listens");
-}
-
-fn hear(control: &mut ControlChannel) -> Message {
-    let frame = control.receiver.receive(Some(PATIENCE)).expect("a frame");
-    Message::decode(&frame).expect("a message")
-}
 
 /// The last word, and that it is the last.
 fn hear_failed(control: &mut ControlChannel) -> FailureReason {
