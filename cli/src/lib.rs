@@ -7,6 +7,7 @@
 //! - [`signals`]: what Ctrl-C and others mean to it.
 //! - [`wishes`]: what is wanted of it by signals and lines on stdin while it migrates.
 //! - [`watch`]: a migration shown while it runs.
+//! - [`departure`] and [`arrival`]: all of that together, at either side, for any machine.
 //! - [`report`]: what it did, as JSON, a table and a page of plots.
 //! - [`output`], [`say!`] and [`log`]: what it says.
 //! - [`child`]: processes that end with it.
@@ -24,8 +25,10 @@ macro_rules! say {
     }};
 }
 
+pub mod arrival;
 pub mod child;
 pub mod cpu;
+pub mod departure;
 pub mod log;
 pub mod migration;
 pub mod outcome;

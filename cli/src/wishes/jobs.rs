@@ -9,7 +9,7 @@ use super::Wish;
 
 /// Does a job on a thread of its own, and meanwhile tells `hear` every wish. One that is there when
 /// the job ends is heard as well, and is not left to what comes next.
-pub fn hearing<T: Send>(
+pub(crate) fn hearing<T: Send>(
     wishes: &Receiver<Wish>,
     job: impl FnOnce() -> T + Send,
     mut hear: impl FnMut(Wish),
@@ -31,7 +31,7 @@ pub fn hearing<T: Send>(
 
 /// Does a job, which `end` is to end on a Ctrl-C. What came of it, and whether there was a Ctrl-C:
 /// the job may have ended by something else at that moment, and that somebody wants to end stays.
-pub fn until_interrupted<T: Send>(
+pub(crate) fn until_interrupted<T: Send>(
     wishes: &Receiver<Wish>,
     job: impl FnOnce() -> T + Send,
     end: impl Fn(),

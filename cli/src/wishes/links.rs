@@ -10,7 +10,7 @@ use super::{Wish, cancels, steer, unless_given_up, until_interrupted};
 use crate::transport::{Acceptor, Caller, Chosen};
 
 /// Connects, on a thread of its own so that wishes are heard meanwhile.
-pub fn connect(
+pub(crate) fn connect(
     address: &str,
     chosen: Chosen,
     handle: &MigrationHandle,
@@ -33,7 +33,7 @@ pub fn connect(
 }
 
 /// Waits for somebody who connects; `None` if a Ctrl-C came first.
-pub fn accept(
+pub(crate) fn accept(
     chosen: &Chosen,
     acceptor: &Acceptor,
     wishes: &Receiver<Wish>,

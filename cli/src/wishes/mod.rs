@@ -16,9 +16,10 @@ use crate::migration::{BoundChoice, PolicyChoice};
 use crate::signals::{self, SIGUSR1};
 use crate::units;
 
-pub use jobs::{hearing, unless_given_up, unless_interrupted, until_interrupted, wait_or_quit};
-pub use links::{accept, connect};
-pub use steering::{cancels, steer};
+pub(crate) use jobs::{hearing, until_interrupted};
+pub use jobs::{unless_given_up, unless_interrupted, wait_or_quit};
+pub(crate) use links::{accept, connect};
+pub(crate) use steering::{cancels, steer};
 
 /// What the operator wants.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,12 +5,12 @@ use pageferry::MigrationHandle;
 use super::Wish;
 
 /// Whether a wish that comes during a migration is to end it.
-pub fn cancels(wish: &Wish) -> bool {
+pub(crate) fn cancels(wish: &Wish) -> bool {
     matches!(wish, Wish::Interrupt | Wish::Cancel)
 }
 
 /// What a wish that comes during a migration does to it.
-pub fn steer(handle: &MigrationHandle, wish: &Wish) {
+pub(crate) fn steer(handle: &MigrationHandle, wish: &Wish) {
     match wish {
         Wish::Interrupt | Wish::Cancel => {
             say!("cancelling; the guest stays here unless it is gone already");

@@ -1,24 +1,17 @@
 //! `receive`: waits for a guest, and runs it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::{Receiver, unbounded};
-use indicatif::HumanBytes;
 use pageferry::memory::GuestMemory;
-use pageferry::threads::PinnedThreads;
-use pageferry::transport::{DestinationLink, Warnings};
-use pageferry::{
-    Arrived, Blame, Destination, DestinationFailure, Event, GuestAtDestination, Offer, Statistics,
-};
+use pageferry::{Offer, Statistics};
+use pageferry_cli::arrival::Reception;
 use pageferry_cli::child::end_with_parent;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report};
 use pageferry_cli::say;
-use pageferry_cli::watch::Watch;
-use pageferry_cli::wishes::{
-    Wish, accept, listen_to_signals, unless_interrupted, until_interrupted, wait_or_quit,
-};
+use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
+use pageferry_report::facts::memory_and_swap_bytes;
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
@@ -35,66 +28,22 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     listen_to_signals(wishes_in)?;
     let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
     let transport = chosen.name();
-    let address = args.listen.clone();
-    // Looking up a name may take long, and nothing ends that.
-    let listen = move || chosen.listen(&address).map(|acceptor| (chosen, acceptor));
-    let Some(listening) = unless_interrupted(&wishes, listen)? else {
-        return nobody_came(args, transport, "interrupted before a guest came".to_owned());
-    };
-    let (chosen, acceptor) = listening?;
-    // Scripts read the port from this line.
-    say!("listening on {}", acceptor.local_addr());
-    // Strangers may be many.
-    let lines = Warnings::default();
-    let come = loop {
-        let Some((peer, link)) = accept(&chosen, &acceptor, &wishes)? else {
-            break Err("interrupted before a guest came".to_owned());
-        };
-        let told = match lines.turn() {
-            Some(0) => Some(String::new()),
-            left_out => left_out.map(|others| format!(", after {others} others")),
-        };
-        if let Some(others) = &told {
-            say!("a source connected from {peer}{others}");
-        }
-        match take_in(args, link, &wishes, told.is_some())? {
-            Come::Stranger(why) if told.is_some() => {
-                say!("no guest came from {peer}: {why}; the next is waited for");
-            }
-            Come::Stranger(_) => {}
-            Come::Interrupted => break Err("cancelled before a guest came".to_owned()),
-            Come::Guest(guest) => break Ok(*guest),
-        }
-    };
-    // Others are refused at once from now on, and do not wait for a guest's home that is taken.
-    drop(acceptor);
-    let report = |outcome, at, channels, memory_bytes, statistics: &Statistics| {
-        Report::new(outcome, at, transport, channels, memory_bytes, statistics)
-    };
-    let Coming { channels, config, result, cancelled } = match come {
-        Ok(coming) => coming,
+    let reception = Reception { link: &args.link, pin: &args.pin, populate: args.populate };
+    let home = |offer: &Offer| machine_for(args, offer);
+    let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
+        Ok(arrival) => arrival,
         Err(why) => return nobody_came(args, transport, why),
     };
-    let memory_bytes = config.memory_bytes();
-    match result {
+    let mut report = arrival.report();
+    match arrival.result {
         Ok(arrived) => {
-            let (at, statistics) = (GuestAt::Destination, &arrived.statistics);
-            let mut report = report(Outcome::Completed, at, channels, memory_bytes, statistics);
-            describe(&mut report, &config);
-            report.memory_match = arrived.verified.then_some(true);
+            describe(&mut report, arrived.machine.guest.config());
             run_on(args, arrived.machine.guest, report, &wishes)
         }
         Err(failure) => {
-            let at = match failure.guest {
-                GuestAtDestination::AtSource | GuestAtDestination::GivenBack => GuestAt::Source,
-                _ => GuestAt::Unknown,
-            };
-            let outcome = Outcome::of(&failure.error, cancelled);
-            let mut report = report(outcome, at, channels, memory_bytes, &failure.statistics);
-            describe(&mut report, &config);
-            report.error = Some(failure.error.chain().to_string());
+            describe(&mut report, failure.machine.guest.config());
             let outcome = finish(&report, args.json)?;
-            if at == GuestAt::Unknown {
+            if report.guest_at == GuestAt::Unknown {
                 keep_copy(&wishes);
             }
             Ok(outcome)
@@ -112,95 +61,6 @@ fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outco
     finish(&report, args.json)
 }
 
-/// What came of somebody who connected.
-enum Come {
-    /// Its guest was on its way, at least.
-    Guest(Box<Coming>),
-    /// Nothing: it was no source, or not one for this host, or left too early. Why.
-    Stranger(String),
-    /// Nothing, and a Ctrl-C came meanwhile.
-    Interrupted,
-}
-
-/// A guest that was on its way.
-struct Coming {
-    channels: u16,
-    config: GuestConfig,
-    result: Result<Arrived<GuestMachine>, Box<DestinationFailure<GuestMachine>>>,
-    /// Whether a Ctrl-C came meanwhile: too late if the guest is here.
-    cancelled: bool,
-}
-
-/// Takes in the guest of somebody who connected, if there is one.
-fn take_in(
-    args: &ReceiveArgs,
-    link: Box<dyn DestinationLink>,
-    wishes: &Receiver<Wish>,
-    tell: bool,
-) -> Result<Come, Failure> {
-    let destination = Destination::new()
-        .threads(Arc::new(PinnedThreads::new(args.pin.clone())))
-        .timeouts(args.link.timeouts())
-        .populate_ahead(args.populate);
-    let handle = destination.handle();
-    let watch = Watch::start(handle.clone())?;
-    let mut show = watch.sink();
-    let begun = Arc::new(AtomicBool::new(false));
-    let begins = Arc::clone(&begun);
-    let destination = destination.on_event(move |event| {
-        if matches!(event, Event::RoundStarted { .. }) {
-            begins.store(true, Ordering::Relaxed);
-        }
-        show(event);
-    });
-    let migrate = || take_in_uninterrupted(args, destination, link, &begun, tell);
-    let (come, interrupted) = until_interrupted(wishes, migrate, || handle.cancel())?;
-    Ok(match come {
-        Come::Guest(coming) => Come::Guest(Box::new(Coming { cancelled: interrupted, ..*coming })),
-        _ if interrupted => Come::Interrupted,
-        come => come,
-    })
-}
-
-/// As [`take_in`], and hears nobody. `begun` is set once the guest is on its way.
-fn take_in_uninterrupted(
-    args: &ReceiveArgs,
-    destination: Destination,
-    link: Box<dyn DestinationLink>,
-    begun: &AtomicBool,
-    tell: bool,
-) -> Come {
-    let offer = match destination.negotiate(link) {
-        Ok(offer) => offer,
-        Err(error) => return Come::Stranger(error.chain().to_string()),
-    };
-    if tell {
-        say!("it offers a guest of {}", HumanBytes(offer.layout().len_bytes()));
-    }
-    let channels = offer.channels();
-    let (machine, memory) = match machine_for(args, &offer) {
-        Ok(home) => home,
-        Err(error) => {
-            let reason = pageferry::Chain::of(&*error).to_string();
-            offer.decline(&reason);
-            return Come::Stranger(reason);
-        }
-    };
-    let config = machine.guest.config().clone();
-    let result = offer.receive(machine, &memory);
-    // No source breaks the protocol: who does is not the one that is waited for.
-    let is_stranger = |failure: &DestinationFailure<GuestMachine>| {
-        failure.guest == GuestAtDestination::AtSource
-            && failure.error.blame() == Blame::PeerMisbehaved
-    };
-    match result {
-        Err(failure) if !begun.load(Ordering::Relaxed) || is_stranger(&failure) => {
-            Come::Stranger(failure.error.chain().to_string())
-        }
-        result => Come::Guest(Box::new(Coming { channels, config, result, cancelled: false })),
-    }
-}
-
 /// Builds the machine that the source describes.
 fn machine_for(
     args: &ReceiveArgs,
@@ -215,7 +75,7 @@ fn machine_for(
         )
         .into());
     }
-    let here_bytes = pageferry_report::facts::memory_and_swap_bytes();
+    let here_bytes = memory_and_swap_bytes();
     if args.memory.is_none()
         && let Some(here_bytes) = here_bytes
         && memory_bytes > here_bytes

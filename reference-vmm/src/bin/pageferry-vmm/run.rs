@@ -1,20 +1,13 @@
 //! `run`: runs a guest, and migrates it away.
 
 use crossbeam_channel::{Receiver, after, never, select_biased, unbounded};
-use pageferry::machine::MachineOperation;
-use pageferry::transport::SourceLink;
-use pageferry::{Departed, GuestAtSource, Source, SourceFailure, Statistics};
+use pageferry::Statistics;
 use pageferry_cli::child::end_with_parent;
-use pageferry_cli::cpu;
+use pageferry_cli::departure::{Departure, Gone};
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report, Timeline};
 use pageferry_cli::say;
-use pageferry_cli::transport::Chosen;
-use pageferry_cli::watch::Watch;
-use pageferry_cli::wishes::{
-    Wish, cancels, connect, hearing, listen_to_signals, listen_to_stdin, steer, wait_or_quit,
-};
-use pageferry_report::recorder::Recorder;
+use pageferry_cli::wishes::{Wish, listen_to_signals, listen_to_stdin, wait_or_quit};
 use pageferry_vmm::choice::decide_tracking;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::error::GuestError;
@@ -25,7 +18,7 @@ use pageferry_vmm::workload::WorkloadConfig;
 use rustix::process::Signal;
 
 use crate::args::{GuestArgs, RunArgs};
-use crate::report::{check, heartbeat, of_source};
+use crate::report::{check, describe, heartbeat, of_source};
 
 pub(crate) fn config(args: &GuestArgs) -> GuestConfig {
     GuestConfig {
@@ -150,8 +143,7 @@ fn status(guest: &Guest) {
     }
 }
 
-/// Migrates the guest, on a thread of its own so that wishes are heard meanwhile. Gives the
-/// machine back if the guest is still here.
+/// Migrates the guest. Gives the machine back if the guest is still here.
 fn migrate(
     args: &RunArgs,
     machine: GuestMachine,
@@ -160,110 +152,31 @@ fn migrate(
 ) -> Result<(Report, Option<GuestMachine>), Failure> {
     let migration = &args.migration;
     let config = machine.guest.config().clone();
-    let tracking = machine.guest.tracking();
-    let source = migration.source().verify(args.verify);
-    let source = source.description(serde_json::to_vec(&config)?);
-    let handle = source.handle();
-    let watch = Watch::start(handle.clone())?;
-    let recorder = args.timeline.then(|| Recorder::start(handle.clone())).transpose()?;
-    let mut record = recorder.as_ref().map(Recorder::sink);
-    let mut show = watch.sink();
-    let source = source.on_event(move |event| {
-        show(event);
-        if let Some(record) = &mut record {
-            record(event);
-        }
-    });
+    let tracking = machine.guest.tracking().to_string();
+    let departure = Departure {
+        migration,
+        description: serde_json::to_vec(&config)?,
+        memory_bytes: config.memory_bytes(),
+        verify: args.verify,
+        record: args.timeline,
+    };
     machine.guest.reset_heartbeat_gap();
-    let chosen = migration.choose();
-    let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
-    let link = match chosen {
-        Ok(chosen) => connect(address, chosen, &handle, wishes),
-        Err(error) => Err(error.into()),
+    let describe_memory = |machine: &GuestMachine| {
+        let memory = machine.memory()?;
+        let dirty = machine.dirty_sources(&memory)?;
+        Ok((memory, dirty))
     };
-    let cpu = cpu::time_of_process();
-    let mut cancelled = false;
-    let result = hearing(
-        wishes,
-        || depart(source, machine, link),
-        |wish| {
-            cancelled |= cancels(&wish);
-            steer(&handle, &wish);
-        },
-    )?;
-    let cpu = cpu::time_of_process().saturating_sub(cpu);
-    drop(watch);
-    let limit = handle.settings().downtime_limit;
-    let report = |outcome, at, statistics: &Statistics| {
-        let guest = (&config, tracking);
-        let mut report = of_source((outcome, at), transport, guest, migration, statistics);
-        // It may have been changed on the way.
-        report.downtime_limit(statistics.downtime_limit.unwrap_or(limit));
-        report.cpu_time(cpu);
-        report
-    };
-    let (statistics, guest) = match &result {
-        Ok(departed) => (&departed.statistics, &departed.machine.guest),
-        Err(failure) => (&failure.statistics, &failure.machine.guest),
-    };
-    let timeline = recorder.map(|recorder| {
-        let setting = config.setting(transport, migration.channels, &tracking.to_string());
-        Timeline {
-            gaps: guest.heartbeat_gaps(),
-            ..Timeline::of_source(recorder, setting, statistics)
-        }
+    let Gone { mut report, statistics, machine, recorder } =
+        departure.migrate(machine, describe_memory, address, wishes)?;
+    describe(&mut report, &config);
+    report.timeline = recorder.map(|recorder| {
+        let setting = config.setting(&report.transport, migration.channels, &tracking);
+        let timeline = Timeline::of_source(recorder, setting, &statistics);
+        Timeline { gaps: machine.guest.heartbeat_gaps(), ..timeline }
     });
-    Ok(match result {
-        Ok(departed) => {
-            let mut report = report(Outcome::Completed, GuestAt::Destination, &departed.statistics);
-            report.memory_match = args.verify.then_some(true);
-            report.timeline = timeline;
-            (report, None)
-        }
-        Err(failure) => {
-            let SourceFailure { machine, guest, error, statistics } = *failure;
-            let at = match &guest {
-                GuestAtSource::Running => GuestAt::Source,
-                GuestAtSource::Paused(_) => GuestAt::Paused,
-                _ => GuestAt::Unknown,
-            };
-            let mut report = report(Outcome::of(&error, cancelled), at, &statistics);
-            report.error = Some(error.chain().to_string());
-            report.timeline = timeline;
-            if matches!(error, pageferry::Error::MemoryDiffers { .. }) {
-                report.memory_match = Some(false);
-            }
-            if let GuestAtSource::Paused(why) = guest {
-                say!("error: the guest could not be resumed: {}", why.chain());
-            }
-            (report, Some(machine))
-        }
-    })
-}
-
-/// Hands the guest to the engine.
-fn depart(
-    source: Source,
-    machine: GuestMachine,
-    link: Result<Box<dyn SourceLink>, pageferry::Error>,
-) -> Result<Departed<GuestMachine>, Box<SourceFailure<GuestMachine>>> {
-    let prepared = || -> Result<_, pageferry::Error> {
-        let refused =
-            |cause| pageferry::Error::Machine { operation: MachineOperation::Describe, cause };
-        let memory = machine.memory().map_err(refused)?;
-        let dirty = machine.dirty_sources(&memory).map_err(refused)?;
-        Ok((memory, dirty, link?))
-    };
-    match prepared() {
-        Ok((memory, dirty, link)) => source.migrate(machine, &memory, dirty, link),
-        // Nothing has touched the guest yet.
-        Err(error) => Err(Box::new(SourceFailure {
-            machine,
-            guest: GuestAtSource::Running,
-            error,
-            statistics: Statistics::default(),
-        })),
-    }
+    report.dirty_source = Some(tracking);
+    let left = (report.outcome != Outcome::Completed).then_some(machine);
+    Ok((report, left))
 }
 
 /// After a migration that failed: shows that the guest goes on, and reports. Returns whether the

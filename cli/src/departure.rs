@@ -1,0 +1,148 @@
+//! A migration away from here, of any machine: it is shown as it runs, and steered by wishes.
+
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+use pageferry::dirty::DirtySources;
+use pageferry::machine::MachineOperation;
+use pageferry::memory::GuestMemory;
+use pageferry::transport::SourceLink;
+use pageferry::{
+    Departed, Error, GuestAtSource, Machine, MachineError, Source, SourceFailure, Statistics,
+};
+use pageferry_report::recorder::Recorder;
+
+use crate::cpu;
+use crate::migration::MigrationArgs;
+use crate::outcome::{Failure, Outcome};
+use crate::report::{GuestAt, Report};
+use crate::transport::Chosen;
+use crate::watch::Watch;
+use crate::wishes::{Wish, cancels, connect, hearing, steer};
+
+/// A guest that is to go.
+#[derive(Debug)]
+pub struct Departure<'a> {
+    /// How.
+    pub migration: &'a MigrationArgs,
+    /// What the destination is told of it.
+    pub description: Vec<u8>,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Whether all of that is compared before it resumes.
+    pub verify: bool,
+    /// Whether what happens is recorded over time.
+    pub record: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Gone<M> {
+    /// What the migration did; of the guest no more than where it is.
+    pub report: Report,
+    /// The same as the engine says it.
+    pub statistics: Statistics,
+    /// The machine: the guest is in it unless it is at the destination.
+    pub machine: M,
+    /// What was recorded, if that was wanted.
+    pub recorder: Option<Recorder>,
+}
+
+impl Departure<'_> {
+    /// Migrates a machine, whose memory and what tracks it `describe` tells, to this address. On threads of
+    /// their own, so that wishes are heard meanwhile.
+    pub fn migrate<M: Machine + Send>(
+        self,
+        machine: M,
+        describe: impl FnOnce(&M) -> Result<(Arc<GuestMemory>, DirtySources), MachineError> + Send,
+        address: &str,
+        wishes: &Receiver<Wish>,
+    ) -> Result<Gone<M>, Failure> {
+        let Self { migration, description, memory_bytes, verify, record } = self;
+        let source = migration.source().verify(verify).description(description);
+        let handle = source.handle();
+        let watch = Watch::start(handle.clone())?;
+        let recorder = record.then(|| Recorder::start(handle.clone())).transpose()?;
+        let mut record = recorder.as_ref().map(Recorder::sink);
+        let mut show = watch.sink();
+        let source = source.on_event(move |event| {
+            show(event);
+            if let Some(record) = &mut record {
+                record(event);
+            }
+        });
+        let chosen = migration.choose();
+        let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
+        let link = match chosen {
+            Ok(chosen) => connect(address, chosen, &handle, wishes),
+            Err(error) => Err(error.into()),
+        };
+        let cpu = cpu::time_of_process();
+        let mut cancelled = false;
+        let result = hearing(
+            wishes,
+            || hand_over(source, machine, describe, link),
+            |wish| {
+                cancelled |= cancels(&wish);
+                steer(&handle, &wish);
+            },
+        )?;
+        let cpu = cpu::time_of_process().saturating_sub(cpu);
+        drop(watch);
+        let limit = handle.settings().downtime_limit;
+        let report = |outcome, at, statistics: &Statistics| {
+            let ended = (outcome, at);
+            let mut report =
+                Report::of_source(ended, transport, memory_bytes, migration, statistics);
+            // It may have been changed on the way.
+            report.downtime_limit(statistics.downtime_limit.unwrap_or(limit));
+            report.cpu_time(cpu);
+            report
+        };
+        Ok(match result {
+            Ok(Departed { machine, statistics, .. }) => {
+                let mut report = report(Outcome::Completed, GuestAt::Destination, &statistics);
+                report.memory_match = verify.then_some(true);
+                Gone { report, statistics, machine, recorder }
+            }
+            Err(failure) => {
+                let SourceFailure { machine, guest, error, statistics } = *failure;
+                let at = match &guest {
+                    GuestAtSource::Running => GuestAt::Source,
+                    GuestAtSource::Paused(_) => GuestAt::Paused,
+                    _ => GuestAt::Unknown,
+                };
+                let mut report = report(Outcome::of(&error, cancelled), at, &statistics);
+                report.error = Some(error.chain().to_string());
+                if matches!(error, Error::MemoryDiffers { .. }) {
+                    report.memory_match = Some(false);
+                }
+                if let GuestAtSource::Paused(why) = guest {
+                    say!("error: the guest could not be resumed: {}", why.chain());
+                }
+                Gone { report, statistics, machine, recorder }
+            }
+        })
+    }
+}
+
+/// Hands the guest to the engine.
+fn hand_over<M: Machine>(
+    source: Source,
+    machine: M,
+    describe: impl FnOnce(&M) -> Result<(Arc<GuestMemory>, DirtySources), MachineError>,
+    link: Result<Box<dyn SourceLink>, Error>,
+) -> Result<Departed<M>, Box<SourceFailure<M>>> {
+    let refused = |cause| Error::Machine { operation: MachineOperation::Describe, cause };
+    let described = describe(&machine).map_err(refused);
+    match described.and_then(|described| Ok((described, link?))) {
+        Ok(((memory, dirty), link)) => source.migrate(machine, &memory, dirty, link),
+        // Nothing has touched the guest yet.
+        Err(error) => Err(Box::new(SourceFailure {
+            machine,
+            guest: GuestAtSource::Running,
+            error,
+            statistics: Statistics::default(),
+        })),
+    }
+}
