@@ -5,8 +5,6 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use pageferry::memory::{Layout, RegionLayout};
-use pageferry::protocol::{Hello, Message};
 use pageferry::transport::MigrationId;
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpOptions};
@@ -42,9 +40,7 @@ fn read_answer(stream: &mut TcpStream) -> Answer {
 }
 
 fn greeting() -> Vec<u8> {
-    let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
-    let layout = Layout::new(vec![region]).unwrap();
-    let hello = Message::Hello(Hello::new(layout, 1, false, Vec::new())).encode();
+    let hello = pageferry::testing::greeting(Vec::new());
     [&u32::try_from(hello.len()).unwrap().to_le_bytes()[..], &hello].concat()
 }
 

@@ -10,6 +10,7 @@
 //! - [`open_channel`], [`data`] and [`zero`], [`drain`] and [`settle`]: data channels, and what they carry, to
 //!   their end and until it has landed;
 //! - [`say`] and [`hear`]: a side of the control channel that is no engine;
+//! - [`greeting`]: what makes a source one, for acceptors;
 //! - [`lock_at_most`]: a process that may lock little memory;
 //! - [`Random`]: numbers by a seed;
 //! - [`until_asleep`]: for tests of what ends a wait.
@@ -27,8 +28,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
-use crate::control::protocol::Message;
-use crate::pages::memory::PageRange;
+use crate::control::protocol::{Hello, Message};
+use crate::pages::memory::{Layout, PageRange, RegionLayout};
 use crate::transport::{
     ControlChannel, DestinationLink, MigrationId, PageReceiver, PageSender, Received, Run, RunKind,
     SourceLink, Ticket,
@@ -125,6 +126,15 @@ pub fn say(control: &mut ControlChannel, message: &Message) {
 pub fn hear(control: &mut ControlChannel) -> Message {
     let frame = control.receiver.receive(Some(SOON)).expect("a frame");
     Message::decode(&frame).expect("a message")
+}
+
+/// A source's first control frame, of a small guest with this description: what makes it a source
+/// ([`check_greeting`](crate::transport::check_greeting)).
+#[expect(clippy::missing_panics_doc, reason = "the layout makes sense")]
+pub fn greeting(description: Vec<u8>) -> Vec<u8> {
+    let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
+    let layout = Layout::new(vec![region]).expect("a layout");
+    Message::Hello(Hello::new(layout, 1, false, description)).encode()
 }
 
 /// Waits until a thread of this process sleeps in the kernel (state `S` in proc_pid_stat(5)).

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::memory::{Layout, RegionLayout};
-use pageferry::protocol::{Hello, Message};
+use pageferry::protocol::Message;
+use pageferry::testing::greeting;
 use pageferry::transport::{ControlChannel, Link, MAX_GREETING_BYTES, MigrationId, TransportError};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
@@ -16,9 +16,7 @@ use crate::support::{PATIENCE, log, raw};
 
 /// A source's first word.
 fn hello(description_bytes: usize) -> Vec<u8> {
-    let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
-    let layout = Layout::new(vec![region]).unwrap();
-    Message::Hello(Hello::new(layout, 1, false, vec![7; description_bytes])).encode()
+    greeting(vec![7; description_bytes])
 }
 
 fn frame(message: &[u8]) -> Vec<u8> {

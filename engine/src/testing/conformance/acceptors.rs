@@ -8,9 +8,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::control::protocol::{Hello, Message};
-use crate::pages::memory::{Layout, RegionLayout};
-use crate::testing::{SOON, TestMemory};
+use crate::testing::{SOON, TestMemory, greeting};
 use crate::transport::reception::TurnedAway;
 use crate::transport::{
     ControlChannel, ControlSender, DestinationLink, SourceLink, TransportError,
@@ -108,9 +106,7 @@ struct Source {
 
 /// A source's first word, which tells it from others. It takes a transport several pieces.
 fn hello(number: u8) -> Vec<u8> {
-    let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
-    let layout = Layout::new(vec![region]).expect("a layout");
-    Message::Hello(Hello::new(layout, 1, false, vec![number; 20_000])).encode()
+    greeting(vec![number; 20_000])
 }
 
 fn connect(venue: &dyn Venue) -> (Box<dyn SourceLink>, ControlChannel) {
