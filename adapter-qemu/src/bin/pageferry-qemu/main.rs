@@ -1,0 +1,43 @@
+//! `pageferry-qemu`: moves the guests of an unmodified QEMU.
+
+mod args;
+mod migrate;
+mod receive;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::report::Report;
+use pageferry_cli::say;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    pageferry_cli::log::to_stderr();
+    let command = Cli::parse().command;
+    if let Err(complaint) = command.check() {
+        Cli::command().error(ErrorKind::ValueValidation, complaint).exit();
+    }
+    match run(&command) {
+        Ok(outcome) => outcome.exit_code(),
+        Err(error) => {
+            let why = pageferry::Chain::of(&*error).to_string();
+            say!("error: {why}");
+            // With --json there is an object on stdout however a command ends.
+            let (json, transport) = command.reports();
+            if json && let Err(error) = Report::of_failure(transport.name(), why).print(true) {
+                say!("failed to print the report: {error}");
+            }
+            Outcome::Failed.exit_code()
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<Outcome, Failure> {
+    match command {
+        Command::Migrate(args) => migrate::migrate(args),
+        Command::Receive(args) => receive::receive(args),
+    }
+}

@@ -1,0 +1,113 @@
+//! `receive`: waits for a guest, and runs it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, select_biased, unbounded};
+use pageferry::memory::GuestMemory;
+use pageferry::{Offer, Statistics};
+use pageferry_cli::arrival::Reception;
+use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::report::{GuestAt, Report};
+use pageferry_cli::say;
+use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
+use pageferry_qemu::ram::{self, Backend, Made};
+use pageferry_qemu::{QemuCommand, QemuDestination, Vm};
+use pageferry_tcp::ZeroCopy;
+
+use crate::args::ReceiveArgs;
+
+pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
+    let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
+    let transport = chosen.name();
+    let reception = Reception { link: &args.link, pin: &args.pin, populate: 0 };
+    let home = |offer: &Offer| home_for(args, offer);
+    let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
+        Ok(arrival) => arrival,
+        Err(why) => {
+            say!("{why}");
+            let (ended, nothing) = (Outcome::Cancelled, Statistics::default());
+            let mut report = Report::new(ended, GuestAt::Source, transport, 0, 0, &nothing);
+            report.error = Some(why);
+            report.print(args.json)?;
+            return Ok(ended);
+        }
+    };
+    let mut report = arrival.report();
+    report.guest = Some("qemu".to_owned());
+    report.print(args.json)?;
+    match arrival.result {
+        Ok(arrived) => run_on(arrived.machine, &wishes)?,
+        Err(_) if report.guest_at == GuestAt::Source => {}
+        Err(_) => {
+            say!("the copy is kept, paused; Ctrl-C destroys it");
+            wait_or_quit(&wishes, None);
+        }
+    }
+    Ok(report.outcome)
+}
+
+/// RAM and a QEMU for the guest that is offered.
+fn home_for(
+    args: &ReceiveArgs,
+    offer: &Offer,
+) -> Result<(QemuDestination, Arc<GuestMemory>), Failure> {
+    let theirs: Vm = serde_json::from_slice(offer.description())
+        .map_err(|error| format!("the source's description of its QEMU makes no sense: {error}"))?;
+    let backends = backends(args, &theirs.ram)?;
+    let memory_bytes = offer.layout().len_bytes();
+    if let Some(here_bytes) = pageferry_report::facts::memory_and_swap_bytes()
+        && memory_bytes > here_bytes
+    {
+        return Err(format!(
+            "the source has {memory_bytes} bytes of guest memory, and this machine {here_bytes} of \
+             memory and swap"
+        )
+        .into());
+    }
+    let (made, memory) = Made::create(&backends)?;
+    let [program, arguments @ ..] = &*args.qemu else { return Err("no QEMU is given".into()) };
+    let command = QemuCommand { program: program.into(), arguments: arguments.to_vec() };
+    let machine = QemuDestination::start(command, made)?;
+    let qmp = machine.qmp().ok_or("QEMU is gone")?;
+    let found = ram::backends_of(qmp)?;
+    if found.iter().any(|backend| !backends.contains(backend)) {
+        return Err("QEMU's RAM is not in the files that --ram names, in their order".into());
+    }
+    Vm::of(qmp, found.into_iter().map(|(backend, _)| backend).collect())?.check_takes(&theirs)?;
+    Ok((machine, memory))
+}
+
+/// The source's backends with the files for them.
+fn backends(args: &ReceiveArgs, ram: &[Backend]) -> Result<Vec<(Backend, PathBuf)>, Failure> {
+    if args.ram.len() != ram.len() {
+        let (theirs, here) = (ram.len(), args.ram.len());
+        let why = format!("the source's RAM is in {theirs} files, and --ram names {here} here");
+        return Err(why.into());
+    }
+    Ok(ram.iter().cloned().zip(args.ram.iter().cloned()).collect())
+}
+
+/// Stays as long as the guest runs, or until told to go.
+fn run_on(machine: QemuDestination, wishes: &Receiver<Wish>) -> Result<(), Failure> {
+    let (mut child, _qmp) = machine.keep().ok_or("QEMU is gone")?;
+    say!("the guest runs here, in process {}; Ctrl-C leaves it running", child.id());
+    let (gone_in, gone) = unbounded();
+    std::thread::Builder::new().name("child".into()).spawn(move || {
+        // Nobody may be waiting any more.
+        let _ = gone_in.send(child.wait());
+    })?;
+    loop {
+        select_biased! {
+            recv(gone) -> ended => {
+                say!("QEMU has ended ({})", ended??);
+                return Ok(());
+            },
+            recv(wishes) -> wish => if matches!(wish?, Wish::Interrupt | Wish::Quit) {
+                return Ok(());
+            },
+        }
+    }
+}

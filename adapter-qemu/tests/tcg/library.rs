@@ -1,0 +1,120 @@
+//! Guests of a real QEMU, moved by the library.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crate::guest::{Console, Guests, Running};
+use pageferry::convergence::Bound;
+use pageferry::dirty::{DirtySource, DirtySources};
+use pageferry::memory::GuestMemory;
+use pageferry::{
+    Arrived, Departed, Destination, DestinationFailure, Error, GuestAtDestination, GuestAtSource,
+    Source, SourceFailure,
+};
+use pageferry_qemu::ram::{self, Backend, Made};
+use pageferry_qemu::{QemuCommand, QemuDestination, QemuSource, Qmp};
+use pageferry_rust_vmm::{ForeignPagemapScan, ForeignProcess, ForeignUserfaultfd, PagemapScan};
+use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
+
+/// Pages that the guest writes, over and over.
+const PAGES: u32 = 8192;
+
+type Sent = Result<Departed<QemuSource>, Box<SourceFailure<QemuSource>>>;
+type Received = Result<Arrived<QemuDestination>, Box<DestinationFailure<QemuDestination>>>;
+
+/// A guest that runs on one host, and what it takes to move it to another.
+struct Scene {
+    guests: Guests,
+    source: Running,
+    qmp: Arc<Qmp>,
+    here: Console,
+    there: Console,
+}
+
+impl Scene {
+    /// Says so if there can be none here.
+    fn start() -> Option<Self> {
+        if let Err(error) = PagemapScan::supported() {
+            eprintln!("skipped, because pages cannot be tracked here: {error}");
+            return None;
+        }
+        let guests = Guests::build()?;
+        let (mut here, there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
+        let source = Running::start(&guests, "a", PAGES);
+        let qmp = Arc::new(source.connect());
+        here.pass();
+        Some(Self { guests, source, qmp, here, there })
+    }
+
+    /// Moves the guest, with what is written tracked or not.
+    fn play(&self, tracked: bool) -> (Sent, Received) {
+        let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).unwrap();
+        let address = acceptor.local_addr();
+        let backend = Backend { id: "ram".into(), len_bytes: 256 << 20 };
+        let backends: Vec<(Backend, PathBuf)> = vec![(backend, self.guests.path("b.ram"))];
+        let command = QemuCommand {
+            program: "qemu-system-x86_64".into(),
+            arguments: self.guests.arguments("b", PAGES),
+        };
+        let memory = ram::map(&ram::backends_of(&self.qmp).unwrap()).unwrap();
+        let sources = if tracked { self.trackers(&memory) } else { Vec::new() };
+        let machine = QemuSource::new(Arc::clone(&self.qmp)).unwrap();
+        thread::scope(|scope| {
+            let receiving = scope.spawn(|| {
+                let link = acceptor.accept(None).unwrap();
+                let offer = Destination::new().negotiate(Box::new(link)).unwrap();
+                let (made, memory) = Made::create(&backends).unwrap();
+                let machine = QemuDestination::start(command, made).unwrap();
+                offer.receive(machine, &memory)
+            });
+            let link = connect(address, TcpOptions::default()).unwrap();
+            let source = Source::new()
+                .verify(true)
+                .bound(Bound::BestEffort)
+                .downtime_limit(Duration::from_secs(2))
+                .migrate(machine, &memory, DirtySources::new(sources), Box::new(link));
+            (source, receiving.join().unwrap())
+        })
+    }
+
+    fn trackers(&self, memory: &GuestMemory) -> Vec<Box<dyn DirtySource>> {
+        assert_eq!(self.qmp.peer_pid().unwrap(), self.source.child.id());
+        let process = ForeignProcess::open(self.source.child.id()).unwrap();
+        let made_in = ForeignUserfaultfd::made_in;
+        vec![Box::new(ForeignPagemapScan::new(process, memory, made_in).unwrap())]
+    }
+}
+
+#[test]
+fn a_guest_moves() {
+    let Some(mut scene) = Scene::start() else { return };
+    let before = scene.here.pass();
+    let (source, destination) = scene.play(true);
+    let departed = source.map_err(|failed| failed.error).unwrap();
+    let arrived = destination.map_err(|failed| failed.error).unwrap();
+    eprintln!("{:#?}", departed.statistics.downtime);
+    let state = scene.qmp.run_state().unwrap();
+    assert_eq!((&*state.status, state.running), ("postmigrate", false));
+    assert!(arrived.machine.qmp().unwrap().run_state().unwrap().running);
+    // Whole passes there, over pages that were written here.
+    let passes = [scene.there.pass(), scene.there.pass(), scene.there.pass()];
+    assert!(passes[0] > before, "pass {before} here, and then {passes:?} there");
+}
+
+/// The same with its writes tracked by nobody: memory differs, it is told, and the guest goes on where it was.
+#[test]
+fn a_guest_whose_writes_nobody_tracks_does_not_leave() {
+    let Some(mut scene) = Scene::start() else { return };
+    let (source, destination) = scene.play(false);
+    let failed = source.map(|_| ()).unwrap_err();
+    assert!(matches!(failed.error, Error::MemoryDiffers { .. }), "{}", failed.error);
+    assert!(matches!(failed.guest, GuestAtSource::Running), "{:?}", failed.guest);
+    let there = destination.map(|_| ()).unwrap_err();
+    assert_eq!(there.guest, GuestAtDestination::AtSource);
+    drop(there);
+    assert!(!scene.guests.path("b.ram").exists(), "the RAM of a guest that did not come is left");
+    let passes = [scene.here.pass(), scene.here.pass()];
+    assert!(passes[1] > passes[0]);
+}
