@@ -4,25 +4,23 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use pageferry::transport::reception::{Desk, spawn_named};
 use pageferry::transport::{Interrupt, TransportError, addresses};
 
 use crate::addresses::advise;
-use crate::board::Board;
 use crate::check_libraries;
 use crate::cm::Id;
-use crate::desk::Desk;
 use crate::destination::RdmaDestinationLink;
 use crate::dial::{Request, check_device};
 use crate::options::RdmaOptions;
-use crate::reception::Arrival;
+use crate::reception::{Arrival, Reception};
+use crate::requests::Requests;
 
 /// Requests that the kernel keeps for the acceptor's thread.
 const BACKLOG: i32 = 64;
-/// Fits the kernel's 15 bytes.
-const THREAD_NAME: &str = "ferry-accept";
 
 /// Waits for sources at an RDMA device's address. Serves one migration at a time: of a source that
 /// has greeted ([`RdmaOptions::admission`]). A second one that has waited a second is told to come later. One
@@ -43,7 +41,7 @@ const THREAD_NAME: &str = "ferry-accept";
 /// and frees the port.
 #[derive(Debug)]
 pub struct RdmaAcceptor {
-    pub(crate) desk: Arc<Desk>,
+    pub(crate) desk: Arc<Desk<Arrival, Requests<Request>>>,
     local_addr: SocketAddr,
 }
 
@@ -54,9 +52,7 @@ impl RdmaAcceptor {
         address: impl ToSocketAddrs + fmt::Debug,
         options: RdmaOptions,
     ) -> Result<Self, TransportError> {
-        Self::bind_with(address, options, |body| {
-            thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(body)
-        })
+        Self::bind_with(address, options, spawn_named)
     }
 
     /// As [`RdmaAcceptor::bind`], for a host that wants to start the acceptor's thread itself (to put a
@@ -76,10 +72,14 @@ impl RdmaAcceptor {
             check_device(&options, &address.to_string())?;
             match listen(address) {
                 Ok((listener, local_addr)) => {
-                    let desk =
-                        Desk::open(listener, local_addr, options, spawn).map_err(|cause| {
-                            TransportError::Io { operation: "start the acceptor's thread", cause }
-                        })?;
+                    let works = |board, bell| {
+                        let reception = Reception::new(listener, local_addr, bell, board, options);
+                        move || reception.run()
+                    };
+                    let desk = Desk::open(works, spawn).map_err(|cause| TransportError::Io {
+                        operation: "start the acceptor's thread",
+                        cause,
+                    })?;
                     return Ok(Self { desk: Arc::new(desk), local_addr });
                 }
                 Err(cause) => last_error = failed(&address.to_string(), advise(cause)),
@@ -95,24 +95,14 @@ impl RdmaAcceptor {
 
     /// Ends [`Self::accept`], now and later. Links that were accepted go on.
     pub fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::new(AcceptInterrupter(Arc::clone(self.desk.board())))
+        Arc::clone(self.desk.board()) as Arc<dyn Interrupt>
     }
 
     /// Waits for a source, at most `timeout` (`None`: for as long as it takes). While the link of the
     /// migration before lives, no source is let in.
     pub fn accept(&self, timeout: Option<Duration>) -> Result<RdmaDestinationLink, TransportError> {
-        let arrival = self.desk.board().next_migration(timeout)?;
-        RdmaDestinationLink::new(arrival, Arc::clone(&self.desk))
-            .inspect_err(|_| self.desk.board().end_migration())
-    }
-}
-
-#[derive(Debug)]
-struct AcceptInterrupter(Arc<Board<Arrival, Request>>);
-
-impl Interrupt for AcceptInterrupter {
-    fn interrupt(&self) {
-        self.0.interrupt_accept();
+        let (arrival, seat) = self.desk.accept(timeout)?;
+        RdmaDestinationLink::new(arrival, seat)
     }
 }
 

@@ -1,12 +1,12 @@
 //! How a source reaches a destination: which of a name's addresses answers.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use pageferry::transport::race::{Attempt, Progress, Race};
 use pageferry::transport::{Interrupt, MigrationId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -18,10 +18,6 @@ use crate::preamble::Purpose;
 use crate::source::RdmaSourceLink;
 use crate::state::LinkState;
 use crate::{after, check_libraries};
-
-/// How long an address may be silent before the next one is tried too: the connection attempt delay
-/// of RFC 8305.
-const STAGGER: Duration = Duration::from_millis(250);
 
 /// Connects to a destination that listens at an RDMA device's address.
 ///
@@ -70,21 +66,49 @@ impl RdmaConnector {
         let found = addresses::resolve(&address).map_err(failed)?;
         check_libraries().map_err(|unavailable| failed(unavailable.into()))?;
         check_device(&self.options, &text)?;
-        let mut race = Race {
-            last_error: failed(io::ErrorKind::NotFound.into()),
-            options: self.options,
-            state: self.state,
-            waiting: found.into(),
-            attempts: Vec::new(),
-            next_start: Instant::now(),
-        };
-        RdmaSourceLink::new(race.winner()?)
+        let mut race = Race::new(found, failed(io::ErrorKind::NotFound.into()));
+        let connected = race
+            .winner(|address| self.begin(address), |attempts, until| self.wait(attempts, until))?;
+        // Nothing is left of those that lost while this one goes on.
+        drop(race);
+        RdmaSourceLink::new(*connected)
+    }
+
+    fn begin(&self, address: SocketAddr) -> Result<Dialling<'_>, TransportError> {
+        self.state.check()?;
+        let deadline = after(self.options.connect_timeout);
+        let stage = Stage::Searching(Search::begin(address, &self.options)?);
+        Ok(Dialling { by: self, address, deadline, stage })
+    }
+
+    /// Sleeps until something happens to one of them.
+    fn wait(
+        &self,
+        attempts: &[Dialling<'_>],
+        until: Option<Instant>,
+    ) -> Result<(), TransportError> {
+        let left = until.map(|until| {
+            let left = until.saturating_duration_since(Instant::now());
+            Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 })
+        });
+        let ids = attempts.iter().map(|attempt| attempt.id().fd());
+        let mut fds: Vec<_> = ids
+            .chain([self.state.bell()])
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        match poll(&mut fds, left.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => self.state.check(),
+            Err(errno) => {
+                Err(TransportError::Io { operation: "wait for connections", cause: errno.into() })
+            }
+        }
     }
 }
 
 /// An address that is tried.
 #[derive(Debug)]
-struct Attempt {
+struct Dialling<'a> {
+    by: &'a RdmaConnector,
     address: SocketAddr,
     deadline: Instant,
     stage: Stage,
@@ -97,32 +121,24 @@ enum Stage {
     Asking(Box<Connected>),
 }
 
-/// How far an attempt is.
-enum Progress {
-    NotYet(Attempt),
-    Connected(Box<Connected>),
-}
-
-impl Attempt {
-    fn begin(address: SocketAddr, options: &RdmaOptions) -> Result<Self, TransportError> {
-        let deadline = after(options.connect_timeout);
-        Ok(Self { address, deadline, stage: Stage::Searching(Search::begin(address, options)?) })
-    }
-
+impl Dialling<'_> {
     fn id(&self) -> &Id {
         match &self.stage {
             Stage::Searching(search) => &search.id,
             Stage::Asking(asked) => &asked.outlet.connection.id,
         }
     }
+}
 
-    /// Takes in what has happened.
-    fn go_on(
-        mut self,
-        options: &RdmaOptions,
-        state: &Arc<LinkState>,
-    ) -> Result<Progress, TransportError> {
-        let address = self.address;
+impl Attempt for Dialling<'_> {
+    type Connected = Box<Connected>;
+
+    fn deadline(&self) -> Option<Instant> {
+        Some(self.deadline)
+    }
+
+    fn go_on(mut self) -> Result<Progress<Self>, TransportError> {
+        let (address, RdmaConnector { options, state }) = (self.address, self.by);
         let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
         while let Some(event) = self.id().take_event().map_err(failed)? {
             self.stage = match self.stage {
@@ -158,82 +174,4 @@ fn ask(
     let say = workshop.preamble(Purpose::Control, migration);
     let outlet = workshop.ask_for_outlet(id, &say, RemoteAccess::Nothing)?;
     Ok(Connected { workshop, migration, outlet })
-}
-
-/// Attempts to connect to the addresses of one name.
-struct Race {
-    options: RdmaOptions,
-    state: Arc<LinkState>,
-    waiting: VecDeque<SocketAddr>,
-    attempts: Vec<Attempt>,
-    next_start: Instant,
-    last_error: TransportError,
-}
-
-impl Race {
-    /// Waits for the first attempt that is connected.
-    fn winner(&mut self) -> Result<Connected, TransportError> {
-        loop {
-            self.state.check()?;
-            self.start_next()?;
-            for attempt in std::mem::take(&mut self.attempts) {
-                let progress = attempt.go_on(&self.options, &self.state);
-                match self.note(progress)? {
-                    Some(Progress::Connected(connected)) => return Ok(*connected),
-                    Some(Progress::NotYet(attempt)) => self.attempts.push(attempt),
-                    None => {}
-                }
-            }
-            if !self.attempts.is_empty() {
-                self.wait()?;
-            } else if self.waiting.is_empty() {
-                let nobody = TransportError::OutOfOrder("no address is left");
-                return Err(std::mem::replace(&mut self.last_error, nobody));
-            }
-        }
-    }
-
-    /// Starts the next attempt, if it is time or nothing else is under way.
-    fn start_next(&mut self) -> Result<(), TransportError> {
-        if !self.attempts.is_empty() && Instant::now() < self.next_start {
-            return Ok(());
-        }
-        let Some(address) = self.waiting.pop_front() else { return Ok(()) };
-        self.next_start = Instant::now() + STAGGER;
-        let begun = Attempt::begin(address, &self.options);
-        let begun = self.note(begun)?;
-        self.attempts.extend(begun);
-        Ok(())
-    }
-
-    /// Where one address is of no use another may be.
-    fn note<T>(&mut self, result: Result<T, TransportError>) -> Result<Option<T>, TransportError> {
-        match result {
-            Err(error @ TransportError::Connect { .. }) => {
-                self.last_error = error;
-                Ok(None)
-            }
-            result => result.map(Some),
-        }
-    }
-
-    /// Waits until something happens to attempts or the time of one is over, or another is to begin.
-    fn wait(&self) -> Result<(), TransportError> {
-        let deadlines = self.attempts.iter().map(|attempt| attempt.deadline);
-        let next_start = (!self.waiting.is_empty()).then_some(self.next_start);
-        let until = deadlines.chain(next_start).min().unwrap_or(self.next_start);
-        let left = until.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 });
-        let ids = self.attempts.iter().map(|attempt| attempt.id().fd());
-        let mut fds: Vec<_> = ids
-            .chain([self.state.bell()])
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
-            .collect();
-        match poll(&mut fds, Some(&left)) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => {
-                Err(TransportError::Io { operation: "wait for connections", cause: errno.into() })
-            }
-        }
-    }
 }

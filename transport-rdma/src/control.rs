@@ -4,8 +4,9 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
+use pageferry::transport::reception::TurnedAway;
 use pageferry::transport::{
-    ControlChannel, ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError,
+    ControlChannel, ControlReceiver, ControlSender, TransportError, check_frame,
 };
 
 use crate::dial::LINGER;
@@ -66,13 +67,7 @@ fn put(outlet: &mut Outlet, frame: &[u8], deadline: Option<Instant>) -> Result<(
 impl ControlSender for RdmaControlSender {
     fn send(&mut self, frame: &[u8], timeout: Duration) -> Result<(), TransportError> {
         const OPERATION: &str = "send a control frame";
-        if frame.is_empty() || frame.len() > MAX_FRAME_BYTES {
-            return Err(TransportError::TooLarge {
-                what: "control frame",
-                size: frame.len() as u64,
-                limit: MAX_FRAME_BYTES as u64,
-            });
-        }
+        check_frame(frame)?;
         let deadline = Instant::now().checked_add(timeout);
         let mut outlet = locked(&self.outlet);
         outlet.check()?;
@@ -81,7 +76,7 @@ impl ControlSender for RdmaControlSender {
             return Err(TransportError::Lost { operation: OPERATION, cause });
         }
         // Before the answer can come.
-        outlet.connection.state.link.note_told();
+        outlet.connection.state.link.fate.note_told();
         let result = put(&mut outlet, frame, deadline);
         self.broken = result.is_err();
         result.map_err(|error| match self.inbox.explain(error) {
@@ -96,8 +91,8 @@ impl ControlSender for RdmaControlSender {
 impl Drop for RdmaControlSender {
     fn drop(&mut self) {
         let mut outlet = locked(&self.outlet);
-        if outlet.connection.state.link.was_displaced() && !self.broken {
-            return refuse(&mut outlet, "no answer to the welcome, and another source waits");
+        if outlet.connection.state.link.fate.was_displaced() && !self.broken {
+            return refuse(&mut outlet, &TurnedAway::Displaced.to_string());
         }
         if self.broken || outlet.check().is_err() {
             return;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::memory::GuestMemory;
+use pageferry::transport::reception::Seat;
 use pageferry::transport::{
     Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReader,
     PageReceiver, Registration, TransportError,
@@ -12,15 +13,15 @@ use pageferry::transport::{
 
 use crate::announce::{Announcer, hear_all};
 use crate::cm::RemoteAccess;
-use crate::desk::Desk;
-use crate::dial::{Request, Workshop};
+use crate::dial::Request;
+use crate::end::End;
 use crate::inbox::Inbox;
-use crate::memory::Registered;
 use crate::options::Mtu;
 use crate::preamble::Purpose;
 use crate::reader::RdmaPageReader;
 use crate::receiver::RdmaPageReceiver;
 use crate::reception::Arrival;
+use crate::requests::Requests;
 use crate::verbs::Access;
 use crate::{CAPABILITIES, NAME, control};
 
@@ -33,58 +34,52 @@ use crate::{CAPABILITIES, NAME, control};
 /// thread and port alive even if the acceptor was dropped.
 #[derive(Debug)]
 pub struct RdmaDestinationLink {
-    control: Option<ControlChannel>,
-    registered: Option<Arc<Registered>>,
-    /// Whether data channels were opened: once.
-    opened: bool,
-    migration: MigrationId,
-    mtu: u32,
-    pub(crate) workshop: Workshop,
-    desk: Arc<Desk>,
+    /// Given up first.
+    seat: Seat<Arrival, Requests<Request>>,
+    end: End,
 }
 
 impl RdmaDestinationLink {
     /// Of a source whose control connections are there.
-    pub(crate) fn new(arrival: Arrival, desk: Arc<Desk>) -> Result<Self, TransportError> {
-        let Arrival { migration, inlet, outlet, greeting, standing, workshop, .. } = arrival;
+    pub(crate) fn new(
+        arrival: Arrival,
+        seat: Seat<Arrival, Requests<Request>>,
+    ) -> Result<Self, TransportError> {
+        let Arrival { migration, inlet, outlet, greeting, workshop, .. } = arrival;
         let outlet = outlet.ok_or(TransportError::OutOfOrder("half of a control channel"))?;
         let mtu = inlet.connection.mtu;
-        workshop.state.take_place(standing);
-        let control = Some(control::channel(outlet, &Inbox::at_destination(inlet, greeting)?));
-        Ok(Self { control, registered: None, opened: false, migration, mtu, workshop, desk })
+        let control = control::channel(outlet, &Inbox::at_destination(inlet, greeting)?);
+        Ok(Self { seat, end: End::new(migration, control, mtu, workshop) })
     }
 
     /// The path MTU that both sides have agreed on, of the control connection.
     pub fn path_mtu(&self) -> Mtu {
-        Mtu::decoded(self.mtu)
+        self.end.path_mtu()
     }
 
     /// What this migration is called on the wire.
     pub fn migration_id(&self) -> MigrationId {
-        self.migration
+        self.end.migration
     }
 
     /// The source's address.
     pub fn peer_addr(&self) -> SocketAddr {
-        self.workshop.peer
+        self.end.peer_addr()
     }
+}
 
-    /// Takes a connection of this link's.
-    fn take(
-        &self,
-        wanted: Purpose,
-        deadline: Option<Instant>,
-        timeout: Duration,
-    ) -> Result<Request, TransportError> {
-        let found = self.desk.board().take(wanted, deadline, &self.workshop.state)?;
-        let operation = "accept the source's connections";
-        found.ok_or(TransportError::TimedOut { operation, after: timeout })
-    }
-
-    fn registered(&self) -> Result<Arc<Registered>, TransportError> {
-        let missing = TransportError::OutOfOrder("guest memory is not registered");
-        self.registered.clone().ok_or(missing)
-    }
+/// Takes a connection of a link's.
+fn take(
+    seat: &Seat<Arrival, Requests<Request>>,
+    end: &End,
+    wanted: Purpose,
+    deadline: Option<Instant>,
+    timeout: Duration,
+) -> Result<Request, TransportError> {
+    let check = || end.workshop.state.check();
+    let found = seat.take(deadline, check, |requests| requests.take(wanted))?;
+    let operation = "accept the source's connections";
+    found.ok_or(TransportError::TimedOut { operation, after: timeout })
 }
 
 impl Link for RdmaDestinationLink {
@@ -97,19 +92,16 @@ impl Link for RdmaDestinationLink {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
+        self.end.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        // However long that takes.
-        self.workshop.state.settle();
-        let (registered, cost) = self.workshop.register(memory, Access::RemoteWrite)?;
-        self.registered = Some(registered);
-        Ok(cost)
+        self.end.workshop.state.fate.settle();
+        self.end.register(memory, Access::RemoteWrite)
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.workshop.state) as Arc<dyn Interrupt>
+        self.end.interrupter()
     }
 }
 
@@ -119,45 +111,39 @@ impl DestinationLink for RdmaDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
-        let registered = self.registered()?;
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
-        for beyond in self.desk.board().set_channels(channels) {
-            let what = format!("there are only {channels} data channels");
-            tracing::warn!(peer = ?beyond.id.peer(), "refused a connection: {what}");
-            beyond.id.reject(what.as_bytes());
-        }
-        let deadline = Instant::now().checked_add(timeout);
-        let table = self.take(Purpose::Table, deadline, timeout)?;
-        let outlet = self.workshop.accept_outlet(table)?;
-        let announcer = Arc::new(Announcer::new(outlet, Arc::clone(&registered)));
-        announcer.announce()?;
-        let receivers = (0..channels)
-            .map(|channel| -> Result<Box<dyn PageReceiver>, TransportError> {
-                let request = self.take(Purpose::Pages { channel }, deadline, timeout)?;
-                let inlet = self.workshop.accept_inlet(request, RemoteAccess::Write)?;
-                let (registered, announcer) = (Arc::clone(&registered), Arc::clone(&announcer));
-                Ok(Box::new(RdmaPageReceiver::new(inlet, registered, announcer)))
-            })
-            .collect::<Result<_, _>>()?;
-        self.opened = true;
-        Ok(receivers)
+        let Self { seat, end } = self;
+        end.open(|end, registered| {
+            let beyond = seat.connections(|requests| requests.set_channels(channels));
+            for beyond in beyond.into_iter().flatten() {
+                let what = format!("there are only {channels} data channels");
+                tracing::warn!(peer = ?beyond.id.peer(), "refused a connection: {what}");
+                beyond.id.reject(what.as_bytes());
+            }
+            let deadline = Instant::now().checked_add(timeout);
+            let table = take(seat, end, Purpose::Table, deadline, timeout)?;
+            let outlet = end.workshop.accept_outlet(table)?;
+            let announcer = Arc::new(Announcer::new(outlet, Arc::clone(registered)));
+            announcer.announce()?;
+            (0..channels)
+                .map(|channel| -> Result<Box<dyn PageReceiver>, TransportError> {
+                    let wanted = Purpose::Pages { channel };
+                    let request = take(seat, end, wanted, deadline, timeout)?;
+                    let inlet = end.workshop.accept_inlet(request, RemoteAccess::Write)?;
+                    let (registered, announcer) = (Arc::clone(registered), Arc::clone(&announcer));
+                    Ok(Box::new(RdmaPageReceiver::new(inlet, registered, announcer)))
+                })
+                .collect()
+        })
     }
 
     fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
-        let here = self.registered()?;
+        let Self { seat, end } = self;
+        let here = end.registered()?;
         let deadline = Instant::now().checked_add(timeout);
-        let request = self.take(Purpose::Reads, deadline, timeout)?;
-        let mut inlet = self.workshop.accept_inlet(request, RemoteAccess::Nothing)?;
+        let request = take(seat, end, Purpose::Reads, deadline, timeout)?;
+        let mut inlet = end.workshop.accept_inlet(request, RemoteAccess::Nothing)?;
         let there = hear_all(&mut inlet, here.memory.layout(), timeout)?;
-        let slice_bytes = self.workshop.slice_bytes();
+        let slice_bytes = end.workshop.slice_bytes();
         Ok(Box::new(RdmaPageReader::new(inlet, here, there, slice_bytes)))
-    }
-}
-
-impl Drop for RdmaDestinationLink {
-    fn drop(&mut self) {
-        self.desk.board().end_migration();
     }
 }

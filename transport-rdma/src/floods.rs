@@ -340,8 +340,7 @@ fn messages_without_receives_at_a_source() {
     let pong = whole(&protocol::Message::Pong { number: 1 }.encode());
     for flood in [&[][..], &pong, &chunk()] {
         source.go_to(acceptor.local_addr());
-        let board = acceptor.desk.board();
-        let arrival = board.next_migration(Some(SOON)).expect("it comes");
+        let (arrival, place) = acceptor.desk.accept(Some(SOON)).expect("it comes");
         let mut outlet = arrival.outlet.expect("both halves");
         let began = Instant::now();
         let sent = pour(&mut outlet.connection, &arrival.workshop.pd, flood, |_| {
@@ -353,8 +352,7 @@ fn messages_without_receives_at_a_source() {
         assert!(sent <= u64::from(MOST_FRAMES) + UNDER_WAY as u64, "nobody minds");
         source.assert_guest_at("source");
         source.assert_needs_little(idle_bytes);
-        drop((outlet, arrival.inlet));
-        board.end_migration();
+        drop((outlet, arrival.inlet, place));
     }
     assert_gets_in(&mut source, &mut destination);
     source.assert_ends_well();

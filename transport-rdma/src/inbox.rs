@@ -150,7 +150,7 @@ impl Inbox {
                 (message, _) => {
                     if arriving.frame.take_in(message)? {
                         arriving.inlet.settle()?;
-                        self.sleeper.state().link.note_heard();
+                        self.sleeper.state().link.fate.note_heard();
                         return Ok(Some(arriving.frame.take()));
                     }
                 }

@@ -45,16 +45,13 @@
 mod acceptor;
 mod addresses;
 mod announce;
-mod board;
 mod cm;
 mod connection;
 mod connector;
 mod control;
-mod desk;
 mod destination;
 mod dial;
-#[cfg(test)]
-mod endings;
+mod end;
 #[cfg(test)]
 mod floods;
 mod frames;
@@ -69,6 +66,7 @@ mod preamble;
 mod reader;
 mod receiver;
 mod reception;
+mod requests;
 mod sender;
 mod source;
 mod state;

@@ -7,14 +7,14 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry::transport::reception::{Arrived, Bell, Board, Served, TurnedAway};
 use pageferry::transport::{
-    Admission, Greeted, MAX_GREETING_BYTES, MigrationId, Place, Standing, TransportError,
-    WaitingRoom, Warnings, check_greeting, first_of_the_most,
+    Admission, Greeted, MAX_GREETING_BYTES, MigrationId, Standing, TransportError, WaitingRoom,
+    Warnings, check_greeting, first_of_the_most,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use crate::board::{Arrived, Board, Part, Voice};
 use crate::cm::{Event, Id, RemoteAccess};
 use crate::control;
 use crate::dial::{Request, Workshop};
@@ -22,7 +22,8 @@ use crate::frames::Frame;
 use crate::options::RdmaOptions;
 use crate::pipe::{Inlet, Message, Outlet, RECEIVES};
 use crate::preamble::{Preamble, Purpose};
-use crate::state::{Bell, LinkState};
+use crate::requests::{Part, Requests, judge};
+use crate::state::LinkState;
 
 /// Most sources whose control connections are not there yet, or that have not greeted. With more, the
 /// oldest goes of those from one address, from the one that has most: a source of ours makes them at once.
@@ -38,6 +39,9 @@ const GLANCE: Duration = Duration::from_millis(10);
 /// How long the listener rests when the machine has no descriptors or memory for a connection.
 const REST: Duration = Duration::from_millis(100);
 
+/// What the acceptor's thread and the links tell each other.
+pub(crate) type RdmaBoard = Board<Arrival, Requests<Request>>;
+
 /// A source, and its control connections as far as they are there.
 #[derive(Debug)]
 pub(crate) struct Arrival {
@@ -51,7 +55,6 @@ pub(crate) struct Arrival {
     pub(crate) greeting: Option<Vec<u8>>,
     /// How long that took.
     round_trip: Duration,
-    pub(crate) standing: Standing,
     deadline: Instant,
     /// After the queues.
     pub(crate) workshop: Workshop,
@@ -63,17 +66,11 @@ impl Arrival {
         request: Request,
         local: SocketAddr,
         options: &RdmaOptions,
-        board: &Arc<Board<Self, Request>>,
+        board: &Arc<RdmaBoard>,
     ) -> Result<Self, TransportError> {
         let peer = request.id.peer().unwrap_or(local);
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
-        let weak = Arc::downgrade(board);
-        let wake = move || {
-            if let Some(board) = weak.upgrade() {
-                board.wake_all();
-            }
-        };
-        let state = LinkState::new(wake).map_err(failed)?;
+        let state = LinkState::new(board.waker()).map_err(failed)?;
         let migration = request.preamble.migration;
         let workshop = Workshop::at(&request.id, peer, options.clone(), state)?;
         workshop.watch(&request.id)?;
@@ -86,7 +83,6 @@ impl Arrival {
             arriving: Frame::default(),
             greeting: None,
             round_trip: Duration::ZERO,
-            standing: Standing::firm(),
             deadline: crate::after(options.connect_timeout),
             workshop,
         })
@@ -144,7 +140,7 @@ impl Arrival {
             if whole {
                 self.greeting = Some(self.arriving.take());
                 self.round_trip = self.accepted.elapsed();
-                self.standing = Standing::greeted(self.round_trip);
+                self.workshop.state.fate.stands(Standing::greeted(self.round_trip));
                 return Ok(true);
             }
             // More of it has come.
@@ -168,30 +164,25 @@ impl Arrived for Arrival {
         self.migration
     }
 
+    fn peer(&self) -> SocketAddr {
+        self.workshop.peer
+    }
+
     fn has_left(&mut self) -> bool {
         let back = self.outlet.as_mut().is_some_and(|outlet| outlet.connection.has_left());
         self.inlet.connection.has_left() || back
     }
 
-    fn place(&self) -> Place {
-        self.standing.place(Instant::now())
-    }
-
-    fn voice(&self) -> Arc<dyn Voice> {
-        Arc::clone(&self.workshop.state) as Arc<dyn Voice>
+    fn served(&self) -> Arc<dyn Served> {
+        Arc::clone(&self.workshop.state) as Arc<dyn Served>
     }
 }
-
-/// What a source hears while another one keeps its place.
-const BUSY: &str = "another migration is being served";
-/// And while too many wait for it.
-pub(crate) const CROWDED: &str = "another migration is being served, and too many wait";
 
 pub(crate) struct Reception {
     listener: Id,
     local: SocketAddr,
     bell: Arc<Bell>,
-    board: Arc<Board<Arrival, Request>>,
+    board: Arc<RdmaBoard>,
     options: RdmaOptions,
     /// Oldest first.
     half_open: Vec<Arrival>,
@@ -205,7 +196,7 @@ impl Reception {
         listener: Id,
         local: SocketAddr,
         bell: Arc<Bell>,
-        board: Arc<Board<Arrival, Request>>,
+        board: Arc<RdmaBoard>,
         options: RdmaOptions,
     ) -> Self {
         let half_open = Vec::new();
@@ -218,12 +209,12 @@ impl Reception {
         while !self.board.is_stopped() {
             if let Err(error) = self.turn() {
                 tracing::error!("stopped accepting connections: {error}");
-                self.board.stop(Some(error.kind()));
+                self.board.stop(Some(error));
             }
         }
         let waiting = self.waiting.empty();
         for arrival in self.half_open.into_iter().chain(waiting).chain(self.board.left_over()) {
-            arrival.refuse(BUSY, &self.board.warnings);
+            arrival.refuse(&TurnedAway::Busy.to_string(), &self.board.warnings);
         }
     }
 
@@ -282,11 +273,11 @@ impl Reception {
             let bytes = arrival.greeting.as_ref().map_or(0, Vec::len);
             let (from, round_trip) = (arrival.workshop.peer, arrival.round_trip);
             for crowded in self.waiting.enter(now, arrival, Greeted { from, bytes, round_trip }) {
-                crowded.refuse(CROWDED, &board.warnings);
+                crowded.refuse(&TurnedAway::Crowded.to_string(), &board.warnings);
             }
         }
         for later in self.waiting.serve(now, |arrival| board.admit(arrival)) {
-            later.refuse(BUSY, &board.warnings);
+            later.refuse(&TurnedAway::Busy.to_string(), &board.warnings);
         }
     }
 
@@ -327,9 +318,16 @@ impl Reception {
             arrival.migration == migration && !complete
         });
         let peer = request.id.peer();
-        let accepted = match self.board.judge(&request.preamble, begun) {
+        let served =
+            |requests: Option<&mut Requests<_>>| judge(purpose, begun, requests.as_deref());
+        let accepted = match self.board.connections(migration, served) {
             Err(why) => return self.refuse(&request.id, &why),
-            Ok(Part::Waits) => return self.board.keep(purpose, request),
+            Ok(Part::Waits) => {
+                let keep = |requests: &mut Requests<_>| requests.keep(purpose, request);
+                // Of a migration that is over meanwhile it is refused.
+                self.board.connections(migration, |requests| requests.map(keep));
+                return;
+            }
             Ok(Part::Begins) => self.begin(request),
             Ok(Part::Completes) => {
                 let mut half_open = self.half_open.iter_mut();

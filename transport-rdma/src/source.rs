@@ -11,7 +11,8 @@ use pageferry::transport::{
 
 use crate::announce::{Directory, tell_all};
 use crate::cm::RemoteAccess;
-use crate::dial::{Connected, Workshop};
+use crate::dial::Connected;
+use crate::end::End;
 use crate::inbox::Inbox;
 use crate::memory::Registered;
 use crate::options::Mtu;
@@ -29,14 +30,8 @@ use crate::{CAPABILITIES, NAME, control};
 /// the device but what the kernel keeps of a closed connection for a while (`TIMEWAIT`).
 #[derive(Debug)]
 pub struct RdmaSourceLink {
-    control: Option<ControlChannel>,
     inbox: Arc<Inbox>,
-    registered: Option<Arc<Registered>>,
-    /// Whether data channels were opened: once.
-    opened: bool,
-    migration: MigrationId,
-    mtu: u32,
-    workshop: Workshop,
+    end: End,
 }
 
 impl RdmaSourceLink {
@@ -47,65 +42,54 @@ impl RdmaSourceLink {
         let inlet = workshop.dial_inlet(&workshop.preamble(Purpose::ControlBack, migration))?;
         let mtu = outlet.connection.mtu;
         let inbox = Inbox::at_source(inlet, workshop.peer)?;
-        let control = Some(control::channel(outlet, &inbox));
-        Ok(Self { control, inbox, registered: None, opened: false, migration, mtu, workshop })
+        let control = control::channel(outlet, &inbox);
+        Ok(Self { inbox, end: End::new(migration, control, mtu, workshop) })
     }
 
     /// What this migration is called on the wire.
     pub fn migration_id(&self) -> MigrationId {
-        self.migration
+        self.end.migration
     }
 
     /// The path MTU that both sides have agreed on, of the control connection.
     pub fn path_mtu(&self) -> Mtu {
-        Mtu::decoded(self.mtu)
+        self.end.path_mtu()
     }
 
     /// The destination's address.
     pub fn peer_addr(&self) -> SocketAddr {
-        self.workshop.peer
+        self.end.peer_addr()
     }
+}
 
-    /// What came of opening connections. Whoever is turned away meanwhile has no migration there, and is
-    /// told that for each of them.
-    fn explained<T>(&self, opened: Result<T, TransportError>) -> Result<T, TransportError> {
-        opened.map_err(|error| self.inbox.explain(error))
-    }
+fn dial_senders(
+    end: &End,
+    here: &Arc<Registered>,
+    channels: u16,
+) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
+    let End { workshop, migration, .. } = end;
+    let preamble = |purpose| workshop.preamble(purpose, *migration);
+    let table = workshop.dial_inlet(&preamble(Purpose::Table))?;
+    let directory = Arc::new(Directory::new(table, here.memory.layout()));
+    let slice_bytes = workshop.slice_bytes();
+    (0..channels)
+        .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
+            let preamble = preamble(Purpose::Pages { channel });
+            let outlet = workshop.dial_outlet(&preamble, RemoteAccess::Nothing)?;
+            let (here, directory) = (Arc::clone(here), Arc::clone(&directory));
+            let sender = RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
+            Ok(Box::new(sender))
+        })
+        .collect()
+}
 
-    fn dial_senders(
-        &self,
-        here: &Arc<Registered>,
-        channels: u16,
-    ) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let preamble = |purpose| self.workshop.preamble(purpose, self.migration);
-        let table = self.workshop.dial_inlet(&preamble(Purpose::Table))?;
-        let directory = Arc::new(Directory::new(table, here.memory.layout()));
-        let slice_bytes = self.workshop.slice_bytes();
-        (0..channels)
-            .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
-                let preamble = preamble(Purpose::Pages { channel });
-                let outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Nothing)?;
-                let (here, directory) = (Arc::clone(here), Arc::clone(&directory));
-                let sender =
-                    RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
-                Ok(Box::new(sender))
-            })
-            .collect()
-    }
-
-    fn dial_grant(&self, registered: Arc<Registered>) -> Result<RdmaReadGrant, TransportError> {
-        // The destination may ask for any page.
-        registered.all_now()?;
-        let preamble = self.workshop.preamble(Purpose::Reads, self.migration);
-        let mut outlet = self.workshop.dial_outlet(&preamble, RemoteAccess::Read)?;
-        tell_all(&mut outlet, &registered)?;
-        Ok(RdmaReadGrant::new(outlet, registered))
-    }
-
-    fn registered(&self) -> Result<Arc<Registered>, TransportError> {
-        let missing = TransportError::OutOfOrder("guest memory is not registered");
-        self.registered.clone().ok_or(missing)
-    }
+fn dial_grant(end: &End, registered: Arc<Registered>) -> Result<RdmaReadGrant, TransportError> {
+    // The destination may ask for any page.
+    registered.all_now()?;
+    let preamble = end.workshop.preamble(Purpose::Reads, end.migration);
+    let mut outlet = end.workshop.dial_outlet(&preamble, RemoteAccess::Read)?;
+    tell_all(&mut outlet, &registered)?;
+    Ok(RdmaReadGrant::new(outlet, registered))
 }
 
 impl Link for RdmaSourceLink {
@@ -118,36 +102,30 @@ impl Link for RdmaSourceLink {
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
-        self.workshop.state.check()?;
-        self.control.take().ok_or(TransportError::OutOfOrder("the control channel was taken"))
+        self.end.control()
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        let (registered, cost) = self.workshop.register(memory, Access::RemoteRead)?;
-        self.registered = Some(registered);
-        Ok(cost)
+        self.end.register(memory, Access::RemoteRead)
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        Arc::clone(&self.workshop.state) as Arc<dyn Interrupt>
+        self.end.interrupter()
     }
 }
 
 impl SourceLink for RdmaSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        self.workshop.state.check()?;
-        let here = self.registered()?;
-        if self.opened {
-            return Err(TransportError::OutOfOrder("data channels are open"));
-        }
-        let senders = self.explained(self.dial_senders(&here, channels))?;
-        self.opened = true;
-        Ok(senders)
+        let Self { inbox, end } = self;
+        end.open(|end, here| {
+            // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
+            dial_senders(end, here, channels).map_err(|error| inbox.explain(error))
+        })
     }
 
     fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
-        self.workshop.state.check()?;
-        let registered = self.registered()?;
-        Ok(Box::new(self.explained(self.dial_grant(registered))?))
+        let registered = self.end.registered()?;
+        let grant = dial_grant(&self.end, registered);
+        Ok(Box::new(grant.map_err(|error| self.inbox.explain(error))?))
     }
 }

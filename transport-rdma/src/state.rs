@@ -4,37 +4,16 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{Interrupt, Place, Standing, TransportError};
-use rustix::event::{EventfdFlags, eventfd};
+use pageferry::transport::reception::{Bell, Served};
+use pageferry::transport::{Ending, Fate, Interrupt, Place, TransportError};
 
 use crate::port::PortHealth;
 use crate::verbs::{Context, Watch};
-
-/// Readable for good once it was rung.
-#[derive(Debug)]
-pub(crate) struct Bell(OwnedFd);
-
-impl Bell {
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
-    }
-
-    pub(crate) fn ring(&self) {
-        // Fails only where it was rung 2⁶⁴ times before.
-        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
-    }
-}
-
-impl AsFd for Bell {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
 
 /// The device that a link goes through.
 #[derive(Debug)]
@@ -50,33 +29,12 @@ impl Watched {
     }
 }
 
-/// What a source hears that is turned away.
-#[derive(Debug)]
-struct Refusal {
-    by: SocketAddr,
-    reason: String,
-}
-
-impl From<&Refusal> for TransportError {
-    fn from(Refusal { by, reason }: &Refusal) -> Self {
-        Self::Refused { address: by.to_string(), reason: reason.clone() }
-    }
-}
-
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
-    interrupted: AtomicBool,
-    /// Over for the sake of another source.
-    displaced: AtomicBool,
-    /// Who has turned this source away, and why, once that is known. What fails then fails for this.
-    refused: OnceLock<Refusal>,
-    /// What happened to the device.
-    broken: OnceLock<&'static str>,
-    /// Tells of that, once the device is known.
+    pub(crate) fate: Fate,
+    /// Tells what happens to the device, once that is known.
     watched: OnceLock<Watched>,
     bell: Bell,
-    /// Of a source at the destination.
-    standing: Mutex<Standing>,
     /// Wakes those who wait for something else than the bell.
     wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -84,56 +42,11 @@ pub(crate) struct LinkState {
 impl LinkState {
     pub(crate) fn new(wake: impl Fn() + Send + Sync + 'static) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            interrupted: AtomicBool::new(false),
-            displaced: AtomicBool::new(false),
-            refused: OnceLock::new(),
-            broken: OnceLock::new(),
+            fate: Fate::default(),
             watched: OnceLock::new(),
             bell: Bell::new()?,
-            standing: Mutex::new(Standing::firm()),
             wake: Box::new(wake),
         }))
-    }
-
-    fn standing(&self) -> MutexGuard<'_, Standing> {
-        // No critical section leaves it half changed.
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Of the source that this link is of.
-    pub(crate) fn take_place(&self, standing: Standing) {
-        *self.standing() = standing;
-    }
-
-    /// Whether the source keeps its place.
-    pub(crate) fn place(&self) -> Place {
-        self.standing().place(Instant::now())
-    }
-
-    /// Ends the link for the sake of another source.
-    pub(crate) fn displace(&self) {
-        self.displaced.store(true, Ordering::Release);
-        self.ring();
-    }
-
-    /// A control frame has come.
-    pub(crate) fn note_heard(&self) {
-        self.standing().hear();
-    }
-
-    /// Whether it is over for the sake of another source.
-    pub(crate) fn was_displaced(&self) -> bool {
-        self.displaced.load(Ordering::Acquire)
-    }
-
-    /// A control frame goes out.
-    pub(crate) fn note_told(&self) {
-        self.standing().tell(Instant::now());
-    }
-
-    /// Guest memory is registered.
-    pub(crate) fn settle(&self) {
-        self.standing().settle();
     }
 
     /// From here on the end of the device, or of a port for longer than `patience`, is noticed.
@@ -148,29 +61,14 @@ impl LinkState {
 
     /// The destination has turned this source away, which ends the link.
     pub(crate) fn refuse(&self, by: SocketAddr, reason: String) -> TransportError {
-        let refusal = self.refused.get_or_init(|| Refusal { by, reason });
+        let refused = self.fate.end(Ending::Refused { by, reason });
         self.ring();
-        refusal.into()
+        refused
     }
 
     /// Fails once the link was interrupted, its source was turned away, or its device failed.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
-        if self.interrupted.load(Ordering::Acquire) {
-            return Err(TransportError::Interrupted);
-        }
-        if let Some(refusal) = self.refused.get() {
-            return Err(refusal.into());
-        }
-        if self.was_displaced() {
-            return Err(TransportError::Displaced);
-        }
-        match self.broken.get() {
-            Some(what) => Err(TransportError::Lost {
-                operation: "use the RDMA device",
-                cause: io::Error::new(io::ErrorKind::NetworkDown, *what),
-            }),
-            None => Ok(()),
-        }
+        self.fate.check()
     }
 
     /// Readable when [`Self::check`] fails.
@@ -200,7 +98,8 @@ impl LinkState {
         }
         if let Some(what) = fatal.or_else(|| health.check(now, |port| watched.device.is_up(port))) {
             tracing::warn!("the RDMA device failed: {what}");
-            let _ = self.broken.set(what);
+            let (operation, kind) = ("use the RDMA device", io::ErrorKind::NetworkDown);
+            self.fate.end(Ending::Lost { operation, kind, what });
             self.ring();
         }
     }
@@ -213,16 +112,24 @@ impl LinkState {
 
 impl fmt::Debug for LinkState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LinkState")
-            .field("interrupted", &self.interrupted)
-            .field("broken", &self.broken)
-            .finish_non_exhaustive()
+        f.debug_struct("LinkState").field("fate", &self.fate).finish_non_exhaustive()
+    }
+}
+
+impl Served for LinkState {
+    fn place(&self) -> Place {
+        self.fate.place()
+    }
+
+    fn displace(&self) {
+        self.fate.end(Ending::Displaced);
+        self.ring();
     }
 }
 
 impl Interrupt for LinkState {
     fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::Release);
+        self.fate.interrupt();
         self.ring();
     }
 }

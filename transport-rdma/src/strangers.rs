@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::memory::{Layout, RegionLayout};
-use pageferry::protocol::{self, Hello};
+use pageferry::testing::greeting;
+use pageferry::transport::reception::TurnedAway;
 use pageferry::transport::{
     Admission, ControlChannel, ControlReceiver, Link, MigrationId, TransportError,
 };
@@ -15,7 +15,7 @@ use crate::cm::{Id, RemoteAccess};
 use crate::dial::{Workshop, resolve};
 use crate::pipe::{Inlet, KEEPALIVE, Message, Outlet, SLOT_BYTES};
 use crate::preamble::Purpose;
-use crate::reception::{CROWDED, MAX_WAITING};
+use crate::reception::MAX_WAITING;
 use crate::state::LinkState;
 use crate::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
 
@@ -91,10 +91,8 @@ pub(crate) fn serve(acceptor: &RdmaAcceptor) -> (RdmaSourceLink, RdmaDestination
 
 /// A source's first word.
 fn hello() -> Vec<u8> {
-    let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
-    let layout = Layout::new(vec![region]).expect("a layout");
     // In several pieces.
-    protocol::Message::Hello(Hello::new(layout, 1, false, vec![7; 3 * SLOT_BYTES])).encode()
+    greeting(vec![7; 3 * SLOT_BYTES])
 }
 
 /// A source that has greeted.
@@ -184,50 +182,6 @@ fn nonsense_is_told_so_and_costs_nobody_else_anything() {
     }
 }
 
-#[test]
-fn who_does_not_answer_its_welcome_gives_way_to_who_waits() {
-    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
-    let (stranger, mut from_stranger) = greet(&acceptor);
-    let (link, mut to) = accept(&acceptor);
-    assert_eq!(link.migration_id(), stranger.migration_id());
-    to.sender.send(b"welcome", SOON).expect("it goes out");
-    let heard = from_stranger.receiver.receive(Some(SOON)).expect("it comes");
-    assert_eq!(heard, b"welcome");
-    let (first, _from_first) = greet(&acceptor);
-    let (second, _from_second) = greet(&acceptor);
-    for error in [
-        to.receiver.receive(Some(SOON)).expect_err("another one waits"),
-        to.sender.send(b"more", SOON).expect_err("another one waits"),
-    ] {
-        assert!(matches!(error, TransportError::Displaced), "{error:?}");
-    }
-    drop((link, to));
-    let why = "no answer to the welcome, and another source waits";
-    assert_turned_away(&mut *from_stranger.receiver, why);
-    for source in [first, second] {
-        let (link, _to) = accept(&acceptor);
-        assert_eq!(link.migration_id(), source.migration_id());
-    }
-}
-
-#[test]
-fn who_comes_while_another_one_keeps_its_place_is_told_so() {
-    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
-    let (_source, mut from) = greet(&acceptor);
-    let (link, mut to) = accept(&acceptor);
-    to.sender.send(b"welcome", SOON).expect("it goes out");
-    from.sender.send(b"agreed", SOON).expect("it goes out");
-    assert_eq!(to.receiver.receive(Some(SOON)).expect("it comes"), b"agreed");
-    let began = Instant::now();
-    let (_second, mut control) = greet(&acceptor);
-    assert_turned_away(&mut *control.receiver, "another migration is being served");
-    assert!(began.elapsed() >= Duration::from_secs(1), "it waits a second for its turn");
-    from.sender.send(b"more", SOON).expect("it goes out");
-    assert_eq!(to.receiver.receive(Some(SOON)).expect("it comes"), b"more");
-    drop((link, to));
-    assert_gets_in(&acceptor);
-}
-
 /// What a source connects with that comes from another address of the device that it connects to.
 fn from_elsewhere(acceptor: &RdmaAcceptor) -> Option<RdmaOptions> {
     let here = acceptor.local_addr().ip();
@@ -255,7 +209,7 @@ fn many_sources_of_one_address_keep_none_of_another_out() {
     many.extend((0..2).map(|_| greet(&acceptor)));
     // Those that waited longest make room for the last three.
     for (_, control) in &mut many[..3] {
-        assert_turned_away(&mut *control.receiver, CROWDED);
+        assert_turned_away(&mut *control.receiver, &TurnedAway::Crowded.to_string());
     }
     let (link, to) = accept(&acceptor);
     assert_eq!(link.migration_id(), holder.migration_id());
@@ -263,24 +217,6 @@ fn many_sources_of_one_address_keep_none_of_another_out() {
     let (link, _to) = accept(&acceptor);
     assert_ne!(link.peer_addr().ip(), acceptor.local_addr().ip());
     assert_eq!(link.migration_id(), source.migration_id());
-}
-
-/// More than there are places for, one after another: of those none is waiting any more.
-#[test]
-fn sources_that_greet_and_leave_keep_nobody_out() {
-    let Some(acceptor) = acceptor_of(Admission::Greeted) else { return };
-    let (holder, _from_holder) = greet(&acceptor);
-    let (source, _control) = greet(&acceptor);
-    let mut leaves = greet(&acceptor);
-    for _ in 0..MAX_WAITING {
-        // By the time that the next one is let in, it is known that this one has greeted.
-        leaves = greet(&acceptor);
-    }
-    drop(leaves);
-    let (link, to) = accept(&acceptor);
-    assert_eq!(link.migration_id(), holder.migration_id());
-    drop((link, to));
-    assert_eq!(accept(&acceptor).0.migration_id(), source.migration_id());
 }
 
 #[test]

@@ -3,8 +3,12 @@
 
 mod support;
 
+use std::time::Duration;
+
+use pageferry::testing::conformance::acceptors::{self, Venue};
 use pageferry::testing::conformance::{CASES, run_all};
-use pageferry_rdma::{Mtu, RdmaOptions, RegistrationMode};
+use pageferry::transport::{DestinationLink, SourceLink, TransportError};
+use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions, RegistrationMode, connect};
 
 fn suite(options: &RdmaOptions) {
     let Some(address) = support::address() else { return };
@@ -55,4 +59,25 @@ fn with_registration_ahead() {
         failures.extend(result.err());
     }
     assert!(failures.is_empty(), "{failures:#?}");
+}
+
+struct Port(RdmaAcceptor);
+
+impl Venue for Port {
+    fn connect(&self) -> Result<Box<dyn SourceLink>, TransportError> {
+        Ok(Box::new(connect(self.0.local_addr(), RdmaOptions::default())?))
+    }
+
+    fn accept(&self, timeout: Duration) -> Result<Box<dyn DestinationLink>, TransportError> {
+        Ok(Box::new(self.0.accept(Some(timeout))?))
+    }
+}
+
+#[test]
+fn who_is_turned_away_hears_why() {
+    let Some(address) = support::address() else { return };
+    acceptors::run_all(&|| {
+        let acceptor = RdmaAcceptor::bind((&*address, 0), RdmaOptions::default());
+        Box::new(Port(acceptor.expect("the device listens")))
+    });
 }

@@ -5,28 +5,16 @@ mod support;
 use std::thread;
 
 use pageferry::memory::PageRange;
-use pageferry::testing::TestMemory;
+use pageferry::testing::{TestMemory, lock_at_most};
 use pageferry::transport::{
     DestinationLink, Link, Received, Run, RunKind, SourceLink, TransportError,
 };
 use pageferry_rdma::{RdmaOptions, RegistrationMode};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use support::{SOON, address, linked};
 
 /// What the connections of both ends need, and a little of guest memory.
 const LIMIT_BYTES: u64 = 6 << 20;
 const REGION_PAGES: u32 = 4096;
-
-/// Leaves this process little to lock, and this thread no privilege to exceed that.
-fn limit() {
-    let before = getrlimit(Resource::Memlock);
-    let current = Some(before.maximum.map_or(LIMIT_BYTES, |most| most.min(LIMIT_BYTES)));
-    setrlimit(Resource::Memlock, Rlimit { current, ..before }).expect("a lower limit");
-    let mut sets = capabilities(None).expect("what this thread may do");
-    sets.effective.remove(CapabilitySet::IPC_LOCK);
-    set_capabilities(None, sets).expect("less than before");
-}
 
 fn expect_advice(error: &TransportError) {
     assert!(matches!(error, TransportError::Register { .. }), "{error:?}");
@@ -37,7 +25,7 @@ fn expect_advice(error: &TransportError) {
 #[test]
 fn the_limit_is_named() {
     let Some(address) = address() else { return };
-    limit();
+    lock_at_most(LIMIT_BYTES);
     let (here, there) =
         (TestMemory::new(&[REGION_PAGES.into()]), TestMemory::new(&[REGION_PAGES.into()]));
     here.fill(1);

@@ -11,8 +11,8 @@ use pageferry::transport::TransportError;
 use pageferry_rdma::{RdmaAcceptor, RdmaConnector, RdmaOptions, connect};
 use rustix::thread::gettid;
 
+use crate::common::{alone, interface};
 use crate::support::{SOON, address, of_anyone};
-use crate::{alone, interface};
 
 /// A neighbour of the device's that nobody is.
 fn silent(address: &str) -> SocketAddr {

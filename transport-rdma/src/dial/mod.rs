@@ -1,0 +1,40 @@
+//! Makes connections: asks for them, and accepts them.
+
+mod accepting;
+mod asking;
+mod device;
+mod event;
+mod search;
+mod workshop;
+
+use std::time::Duration;
+
+use pageferry::transport::MigrationId;
+
+use crate::cm::Id;
+use crate::pipe::Outlet;
+use crate::preamble::Preamble;
+
+pub(crate) use device::check_device;
+#[cfg(test)]
+pub(crate) use search::resolve;
+pub(crate) use search::{Found, Search};
+pub(crate) use workshop::Workshop;
+
+/// Somebody who wants to connect, and is not answered yet. Dropped, it is refused.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) id: Id,
+    pub(crate) preamble: Preamble,
+}
+
+/// The first control connection of a link.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    pub(crate) workshop: Workshop,
+    pub(crate) migration: MigrationId,
+    pub(crate) outlet: Outlet,
+}
+
+/// How long ends of pipes have to be heard of before a connection is closed.
+pub(crate) const LINGER: Duration = Duration::from_secs(2);

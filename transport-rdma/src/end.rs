@@ -1,0 +1,83 @@
+//! What the source's end of a link and the destination's have in common.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{
+    ControlChannel, Interrupt, MigrationId, Registration, Stages, TransportError,
+};
+
+use crate::dial::Workshop;
+use crate::memory::Registered;
+use crate::options::Mtu;
+use crate::verbs::Access;
+
+#[derive(Debug)]
+pub(crate) struct End {
+    stages: Stages<Arc<Registered>>,
+    pub(crate) migration: MigrationId,
+    /// Of the control connection, as verbs encode it.
+    mtu: u32,
+    pub(crate) workshop: Workshop,
+}
+
+impl End {
+    /// Of a link of which there are the control connections.
+    pub(crate) fn new(
+        migration: MigrationId,
+        control: ControlChannel,
+        mtu: u32,
+        workshop: Workshop,
+    ) -> Self {
+        Self { stages: Stages::new(control), migration, mtu, workshop }
+    }
+
+    pub(crate) fn path_mtu(&self) -> Mtu {
+        Mtu::decoded(self.mtu)
+    }
+
+    pub(crate) fn peer_addr(&self) -> SocketAddr {
+        self.workshop.peer
+    }
+
+    fn check(&self) -> Result<(), TransportError> {
+        self.workshop.state.check()
+    }
+
+    pub(crate) fn control(&mut self) -> Result<ControlChannel, TransportError> {
+        self.check()?;
+        self.stages.control()
+    }
+
+    pub(crate) fn register(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+        access: Access,
+    ) -> Result<Registration, TransportError> {
+        let (registered, cost) = self.workshop.register(memory, access)?;
+        self.stages.register(registered);
+        Ok(cost)
+    }
+
+    pub(crate) fn registered(&self) -> Result<Arc<Registered>, TransportError> {
+        self.check()?;
+        self.stages.registered()
+    }
+
+    /// Opens data channels, once, for the memory that is registered.
+    pub(crate) fn open<T>(
+        &mut self,
+        connect: impl FnOnce(&Self, &Arc<Registered>) -> Result<T, TransportError>,
+    ) -> Result<T, TransportError> {
+        let registered = self.registered()?;
+        self.stages.check_closed()?;
+        let channels = connect(self, &registered)?;
+        self.stages.open();
+        Ok(channels)
+    }
+
+    pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.workshop.state) as Arc<dyn Interrupt>
+    }
+}
