@@ -23,7 +23,6 @@ pub struct QemuDestination {
     command: QemuCommand,
     /// None while one is started anew, or after that failed.
     incoming: Option<Incoming>,
-    loaded: bool,
     /// Its RAM, which goes after its QEMU.
     made: Made,
 }
@@ -32,7 +31,7 @@ impl QemuDestination {
     /// Starts a QEMU for RAM that was made for it.
     pub fn start(command: QemuCommand, made: Made) -> Result<Self, IncomingError> {
         let incoming = Some(Incoming::start(&command)?);
-        Ok(Self { command, incoming, loaded: false, made })
+        Ok(Self { command, incoming, made })
     }
 
     /// Its monitor.
@@ -67,12 +66,13 @@ impl Machine for QemuDestination {
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
-        if self.loaded {
-            // What it has open must be free for the next one.
-            drop(self.incoming.take());
-            self.incoming = Some(Incoming::start(&self.command)?);
-        }
-        self.loaded = true;
         Ok(device_state::load(self.running()?, state)?)
+    }
+
+    fn unload(&mut self) -> Result<(), MachineError> {
+        // What it has open must be free for the next one.
+        drop(self.incoming.take());
+        self.incoming = Some(Incoming::start(&self.command)?);
+        Ok(())
     }
 }

@@ -52,6 +52,10 @@ impl<M: Machine> Guarded<M> {
         self.call(MachineOperation::Load, |machine| machine.load(state))
     }
 
+    pub(crate) fn unload(&mut self) -> Result<(), Error> {
+        self.call(MachineOperation::Unload, M::unload)
+    }
+
     pub(crate) fn release_resources(&mut self) -> Result<(), Error> {
         self.call(MachineOperation::ReleaseResources, M::release_resources)
     }

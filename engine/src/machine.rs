@@ -18,7 +18,7 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 ///   switchover that was called off is followed by another one. While the guest runs: `rehearse` and
 ///   `throttle`;
 /// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing. After
-///   a switchover that was called off, `load` again, with newer state. When `reacquire_resources` or
+///   a switchover that was called off, `unload`, and `load` again, with newer state. When `reacquire_resources` or
 ///   `resume` fails, `release_resources`: the source gets the guest back.
 ///
 /// Before the first page moves, `state_schema` is asked of the running machine at the source, and
@@ -66,6 +66,13 @@ pub trait Machine {
     /// May be called again, when a switchover was called off: the guest has run on at the source
     /// meanwhile, and what is loaded last is all that counts.
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError>;
+
+    /// The switchover was called off after a [`load`](Self::load), and the guest runs on at the source: what was
+    /// loaded is of no use, and another `load` comes later. Pages land meanwhile. For a machine that takes state
+    /// only once, and has to be made anew for the next: here there is time for it. Does nothing unless implemented.
+    fn unload(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
 
     /// Gives up what only one host may hold (disk locks, network identity) so that the other
     /// side can take it. Called right before the point of no return, and at a destination that gives
@@ -168,6 +175,8 @@ pub enum MachineOperation {
     Rehearse,
     /// [`Machine::load`].
     Load,
+    /// [`Machine::unload`].
+    Unload,
     /// [`Machine::release_resources`].
     ReleaseResources,
     /// [`Machine::reacquire_resources`].
@@ -189,6 +198,7 @@ impl fmt::Display for MachineOperation {
             Self::Save => "save device state",
             Self::Rehearse => "rehearse saving device state",
             Self::Load => "load device state",
+            Self::Unload => "drop device state of a switchover that was called off",
             Self::ReleaseResources => "release host resources",
             Self::ReacquireResources => "acquire host resources",
             Self::CheckStateSchema => "look at the device state to come",

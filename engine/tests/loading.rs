@@ -52,6 +52,9 @@ impl Machine for Loading {
         }
         self.inner.load(state)
     }
+    fn unload(&mut self) -> Result<(), MachineError> {
+        self.inner.unload()
+    }
     fn release_resources(&mut self) -> Result<(), MachineError> {
         self.inner.release_resources()
     }

@@ -107,6 +107,9 @@ impl Machine for LongState {
         }
         self.inner.load(&state[..8])
     }
+    fn unload(&mut self) -> Result<(), MachineError> {
+        self.inner.unload()
+    }
     fn release_resources(&mut self) -> Result<(), MachineError> {
         self.inner.release_resources()
     }

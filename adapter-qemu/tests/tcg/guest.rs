@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use pageferry_qemu::{Qmp, QmpError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// How long the guest may take to come up, or to say its next line.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -165,15 +166,15 @@ impl Console {
 
     /// The number of its next whole pass over its memory, which has found no error.
     pub(crate) fn pass(&mut self) -> u64 {
-        let lines = self.lines.get_or_insert_with(|| {
-            let (stream, _) = self.listener.accept().unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            BufReader::new(stream)
-        });
         loop {
+            let lines = self.lines.get_or_insert_with(|| accept(&self.listener));
             let mut line = Vec::new();
             lines.read_until(b'\n', &mut line).expect("the guest says something");
-            assert!(!line.is_empty(), "the guest's console has ended");
+            if line.is_empty() {
+                // That QEMU is gone; another one has the guest.
+                self.lines = None;
+                continue;
+            }
             let line = String::from_utf8_lossy(&line);
             let Some(said) = line.trim_end().strip_prefix("guest: ") else { continue };
             let words: Vec<_> = said.split(' ').collect();
@@ -181,6 +182,16 @@ impl Console {
             return pass.parse().unwrap();
         }
     }
+}
+
+/// The console of the next QEMU.
+fn accept(listener: &UnixListener) -> BufReader<UnixStream> {
+    let patience = Timespec { tv_sec: 300, tv_nsec: 0 };
+    let polled = poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&patience)).unwrap();
+    assert!(polled > 0, "no QEMU has the guest");
+    let (stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    BufReader::new(stream)
 }
 
 /// A QEMU that somebody started, before this program came.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
@@ -10,8 +11,8 @@ use pageferry::convergence::Bound;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
 use pageferry::{
-    Arrived, Departed, Destination, DestinationFailure, Error, GuestAtDestination, GuestAtSource,
-    Source, SourceFailure,
+    Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtDestination,
+    GuestAtSource, Machine, MachineError, Source, SourceFailure,
 };
 use pageferry_qemu::ram::{self, Backend, Made};
 use pageferry_qemu::{QemuCommand, QemuDestination, QemuSource, Qmp};
@@ -22,7 +23,10 @@ use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 const PAGES: u32 = 8192;
 
 type Sent = Result<Departed<QemuSource>, Box<SourceFailure<QemuSource>>>;
-type Received = Result<Arrived<QemuDestination>, Box<DestinationFailure<QemuDestination>>>;
+type Received<M> = Result<Arrived<M>, Box<DestinationFailure<M>>>;
+
+/// Long enough for a busy machine to meet.
+const LIMIT: Duration = Duration::from_secs(2);
 
 /// A guest that runs on one host, and what it takes to move it to another.
 struct Scene {
@@ -48,8 +52,13 @@ impl Scene {
         Some(Self { guests, source, qmp, here, there })
     }
 
-    /// Moves the guest, with what is written tracked or not.
-    fn play(&self, tracked: bool) -> (Sent, Received) {
+    /// Moves the guest, with what is written tracked or not, to a machine that `home` makes of a QEMU that waits.
+    fn play<M: Machine + Send>(
+        &self,
+        source: Source,
+        tracked: bool,
+        home: impl FnOnce(QemuDestination) -> M + Send,
+    ) -> (Sent, Received<M>) {
         let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).unwrap();
         let address = acceptor.local_addr();
         let backend = Backend { id: "ram".into(), len_bytes: 256 << 20 };
@@ -66,16 +75,14 @@ impl Scene {
                 let link = acceptor.accept(None).unwrap();
                 let offer = Destination::new().negotiate(Box::new(link)).unwrap();
                 let (made, memory) = Made::create(&backends).unwrap();
-                let machine = QemuDestination::start(command, made).unwrap();
+                let machine = home(QemuDestination::start(command, made).unwrap());
                 offer.receive(machine, &memory)
             });
             let link = connect(address, TcpOptions::default()).unwrap();
-            let source = Source::new()
-                .verify(true)
-                .bound(Bound::BestEffort)
-                .downtime_limit(Duration::from_secs(2))
-                .migrate(machine, &memory, DirtySources::new(sources), Box::new(link));
-            (source, receiving.join().unwrap())
+            let source = source.verify(true).downtime_limit(LIMIT);
+            let sources = DirtySources::new(sources);
+            let sent = source.migrate(machine, &memory, sources, Box::new(link));
+            (sent, receiving.join().unwrap())
         })
     }
 
@@ -91,7 +98,8 @@ impl Scene {
 fn a_guest_moves() {
     let Some(mut scene) = Scene::start() else { return };
     let before = scene.here.pass();
-    let (source, destination) = scene.play(true);
+    let (source, destination) =
+        scene.play(Source::new().bound(Bound::BestEffort), true, |home| home);
     let departed = source.map_err(|failed| failed.error).unwrap();
     let arrived = destination.map_err(|failed| failed.error).unwrap();
     eprintln!("{:#?}", departed.statistics.downtime);
@@ -107,7 +115,8 @@ fn a_guest_moves() {
 #[test]
 fn a_guest_whose_writes_nobody_tracks_does_not_leave() {
     let Some(mut scene) = Scene::start() else { return };
-    let (source, destination) = scene.play(false);
+    let (source, destination) =
+        scene.play(Source::new().bound(Bound::BestEffort), false, |home| home);
     let failed = source.map(|_| ()).unwrap_err();
     assert!(matches!(failed.error, Error::MemoryDiffers { .. }), "{}", failed.error);
     assert!(matches!(failed.guest, GuestAtSource::Running), "{:?}", failed.guest);
@@ -117,4 +126,52 @@ fn a_guest_whose_writes_nobody_tracks_does_not_leave() {
     assert!(!scene.guests.path("b.ram").exists(), "the RAM of a guest that did not come is left");
     let passes = [scene.here.pass(), scene.here.pass()];
     assert!(passes[1] > passes[0]);
+}
+
+/// A destination whose first load is over when the source waits no longer for it.
+struct Late {
+    inner: QemuDestination,
+    called_off: Option<Receiver<()>>,
+}
+
+impl Machine for Late {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.inner.pause()
+    }
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.inner.resume()
+    }
+    fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
+        self.inner.save(state)
+    }
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.inner.load(state)?;
+        match self.called_off.take() {
+            Some(called_off) => Ok(called_off.recv_timeout(Duration::from_secs(60))?),
+            None => Ok(()),
+        }
+    }
+    fn unload(&mut self) -> Result<(), MachineError> {
+        self.inner.unload()
+    }
+}
+
+/// QEMU goes on at the source although it has saved its state, and another QEMU takes it at the destination.
+#[test]
+fn a_guest_moves_after_a_switchover_that_was_called_off() {
+    let Some(mut scene) = Scene::start() else { return };
+    let (tell, called_off) = mpsc::channel();
+    let source = Source::new().on_event(move |event| {
+        if matches!(event, Event::CalledOff { .. }) {
+            let _ = tell.send(());
+        }
+    });
+    let late = |inner| Late { inner, called_off: Some(called_off) };
+    let (source, destination) = scene.play(source, true, late);
+    let departed = source.map_err(|failed| failed.error).unwrap();
+    let arrived = destination.map_err(|failed| failed.error).unwrap();
+    assert!(departed.statistics.switchover_attempts > 1);
+    assert!(arrived.machine.inner.qmp().unwrap().run_state().unwrap().running);
+    let passes = [scene.there.pass(), scene.there.pass()];
+    assert!(passes[1] > passes[0], "{passes:?}");
 }

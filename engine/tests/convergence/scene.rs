@@ -92,6 +92,9 @@ impl Machine for SlowMachine {
         assert!(padding.iter().all(|byte| *byte == 7));
         self.inner.load(state)
     }
+    fn unload(&mut self) -> Result<(), MachineError> {
+        self.inner.unload()
+    }
     fn release_resources(&mut self) -> Result<(), MachineError> {
         self.take_time(Slow::Release);
         if let Slow::ReleaseFor(time) = self.slow {

@@ -280,8 +280,13 @@ impl Machine for TestMachine {
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         self.refuse(Refuse::Load)?;
+        assert_eq!(self.loaded, None, "loaded again, and not unloaded before");
         self.loaded = Some(u64::from_le_bytes(state.try_into()?));
         Ok(())
+    }
+
+    fn unload(&mut self) -> Result<(), MachineError> {
+        self.loaded.take().map(drop).ok_or_else(|| "unloaded, and not loaded before".into())
     }
 
     fn set_alarm(&mut self, alarm: GuestAlarm) {

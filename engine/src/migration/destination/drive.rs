@@ -235,7 +235,10 @@ impl Drive {
             self.emit(&Event::Loaded)?;
             match self.await_commit()? {
                 Answer::Commit => return self.take_over(machine),
-                Answer::CalledOff => self.shared().set_phase(Phase::PreCopy),
+                Answer::CalledOff => {
+                    self.shared().set_phase(Phase::PreCopy);
+                    machine.unload()?;
+                }
             }
         }
     }
