@@ -93,11 +93,27 @@ fn migrate(guests: &Guests, host: &str, to: &str, options: &[&str]) -> (Value, O
     (serde_json::from_slice(&report).unwrap(), ended.status.code())
 }
 
+/// Says so if a program of this user's may not trace another one's child.
+fn may_trace() -> bool {
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    let may = matches!(scope.trim(), "" | "0") || rustix::process::geteuid().is_root();
+    if !may {
+        eprintln!(
+            "skipped, because kernel.yama.ptrace_scope is {} and this is not root",
+            scope.trim()
+        );
+    }
+    may
+}
+
 /// From one host to the next, by each transport; QEMU here quits, and the program there may end.
 #[test]
 fn a_guest_moves_from_host_to_host() {
     if let Err(error) = PagemapScan::supported() {
         return eprintln!("skipped, because pages cannot be tracked here: {error}");
+    }
+    if !may_trace() {
+        return;
     }
     let Some(guests) = Guests::build() else { return };
     let mut console = Console::of(&guests, "a");

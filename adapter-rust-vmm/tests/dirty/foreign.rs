@@ -265,6 +265,14 @@ fn memory_of(file: &File, regions: &[(u64, u64, u64)]) -> GuestMemory {
 
 /// Says so if another process cannot be scanned here.
 fn can_scan() -> bool {
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    if matches!(scope.trim(), "2" | "3") && !rustix::process::geteuid().is_root() {
+        eprintln!(
+            "skipped, because kernel.yama.ptrace_scope is {} and this is not root",
+            scope.trim()
+        );
+        return false;
+    }
     let supported = PagemapScan::supported();
     if let Err(error) = &supported {
         eprintln!("skipped, because pages cannot be tracked here: {error}");
