@@ -111,11 +111,15 @@ impl Served for LinkState {
     fn displace(&self) {
         let reason = TurnedAway::Displaced.to_string();
         let told = refusal(&Answer { status: Status::Busy, reason });
-        self.fate.end(Ending::Displaced);
-        for connection in lock(&self.connections).iter().filter_map(Weak::upgrade) {
+        let connections = lock(&self.connections);
+        for connection in connections.iter().filter_map(Weak::upgrade) {
             // Should a frame be half out it is cut short, for somebody who does not read either.
             let _ = connection.send(&told, SendFlags::DONTWAIT);
         }
+        // Not before: whoever hears of it here may drop the link, and nothing more would go out. With the lock
+        // held nobody here learns first that the source is gone; see [`Connection::why_over`].
+        self.fate.end(Ending::Displaced);
+        drop(connections);
         self.shut_down();
     }
 }
@@ -185,6 +189,13 @@ impl Connection {
         self.link.check()
     }
 
+    /// The same, once something has failed: a link that is just being ended for another source is over for that,
+    /// and not for what its source made of it.
+    fn why_over(&self) -> Result<(), TransportError> {
+        drop(lock(&self.link.connections));
+        self.check()
+    }
+
     /// Of the whole link.
     pub(crate) fn fate(&self) -> &Fate {
         &self.link.fate
@@ -197,8 +208,8 @@ impl Connection {
 
     /// What a failed system call means.
     pub(crate) fn failed(&self, operation: &'static str, cause: io::Error) -> TransportError {
-        if let Err(interrupted) = self.check() {
-            return interrupted;
+        if let Err(over) = self.why_over() {
+            return over;
         }
         let errno = cause.raw_os_error().map(Errno::from_raw_os_error);
         let lost = matches!(
@@ -238,8 +249,8 @@ impl Connection {
 
     /// What the end of the stream means where more was due.
     pub(crate) fn ended(&self, operation: &'static str) -> TransportError {
-        match self.check() {
-            Err(interrupted) => interrupted,
+        match self.why_over() {
+            Err(over) => over,
             Ok(()) => self.lost(operation, io::ErrorKind::UnexpectedEof.into()),
         }
     }
