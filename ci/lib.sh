@@ -69,7 +69,8 @@ can_build_rdma() {
 # may be one read some. A file of a fitting name is not enough: libclang-cpp is another library.
 has_libclang() {
     local probe=$probes/has-libclang
-    [ -x "$probe" ] || cc -x c -o "$probe" - -ldl 2>/dev/null <<'END' || return
+    # Steps that run at once ask at once: each has its own until it is whole.
+    [ -x "$probe" ] || { cc -x c -o "$probe.$BASHPID" - -ldl 2>/dev/null && mv "$probe.$BASHPID" "$probe"; } <<'END' || return
 #include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
@@ -178,8 +179,12 @@ has_pip() {
 
 # What AddressSanitizer needs comes with some distributions of Rust.
 has_asan() {
-    RUSTC_BOOTSTRAP=1 rustc -Zsanitizer=address -o "$probes/has-asan" - <<<'fn main() {}' >/dev/null 2>&1 &&
-        "$probes/has-asan"
+    # Steps that run at once ask at once: who found another's half made went without the tests, and so did CI.
+    local probe=$probes/has-asan.$BASHPID found=1
+    RUSTC_BOOTSTRAP=1 rustc -Zsanitizer=address -o "$probe" - <<<'fn main() {}' >/dev/null 2>&1 &&
+        "$probe" && found=0
+    rm -f "$probe"
+    return $found
 }
 
 # Prints where LLVM's packages have libFuzzer compiled, if they have one that links.
