@@ -7,11 +7,10 @@
 
 use std::fmt;
 use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use procfs::process::{FDTarget, MMPermissions, MemoryMap, Process, all_processes};
-use rustix::fs::{major, minor};
+use pageferry_rust_vmm::ForeignProcess;
+use procfs::process::{FDTarget, Process, all_processes};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -176,21 +175,11 @@ fn mappers(pid: i32, ram: &[Metadata]) -> Result<Vec<Obstacle>, procfs::ProcErro
         if process.pid == pid || process.pid == this {
             continue;
         }
-        let Ok(maps) = process.maps() else { continue };
-        let writes = |map: &MemoryMap| {
-            let wanted = MMPermissions::WRITE | MMPermissions::SHARED;
-            map.perms.contains(wanted) && ram.iter().any(|file| is_of(map, file))
-        };
-        if maps.into_iter().any(|map| writes(&map)) {
+        let Ok(foreign) = ForeignProcess::open(process.pid.unsigned_abs()) else { continue };
+        if ram.iter().any(|file| foreign.can_write(file).unwrap_or(false)) {
             let name = process.stat().map(|stat| stat.comm).unwrap_or_default();
             obstacles.push(Obstacle::Mapper { pid: process.pid, name });
         }
     }
     Ok(obstacles)
-}
-
-fn is_of(map: &MemoryMap, file: &Metadata) -> bool {
-    let device = (i64::from(major(file.dev())), i64::from(minor(file.dev())));
-    let (map_major, map_minor) = map.dev;
-    map.inode == file.ino() && device == (map_major.into(), map_minor.into())
 }

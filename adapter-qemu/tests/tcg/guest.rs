@@ -88,6 +88,8 @@ impl Guests {
             "-serial",
             "chardev:console",
             "-no-reboot",
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         ]
         .map(OsString::from)
         .into();

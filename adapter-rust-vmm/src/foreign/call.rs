@@ -19,7 +19,7 @@ impl ForeignUserfaultfd {
 
     /// One that the other process is made to make: a thread of it that waits in a system call is borrowed for
     /// two others (`userfaultfd`, and `close` once the descriptor is here), by `ptrace`, and waits on. It stands
-    /// still for well below a millisecond. Nothing of the process is changed: no memory, no code, no descriptor.
+    /// still for as long as these take. Nothing of the process is changed: no memory, no code, no descriptor.
     ///
     /// It takes what `ptrace` takes (PTRACE_MODE_ATTACH_REALCREDS of ptrace(2)): the same user and
     /// kernel.yama.ptrace_scope 0, or CAP_SYS_PTRACE. The caller must not be killed meanwhile.

@@ -57,6 +57,15 @@ impl ForeignProcess {
         if ended { Err(ForeignError::Ended { pid: self.pid }) } else { Ok(()) }
     }
 
+    /// Whether it has mapped a file so that it can write to it for all who have.
+    pub fn can_write(&self, file: &Metadata) -> Result<bool, ForeignError> {
+        let failed = |cause| ForeignError::Proc { pid: self.pid, file: "maps", cause };
+        let maps = self.procfs().and_then(|process| process.maps()).map_err(failed)?;
+        self.check_alive()?;
+        let wanted = MMPermissions::WRITE | MMPermissions::SHARED;
+        Ok(maps.into_iter().any(|map| map.perms.contains(wanted) && is_of(&map, file)))
+    }
+
     /// A file of /proc of it. It is its own as long as the process lives, which is to be checked afterwards.
     pub(super) fn proc_path(&self, file: &str) -> String {
         format!("/proc/{}/{file}", self.pid)
