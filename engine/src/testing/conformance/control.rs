@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::fixture::{batches, drain, hear, say, send};
+use crossbeam_channel::bounded;
+
+use super::fixture::{REGION_PAGES, batches, data, drain, hear, say, send};
 use super::{PROMPT, Trial};
 use crate::testing::Random;
 use crate::transport::{MAX_FRAME_BYTES, TransportError};
@@ -81,22 +83,26 @@ pub(super) fn a_waiting_control_receiver_times_out(trial: &Trial) {
 pub(super) fn timeouts_lose_no_byte(trial: &Trial) {
     let (mut here, mut there, _source, _destination) = trial.control();
     let sizes = [1, 300_000, 5, MAX_FRAME_BYTES, 70_000, MAX_FRAME_BYTES - 7, 3];
+    let (waited, is_awaited) = bounded(sizes.len());
     trial.watch.together(|crew| {
-        crew.spawn(|| {
-            for (seed, size) in (0..).zip(sizes) {
-                // As a sender that is late: most of the waits see nothing.
-                std::thread::sleep(Duration::from_millis(3));
+        crew.spawn(move || {
+            // A sender that is late: not before some waits have seen nothing.
+            for ((seed, size), ()) in (0..).zip(sizes).zip(is_awaited) {
                 say(&mut here.sender, &frame(seed, size));
             }
         });
         for (seed, size) in (0..).zip(sizes) {
             let began = Instant::now();
+            let mut waits = 0;
             let got = loop {
                 assert!(began.elapsed() < PROMPT, "frame {seed} of {size} bytes never came");
                 match there.receiver.receive(Some(Duration::from_micros(200))) {
                     Ok(frame) => break frame,
-                    Err(TransportError::TimedOut { .. }) => {}
+                    Err(TransportError::TimedOut { .. }) => waits += 1,
                     Err(error) => panic!("a short wait for a frame: {error:?}"),
+                }
+                if waits == 10 {
+                    waited.send(()).expect("all of them have room");
                 }
             };
             check(&got, seed, size);
@@ -160,20 +166,27 @@ pub(super) fn frames_pass_while_pages_flow(trial: &Trial) {
         say(&mut there.sender, &[number, 1]);
         assert_eq!(hear(&mut here.receiver), [number, 1], "a frame while pages flow");
     };
+    let (begun, has_begun) = bounded(2);
     trial.watch.together(|crew| {
         for (region, sender) in [0, 2].into_iter().zip(&mut opened.senders) {
+            let begun = begun.clone();
             crew.spawn(move || {
+                // A page has room anywhere.
+                send(sender, &[data(region, 0, 1)]);
+                begun.send(()).expect("both have room");
                 for _ in 0..5 {
-                    for batch in
-                        batches(most, region, super::fixture::REGION_PAGES[usize::from(region)])
-                    {
+                    for batch in batches(most, region, REGION_PAGES[usize::from(region)]) {
                         send(sender, &batch);
                     }
                 }
                 sender.finish().expect("the channel ends");
             });
         }
-        // Nobody receives pages yet.
+        // Pages are under way, nobody receives them yet, and soon there is no room for more.
+        for channel in 0..2 {
+            has_begun.recv_timeout(PROMPT).expect("a page goes out that nobody receives");
+            crew.await_standstill(&format!("send on channel {channel}"));
+        }
         let answer = crew.spawn(move || {
             (0..10).for_each(&mut answer);
             answer

@@ -2,6 +2,7 @@
 //! each thread is doing on the transport, so that a hang has a name.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
@@ -40,6 +41,8 @@ struct State {
     operations: Vec<(u64, String, Instant)>,
     /// Operations there have been.
     begun: u64,
+    /// When the first of each name began.
+    firsts: BTreeMap<String, Instant>,
 }
 
 impl std::fmt::Debug for State {
@@ -61,10 +64,11 @@ impl Watch {
     /// Runs an operation of the transport under a name.
     pub(super) fn operation<T>(&self, name: impl FnOnce() -> String, run: impl FnOnce() -> T) -> T {
         let id = {
-            let mut state = self.state();
+            let (mut state, name, now) = (self.state(), name(), Instant::now());
             state.begun += 1;
             let id = state.begun;
-            state.operations.push((id, name(), Instant::now()));
+            state.firsts.entry(name.clone()).or_insert(now);
+            state.operations.push((id, name, now));
             id
         };
         let result = run();
@@ -77,6 +81,13 @@ impl Watch {
         let state = self.state();
         let mut operations = state.operations.iter();
         operations.any(|(_, name, since)| name.contains(part_of_name) && since.elapsed() >= time)
+    }
+
+    /// Whether an operation of this name began so long ago, or longer.
+    fn has_begun(&self, part_of_name: &str, time: Duration) -> bool {
+        let state = self.state();
+        let mut firsts = state.firsts.iter();
+        firsts.any(|(name, since)| name.contains(part_of_name) && since.elapsed() >= time)
     }
 
     /// Keeps the first failure, and ends both ends of every link: nobody is to wait for a thread
@@ -164,8 +175,11 @@ impl<'scope> Crew<'scope, '_> {
 
     /// Waits until an operation of this name seems to wait for something, or never does.
     pub(super) fn await_standstill(&self, part_of_name: &str) {
-        let began = Instant::now();
-        while !self.watch.is_under_way(part_of_name, STILL) && began.elapsed() < MOVES {
+        let (began, watch) = (Instant::now(), &self.watch);
+        // However late its thread is.
+        let moves = || began.elapsed() >= MOVES && watch.has_begun(part_of_name, MOVES);
+        while !watch.is_under_way(part_of_name, STILL) && !moves() {
+            assert!(began.elapsed() < super::PROMPT, "no {part_of_name} began");
             thread::sleep(STILL / 10);
         }
     }
