@@ -41,8 +41,9 @@ field() {
         sed -E 's/^"[^"]*"://; s/"//g'
 }
 
-# show NAME: how it ended.
+# show NAME: how it ended. What panicked may be far above the end.
 show() {
+    grep -h -A 3 'panicked at' "$out/$1".{err,out} 2>/dev/null | head -n 40 | cut -c 1-2000
     tail -n 20 "$out/$1".{status,messages,err,out} 2>/dev/null | cut -c 1-2000
     return 1
 }
