@@ -7,6 +7,8 @@
 //! - [`qmp`] is QEMU's machine protocol.
 //! - [`ram`] finds the files of a guest's RAM, or makes them, and maps them.
 //! - [`preflight`] finds what writes RAM unseen, and refuses the guest.
+//! - [`Tracking`] is how its writes are seen, and [`QemuPulses`] has it stand still where that takes it.
+//! - [`record`] is who has the guest, in a file that outlives the program.
 //! - [`QemuSource`] and [`QemuDestination`] are the engine's [`Machine`](pageferry::machine::Machine) at either
 //!   side.
 
@@ -18,7 +20,9 @@ mod monitor;
 pub mod preflight;
 pub mod qmp;
 pub mod ram;
+pub mod record;
 mod source;
+mod tracking;
 
 pub use description::{Mismatch, Vm};
 pub use destination::QemuDestination;
@@ -27,3 +31,4 @@ pub use incoming::{IncomingError, QemuCommand};
 pub use monitor::RunState;
 pub use qmp::{Qmp, QmpError};
 pub use source::{QemuSource, SourceError};
+pub use tracking::{PulseStatistics, QemuPulses, Tracking, TrackingError};

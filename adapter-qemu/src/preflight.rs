@@ -1,16 +1,20 @@
 //! What would write to a guest's RAM and is not seen from outside: found before anything moves.
 //!
 //! QEMU's own page tables show what its threads, its vCPUs and the kernel's buffered reads write. Devices that were
-//! given the RAM (VFIO, vDPA), kernel threads with tables of their own (vhost), other processes that have mapped it
-//! (vhost-user) and reads that go past the page cache (`cache.direct`) do not show there, and devices that take
-//! RAM from the guest or give it (balloon, virtio-mem) change what is to be moved.
+//! given the RAM (VFIO, vDPA), kernel threads with tables of their own (vhost) and other processes that have mapped it
+//! (vhost-user) do not show there, and devices that take RAM from the guest or give it (balloon, virtio-mem) change
+//! what is to be moved. Reads that go past the page cache (`cache.direct`) show once they are over; so the guest has
+//! to stand still while it is looked at.
 
 use std::fmt;
 use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use pageferry_rust_vmm::ForeignProcess;
-use procfs::process::{FDTarget, Process, all_processes};
+use procfs::Current;
+use procfs::process::{FDTarget, MountInfo, Process, all_processes};
+use rustix::fs::{major, minor};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -18,6 +22,7 @@ use thiserror::Error;
 use crate::monitor::Property;
 use crate::qmp::{Qmp, QmpError};
 use crate::ram::Backend;
+use crate::tracking::Tracking;
 
 /// Beginnings of names of devices, and what they do.
 const DEVICES: [(&str, &str); 6] = [
@@ -50,10 +55,12 @@ pub enum Obstacle {
         /// Its path.
         path: PathBuf,
     },
-    /// A disk that is read past the page cache.
-    DirectDisk {
-        /// Its node in QEMU.
-        node: String,
+    /// This host may take the RAM's pages out of QEMU's page tables, and their bits with them.
+    Swap,
+    /// The RAM's file may be gathered into huge pages, which takes its bits.
+    HugePages {
+        /// The file.
+        path: PathBuf,
     },
     /// Another process that has mapped the RAM.
     Mapper {
@@ -71,10 +78,15 @@ impl fmt::Display for Obstacle {
             Self::File { path } => {
                 write!(f, "QEMU has {} open: RAM is written by it unseen", path.display())
             }
-            Self::DirectDisk { node } => write!(
+            Self::Swap => f.write_str(
+                "this kernel has soft-dirty bits alone, which RAM that is swapped out loses: start QEMU with \
+                 -overcommit mem-lock=on, or do without swap (swapoff -a)",
+            ),
+            Self::HugePages { path } => write!(
                 f,
-                "disk {node} has cache.direct=on: what is read while dirty pages are looked for is not \
-                 seen (without it the page cache is used)"
+                "this kernel has soft-dirty bits alone, which huge pages lose: the file system of {} is mounted \
+                 with huge=, or /sys/kernel/mm/transparent_hugepage/shmem_enabled is force",
+                path.display()
             ),
             Self::Mapper { pid, name } => {
                 write!(
@@ -121,18 +133,60 @@ struct Cache {
     direct: bool,
 }
 
-/// Looks at a QEMU, its process and its RAM for what stands in the way.
-pub fn check(qmp: &Qmp, pid: u32, ram: &[(Backend, PathBuf)]) -> Result<(), PreflightError> {
+/// Looks at a QEMU, its process and its RAM for what stands in the way of tracking it so. Names of disks that are
+/// read past the page cache, which is to be heeded.
+pub fn check(
+    qmp: &Qmp,
+    pid: u32,
+    ram: &[(Backend, PathBuf)],
+    tracking: Tracking,
+) -> Result<Vec<String>, PreflightError> {
     let mut obstacles = devices(qmp)?;
-    let nodes: Vec<Node> = qmp.query("query-named-block-nodes", Value::Null)?;
-    let direct = nodes.into_iter().filter(|node| node.cache.direct);
-    obstacles.extend(direct.map(|node| Obstacle::DirectDisk { node: node.name }));
     // Its number came from an i32.
     let pid = i32::try_from(pid).unwrap_or(i32::MAX);
-    obstacles.extend(open_files(&Process::new(pid)?)?);
+    let process = Process::new(pid)?;
+    obstacles.extend(open_files(&process)?);
     let files: Result<Vec<_>, _> = ram.iter().map(|(_, path)| std::fs::metadata(path)).collect();
-    obstacles.extend(mappers(pid, &files.map_err(PreflightError::Ram)?)?);
-    if obstacles.is_empty() { Ok(()) } else { Err(PreflightError::Obstacles(obstacles)) }
+    let files = files.map_err(PreflightError::Ram)?;
+    obstacles.extend(mappers(pid, &files)?);
+    if tracking == Tracking::SoftDirty {
+        obstacles.extend(bits_at_risk(&process, ram, &files)?);
+    }
+    let nodes: Vec<Node> = qmp.query("query-named-block-nodes", Value::Null)?;
+    let direct = nodes.into_iter().filter(|node| node.cache.direct);
+    if obstacles.is_empty() {
+        Ok(direct.map(|node| node.name).collect())
+    } else {
+        Err(PreflightError::Obstacles(obstacles))
+    }
+}
+
+/// What would lose soft-dirty bits of RAM.
+fn bits_at_risk(
+    process: &Process,
+    ram: &[(Backend, PathBuf)],
+    files: &[Metadata],
+) -> Result<Vec<Obstacle>, procfs::ProcError> {
+    let mut obstacles = Vec::new();
+    let ram_kib = ram.iter().map(|(backend, _)| backend.len_bytes).sum::<u64>() / 1024;
+    let locked_kib = process.status()?.vmlck.unwrap_or_default();
+    if locked_kib < ram_kib && procfs::Meminfo::current()?.swap_total > 0 {
+        obstacles.push(Obstacle::Swap);
+    }
+    let forced = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+        .is_ok_and(|modes| modes.contains("[force]"));
+    let mounts = Process::myself()?.mountinfo()?;
+    for ((_, path), file) in ram.iter().zip(files) {
+        let device = format!("{}:{}", major(file.dev()), minor(file.dev()));
+        let is_huge = |mount: &MountInfo| match mount.super_options.get("huge") {
+            Some(huge) => mount.majmin == device && huge.as_deref() != Some("never"),
+            None => false,
+        };
+        if forced || mounts.0.iter().any(is_huge) {
+            obstacles.push(Obstacle::HugePages { path: path.clone() });
+        }
+    }
+    Ok(obstacles)
 }
 
 fn devices(qmp: &Qmp) -> Result<Vec<Obstacle>, QmpError> {

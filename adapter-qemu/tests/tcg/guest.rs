@@ -13,23 +13,44 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// How long the guest may take to come up, or to say its next line.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// Modules that a guest needs for its disk, in the order that they are loaded in.
+const MODULES: [&str; 6] = [
+    "virtio/virtio_ring",
+    "virtio/virtio",
+    "virtio/virtio_pci_legacy_dev",
+    "virtio/virtio_pci_modern_dev",
+    "virtio/virtio_pci",
+    "block/virtio_blk",
+];
+
+/// A disk of a guest.
+pub(crate) struct Disk {
+    pub(crate) path: PathBuf,
+    /// Whether QEMU reads and writes it past the page cache.
+    pub(crate) direct: bool,
+}
+
 /// What all guests here are made of: a kernel, and an initramfs with nothing but `init.c`.
 pub(crate) struct Guests {
     folder: tempfile::TempDir,
     kernel: PathBuf,
+    /// Pages that the guest writes, over and over.
+    pub(crate) pages: u32,
+    pub(crate) vcpus: u8,
+    pub(crate) disk: Option<Disk>,
 }
 
 impl Guests {
-    /// Says so, and why, if there can be none here.
-    pub(crate) fn build() -> Option<Self> {
-        let built = Self::try_build();
+    /// That write so many pages. Says so, and why, if there can be none here.
+    pub(crate) fn build(pages: u32) -> Option<Self> {
+        let built = Self::try_build(pages);
         if let Err(why) = &built {
             eprintln!("skipped, because {why}");
         }
         built.ok()
     }
 
-    fn try_build() -> Result<Self, String> {
+    fn try_build(pages: u32) -> Result<Self, String> {
         let version = Command::new("qemu-system-x86_64").arg("--version").output();
         version.map_err(|error| format!("there is no qemu-system-x86_64 ({error})"))?;
         let kernel =
@@ -48,18 +69,19 @@ impl Guests {
             return Err(format!("init.c: {}", String::from_utf8_lossy(&compiled.stderr)));
         }
         let program = std::fs::read(&init).map_err(|error| error.to_string())?;
-        std::fs::write(folder.path().join("initrd"), initramfs(&program))
+        let modules = modules_of(&kernel);
+        std::fs::write(folder.path().join("initrd"), initramfs(&program, &modules))
             .map_err(|error| error.to_string())?;
-        Ok(Self { folder, kernel })
+        Ok(Self { folder, kernel, pages, vcpus: 1, disk: None })
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// QEMU's arguments for a guest that writes so many pages, on a host of that name: NAME.ram is its RAM,
-    /// NAME.qmp its monitor, and at NAME.console it is listened to.
-    pub(crate) fn arguments(&self, host: &str, pages: u32) -> Vec<OsString> {
+    /// QEMU's arguments for the guest on a host of that name: NAME.ram is its RAM, and at NAME.console it is listened
+    /// to.
+    pub(crate) fn arguments(&self, host: &str) -> Vec<OsString> {
         let joined = |text: &str, path: &Path, rest: &str| {
             let mut all = OsString::from(text);
             all.push(path);
@@ -70,8 +92,8 @@ impl Guests {
         let ram = file("ram");
         let backend = joined("memory-backend-file,id=ram,mem-path=", &ram, ",size=256M,share=on");
         let console = joined("socket,id=console,path=", &file("console"), "");
-        let monitor = joined("unix:", &file("qmp"), ",server=on,wait=off");
-        let command_line = format!("console=ttyS0 quiet panic=-1 pages={pages}");
+        let (pages, disk) = (self.pages, u8::from(self.disk.is_some()));
+        let command_line = format!("console=ttyS0 quiet panic=-1 pages={pages} disk={disk}");
         let mut arguments: Vec<OsString> = [
             "-nodefaults",
             "-no-user-config",
@@ -94,10 +116,16 @@ impl Guests {
         .map(OsString::from)
         .into();
         arguments.extend(["-object".into(), backend, "-chardev".into(), console]);
-        arguments.extend(["-qmp".into(), monitor]);
         arguments.extend(["-kernel".into(), self.kernel.clone().into()]);
         arguments.extend(["-initrd".into(), self.path("initrd").into()]);
         arguments.extend(["-append".into(), command_line.into()]);
+        arguments.extend(["-smp".into(), self.vcpus.to_string().into()]);
+        if let Some(Disk { path, direct }) = &self.disk {
+            let cache = if *direct { "on" } else { "off" };
+            let node = format!("driver=file,node-name=disk0,cache.direct={cache},filename=");
+            arguments.extend(["-blockdev".into(), joined(&node, path, "")]);
+            arguments.extend(["-device".into(), "virtio-blk-pci,drive=disk0".into()]);
+        }
         arguments
     }
 }
@@ -118,8 +146,29 @@ fn kernel() -> Option<PathBuf> {
     })
 }
 
-/// A cpio archive (newc) of a program named /init and a console for it.
-fn initramfs(init: &[u8]) -> Vec<u8> {
+/// Names and bytes of the modules of a kernel that a guest's disk needs; those that are not there are built in.
+fn modules_of(kernel: &Path) -> Vec<(String, Vec<u8>)> {
+    let name = kernel.file_name().unwrap_or_default().to_string_lossy();
+    let version = name.strip_prefix("vmlinuz-").unwrap_or_default();
+    let boot = kernel.parent().unwrap_or(kernel);
+    // Beside /boot, in /lib or in /usr/lib.
+    let folders = [boot.join("../lib/modules"), boot.join("../usr/lib/modules")];
+    let module = |(order, module): (usize, &&str)| {
+        let (folder, name) = module.split_once('/')?;
+        let files = folders.iter().find_map(|modules| {
+            std::fs::read_dir(modules.join(version).join("kernel/drivers").join(folder)).ok()
+        });
+        let file = files?.flatten().find(|file| {
+            file.file_name().to_string_lossy().split_once('.').is_some_and(|(stem, _)| stem == name)
+        })?;
+        let name = format!("{order}-{}", file.file_name().to_string_lossy());
+        Some((name, std::fs::read(file.path()).ok()?))
+    };
+    MODULES.iter().enumerate().filter_map(module).collect()
+}
+
+/// A cpio archive (newc) of a program named /init, a console for it, and modules.
+fn initramfs(init: &[u8], modules: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut archive = Vec::new();
     let mut entry = |name: &str, mode: u32, device: (u32, u32), bytes: &[u8]| {
         let fields = [
@@ -150,6 +199,10 @@ fn initramfs(init: &[u8]) -> Vec<u8> {
     entry("dev", 0o040_755, (0, 0), &[]);
     entry("dev/console", 0o020_600, (5, 1), &[]);
     entry("init", 0o100_755, (0, 0), init);
+    entry("modules", 0o040_755, (0, 0), &[]);
+    for (name, module) in modules {
+        entry(&format!("modules/{name}"), 0o100_644, (0, 0), module);
+    }
     entry("TRAILER!!!", 0, (0, 0), &[]);
     archive
 }
@@ -168,6 +221,11 @@ impl Console {
 
     /// The number of its next whole pass over its memory, which has found no error.
     pub(crate) fn pass(&mut self) -> u64 {
+        self.pass_of("memory")
+    }
+
+    /// The number of the next whole pass by that of its processes, which, as all others, has found no error.
+    pub(crate) fn pass_of(&mut self, process: &str) -> u64 {
         loop {
             let lines = self.lines.get_or_insert_with(|| accept(&self.listener));
             let mut line = Vec::new();
@@ -180,8 +238,12 @@ impl Console {
             let line = String::from_utf8_lossy(&line);
             let Some(said) = line.trim_end().strip_prefix("guest: ") else { continue };
             let words: Vec<_> = said.split(' ').collect();
-            let ["pass", pass, "errors", "0"] = *words else { panic!("the guest says: {said}") };
-            return pass.parse().unwrap();
+            let [name, "pass", pass, "errors", "0"] = *words else {
+                panic!("the guest says: {said}")
+            };
+            if name == process {
+                return pass.parse().unwrap();
+            }
         }
     }
 }
@@ -203,17 +265,20 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    pub(crate) fn start(guests: &Guests, host: &str, pages: u32) -> Self {
-        Self::with(guests, host, &guests.arguments(host, pages))
+    pub(crate) fn start(guests: &Guests, host: &str) -> Self {
+        Self::with(guests, host, &guests.arguments(host))
     }
 
     pub(crate) fn with(guests: &Guests, host: &str, arguments: &[OsString]) -> Self {
+        let monitor = guests.path(&format!("{host}.qmp"));
         let child = Command::new("qemu-system-x86_64")
             .args(arguments)
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", monitor.display()))
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        Self { child, monitor: guests.path(&format!("{host}.qmp")) }
+        Self { child, monitor }
     }
 
     /// As soon as it listens.

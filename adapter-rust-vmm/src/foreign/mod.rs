@@ -12,7 +12,8 @@
 //! Neither sees what is written past those page tables: by other mappings of the file (vhost-user), by devices
 //! (VFIO, vDPA), by kernel threads with tables of their own (vhost), and by `O_DIRECT` reads and the like
 //! if a harvest falls between their start and their end; see
-//! [`PagemapScan`](crate::PagemapScan).
+//! [`PagemapScan`](crate::PagemapScan). For those last there is [`Pulsed`], which has the other process stand still
+//! while it is looked at.
 
 mod call;
 mod error;
@@ -21,9 +22,11 @@ mod process;
 mod ptrace;
 mod scan;
 mod soft_dirty;
+mod standstill;
 
 pub use call::ForeignUserfaultfd;
 pub use error::ForeignError;
 pub use process::ForeignProcess;
 pub use scan::{ForeignPagemapScan, ForeignPagemapTracker};
-pub use soft_dirty::{SoftDirty, SoftDirtyError, SoftDirtyTracker, Standstill};
+pub use soft_dirty::{SoftDirty, SoftDirtyError, SoftDirtyTracker};
+pub use standstill::{Pulsed, Standstill, StandstillError};

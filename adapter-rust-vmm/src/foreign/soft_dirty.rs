@@ -1,6 +1,5 @@
 //! Another process's writes, by the soft-dirty bits of its page tables.
 
-use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -12,6 +11,7 @@ use thiserror::Error;
 
 use super::error::ForeignError;
 use super::process::ForeignProcess;
+use super::standstill::{Pulsed, Standstill};
 use crate::addresses::Mapped;
 use crate::bits::set_range;
 use crate::misuse::MisuseError;
@@ -47,15 +47,6 @@ pub enum SoftDirtyError {
         /// The region's guest physical address.
         guest_addr: u64,
     },
-    /// The process could not be made to stand still, or to go on.
-    #[error("failed to {operation}")]
-    Standstill {
-        /// What was tried.
-        operation: &'static str,
-        /// The cause.
-        #[source]
-        cause: Box<dyn Error + Send + Sync>,
-    },
     /// The bits could not be read or cleared.
     #[error("failed to {operation}")]
     PageMap {
@@ -73,22 +64,12 @@ pub enum SoftDirtyError {
     Misuse(#[from] MisuseError),
 }
 
-/// Makes all that writes guest memory stand still for a moment: QEMU's `stop` and `cont`.
-pub trait Standstill: Send + Sync {
-    /// Nothing writes from its return on, and what was under way has been written. Also when the guest is paused
-    /// already.
-    fn hold(&self) -> Result<(), Box<dyn Error + Send + Sync>>;
-
-    /// As before [`hold`](Self::hold), which may have failed: a guest that was paused then stays paused.
-    fn let_go(&self) -> Result<(), Box<dyn Error + Send + Sync>>;
-}
-
 /// Tracks every write to guest memory through the page tables of another process, on kernels that have
 /// soft-dirty bits and not what [`ForeignPagemapScan`](super::ForeignPagemapScan) needs
 /// (Documentation/admin-guide/mm/soft-dirty.rst of the kernel).
 ///
 /// The kernel reads bits and clears them in two steps, and clears all of a process: what is written in between
-/// would be lost. So each harvest, and the start, makes the other process [stand still](Standstill).
+/// would be lost. So the other process has to [stand still](Standstill) for each harvest, and for the start.
 ///
 /// The kernel forgets bits of shared memory that it reclaims or gathers into huge pages. So guest memory must
 /// not be swapped (`mlock`, or no swap), nor be on a tmpfs with `huge=`. Nobody else may clear the bits of the
@@ -97,20 +78,14 @@ pub trait Standstill: Send + Sync {
 /// # Thread safety
 ///
 /// As [`DirtySource`](pageferry::dirty::DirtySource) asks. Re-arming takes no lock and no system call.
-pub type SoftDirty = Tracked<SoftDirtyTracker>;
+pub type SoftDirty = Pulsed<Tracked<SoftDirtyTracker>>;
 
 /// How [`SoftDirty`] sees writes.
+#[derive(Debug)]
 pub struct SoftDirtyTracker {
     process: ForeignProcess,
     mapped: Vec<Mapped>,
-    standstill: Arc<dyn Standstill>,
     bits: Mutex<Bits>,
-}
-
-impl std::fmt::Debug for SoftDirtyTracker {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SoftDirtyTracker").field("process", &self.process).finish_non_exhaustive()
-    }
 }
 
 impl SoftDirty {
@@ -133,7 +108,8 @@ impl SoftDirty {
             .open(process.proc_path("clear_refs"))
             .map_err(|cause| process.not_permitted_or(cause, "open clear_refs"))?;
         let bits = Mutex::new(Bits::new(process.pagemap()?, clear_refs));
-        Ok(Self::by(SoftDirtyTracker { process, mapped, standstill, bits }, memory.layout()))
+        let tracker = SoftDirtyTracker { process, mapped, bits };
+        Ok(Self::by(Tracked::by(tracker, memory.layout()), standstill))
     }
 
     /// Whether this kernel has soft-dirty bits, tried on this process.
@@ -159,7 +135,7 @@ impl Tracker for SoftDirtyTracker {
     type Error = SoftDirtyError;
 
     fn start(&self) -> Result<(), SoftDirtyError> {
-        // No harvest may be needed to see that the bits are cleared; what was written before does not count.
+        // What was written before does not count.
         let bits = self.bits.lock().unwrap_or_else(PoisonError::into_inner);
         bits.clear()?;
         Ok(self.process.check_alive()?)
@@ -167,16 +143,12 @@ impl Tracker for SoftDirtyTracker {
 
     fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), SoftDirtyError> {
         let mut bits = self.bits.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = |operation| move |cause| SoftDirtyError::Standstill { operation, cause };
-        let held = self.standstill.hold().map_err(failed("make the process stand still"));
-        let harvested = held.and_then(|()| {
-            self.mapped.iter().try_for_each(|mapped| bits.read(mapped, into))?;
-            // Only once all is known: what was read and not cleared is read again.
-            bits.clear()
-        });
-        let let_go = self.standstill.let_go().map_err(failed("let the process go on"));
+        let read = self.mapped.iter().try_for_each(|mapped| bits.read(mapped, into));
+        // Only once all is known: what was read and not cleared is read again.
+        let harvested = read.and_then(|()| bits.clear());
+        // An empty address space has no written pages either.
         self.process.check_alive()?;
-        harvested.and(let_go)
+        harvested
     }
 
     /// A harvest has cleared the bits already.

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use pageferry::testing::memory_transport;
 use pageferry::{Destination, Error, Machine, MachineError, Source};
+use pageferry_rust_vmm::foreign::{Pulsed, Standstill};
 use pageferry_rust_vmm::{
     AtomicBitmapSource, DirectWrites, KvmDirtyLog, KvmDirtyRing, PagemapScan, UffdWp, guest_memory,
 };
@@ -169,6 +170,71 @@ fn beside_pagemap_scan() {
     let memory = anonymous(READ_BYTES);
     let tracker = || -> Box<dyn DirtySource> { Box::new(PagemapScan::new(Arc::clone(&memory))) };
     is_needed_and_enough(&memory, tracker, |number| disk.read(&memory, 0, number));
+}
+
+/// Either reads are under way, or it is looked at what they wrote: a guest that stands still meanwhile.
+#[derive(Default)]
+struct Turns {
+    taken: Mutex<bool>,
+    free: Condvar,
+}
+
+impl Standstill for Turns {
+    fn hold(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let taken = self.taken.lock().unwrap();
+        *self.free.wait_while(taken, |taken| *taken).unwrap() = true;
+        Ok(())
+    }
+
+    fn let_go(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        *self.taken.lock().unwrap() = false;
+        self.free.notify_all();
+        Ok(())
+    }
+}
+
+/// What `beside_pagemap_scan` shows to be lost is not where nobody looks while it is under way.
+#[test]
+fn in_pulses_nothing_is_lost() {
+    if let Err(error) = PagemapScan::supported() {
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
+    }
+    let Some(disk) = Disk::new("pulses") else { return };
+    let memory = anonymous(READ_BYTES);
+    let turns = Arc::new(Turns::default());
+    let tracker = Pulsed::by(PagemapScan::new(Arc::clone(&memory)), Arc::clone(&turns) as _);
+    let lost = lost_in(READS, &memory, &DirtySources::new(vec![Box::new(tracker)]), |number| {
+        turns.hold().unwrap();
+        disk.read(&memory, 0, number);
+        turns.let_go().unwrap();
+    });
+    assert_eq!(lost, 0);
+}
+
+/// Who did not stand still is not looked at, and is let go.
+#[test]
+fn who_does_not_stand_still_is_let_go() {
+    #[derive(Default)]
+    struct Restless(Mutex<Vec<&'static str>>);
+    impl Standstill for Restless {
+        fn hold(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+            self.0.lock().unwrap().push("hold");
+            Err("no".into())
+        }
+        fn let_go(&self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+            self.0.lock().unwrap().push("let go");
+            Ok(())
+        }
+    }
+    let memory = anonymous(READ_BYTES);
+    let restless = Arc::new(Restless::default());
+    let direct = DirectWrites::new(&memory);
+    let source = Pulsed::by(direct.clone(), Arc::clone(&restless) as _);
+    let refused = source.start().unwrap_err();
+    assert!(refused.cause.to_string().contains("make the guest stand still"), "{refused}");
+    direct.start().expect("it was not started");
+    source.harvest(&mut DirtyBitmap::new(memory.layout())).unwrap_err();
+    assert_eq!(*restless.0.lock().unwrap(), ["hold", "let go", "hold", "let go"]);
 }
 
 /// It pins many pages before it copies to the first.

@@ -130,9 +130,23 @@ pub struct Report {
     pub oracle: Option<String>,
     /// Whether memory is the same on both sides, where it was compared.
     pub memory_match: Option<bool>,
+    /// Of a guest that has to stand still whenever it is looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pulses: Option<Pulses>,
     /// Between the processes of a demo only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeline: Option<Timeline>,
+}
+
+/// Moments that a guest stood still so that it could be looked at what it wrote; not part of the downtime.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Pulses {
+    /// How many.
+    pub count: u64,
+    /// All together.
+    pub total_ms: f64,
+    /// The longest.
+    pub longest_ms: f64,
 }
 
 /// What was done at the destination ahead of the data.
@@ -223,6 +237,7 @@ impl Report {
             oracle_ok: None,
             oracle: None,
             memory_match: None,
+            pulses: None,
             timeline: None,
         }
     }

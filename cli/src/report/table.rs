@@ -5,7 +5,7 @@ use indicatif::{HumanBytes, HumanCount};
 use pageferry::memory::PAGE_BYTES;
 use pageferry_report::document::ZeroCopy;
 
-use super::{GuestAt, Report};
+use super::{GuestAt, Pulses, Report};
 use crate::outcome::Outcome;
 use crate::output;
 
@@ -43,6 +43,10 @@ impl Report {
         }
         if let Some(dirty_source) = &self.dirty_source {
             row("dirty source", dirty_source.clone());
+        }
+        if let Some(Pulses { count, total_ms, longest_ms }) = self.pulses {
+            let all = format!("{total_ms:.1} ms in all, {longest_ms:.1} ms at most");
+            row("stood still for rounds", format!("{count} times, {all}"));
         }
         row("transport", format!("{}, {} data channels", self.transport, self.channels));
         row("total time", format!("{:.1} ms, {} rounds", self.total_ms, self.rounds));

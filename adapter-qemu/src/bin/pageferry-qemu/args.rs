@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Migrate(MigrateArgs),
     /// Waits for a guest, and runs it in a QEMU that this command starts.
     Receive(ReceiveArgs),
+    /// Tells what a migration has left whose command was killed, and ends it.
+    Recover(RecoverArgs),
 }
 
 impl Command {
@@ -43,14 +45,16 @@ impl Command {
         match self {
             Self::Migrate(args) => args.migration.check(),
             Self::Receive(args) => args.rdma.check(args.transport),
+            Self::Recover(_) => Ok(()),
         }
     }
 
-    /// Whether it is to print JSON, and its transport.
-    pub(crate) fn reports(&self) -> (bool, Transport) {
+    /// The transport of a report in JSON, if it is to print one.
+    pub(crate) fn reports(&self) -> Option<Transport> {
         match self {
-            Self::Migrate(args) => (args.json, args.migration.transport),
-            Self::Receive(args) => (args.json, args.transport),
+            Self::Migrate(args) => args.json.then_some(args.migration.transport),
+            Self::Receive(args) => args.json.then_some(args.transport),
+            Self::Recover(_) => None,
         }
     }
 }
@@ -93,6 +97,10 @@ pub(crate) struct ReceiveArgs {
     /// on QEMU's command line.
     #[arg(long, value_name = "PATH", required = true)]
     pub(crate) ram: Vec<PathBuf>,
+    /// Socket of a monitor that the guest's QEMU gets for this program: for the next migration, and for `recover`
+    /// [default: the first --ram, with .qmp behind it].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) qmp: Option<PathBuf>,
     /// What moves the pages.
     #[arg(long, default_value = "auto")]
     pub(crate) transport: Transport,
@@ -109,4 +117,39 @@ pub(crate) struct ReceiveArgs {
     /// QEMU and its arguments, as at the source; -incoming and -S are added.
     #[arg(last = true, required = true, value_name = "QEMU")]
     pub(crate) qemu: Vec<OsString>,
+}
+
+/// `recover`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each side of a migration writes down how it stands beside the monitor's socket (PATH.migration). Where the command was
+killed this shows it, with what QEMU says and what that means; --run or --quit is what the operator decides, who knows
+of both sides.
+
+  host-b$ pageferry-qemu recover --qmp /dev/shm/vm1.qmp
+  host-a$ pageferry-qemu recover --qmp /run/vm1.qmp --run")]
+pub(crate) struct RecoverArgs {
+    /// Socket of the monitor of a QEMU here: as --qmp of migrate or receive.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) qmp: PathBuf,
+    /// What is decided; nothing, if it is only to be shown.
+    #[command(flatten)]
+    pub(crate) decision: Decision,
+    /// Also where the guest might be, or not be, at the other side.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Print what is known as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to do with a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
+pub(crate) struct Decision {
+    /// Lets the guest run here.
+    #[arg(long, conflicts_with = "quit")]
+    pub(crate) run: bool,
+    /// Ends QEMU here, and removes the RAM that was made for it.
+    #[arg(long)]
+    pub(crate) quit: bool,
 }

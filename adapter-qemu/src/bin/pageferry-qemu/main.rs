@@ -3,6 +3,7 @@
 mod args;
 mod migrate;
 mod receive;
+mod recover;
 
 use std::process::ExitCode;
 
@@ -26,8 +27,9 @@ fn main() -> ExitCode {
             let why = pageferry::Chain::of(&*error).to_string();
             say!("error: {why}");
             // With --json there is an object on stdout however a command ends.
-            let (json, transport) = command.reports();
-            if json && let Err(error) = Report::of_failure(transport.name(), why).print(true) {
+            if let Some(transport) = command.reports()
+                && let Err(error) = Report::of_failure(transport.name(), why).print(true)
+            {
                 say!("failed to print the report: {error}");
             }
             Outcome::Failed.exit_code()
@@ -39,5 +41,6 @@ fn run(command: &Command) -> Result<Outcome, Failure> {
     match command {
         Command::Migrate(args) => migrate::migrate(args),
         Command::Receive(args) => receive::receive(args),
+        Command::Recover(args) => recover::recover(args),
     }
 }

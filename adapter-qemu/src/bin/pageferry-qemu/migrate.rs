@@ -6,10 +6,13 @@ use crossbeam_channel::unbounded;
 use pageferry::dirty::DirtySources;
 use pageferry_cli::departure::Departure;
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::report::{GuestAt, Pulses, Report};
 use pageferry_cli::say;
 use pageferry_cli::wishes::{listen_to_signals, listen_to_stdin};
-use pageferry_qemu::{QemuSource, Qmp, Vm, preflight, ram};
-use pageferry_rust_vmm::{ForeignPagemapScan, ForeignProcess, ForeignUserfaultfd};
+use pageferry_qemu::record::{Record, RecordFile, Recorded, Standing};
+use pageferry_qemu::{PulseStatistics, QemuPulses, QemuSource, Qmp, Tracking, Vm, preflight, ram};
+use pageferry_report::document::ms;
+use pageferry_rust_vmm::ForeignProcess;
 
 use crate::args::MigrateArgs;
 
@@ -21,14 +24,27 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
     let backends = ram::backends_of(&qmp)?;
     let vm = Vm::of(&qmp, backends.iter().map(|(backend, _)| backend.clone()).collect())?;
     let pid = args.pid.map_or_else(|| qmp.peer_pid(), Ok)?;
-    preflight::check(&qmp, pid, &backends)?;
-    let machine = QemuSource::new(Arc::clone(&qmp))?;
+    let tracking = Tracking::of_this_kernel()?;
+    let direct_disks = preflight::check(&qmp, pid, &backends, tracking)?;
+    let record = Record::new(Standing::Here, Some(args.to.clone()), Vec::new());
+    let record = RecordFile::create(&args.qmp, record)?;
+    let machine = Recorded::source(QemuSource::new(Arc::clone(&qmp))?, record);
     let memory = ram::map(&backends)?;
     let process = ForeignProcess::open(pid)?;
-    let tracker = ForeignPagemapScan::new(process, &memory, ForeignUserfaultfd::made_in)?;
-    let sources = DirtySources::new(vec![Box::new(tracker)]);
+    let pulses = Arc::new(QemuPulses::new(Arc::clone(&qmp)));
+    let with_direct_io = !direct_disks.is_empty();
+    let tracker = tracking.source(process, &memory, &pulses, with_direct_io)?;
+    let sources = DirtySources::new(vec![tracker]);
     let dirty_source = sources.names().concat();
     say!("a guest of QEMU {}, {}, vCPUs: {}", vm.qemu, vm.machine, vm.vcpus);
+    if tracking.needs_pulses(with_direct_io) {
+        let why = if with_direct_io {
+            format!("disks with cache.direct=on: {}", direct_disks.join(", "))
+        } else {
+            "Linux before 6.7".to_owned()
+        };
+        say!("it stands still for a moment with each round ({why})");
+    }
     let departure = Departure {
         migration: &args.migration,
         description: serde_json::to_vec(&vm)?,
@@ -41,12 +57,29 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
     report.guest = Some("qemu".to_owned());
     report.vcpus = u8::try_from(vm.vcpus).ok();
     report.dirty_source = Some(dirty_source);
-    // The guest runs elsewhere; what stands here is no use to anybody.
-    if report.outcome == Outcome::Completed
-        && let Err(error) = qmp.quit()
-    {
-        say!("the guest runs at the destination; QEMU here did not quit: {error}");
-    }
+    report.pulses = tracking.needs_pulses(with_direct_io).then(|| {
+        let PulseStatistics { count, total, longest } = pulses.statistics();
+        Pulses { count, total_ms: ms(total), longest_ms: ms(longest) }
+    });
+    end(&report, &qmp, gone.machine.file, args)?;
     report.print(args.json)?;
     Ok(report.outcome)
+}
+
+/// Ends QEMU here if its guest runs elsewhere, and the record if nothing is left to decide.
+fn end(report: &Report, qmp: &Qmp, record: RecordFile, args: &MigrateArgs) -> Result<(), Failure> {
+    if report.guest_at == GuestAt::Unknown {
+        let monitor = args.qmp.display();
+        say!("see `pageferry-qemu recover --qmp {monitor}`, and the same at the destination");
+        record.leave();
+        return Ok(());
+    }
+    if report.outcome == Outcome::Completed {
+        record.stand(Standing::Gone)?;
+        if let Err(error) = qmp.quit() {
+            say!("the guest runs at the destination; QEMU here did not quit: {error}");
+            record.leave();
+        }
+    }
+    Ok(())
 }

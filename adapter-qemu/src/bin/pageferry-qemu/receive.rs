@@ -1,6 +1,7 @@
 //! `receive`: waits for a guest, and runs it.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, select_biased, unbounded};
@@ -12,6 +13,7 @@ use pageferry_cli::report::{GuestAt, Report};
 use pageferry_cli::say;
 use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
 use pageferry_qemu::ram::{self, Backend, Made};
+use pageferry_qemu::record::{Record, RecordFile, Recorded, Standing};
 use pageferry_qemu::{QemuCommand, QemuDestination, Vm};
 use pageferry_tcp::ZeroCopy;
 
@@ -23,7 +25,8 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
     let transport = chosen.name();
     let reception = Reception { link: &args.link, pin: &args.pin, populate: 0 };
-    let home = |offer: &Offer| home_for(args, offer);
+    let monitor = monitor(args);
+    let home = |offer: &Offer| home_for(args, &monitor, offer);
     let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
         Ok(arrival) => arrival,
         Err(why) => {
@@ -39,7 +42,11 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     report.guest = Some("qemu".to_owned());
     report.print(args.json)?;
     match arrival.result {
-        Ok(arrived) => run_on(arrived.machine, &wishes)?,
+        Ok(arrived) => {
+            let Recorded { machine, file, .. } = arrived.machine;
+            file.remove()?;
+            run_on(machine, &wishes)?;
+        }
         Err(_) if report.guest_at == GuestAt::Source => {}
         Err(_) => {
             say!("the copy is kept, paused; Ctrl-C destroys it");
@@ -49,11 +56,22 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     Ok(report.outcome)
 }
 
+/// Where the guest's QEMU gets a monitor.
+fn monitor(args: &ReceiveArgs) -> PathBuf {
+    let beside_ram = || {
+        let mut path = args.ram.first().cloned().unwrap_or_default().into_os_string();
+        path.push(".qmp");
+        path.into()
+    };
+    args.qmp.clone().unwrap_or_else(beside_ram)
+}
+
 /// RAM and a QEMU for the guest that is offered.
 fn home_for(
     args: &ReceiveArgs,
+    monitor: &Path,
     offer: &Offer,
-) -> Result<(QemuDestination, Arc<GuestMemory>), Failure> {
+) -> Result<(Recorded<QemuDestination>, Arc<GuestMemory>), Failure> {
     let theirs: Vm = serde_json::from_slice(offer.description())
         .map_err(|error| format!("the source's description of its QEMU makes no sense: {error}"))?;
     let backends = backends(args, &theirs.ram)?;
@@ -67,9 +85,14 @@ fn home_for(
         )
         .into());
     }
-    let (made, memory) = Made::create(&backends)?;
     let [program, arguments @ ..] = &*args.qemu else { return Err("no QEMU is given".into()) };
-    let command = QemuCommand { program: program.into(), arguments: arguments.to_vec() };
+    let mut arguments = arguments.to_vec();
+    arguments.extend(["-qmp".into(), listening_at(monitor)?]);
+    let command = QemuCommand { program: program.into(), arguments };
+    let (made, memory) = Made::create(&backends)?;
+    // Not before: files that are somebody else's must not stand there.
+    let record = Record::new(Standing::Awaited, None, args.ram.clone());
+    let record = RecordFile::create(monitor, record)?;
     let machine = QemuDestination::start(command, made)?;
     let qmp = machine.qmp().ok_or("QEMU is gone")?;
     let found = ram::backends_of(qmp)?;
@@ -77,7 +100,14 @@ fn home_for(
         return Err("QEMU's RAM is not in the files that --ram names, in their order".into());
     }
     Vm::of(qmp, found.into_iter().map(|(backend, _)| backend).collect())?.check_takes(&theirs)?;
-    Ok((machine, memory))
+    Ok((Recorded::destination(machine, record), memory))
+}
+
+/// QEMU's argument for a monitor that listens there.
+fn listening_at(monitor: &Path) -> Result<OsString, Failure> {
+    // Options of QEMU's end at a comma, unless it is doubled.
+    let path = monitor.to_str().ok_or("the path of --qmp is no text")?.replace(',', ",,");
+    Ok(format!("unix:{path},server=on,wait=off").into())
 }
 
 /// The source's backends with the files for them.

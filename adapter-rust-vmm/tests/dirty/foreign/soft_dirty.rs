@@ -76,10 +76,11 @@ fn who_does_not_stand_still_is_not_harvested() {
         return;
     }
     let other = Other::start();
-    let restless = Arc::new(Restless(AtomicBool::new(true)));
+    let restless = Arc::new(Restless(AtomicBool::new(false)));
     let source =
         SoftDirty::new(other.process(), &other.memory, Arc::clone(&restless) as _).unwrap();
     source.start().unwrap();
+    restless.0.store(true, Ordering::SeqCst);
     other.touch(PageRange { region: 0, first_page: 9, pages: 1 });
     let mut found = DirtyBitmap::new(other.memory.layout());
     source.harvest(&mut found).unwrap_err();

@@ -1,0 +1,193 @@
+//! `pageferry-qemu` as its users start it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use pageferry_qemu::{Qmp, QmpError};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::guest::Guests;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-qemu");
+
+/// How long a message may take that comes soon.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// One of its commands at work. Dropping it kills it.
+pub(crate) struct Running {
+    child: Child,
+    /// What it says, which is read all the time. Its QEMU says it there too, and may outlive it.
+    messages: Receiver<String>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Self {
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (say, messages) = channel();
+        std::thread::spawn(move || {
+            for line in stderr.lines() {
+                // Nobody may listen any more.
+                let _ = say.send(line.unwrap());
+            }
+        });
+        Self { child, messages }
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// What follows the next message that begins so.
+    pub(crate) fn hear(&mut self, beginning: &str) -> String {
+        loop {
+            let line = self.messages.recv_timeout(PATIENCE);
+            let line = line.unwrap_or_else(|why| panic!("it did not say: {beginning} ({why})"));
+            eprintln!("{line}");
+            if let Some(rest) = line.strip_prefix(beginning) {
+                return rest.to_owned();
+            }
+        }
+    }
+
+    /// Steers it.
+    pub(crate) fn say(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Its report and its exit status, once it has ended.
+    pub(crate) fn end(&mut self) -> (Value, Option<i32>) {
+        let mut report = String::new();
+        self.child.stdout.take().unwrap().read_to_string(&mut report).unwrap();
+        let status = self.child.wait().unwrap().code();
+        self.messages.try_iter().for_each(|line| eprintln!("{line}"));
+        (serde_json::from_str(&report).unwrap(), status)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A `pageferry-qemu receive` that waits, or has a guest.
+pub(crate) struct Receiving {
+    pub(crate) program: Running,
+    /// QEMU, once its guest runs.
+    qemu: Option<Pid>,
+}
+
+impl Receiving {
+    /// Returns with the address that it waits at.
+    pub(crate) fn start(guests: &Guests, host: &str, options: &[&str]) -> (Self, String) {
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(["receive", "--json", "--listen", "127.0.0.1:0", "--ram"])
+            .arg(guests.path(&format!("{host}.ram")))
+            .arg("--qmp")
+            .arg(guests.path(&format!("{host}.qmp")))
+            .args(options)
+            .args(["--", "qemu-system-x86_64"])
+            .args(guests.arguments(host));
+        let mut program = Running::start(&mut command);
+        let address = program.hear("listening on ");
+        (Self { program, qemu: None }, address)
+    }
+
+    /// The process of its QEMU, as soon as that is there.
+    pub(crate) fn qemu(&mut self, guests: &Guests, host: &str) -> Pid {
+        let monitor = guests.path(&format!("{host}.qmp"));
+        let qmp = loop {
+            match Qmp::connect(&monitor) {
+                Err(QmpError::Connect { .. }) => {}
+                connected => break connected.unwrap(),
+            }
+            let ended = self.program.child.try_wait().unwrap();
+            assert!(ended.is_none(), "it ended before QEMU came");
+            std::thread::yield_now();
+        };
+        let pid = Pid::from_raw(qmp.peer_pid().unwrap().cast_signed());
+        self.qemu = pid;
+        pid.unwrap()
+    }
+
+    /// The guest has come: the program is told to end, and leaves it running. Its report.
+    pub(crate) fn leave(&mut self) -> Value {
+        let said = self.program.hear("the guest runs here, in process ");
+        let pid = said.split(';').next().unwrap().parse().unwrap();
+        self.qemu = Pid::from_raw(pid);
+        self.program.signal(Signal::INT);
+        let (report, status) = self.program.end();
+        assert_eq!(status, Some(0), "{report}");
+        report
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        let _ = self.program.child.kill();
+        let _ = self.program.child.wait();
+        if let Some(qemu) = self.qemu {
+            let _ = kill_process(qemu, Signal::KILL);
+        }
+    }
+}
+
+/// A `pageferry-qemu migrate`.
+pub(crate) fn migrating(guests: &Guests, host: &str, to: &str, options: &[&str]) -> Running {
+    let mut command = Command::new(PROGRAM);
+    command.args(["migrate", "--json", "--to", to, "--qmp"]);
+    command.arg(guests.path(&format!("{host}.qmp"))).args(options);
+    Running::start(&mut command)
+}
+
+/// Moves a guest by the program, and compares memory; its report, and its exit status.
+pub(crate) fn migrate(
+    guests: &Guests,
+    host: &str,
+    to: &str,
+    options: &[&str],
+) -> (Value, Option<i32>) {
+    let options = [&["--verify"], options].concat();
+    migrating(guests, host, to, &options).end()
+}
+
+/// What `pageferry-qemu recover` knows of a side, if it did what it was asked.
+pub(crate) fn recover(guests: &Guests, host: &str, options: &[&str]) -> Option<Value> {
+    let ended = Command::new(PROGRAM)
+        .args(["recover", "--json", "--qmp"])
+        .arg(guests.path(&format!("{host}.qmp")))
+        .args(options)
+        .output()
+        .unwrap();
+    eprint!("{}", String::from_utf8_lossy(&ended.stderr));
+    ended.status.success().then(|| serde_json::from_slice(&ended.stdout).unwrap())
+}
+
+/// Says so if a program of this user's may not trace another one's child.
+pub(crate) fn may_trace() -> bool {
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
+    let may = matches!(scope.trim(), "" | "0") || rustix::process::geteuid().is_root();
+    if !may {
+        eprintln!(
+            "skipped, because kernel.yama.ptrace_scope is {} and this is not root",
+            scope.trim()
+        );
+    }
+    may
+}
