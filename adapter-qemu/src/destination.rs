@@ -10,6 +10,8 @@ use crate::incoming::{Incoming, IncomingError, QemuCommand};
 use crate::qmp::Qmp;
 use crate::ram::Made;
 
+const NO_QEMU: &str = "there is no QEMU for the guest any more";
+
 /// A guest at the destination. Its QEMU waits, and stands still until the engine says *resume*.
 ///
 /// QEMU takes device state once in its life. When a switchover is called off after that, it is ended, and another
@@ -17,7 +19,8 @@ use crate::ram::Made;
 ///
 /// # Resource cleanup
 ///
-/// Dropping it ends QEMU and removes the RAM; [`keep`](Self::keep) is for a guest that has arrived.
+/// Dropping it ends QEMU and removes the RAM, as long as the guest has not been let run here. One that runs stays,
+/// with its QEMU and its RAM; [`keep`](Self::keep) is for who wants to watch it.
 #[derive(Debug)]
 pub struct QemuDestination {
     command: QemuCommand,
@@ -47,7 +50,7 @@ impl QemuDestination {
     }
 
     fn running(&self) -> Result<&Qmp, MachineError> {
-        let incoming = self.incoming.as_ref().ok_or("there is no QEMU for the guest any more")?;
+        let incoming = self.incoming.as_ref().ok_or(NO_QEMU)?;
         Ok(incoming.qmp())
     }
 }
@@ -58,7 +61,9 @@ impl Machine for QemuDestination {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        Ok(self.running()?.cont()?)
+        self.incoming.as_mut().ok_or(NO_QEMU)?.run()?;
+        self.made.keep();
+        Ok(())
     }
 
     fn save(&mut self, _: &mut Vec<u8>) -> Result<(), MachineError> {

@@ -75,11 +75,12 @@ pub enum IncomingError {
     },
 }
 
-/// A QEMU that waits for a guest, with a monitor that nobody else has. Dropping it ends it.
+/// A QEMU that waits for a guest, with a monitor that nobody else has. Dropping it ends it, until the guest runs.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     child: Option<Child>,
     qmp: Arc<Qmp>,
+    guest_runs: bool,
 }
 
 impl Incoming {
@@ -112,11 +113,18 @@ impl Incoming {
             return Err(IncomingError::NotWaiting { status: state.status });
         }
         device_state::prepare(&qmp, true)?;
-        Ok(Self { child: child.0.take(), qmp })
+        Ok(Self { child: child.0.take(), qmp, guest_runs: false })
     }
 
     pub(crate) fn qmp(&self) -> &Arc<Qmp> {
         &self.qmp
+    }
+
+    /// Lets the guest run. Nothing that fails here later is to end it.
+    pub(crate) fn run(&mut self) -> Result<(), QmpError> {
+        self.qmp.cont()?;
+        self.guest_runs = true;
+        Ok(())
     }
 
     /// Its process, which lives on.
@@ -127,7 +135,7 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        let Some(child) = self.child.take() else { return };
+        let Some(child) = self.child.take().filter(|_| !self.guest_runs) else { return };
         if let Err(error) = self.qmp.quit() {
             tracing::debug!(%error, "QEMU was not told to quit");
         }

@@ -102,6 +102,10 @@ pub enum RecordError {
 
 /// The file of a record, beside the monitor of a QEMU. It is locked: two programs do not move one guest.
 ///
+/// # Thread safety
+///
+/// `Send` and `Sync`; changes are written one after the other.
+///
 /// # Resource cleanup
 ///
 /// Whoever has it to its end knows where the guest is: dropping it removes the file, unless it was to be
@@ -162,10 +166,10 @@ impl RecordFile {
         self.stays = true;
     }
 
-    /// Nothing is.
+    /// Nothing is. Somebody may have removed it already.
     pub fn remove(mut self) -> Result<(), RecordError> {
         self.stays = true;
-        std::fs::remove_file(&self.path).map_err(failed("remove", &self.path))
+        unlink(&self.path).map_err(failed("remove", &self.path))
     }
 
     fn change(&self, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
@@ -188,10 +192,17 @@ impl RecordFile {
 impl Drop for RecordFile {
     fn drop(&mut self) {
         if !self.stays
-            && let Err(error) = std::fs::remove_file(&self.path)
+            && let Err(error) = unlink(&self.path)
         {
             tracing::warn!(%error, path = %self.path.display(), "a record of a migration is left");
         }
+    }
+}
+
+fn unlink(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -287,7 +298,12 @@ impl<M: Machine> Machine for Recorded<M> {
 
     /// Called once the commit has come, and by a source that has the guest back.
     fn reacquire_resources(&mut self) -> Result<(), MachineError> {
-        self.file.stand(if self.is_source { Standing::Here } else { Standing::Taken })?;
+        if !self.is_source {
+            self.file.stand(Standing::Taken)?;
+        } else if let Err(error) = self.file.stand(Standing::Here) {
+            // It has the guest, whether that can be written down or not.
+            tracing::warn!(%error, "the record of the migration does not say that the guest is here");
+        }
         self.machine.reacquire_resources()
     }
 

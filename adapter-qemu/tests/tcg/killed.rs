@@ -305,3 +305,41 @@ fn the_guest_runs_once_whoever_is_killed_at_the_commit() {
     assert!(scene.source.child.wait().unwrap().success(), "QEMU at the source did not quit");
     assert_eq!((scene.standing("a"), scene.standing("b")), (None, None));
 }
+
+/// Somebody removes the records while the guest moves: that costs nobody the guest.
+#[test]
+fn a_guest_moves_whatever_becomes_of_the_records() {
+    let Some(mut scene) = Scene::start() else { return };
+    let mut attempt = scene.attempt();
+    for host in ["a", "b"] {
+        std::fs::remove_file(scene.guests.path(&format!("{host}.qmp.migration"))).unwrap();
+    }
+    attempt.switch_over();
+    let (report, status) = attempt.migrate.end();
+    assert_eq!((status, &report["outcome"]), (Some(0), &json!("completed")), "{report}");
+    attempt.receive.leave();
+    let passes = [scene.there.pass(), scene.there.pass()];
+    assert!(passes[0] < passes[1], "{passes:?}");
+    assert!(scene.source.child.wait().unwrap().success(), "QEMU at the source did not quit");
+}
+
+/// All of the guest is at the destination by then.
+#[test]
+fn the_guest_runs_there_although_its_qemu_is_killed_at_the_commit() {
+    let Some(mut scene) = Scene::start() else { return };
+    if !has_strace() {
+        return;
+    }
+    let mut attempt = scene.attempt();
+    let held = HeldUp::hold(attempt.migrate.pid());
+    attempt.switch_over();
+    scene.await_standing("a", "giving-up");
+    scene.source.child.kill().unwrap();
+    drop(held);
+    let (report, status) = attempt.migrate.end();
+    assert_eq!((status, &report["outcome"]), (Some(0), &json!("completed")), "{report}");
+    attempt.receive.leave();
+    let passes = [scene.there.pass(), scene.there.pass()];
+    assert!(passes[0] < passes[1], "{passes:?}");
+    assert_eq!((scene.standing("a"), scene.standing("b")), (None, None));
+}

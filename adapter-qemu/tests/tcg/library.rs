@@ -86,6 +86,12 @@ impl Scene {
         })
     }
 
+    /// The guest's QEMU at the destination, which would outlive the test.
+    fn end_with_this(&self, machine: QemuDestination) -> (Running, Arc<Qmp>) {
+        let (child, qmp) = machine.keep().unwrap();
+        (Running { child, monitor: self.guests.path("b.qmp") }, qmp)
+    }
+
     fn trackers(&self, memory: &GuestMemory) -> Vec<Box<dyn DirtySource>> {
         assert_eq!(self.qmp.peer_pid().unwrap(), self.source.child.id());
         let process = ForeignProcess::open(self.source.child.id()).unwrap();
@@ -105,7 +111,8 @@ fn a_guest_moves() {
     eprintln!("{:#?}", departed.statistics.downtime);
     let state = scene.qmp.run_state().unwrap();
     assert_eq!((&*state.status, state.running), ("postmigrate", false));
-    assert!(arrived.machine.qmp().unwrap().run_state().unwrap().running);
+    let (_there, qmp) = scene.end_with_this(arrived.machine);
+    assert!(qmp.run_state().unwrap().running);
     // Whole passes there, over pages that were written here.
     let passes = [scene.there.pass(), scene.there.pass(), scene.there.pass()];
     assert!(passes[0] > before, "pass {before} here, and then {passes:?} there");
@@ -178,7 +185,8 @@ fn a_guest_moves_after_a_switchover_that_was_called_off() {
     let departed = source.map_err(|failed| failed.error).unwrap();
     let arrived = destination.map_err(|failed| failed.error).unwrap();
     assert!(departed.statistics.switchover_attempts > 1);
-    assert!(arrived.machine.inner.qmp().unwrap().run_state().unwrap().running);
+    let (_there, qmp) = scene.end_with_this(arrived.machine.inner);
+    assert!(qmp.run_state().unwrap().running);
     let passes = [scene.there.pass(), scene.there.pass()];
     assert!(passes[1] > passes[0], "{passes:?}");
 }

@@ -61,25 +61,24 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
         let PulseStatistics { count, total, longest } = pulses.statistics();
         Pulses { count, total_ms: ms(total), longest_ms: ms(longest) }
     });
-    end(&report, &qmp, gone.machine.file, args)?;
+    end(&report, &qmp, gone.machine.file, args);
     report.print(args.json)?;
     Ok(report.outcome)
 }
 
 /// Ends QEMU here if its guest runs elsewhere, and the record if nothing is left to decide.
-fn end(report: &Report, qmp: &Qmp, record: RecordFile, args: &MigrateArgs) -> Result<(), Failure> {
+fn end(report: &Report, qmp: &Qmp, record: RecordFile, args: &MigrateArgs) {
     if report.guest_at == GuestAt::Unknown {
         let monitor = args.qmp.display();
         say!("see `pageferry-qemu recover --qmp {monitor}`, and the same at the destination");
         record.leave();
-        return Ok(());
-    }
-    if report.outcome == Outcome::Completed {
-        record.stand(Standing::Gone)?;
+    } else if report.outcome == Outcome::Completed {
+        if let Err(error) = record.stand(Standing::Gone) {
+            say!("the guest runs at the destination; {error}");
+        }
         if let Err(error) = qmp.quit() {
             say!("the guest runs at the destination; QEMU here did not quit: {error}");
             record.leave();
         }
     }
-    Ok(())
 }

@@ -125,6 +125,11 @@ fn advice(standing: Option<Standing>, running: Option<bool>) -> (&'static str, D
             false,
             false,
         ),
+        (Some(Standing::Gone | Standing::Awaited), Some(true)) => (
+            "the guest runs here although it is the other side's: end one of the two, by --quit --force",
+            false,
+            false,
+        ),
         (Some(Standing::Gone), _) => ("the guest runs there; --quit ends this QEMU", false, true),
         (Some(Standing::Awaited), _) => (
             "the guest is at the source; --quit ends this QEMU and removes the RAM that was made for it",
@@ -150,9 +155,10 @@ mod tests {
                 let here = matches!(standing, None | Some(Here | Taken));
                 let gone = running.is_none();
                 assert_eq!(allowed.run, here && !gone, "{standing:?}, {running:?}: {advice}");
+                let runs = running == Some(true);
                 assert_eq!(
                     allowed.quit,
-                    elsewhere || here && gone,
+                    elsewhere && !runs || here && gone,
                     "{standing:?}, {running:?}: {advice}"
                 );
             }
