@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
@@ -17,6 +17,7 @@ use vm_memory::mmap::{FromRangesError, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::qmp::{Qmp, QmpError};
+use crate::record::unlink;
 
 /// Regions begin at multiples of this, which is more than any page is.
 const APART: u64 = 1 << 30;
@@ -180,6 +181,11 @@ impl Made {
         Ok((made, memory))
     }
 
+    /// Has another file removed with the RAM, if it is there: what QEMU makes and may leave.
+    pub fn removes_too(&mut self, path: &Path) {
+        self.paths.push(path.to_owned());
+    }
+
     /// The guest is here: its RAM stays.
     pub(crate) fn keep(&mut self) {
         self.paths.clear();
@@ -189,7 +195,7 @@ impl Made {
 impl Drop for Made {
     fn drop(&mut self) {
         for path in &self.paths {
-            if let Err(error) = std::fs::remove_file(path) {
+            if let Err(error) = unlink(path) {
                 tracing::warn!(%error, path = %path.display(), "RAM that no guest came to is left");
             }
         }

@@ -5,6 +5,7 @@
 //! destination before it lets the guest run.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -35,6 +36,19 @@ pub enum Standing {
     Awaited,
     /// At the destination: the commit has come. The guest is here.
     Taken,
+}
+
+impl fmt::Display for Standing {
+    /// As it is in the file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Here => "here",
+            Self::GivingUp => "giving-up",
+            Self::Gone => "gone",
+            Self::Awaited => "awaited",
+            Self::Taken => "taken",
+        })
+    }
 }
 
 /// What is written down.
@@ -72,14 +86,14 @@ pub enum RecordError {
         cause: io::Error,
     },
     /// A program of ours has it.
-    #[error("{} is in use: this guest is being migrated", .path.display())]
+    #[error("{} is in use: another pageferry-qemu is at work on this guest", .path.display())]
     InUse {
         /// Its path.
         path: PathBuf,
     },
     /// A migration that came before has left it.
     #[error(
-        "a migration of this guest was broken off ({standing:?} in {}): see `pageferry-qemu recover --qmp {}`",
+        "a migration of this guest was broken off ({standing} in {}): see `pageferry-qemu recover --qmp {}`",
         .path.display(), .monitor.display()
     )]
     LeftOver {
@@ -151,6 +165,12 @@ impl RecordFile {
         Ok(record.map(|record| Self { path, file, record: Mutex::new(record), stays: true }))
     }
 
+    /// The error for who wants to begin a migration nevertheless.
+    pub fn left_over(&self, monitor: &Path) -> RecordError {
+        let (path, monitor) = (self.path.clone(), monitor.to_owned());
+        RecordError::LeftOver { path, monitor, standing: self.record().standing }
+    }
+
     /// What it says.
     pub fn record(&self) -> Record {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -199,7 +219,8 @@ impl Drop for RecordFile {
     }
 }
 
-fn unlink(path: &Path) -> io::Result<()> {
+/// Removes a file that may be gone already.
+pub fn unlink(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
@@ -350,6 +371,14 @@ mod tests {
         // Nothing is left to decide of a migration that came to its end.
         drop(RecordFile::create(&monitor, Record::new(Standing::Here, None, Vec::new())).unwrap());
         assert!(!beside(&monitor).exists());
+    }
+
+    #[test]
+    fn a_standing_is_shown_as_it_is_in_the_file() {
+        use Standing::{Awaited, GivingUp, Gone, Here, Taken};
+        for standing in [Here, GivingUp, Gone, Awaited, Taken] {
+            assert_eq!(serde_json::to_value(standing).unwrap(), standing.to_string());
+        }
     }
 
     #[test]

@@ -148,6 +148,21 @@ impl Drop for Receiving {
     }
 }
 
+/// Why a `receive` with that monitor and that RAM does not wait for anybody.
+pub(crate) fn refused(guests: &Guests, host: &str, ram: &str) -> String {
+    let ended = Command::new(PROGRAM)
+        .args(["receive", "--json", "--listen", "127.0.0.1:0", "--ram"])
+        .arg(guests.path(ram))
+        .arg("--qmp")
+        .arg(guests.path(&format!("{host}.qmp")))
+        .args(["--", "qemu-system-x86_64"])
+        .output()
+        .unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let report: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    report["error"].as_str().unwrap().to_owned()
+}
+
 /// A `pageferry-qemu migrate`.
 pub(crate) fn migrating(guests: &Guests, host: &str, to: &str, options: &[&str]) -> Running {
     let mut command = Command::new(PROGRAM);

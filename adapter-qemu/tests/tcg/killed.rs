@@ -113,7 +113,7 @@ impl Scene {
 
     /// Nothing is left of an attempt at the destination.
     fn expect_nothing_there(&self) {
-        for left in ["b.ram", "b.qmp.migration"] {
+        for left in ["b.ram", "b.qmp", "b.qmp.migration"] {
             assert!(!self.guests.path(left).exists(), "{left} is left");
         }
     }
@@ -188,9 +188,9 @@ fn the_guest_stays_whoever_is_killed_while_pages_move() {
     attempt.migrate.kill();
     expect_kept(&mut attempt.receive.program);
     assert_eq!(scene.recover("a", &[])["record"]["standing"], "here");
-    scene.recover("a", &["--run"]);
-    scene.expect_here();
     scene.expect_nothing_there();
+    // Nothing is to be decided: the next attempt just begins.
+    scene.here.pass();
 
     let mut attempt = scene.attempt();
     attempt.receive.program.kill();
@@ -224,6 +224,10 @@ fn the_guest_stays_whoever_is_killed_while_it_stands_still() {
     kill_process(attempt.qemu, Signal::CONT).unwrap();
     expect_kept(&mut attempt.receive.program);
     scene.expect_nothing_there();
+    // Who does not see to that first is told to, and changes nothing.
+    let (report, _) = migrating(&scene.guests, "a", "127.0.0.1:1", &[]).end();
+    let error = report["error"].as_str().unwrap();
+    assert!(error.contains("broken off (here in") && error.contains("recover"), "{error}");
     let known = scene.recover("a", &["--run"]);
     let (standing, running) = (&known["record"]["standing"], &known["qemu"]["running"]);
     assert_eq!((standing, running), (&json!("here"), &json!(false)), "{known}");
@@ -273,6 +277,12 @@ fn the_guest_runs_once_whoever_is_killed_at_the_commit() {
     assert_ne!(report["outcome"], "completed", "{report}");
     scene.expect_nothing_there();
     assert_eq!(recover(&scene.guests, "a", &["--run"]), None, "it ran the guest unasked");
+    // Nor does it where nothing says any more who has it.
+    let record = scene.guests.path("a.qmp.migration");
+    let written = std::fs::read(&record).unwrap();
+    std::fs::write(&record, b"").unwrap();
+    assert_eq!(recover(&scene.guests, "a", &["--run"]), None, "it ran the guest unasked");
+    std::fs::write(&record, written).unwrap();
     scene.recover("a", &["--run", "--force"]);
     scene.expect_here();
 

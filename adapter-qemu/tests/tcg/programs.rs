@@ -1,6 +1,6 @@
 //! Guests of a real QEMU, moved by `pageferry-qemu`.
 
-use crate::commands::{Receiving, may_trace, migrate};
+use crate::commands::{Receiving, may_trace, migrate, recover, refused};
 use crate::guest::{Console, Disk, Guests, Running};
 use pageferry_qemu::Tracking;
 
@@ -122,4 +122,25 @@ fn what_is_not_seen_is_refused() {
 fn supports_o_direct(file: &std::path::Path) -> bool {
     use rustix::fs::{Mode, OFlags, open};
     open(file, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).is_ok()
+}
+
+/// Another guest's RAM and another guest's monitor are left alone, before anybody is waited for.
+#[test]
+fn what_is_another_guests_is_not_taken() {
+    let Some(guests) = Guests::build(PAGES) else { return };
+    let _console = Console::of(&guests, "a");
+    let other = Running::start(&guests, "a");
+    other.connect();
+    for (host, ram, wrong) in
+        [("b", "a.ram", "a.ram is there already"), ("a", "b.ram", "another QEMU's")]
+    {
+        let error = refused(&guests, host, ram);
+        assert!(error.contains(wrong), "{error}");
+    }
+    std::fs::write(guests.path("c.qmp"), b"a file").unwrap();
+    let error = refused(&guests, "c", "c.ram");
+    assert!(error.contains("cannot be a monitor's socket"), "{error}");
+    assert!(other.connect().run_state().unwrap().running);
+    // And a path that nothing is at is no guest that is gone.
+    assert_eq!(recover(&guests, "d", &[]), None);
 }

@@ -20,15 +20,22 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
+    // Whoever is at work on the guest has its monitor too.
+    let left = RecordFile::left(&args.qmp)?;
     let qmp = Arc::new(Qmp::connect(&args.qmp)?);
+    if let Some(left) = left
+        && !qmp.run_state()?.running
+    {
+        return Err(left.left_over(&args.qmp).into());
+    }
     let backends = ram::backends_of(&qmp)?;
     let vm = Vm::of(&qmp, backends.iter().map(|(backend, _)| backend.clone()).collect())?;
     let pid = args.pid.map_or_else(|| qmp.peer_pid(), Ok)?;
     let tracking = Tracking::of_this_kernel()?;
     let direct_disks = preflight::check(&qmp, pid, &backends, tracking)?;
+    let machine = QemuSource::new(Arc::clone(&qmp))?;
     let record = Record::new(Standing::Here, Some(args.to.clone()), Vec::new());
-    let record = RecordFile::create(&args.qmp, record)?;
-    let machine = Recorded::source(QemuSource::new(Arc::clone(&qmp))?, record);
+    let machine = Recorded::source(machine, RecordFile::create(&args.qmp, record)?);
     let memory = ram::map(&backends)?;
     let process = ForeignProcess::open(pid)?;
     let pulses = Arc::new(QemuPulses::new(Arc::clone(&qmp)));

@@ -1,6 +1,9 @@
 //! `receive`: waits for a guest, and runs it.
 
 use std::ffi::OsString;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +15,7 @@ use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report};
 use pageferry_cli::say;
 use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
-use pageferry_qemu::ram::{self, Backend, Made};
+use pageferry_qemu::ram::{self, Backend, Made, RamError};
 use pageferry_qemu::record::{Record, RecordFile, Recorded, Standing};
 use pageferry_qemu::{QemuCommand, QemuDestination, Vm};
 use pageferry_tcp::ZeroCopy;
@@ -26,6 +29,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     let transport = chosen.name();
     let reception = Reception { link: &args.link, pin: &args.pin, populate: 0 };
     let monitor = monitor(args);
+    check_free(args, &monitor)?;
     let home = |offer: &Offer| home_for(args, &monitor, offer);
     let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
         Ok(arrival) => arrival,
@@ -68,6 +72,27 @@ fn monitor(args: &ReceiveArgs) -> PathBuf {
     args.qmp.clone().unwrap_or_else(beside_ram)
 }
 
+/// Whether all that is to be made can be: nothing of another guest's is there.
+fn check_free(args: &ReceiveArgs, monitor: &Path) -> Result<(), Failure> {
+    if let Some(path) = args.ram.iter().find(|path| path.exists()) {
+        return Err(RamError::Exists { path: path.clone() }.into());
+    }
+    let path = monitor.display();
+    match UnixStream::connect(monitor) {
+        Ok(_) => Err(format!("{path} is another QEMU's monitor: name another one by --qmp").into()),
+        // Of a QEMU that is gone.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && is_socket(monitor) => {
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(format!("{path} cannot be a monitor's socket ({error})").into()),
+    }
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket())
+}
+
 /// RAM and a QEMU for the guest that is offered.
 fn home_for(
     args: &ReceiveArgs,
@@ -91,10 +116,13 @@ fn home_for(
     let mut arguments = arguments.to_vec();
     arguments.extend(["-qmp".into(), listening_at(monitor)?]);
     let command = QemuCommand { program: program.into(), arguments };
-    let (made, memory) = Made::create(&backends)?;
+    // Somebody may have come meanwhile.
+    check_free(args, monitor)?;
+    let (mut made, memory) = Made::create(&backends)?;
     // Not before: files that are somebody else's must not stand there.
     let record = Record::new(Standing::Awaited, None, args.ram.clone());
     let record = RecordFile::create(monitor, record)?;
+    made.removes_too(monitor);
     let machine = QemuDestination::start(command, made)?;
     let qmp = machine.qmp().ok_or("QEMU is gone")?;
     let found = ram::backends_of(qmp)?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use comfy_table::Table;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::{output, say};
-use pageferry_qemu::record::{Record, RecordFile, Standing};
+use pageferry_qemu::record::{Record, RecordFile, Standing, unlink};
 use pageferry_qemu::{Qmp, QmpError, RunState};
 use serde::Serialize;
 
@@ -27,6 +27,13 @@ pub(crate) fn recover(args: &RecoverArgs) -> Result<Outcome, Failure> {
     let file = RecordFile::left(&args.qmp)?;
     let qmp = reach(&args.qmp)?;
     let record = file.as_ref().map(RecordFile::record);
+    if record.is_none() && qmp.is_none() {
+        let path = args.qmp.display();
+        return Err(format!(
+            "no QEMU listens at {path}, and no migration has left a record beside it"
+        )
+        .into());
+    }
     let state = qmp.as_ref().map(Qmp::run_state).transpose()?;
     let standing = record.as_ref().map(|record| record.standing);
     let (advice, allowed) = advice(standing, state.as_ref().map(|state| state.running));
@@ -48,13 +55,11 @@ pub(crate) fn recover(args: &RecoverArgs) -> Result<Outcome, Failure> {
             qmp.quit()?;
             say!("QEMU was told to quit");
         }
-        for path in known.record.iter().flat_map(|record| &record.made) {
-            match std::fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(format!("failed to remove {}: {error}", path.display()).into());
-                }
-                _ => {}
-            }
+        // QEMU removes its socket itself, a little later, unless it was killed.
+        let made = known.record.iter().flat_map(|record| &record.made);
+        for path in made.chain([&args.qmp]) {
+            unlink(path)
+                .map_err(|error| format!("failed to remove {}: {error}", path.display()))?;
         }
     } else {
         return Ok(Outcome::Completed);
@@ -106,15 +111,17 @@ impl Known {
 fn advice(standing: Option<Standing>, running: Option<bool>) -> (&'static str, Decision) {
     let (advice, run, quit) = match (standing, running) {
         (None | Some(Standing::Here | Standing::Taken), Some(true)) => {
-            ("the guest is here and runs; there is nothing to do", true, false)
+            ("the guest is here and runs; there is nothing to do", standing.is_some(), false)
         }
-        (None, Some(false)) => {
-            ("no migration of this program's has left it so; --run lets it go on", true, false)
-        }
+        (None, _) => (
+            "no record says who has the guest; if it runs nowhere else, --run --force lets it go on",
+            false,
+            false,
+        ),
         (Some(Standing::Here | Standing::Taken), Some(false)) => {
             ("the guest is here and stands still; --run lets it go on", true, false)
         }
-        (None | Some(Standing::Here | Standing::Taken), None) => (
+        (Some(Standing::Here | Standing::Taken), None) => (
             "the guest was here and is gone with its QEMU; --quit removes what is left of it",
             false,
             true,
@@ -152,7 +159,7 @@ mod tests {
             for running in [None, Some(false), Some(true)] {
                 let (advice, allowed) = advice(standing, running);
                 let elsewhere = matches!(standing, Some(Gone | Awaited));
-                let here = matches!(standing, None | Some(Here | Taken));
+                let here = matches!(standing, Some(Here | Taken));
                 let gone = running.is_none();
                 assert_eq!(allowed.run, here && !gone, "{standing:?}, {running:?}: {advice}");
                 let runs = running == Some(true);
