@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::process::{Child, ChildStderr, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use pageferry_rust_vmm::foreign::ForeignError;
@@ -203,7 +204,19 @@ impl Other {
     }
 
     /// The letter of its state in /proc.
-    pub(super) fn state(&self) -> char {
+    /// Whether it has stopped by a signal, or does within half a minute.
+    pub(super) fn stops(&self) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.state() != 'T' {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
+    }
+
+    fn state(&self) -> char {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let state = status.lines().find_map(|line| line.strip_prefix("State:")).unwrap();
         state.trim().chars().next().unwrap()

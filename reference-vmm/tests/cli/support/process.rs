@@ -134,18 +134,29 @@ impl Process {
         }
     }
 
-    /// Ends the strace that holds up one of its calls: it would hold up the end of the process as well.
+    /// Ends the strace that holds up one of its calls: it would hold up the end of the process as well. Waits
+    /// for its end: a signal that a dying tracer has taken reaches nobody (269 of 300 in a try of that alone,
+    /// none of 4000 after the tracer's end).
     pub(crate) fn trace_no_more(&self) {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
-        for task in tasks.into_iter().flatten().flatten() {
-            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
-            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-            let tracer = tracer.and_then(|pid| Pid::from_raw(pid.trim().parse().ok()?));
-            // It ends by itself with the last of what it traces.
-            if let Some(tracer) = tracer {
-                let _ = kill_process(tracer, Signal::KILL);
-            }
+        let deadline = Instant::now() + PATIENCE;
+        // In a panic too, where it must not panic. What waits for ever is told by what comes next.
+        while let Some(tracer) = self.tracer()
+            && Instant::now() < deadline
+        {
+            // It may just have ended by itself, with the last of what it traces.
+            let _ = kill_process(tracer, Signal::KILL);
+            std::thread::yield_now();
         }
+    }
+
+    /// Who traces one of its threads.
+    fn tracer(&self) -> Option<Pid> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        tasks.into_iter().flatten().flatten().find_map(|task| {
+            let status = std::fs::read_to_string(task.path().join("status")).ok()?;
+            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
+            Pid::from_raw(tracer.trim().parse().ok()?)
+        })
     }
 
     /// Stops it, and waits until each of its threads has stopped: that comes after the signal.
