@@ -1,7 +1,6 @@
 //! What the two sides tell each other of their QEMUs before anything moves.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use thiserror::Error;
 
 use crate::qmp::{Qmp, QmpError, Version};
@@ -64,11 +63,10 @@ pub enum Mismatch {
 impl Vm {
     /// Of a QEMU with that RAM.
     pub fn of(qmp: &Qmp, ram: Vec<Backend>) -> Result<Self, QmpError> {
-        let vcpus: Vec<Value> = qmp.query("query-cpus-fast", Value::Null)?;
         Ok(Self {
             qemu: qmp.version().clone(),
             machine: qmp.machine_type()?,
-            vcpus: vcpus.len(),
+            vcpus: qmp.vcpu_threads()?.len(),
             ram,
         })
     }

@@ -8,6 +8,7 @@
 //! - [`ram`] finds the files of a guest's RAM, or makes them, and maps them.
 //! - [`preflight`] finds what writes RAM unseen, and refuses the guest.
 //! - [`Tracking`] is how its writes are seen, and [`QemuPulses`] has it stand still where that takes it.
+//! - [`quota`] slows a guest down that writes too fast.
 //! - [`record`] is who has the guest, in a file that outlives the program.
 //! - [`QemuSource`] and [`QemuDestination`] are the engine's [`Machine`](pageferry::machine::Machine) at either
 //!   side.
@@ -19,6 +20,7 @@ mod incoming;
 mod monitor;
 pub mod preflight;
 pub mod qmp;
+pub mod quota;
 pub mod ram;
 pub mod record;
 mod source;

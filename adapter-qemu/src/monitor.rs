@@ -39,6 +39,12 @@ pub(crate) struct Property {
     pub(crate) kind: String,
 }
 
+#[derive(Debug, Clone, Deserialize)]
+struct Vcpu {
+    #[serde(rename = "thread-id")]
+    thread: u32,
+}
+
 /// The monitor of one QEMU, in the words of its commands.
 impl Qmp {
     /// `query-status`.
@@ -78,6 +84,13 @@ impl Qmp {
             why: format!("the machine's type is {kind}"),
         })?;
         Ok(kind.strip_suffix("-machine").unwrap_or(kind).to_owned())
+    }
+
+    /// The kernel's numbers of the threads that are its vCPUs: `query-cpus-fast`. One for all of them under
+    /// single-threaded TCG.
+    pub fn vcpu_threads(&self) -> Result<Vec<u32>, QmpError> {
+        let vcpus: Vec<Vcpu> = self.query("query-cpus-fast", Value::Null)?;
+        Ok(vcpus.into_iter().map(|vcpu| vcpu.thread).collect())
     }
 
     /// Names of the objects that the user made, of a type: `qom-list`.

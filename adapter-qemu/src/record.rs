@@ -17,6 +17,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::quota::Before;
+
 /// Of the file's contents; it changes when a reader of before would misunderstand.
 const SCHEMA: u32 = 1;
 /// More than any record has.
@@ -61,12 +63,15 @@ pub struct Record {
     pub peer: Option<String>,
     /// Files that this side made for the guest's RAM.
     pub made: Vec<PathBuf>,
+    /// What a guest that was slowed down is to be given back.
+    #[serde(default)]
+    pub slowed: Vec<Before>,
 }
 
 impl Record {
     /// As it stands at the beginning.
     pub fn new(standing: Standing, peer: Option<String>, made: Vec<PathBuf>) -> Self {
-        Self { schema: SCHEMA, standing, peer, made }
+        Self { schema: SCHEMA, standing, peer, made, slowed: Vec::new() }
     }
 }
 
@@ -336,8 +341,8 @@ impl<M: Machine> Machine for Recorded<M> {
         self.machine.rehearse()
     }
 
-    fn throttle(&mut self, percent: u8) {
-        self.machine.throttle(percent);
+    fn throttle(&mut self, percent: u8) -> bool {
+        self.machine.throttle(percent)
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use pageferry::Chain;
 use pageferry::machine::{GuestAlarm, Machine, MachineError};
 use thiserror::Error;
 
 use crate::device_state;
 use crate::qmp::{Notice, Qmp, QmpError};
+use crate::quota::Quotas;
 
 /// Why a guest cannot be moved away.
 #[derive(Debug, Error)]
@@ -44,6 +46,7 @@ enum GuestEnded {
 #[derive(Debug)]
 pub struct QemuSource {
     qmp: Arc<Qmp>,
+    quotas: Option<Quotas>,
 }
 
 impl QemuSource {
@@ -54,7 +57,13 @@ impl QemuSource {
             return Err(SourceError::NotRunning { status: state.status });
         }
         device_state::prepare(&qmp, false)?;
-        Ok(Self { qmp })
+        Ok(Self { qmp, quotas: None })
+    }
+
+    /// Slows the guest down by these, where it writes too fast. Without them it cannot be.
+    #[must_use]
+    pub fn slowed_by(self, quotas: Quotas) -> Self {
+        Self { quotas: Some(quotas), ..self }
     }
 
     /// Its monitor.
@@ -65,6 +74,10 @@ impl QemuSource {
 
 impl Machine for QemuSource {
     fn pause(&mut self) -> Result<(), MachineError> {
+        // A vCPU that waits for its next period would stop no sooner.
+        if let Some(quotas) = &mut self.quotas {
+            quotas.lower(0)?;
+        }
         Ok(self.qmp.stop()?)
     }
 
@@ -78,6 +91,15 @@ impl Machine for QemuSource {
 
     fn load(&mut self, _: &[u8]) -> Result<(), MachineError> {
         Err("this guest is moved away, and not here".into())
+    }
+
+    fn throttle(&mut self, percent: u8) -> bool {
+        let Some(quotas) = &mut self.quotas else { return false };
+        let lowered = quotas.lower(percent);
+        if let Err(error) = &lowered {
+            tracing::warn!(error = %Chain::of(error), percent, "the guest's CPU quota stays as it is");
+        }
+        lowered.is_ok()
     }
 
     fn set_alarm(&mut self, alarm: GuestAlarm) {

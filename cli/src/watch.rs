@@ -186,6 +186,9 @@ fn line(event: &Event) -> Option<String> {
             )
         }
         Event::Throttled { percent } => format!("guest slowed down by {percent} %"),
+        Event::CannotThrottle => {
+            "the guest cannot be slowed down here, and is waited for".to_owned()
+        }
         Event::CalledOff { attempt, stage: Some(stage), stood } => format!(
             "switchover {attempt} called off while {stage}: it would have taken too long; the guest \
              goes on here after {:.1} ms",

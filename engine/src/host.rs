@@ -75,11 +75,8 @@ impl<M: Machine> Guarded<M> {
         })
     }
 
-    pub(crate) fn throttle(&mut self, percent: u8) -> Result<(), Error> {
-        self.call(MachineOperation::Throttle, |machine| {
-            machine.throttle(percent);
-            Ok(())
-        })
+    pub(crate) fn throttle(&mut self, percent: u8) -> Result<bool, Error> {
+        self.call(MachineOperation::Throttle, |machine| Ok(machine.throttle(percent)))
     }
 
     fn call<T>(

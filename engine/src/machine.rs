@@ -111,10 +111,14 @@ pub trait Machine {
 
     /// Slows the guest's vCPUs down by `percent` (0: full speed, 99: almost still) so that its
     /// dirty rate sinks; by its dirty rate rather than by its time where the machine can tell which
-    /// vCPU dirties how much. A machine that cannot does nothing. Called with the guest running; with
-    /// 0 when the guest stays at the source, before a `resume`.
-    fn throttle(&mut self, percent: u8) {
+    /// vCPU dirties how much. Called with the guest running; with 0 when the guest stays at the source,
+    /// before a `resume`.
+    ///
+    /// Whether it was done: a machine that says `false` to anything but 0 is not asked again, and what is
+    /// predicted does not count on it. `false` unless implemented.
+    fn throttle(&mut self, percent: u8) -> bool {
         let _ = percent;
+        false
     }
 }
 

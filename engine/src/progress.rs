@@ -61,6 +61,9 @@ pub enum Event {
         /// By how much: 0 is full speed.
         percent: u8,
     },
+    /// At the source: the guest was to be slowed down, and the machine
+    /// [cannot](crate::Machine::throttle). It is only waited for.
+    CannotThrottle,
     /// At the source: the guest was paused.
     GuestPaused,
     /// A switchover would have taken too long: the guest goes on at the source, and so does the

@@ -133,7 +133,8 @@ impl Machine for GuestMachine {
         }))
     }
 
-    fn throttle(&mut self, percent: u8) {
+    fn throttle(&mut self, percent: u8) -> bool {
         self.guest.throttle(percent);
+        true
     }
 }

@@ -5,3 +5,4 @@ mod guest;
 mod killed;
 mod library;
 mod programs;
+mod slowed;

@@ -49,8 +49,8 @@ impl Machine for LoadedGuest {
         self.machine.set_alarm(alarm);
     }
 
-    fn throttle(&mut self, percent: u8) {
-        self.machine.throttle(percent);
+    fn throttle(&mut self, percent: u8) -> bool {
+        self.machine.throttle(percent)
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -47,6 +47,7 @@ pub(crate) struct SlowMachine {
     /// Bytes of device state beyond what it is about.
     pub(crate) padding: usize,
     pub(crate) throttled: Arc<Mutex<Vec<u8>>>,
+    pub(crate) can_throttle: bool,
     pub(crate) rehearsals: u32,
 }
 
@@ -113,8 +114,9 @@ impl Machine for SlowMachine {
             ..Rehearsal::default()
         }))
     }
-    fn throttle(&mut self, percent: u8) {
+    fn throttle(&mut self, percent: u8) -> bool {
         self.throttled.lock().unwrap().push(percent);
+        self.can_throttle
     }
 }
 
@@ -136,6 +138,7 @@ pub(crate) struct Scene {
     pub(crate) events: Events,
     pub(crate) there_events: Events,
     pub(crate) throttled: Arc<Mutex<Vec<u8>>>,
+    pub(crate) can_throttle: bool,
 }
 
 pub(crate) struct Outcome {
@@ -164,6 +167,7 @@ impl Scene {
             events: Events::default(),
             there_events: Events::default(),
             throttled: Arc::default(),
+            can_throttle: true,
         }
     }
 
@@ -188,6 +192,7 @@ impl Scene {
             stands_still: None,
             padding: self.padding,
             throttled: Arc::clone(&self.throttled),
+            can_throttle: self.can_throttle,
             rehearsals: 0,
         };
         let mut mine = machine(&self.here, &self.log, 42);

@@ -153,6 +153,22 @@ fn a_guest_too_fast_is_slowed_down_step_by_step_and_gets_its_speed_back() {
     assert!(matches!(outcome.expect_kept(), Error::NotConverging { .. }));
 }
 
+/// Nothing is predicted of a guest that is slower, and nobody is told that it is.
+#[test]
+fn a_guest_that_cannot_be_slowed_down_is_waited_for() {
+    let mut scene = too_fast(Policy::Throttle(Throttling::default()));
+    scene.source = scene.source.deadline(Duration::from_secs(2));
+    scene.can_throttle = false;
+    let outcome = scene.play();
+    assert_eq!(outcome.throttled, [20]);
+    let told = |what: fn(&&Event) -> bool| outcome.events.iter().filter(what).count();
+    assert_eq!(told(|event| matches!(event, Event::CannotThrottle)), 1);
+    assert_eq!(told(|event| matches!(event, Event::Throttled { .. })), 0);
+    let failure = outcome.source.as_ref().expect_err("kept");
+    assert_eq!(failure.statistics.throttle_max_percent, 0);
+    assert!(matches!(failure.error, Error::NotConverging { .. }));
+}
+
 #[test]
 fn limits_and_policy_count_from_when_they_are_changed() {
     let scene = too_fast(Policy::Throttle(Throttling::default()));

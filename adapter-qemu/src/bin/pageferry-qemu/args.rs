@@ -74,6 +74,11 @@ pub(crate) struct MigrateArgs {
     /// QEMU's process [default: the one that listens at its monitor].
     #[arg(long, value_name = "PID")]
     pub(crate) pid: Option<u32>,
+    /// Control group (a folder in /sys/fs/cgroup) of the guest's vCPU threads, whose CPU quota is lowered where the
+    /// guest writes too fast (--not-converging throttle); several times where they are in several [default: the
+    /// guest is not slowed down].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) throttle_cgroup: Vec<PathBuf>,
     /// Compare all of memory before the destination has the guest; it stands still for that.
     #[arg(long)]
     pub(crate) verify: bool,

@@ -9,6 +9,7 @@ use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Pulses, Report};
 use pageferry_cli::say;
 use pageferry_cli::wishes::{listen_to_signals, listen_to_stdin};
+use pageferry_qemu::quota::{Before, Quotas};
 use pageferry_qemu::record::{Record, RecordFile, Recorded, Standing};
 use pageferry_qemu::{PulseStatistics, QemuPulses, QemuSource, Qmp, Tracking, Vm, preflight, ram};
 use pageferry_report::document::ms;
@@ -23,18 +24,25 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
     // Whoever is at work on the guest has its monitor too.
     let left = RecordFile::left(&args.qmp)?;
     let qmp = Arc::new(Qmp::connect(&args.qmp)?);
-    if let Some(left) = left
-        && !qmp.run_state()?.running
-    {
-        return Err(left.left_over(&args.qmp).into());
+    if let Some(left) = left {
+        if !qmp.run_state()?.running {
+            return Err(left.left_over(&args.qmp).into());
+        }
+        // Its own speed is what it had before that.
+        left.record().slowed.iter().try_for_each(Before::restore)?;
     }
     let backends = ram::backends_of(&qmp)?;
     let vm = Vm::of(&qmp, backends.iter().map(|(backend, _)| backend.clone()).collect())?;
     let pid = args.pid.map_or_else(|| qmp.peer_pid(), Ok)?;
     let tracking = Tracking::of_this_kernel()?;
     let direct_disks = preflight::check(&qmp, pid, &backends, tracking)?;
-    let machine = QemuSource::new(Arc::clone(&qmp))?;
-    let record = Record::new(Standing::Here, Some(args.to.clone()), Vec::new());
+    let mut machine = QemuSource::new(Arc::clone(&qmp))?;
+    let mut record = Record::new(Standing::Here, Some(args.to.clone()), Vec::new());
+    if !args.throttle_cgroup.is_empty() {
+        let quotas = Quotas::new(&args.throttle_cgroup, &qmp.vcpu_threads()?)?;
+        record.slowed = quotas.before();
+        machine = machine.slowed_by(quotas);
+    }
     let machine = Recorded::source(machine, RecordFile::create(&args.qmp, record)?);
     let memory = ram::map(&backends)?;
     let process = ForeignProcess::open(pid)?;

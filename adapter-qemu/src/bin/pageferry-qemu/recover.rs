@@ -6,6 +6,7 @@ use std::path::Path;
 use comfy_table::Table;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::{output, say};
+use pageferry_qemu::quota::Before;
 use pageferry_qemu::record::{Record, RecordFile, Standing, unlink};
 use pageferry_qemu::{Qmp, QmpError, RunState};
 use serde::Serialize;
@@ -46,6 +47,10 @@ pub(crate) fn recover(args: &RecoverArgs) -> Result<Outcome, Failure> {
         return Err(
             "this may leave two guests that run, or none: --force does it nevertheless".into()
         );
+    }
+    if run || quit {
+        // Whoever stays in those groups has its own speed again.
+        known.record.iter().flat_map(|record| &record.slowed).try_for_each(Before::restore)?;
     }
     if run {
         qmp.ok_or("QEMU is gone")?.cont()?;

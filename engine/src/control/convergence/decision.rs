@@ -162,6 +162,7 @@ impl Convergence {
 
     fn slow_down(&mut self, now: Duration) {
         if let Policy::Throttle(throttling) = self.settings.policy
+            && self.can_throttle
             && self.pages_take_long(now)
         {
             self.throttle(throttling.after(self.throttle_percent));

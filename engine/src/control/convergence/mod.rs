@@ -128,6 +128,7 @@ pub struct Convergence {
     /// `None` for a [method](Method) without.
     caution: Option<Caution>,
     throttle_percent: u8,
+    can_throttle: bool,
     prediction: Option<Prediction>,
 }
 
@@ -153,6 +154,7 @@ impl Convergence {
             tries: Tries::default(),
             caution: method.cautious.then(Caution::default),
             throttle_percent: 0,
+            can_throttle: true,
             prediction: None,
         }
     }
@@ -186,6 +188,12 @@ impl Convergence {
     /// By how much the guest is to be slowed down.
     pub fn throttle_percent(&self) -> u8 {
         self.throttle_percent
+    }
+
+    /// The guest cannot be slowed down, and was not: from now on it is not to be.
+    pub fn forbid_throttling(&mut self) {
+        self.can_throttle = false;
+        self.throttle(0);
     }
 
     /// Whether it will converge, once two rounds have told.

@@ -69,7 +69,20 @@ impl Drive<'_> {
             return Ok(());
         }
         // Also when nothing has changed: which vCPU dirties how much has.
-        machine.throttle(percent)?;
+        if !machine.throttle(percent)? && percent > 0 {
+            self.convergence.forbid_throttling();
+            self.emit(&Event::CannotThrottle)?;
+            if self.steering.throttle_percent > 0 {
+                // It could before: it is let go, as far as that goes.
+                machine.throttle(0)?;
+            }
+            return self.throttled(0);
+        }
+        self.throttled(percent)
+    }
+
+    /// The guest has been slowed down by so much.
+    fn throttled(&mut self, percent: u8) -> Result<(), Error> {
         if percent != self.steering.throttle_percent {
             self.steering.throttle_percent = percent;
             self.statistics.throttle_max_percent =

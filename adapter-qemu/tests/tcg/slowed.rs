@@ -1,0 +1,172 @@
+//! Guests that write too fast, and are slowed down by a control group.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pageferry_qemu::Tracking;
+
+use crate::commands::{Receiving, may_trace, migrating, recover};
+use crate::guest::{Console, Guests, Running};
+
+/// A control group of this test's.
+struct Group {
+    folder: PathBuf,
+    quota: &'static str,
+}
+
+impl Group {
+    /// Says so, and why, if there can be none here.
+    fn make() -> Option<Self> {
+        // Of the first kind, or, with CPUs handed down, of the second.
+        let kinds = [("cpu", "cpu.cfs_quota_us"), ("", "cpu.max"), ("unified", "cpu.max")];
+        let name = format!("pageferry-test-{}", std::process::id());
+        let mut why = Vec::new();
+        for (kind, quota) in kinds {
+            let folder = PathBuf::from("/sys/fs/cgroup").join(kind).join(&name);
+            if let Err(error) = fs::create_dir(&folder) {
+                why.push(format!("{}: {error}", folder.display()));
+                continue;
+            }
+            let group = Self { folder, quota };
+            if group.folder.join(quota).exists() {
+                return Some(group);
+            }
+            why.push(format!("{} has no {quota}", group.folder.display()));
+        }
+        let why = why.join("; ");
+        eprintln!("skipped, because control groups with a CPU quota cannot be made here: {why}");
+        None
+    }
+
+    /// From now on that process is in it.
+    fn take(&self, process: u32) {
+        fs::write(self.folder.join("cgroup.procs"), process.to_string()).unwrap();
+    }
+
+    fn quota(&self) -> String {
+        fs::read_to_string(self.folder.join(self.quota)).unwrap()
+    }
+
+    /// How often its threads had to wait for their next period.
+    fn waited(&self) -> u64 {
+        let stat = fs::read_to_string(self.folder.join("cpu.stat")).unwrap();
+        let waited = stat.lines().find_map(|line| line.strip_prefix("nr_throttled "));
+        waited.unwrap().parse().unwrap()
+    }
+}
+
+/// A guest that is heard all the time: one whose console is full stands still, and writes nothing.
+struct Heard(Arc<AtomicU64>);
+
+impl Heard {
+    fn of(mut console: Console) -> Self {
+        let passes = Arc::new(AtomicU64::new(0));
+        let last = Arc::clone(&passes);
+        std::thread::spawn(move || {
+            loop {
+                last.store(console.pass(), Ordering::Relaxed);
+            }
+        });
+        Self(passes)
+    }
+
+    /// Waits for a whole pass, without an error, from now on.
+    fn await_pass(&self) {
+        let began = Instant::now();
+        let before = self.0.load(Ordering::Relaxed);
+        while self.0.load(Ordering::Relaxed) < before + 2 {
+            assert!(began.elapsed() < Duration::from_secs(300), "the guest says no more");
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Once QEMU, which came later, is gone.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// By its quota, which it gets back, whatever becomes of the migration.
+#[test]
+fn a_guest_that_writes_too_fast_is_slowed_down_and_gets_its_speed_back() {
+    if let Err(error) = Tracking::of_this_kernel() {
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
+    }
+    if !may_trace() {
+        return;
+    }
+    let Some(guests) = Guests::build(4096) else { return };
+    let console = Console::of(&guests, "a");
+    let Some(group) = Group::make() else { return };
+    let source = Running::start(&guests, "a");
+    let heard = Heard::of(console);
+    heard.await_pass();
+    group.take(source.child.id());
+    let before = group.quota();
+    let folder = group.folder.to_str().unwrap();
+    // It writes all of its pages again while they are sent.
+    let link = ["--bandwidth-limit", "16M", "--switchover-bandwidth", "16M"];
+    let slowed = ["--throttle-cgroup", folder, "--downtime-limit", "300ms", "--verify"];
+    let options = [&link[..], &slowed].concat();
+    let too_fast = |address: &str| {
+        let mut program = migrating(&guests, "a", address, &options);
+        program.hear("guest slowed down by 20 %");
+        program
+    };
+
+    // Nobody is left to give it back.
+    let _console = Console::of(&guests, "b");
+    let (_there, address) = Receiving::start(&guests, "b", &[]);
+    let mut program = too_fast(&address);
+    program.kill();
+    assert_ne!(group.quota(), before);
+    let known = recover(&guests, "a", &["--run"]).unwrap();
+    assert_eq!(known["record"]["slowed"][0]["contents"], before.trim_end());
+    assert_eq!(group.quota(), before);
+
+    // It stays, at its own speed.
+    let waited = group.waited();
+    let _console = Console::of(&guests, "c");
+    let (_there, address) = Receiving::start(&guests, "c", &[]);
+    let mut program = too_fast(&address);
+    let began = Instant::now();
+    while group.waited() == waited {
+        assert!(began.elapsed() < Duration::from_secs(60), "nobody is slowed down");
+        std::thread::yield_now();
+    }
+    program.say("cancel");
+    let (report, status) = program.end();
+    assert_eq!((status, &report["guest_at"]), (Some(3), &"source".into()), "{report}");
+    assert_eq!(group.quota(), before);
+    heard.await_pass();
+}
+
+/// It says so, and goes on.
+#[test]
+fn a_group_that_is_none_of_the_guests_is_refused() {
+    if !may_trace() {
+        return;
+    }
+    let Some(guests) = Guests::build(64) else { return };
+    let mut console = Console::of(&guests, "a");
+    let _source = Running::start(&guests, "a");
+    console.pass();
+    let folder = guests.path("group");
+    fs::create_dir(&folder).unwrap();
+    let options = ["--throttle-cgroup", folder.to_str().unwrap()];
+    let refused = || {
+        let (report, status) = migrating(&guests, "a", "127.0.0.1:1", &options).end();
+        assert_eq!((status, &report["guest_at"]), (Some(1), &"nowhere".into()), "{report}");
+        report["error"].as_str().unwrap().to_owned()
+    };
+    assert!(refused().contains("is no control group with a CPU quota"), "{}", refused());
+    fs::write(folder.join("cpu.max"), "max 100000\n").unwrap();
+    fs::write(folder.join("cgroup.threads"), "1\n").unwrap();
+    assert!(refused().contains("in none of the control groups given"), "{}", refused());
+    console.pass();
+}
