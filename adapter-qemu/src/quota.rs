@@ -5,13 +5,15 @@
 //! `Documentation/admin-guide/cgroup-v2.rst`, *cpu.max*, and `Documentation/scheduler/sched-bwc.rst`.
 
 use std::collections::HashSet;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+/// Of a group of either version.
+const FILES: [&str; 2] = ["cpu.max", "cpu.cfs_quota_us"];
 /// The kernel takes no less.
 const LEAST_US: u64 = 1000;
 
@@ -68,16 +70,21 @@ pub struct Before {
 }
 
 impl Before {
-    /// Writes it back. A group that is gone needs none.
+    /// Writes it back. A group that is gone needs none, and no other file is written than one of a quota: a
+    /// record may say anything.
     pub fn restore(&self) -> Result<(), QuotaError> {
-        match fs::write(&self.path, &self.contents) {
+        if !FILES.iter().any(|name| self.path.ends_with(name)) {
+            let (path, contents) = (self.path.clone(), self.contents.clone());
+            return Err(QuotaError::Malformed { path, contents });
+        }
+        match write(&self.path, &self.contents) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             written => written.map_err(failed("write", &self.path)),
         }
     }
 }
 
-/// The groups of a guest's vCPUs. Dropping it gives them back what they had.
+/// The groups of a guest's vCPUs. `Send` and `Sync`. Dropping it gives them back what they had.
 #[derive(Debug)]
 pub struct Quotas {
     groups: Vec<Group>,
@@ -107,11 +114,19 @@ impl Quotas {
         self.groups.iter().map(|group| group.quota.before.clone()).collect()
     }
 
-    /// Takes so many percent of their time away from the vCPUs. 0 gives back what was taken.
+    /// Takes so many percent (1 to 99) of their time away from the vCPUs. 0 gives back what was taken, and
+    /// changes nothing where nothing was.
     pub fn lower(&mut self, percent: u8) -> Result<(), QuotaError> {
         if percent == 0 {
+            if !self.is_lowered {
+                return Ok(());
+            }
+            // All of them, whatever comes of one.
+            let restored: Vec<_> =
+                self.groups.iter().map(|group| group.quota.before.restore()).collect();
+            restored.into_iter().collect::<Result<(), _>>()?;
             self.is_lowered = false;
-            return self.groups.iter().try_for_each(|group| group.quota.before.restore());
+            return Ok(());
         }
         self.is_lowered = true;
         self.groups.iter().try_for_each(|group| group.lower(percent))
@@ -152,7 +167,7 @@ impl Group {
         let Quota { before, period_us, is_unified, .. } = &self.quota;
         let contents =
             if *is_unified { format!("{quota_us} {period_us}") } else { quota_us.to_string() };
-        fs::write(&before.path, contents).map_err(failed("write", &before.path))
+        write(&before.path, &contents).map_err(failed("write", &before.path))
     }
 }
 
@@ -196,6 +211,11 @@ impl Quota {
     }
 }
 
+/// To a file that is there.
+fn write(path: &Path, contents: &str) -> io::Result<()> {
+    File::options().write(true).truncate(true).open(path)?.write_all(contents.as_bytes())
+}
+
 fn read(path: &Path) -> Result<String, QuotaError> {
     let contents = fs::read_to_string(path).map_err(failed("read", path))?;
     Ok(contents.trim_end().to_owned())
@@ -236,6 +256,10 @@ mod tests {
             ("tasks", "10\n"),
         ]);
         let mut quotas = Quotas::new(&folders(&[&one, &other]), &[7, 9, 10]).unwrap();
+        // What somebody else changes meanwhile is left alone as long as nothing was lowered.
+        fs::write(one.path().join("cpu.max"), "50000 100000").unwrap();
+        quotas.lower(0).unwrap();
+        assert_eq!(fs::read(one.path().join("cpu.max")).unwrap(), b"50000 100000");
         let said = || {
             let one = fs::read_to_string(one.path().join("cpu.max")).unwrap();
             (one, fs::read_to_string(other.path().join("cpu.cfs_quota_us")).unwrap())
@@ -268,6 +292,32 @@ mod tests {
         let without_threads = group(&[("cpu.max", "max 100000")]);
         let error = Quotas::new(&folders(&[&without_threads]), &[7]).unwrap_err();
         assert!(matches!(error, QuotaError::File { operation: "read", .. }), "{error}");
+    }
+
+    /// One cannot be written. The others get theirs nevertheless, and that one as soon as it can be.
+    #[test]
+    fn what_could_not_be_given_back_is_given_back_later() {
+        let (one, other) = (unified("max 100000", "7"), unified("max 100000", "8"));
+        let mut quotas = Quotas::new(&folders(&[&one, &other]), &[7, 8]).unwrap();
+        quotas.lower(50).unwrap();
+        let path = one.path().join("cpu.max");
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        quotas.lower(0).unwrap_err();
+        assert_eq!(fs::read(other.path().join("cpu.max")).unwrap(), b"max 100000");
+        fs::remove_dir(&path).unwrap();
+        fs::write(&path, "50000 100000").unwrap();
+        drop(quotas);
+        assert_eq!(fs::read(&path).unwrap(), b"max 100000");
+    }
+
+    #[test]
+    fn nothing_else_is_written_whatever_a_record_says() {
+        let folder = group(&[("passwd", "root")]);
+        let before = Before { path: folder.path().join("passwd"), contents: "nobody".into() };
+        let error = before.restore().unwrap_err();
+        assert!(matches!(error, QuotaError::Malformed { .. }), "{error}");
+        assert_eq!(fs::read(&before.path).unwrap(), b"root");
     }
 
     #[test]

@@ -75,9 +75,7 @@ impl QemuSource {
 impl Machine for QemuSource {
     fn pause(&mut self) -> Result<(), MachineError> {
         // A vCPU that waits for its next period would stop no sooner.
-        if let Some(quotas) = &mut self.quotas {
-            quotas.lower(0)?;
-        }
+        self.throttle(0);
         Ok(self.qmp.stop()?)
     }
 
