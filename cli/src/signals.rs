@@ -4,6 +4,7 @@ use std::io;
 use std::thread;
 
 use crossbeam_channel::Sender;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 pub use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
@@ -17,7 +18,7 @@ pub fn listen<T: Send + 'static>(
     to: Sender<T>,
     meaning: impl Fn(i32) -> T + Send + 'static,
 ) -> io::Result<()> {
-    let mut signals = Signals::new(signals)?;
+    let mut signals = undisturbed(signals, || Signals::new(signals))?;
     thread::Builder::new().name("signals".into()).spawn(move || {
         for signal in signals.forever() {
             if to.send(meaning(signal)).is_err() {
@@ -26,4 +27,15 @@ pub fn listen<T: Send + 'static>(
         }
     })?;
     Ok(())
+}
+
+/// Lets signals wait meanwhile, which this thread would take, before there are others. What signal-hook has a
+/// handler for and does not know yet reaches nobody.
+fn undisturbed<T>(signals: &[i32], set_up: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let signals: SigSet =
+        signals.iter().map(|&signal| Signal::try_from(signal)).collect::<Result<_, _>>()?;
+    let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let done = set_up();
+    before.thread_set_mask()?;
+    done
 }

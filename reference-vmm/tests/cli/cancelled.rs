@@ -138,6 +138,23 @@ fn before_the_migration_begins() {
     }
 }
 
+/// A handler that is in the kernel and not in anybody's table yet took a signal, and that was all.
+#[test]
+fn while_signals_are_set_up() {
+    if !can_trace() {
+        return;
+    }
+    let slow = "inject=rt_sigaction:delay_exit=200000";
+    let strace = ["-D", "-f", "-qq", "-o", "/dev/null", "-e", slow];
+    let receive = [env!("CARGO_BIN_EXE_pageferry-vmm"), "receive", "--listen=127.0.0.1:0"];
+    let args = [&strace[..], &receive, &["--json"]].concat();
+    let mut destination = Process::start_program("destination", "strace", &args);
+    destination.await_hearing();
+    destination.signal(Signal::TERM);
+    let why = ["before a guest came"];
+    destination.finish().report(3).assert_did_not_come("cancelled", &why);
+}
+
 /// Nothing ends the search for an address.
 #[test]
 fn at_a_destination_whose_name_is_still_looked_up() {
