@@ -97,7 +97,7 @@ pub enum RamError {
     Memory(#[from] MemoryError),
 }
 
-/// The RAM of a running guest, by its files: each backend with its path.
+/// The RAM of a guest, by its files: each backend with its path, by their names. QEMU tells them in no order.
 pub fn backends_of(qmp: &Qmp) -> Result<Vec<(Backend, PathBuf)>, RamError> {
     let mut backends = Vec::new();
     for id in qmp.objects("memory-backend-file")? {
@@ -124,6 +124,7 @@ pub fn backends_of(qmp: &Qmp) -> Result<Vec<(Backend, PathBuf)>, RamError> {
     if base_bytes != in_files_bytes {
         return Err(RamError::Elsewhere { base_bytes, in_files_bytes });
     }
+    backends.sort_by(|(one, _), (other, _)| one.id.cmp(&other.id));
     Ok(backends)
 }
 
@@ -160,25 +161,20 @@ pub struct Made {
 }
 
 impl Made {
-    /// Makes RAM anew, all zero, for a QEMU that is still to be started, and maps it. A file that is there already
+    /// Makes files for a QEMU that is still to be started, which gives them their sizes. One that is there already
     /// is left as it is, and refused.
-    pub fn create(backends: &[(Backend, PathBuf)]) -> Result<(Self, Arc<GuestMemory>), RamError> {
+    pub fn create(paths: &[PathBuf]) -> Result<Self, RamError> {
         let mut made = Self::default();
-        for (backend, path) in backends {
-            let failed = |operation| {
-                move |cause: io::Error| match cause.kind() {
-                    io::ErrorKind::AlreadyExists => RamError::Exists { path: path.clone() },
-                    _ => RamError::File { operation, path: path.clone(), cause },
-                }
-            };
+        for path in paths {
             let mut options = File::options();
             options.write(true).create_new(true).mode(0o600);
-            let file = options.open(path).map_err(failed("make"))?;
+            options.open(path).map_err(|cause| match cause.kind() {
+                io::ErrorKind::AlreadyExists => RamError::Exists { path: path.clone() },
+                _ => RamError::File { operation: "make", path: path.clone(), cause },
+            })?;
             made.paths.push(path.clone());
-            file.set_len(backend.len_bytes).map_err(failed("enlarge"))?;
         }
-        let memory = map(backends)?;
-        Ok((made, memory))
+        Ok(made)
     }
 
     /// Has another file removed with the RAM, if it is there: what QEMU makes and may leave.

@@ -13,6 +13,7 @@ use pageferry::{
     Arrived, Blame, Destination, DestinationFailure, Event, GuestAtDestination, Machine, Offer,
 };
 
+use crate::events::{Events, Happening};
 use crate::outcome::{Failure, Outcome};
 use crate::report::{GuestAt, Report};
 use crate::transport::{Chosen, LinkArgs};
@@ -28,6 +29,8 @@ pub struct Reception<'a> {
     pub pin: &'a [usize],
     /// Threads that allocate the guest's memory ahead of the data.
     pub populate: u16,
+    /// Who is told of it as it happens.
+    pub events: &'a Events,
 }
 
 /// A guest that was on its way.
@@ -62,6 +65,25 @@ impl Reception<'_> {
         wishes: &Receiver<Wish>,
         home: impl Fn(&Offer) -> Result<(M, Arc<GuestMemory>), Failure> + Sync,
     ) -> Result<Result<Box<Arrival<M>>, String>, Failure> {
+        let come = self.await_anybody(chosen, address, wishes, home)?;
+        match &come {
+            Ok(arrival) => {
+                let Report { outcome, guest_at, error, .. } = arrival.report();
+                self.events.ended(outcome, guest_at, error.as_deref());
+            }
+            Err(why) => self.events.ended(Outcome::Cancelled, GuestAt::Source, Some(why)),
+        }
+        Ok(come)
+    }
+
+    /// As [`Reception::await_guest`], and tells nobody how it ends.
+    fn await_anybody<M: Machine + Send>(
+        &self,
+        chosen: Chosen,
+        address: &str,
+        wishes: &Receiver<Wish>,
+        home: impl Fn(&Offer) -> Result<(M, Arc<GuestMemory>), Failure> + Sync,
+    ) -> Result<Result<Box<Arrival<M>>, String>, Failure> {
         let address = address.to_owned();
         // Looking up a name may take long, and nothing ends that.
         let listen = move || chosen.listen(&address).map(|acceptor| (chosen, acceptor));
@@ -70,7 +92,9 @@ impl Reception<'_> {
         };
         let (chosen, acceptor) = listening?;
         // Scripts read the port from this line.
-        say!("listening on {}", acceptor.local_addr());
+        let address = acceptor.local_addr();
+        say!("listening on {address}");
+        self.events.tell(Happening::Listening { address: address.to_string() });
         // Strangers may be many.
         let lines = Warnings::default();
         // Others are refused at once when this returns, and do not wait for a guest's home that is taken.
@@ -84,6 +108,7 @@ impl Reception<'_> {
             };
             if let Some(others) = &told {
                 say!("a source connected from {peer}{others}");
+                self.events.tell(Happening::Connected { peer: peer.to_string() });
             }
             match self.take_in(link, chosen.name(), wishes, told.is_some(), &home)? {
                 Come::Stranger(why) if told.is_some() => {
@@ -110,7 +135,7 @@ impl Reception<'_> {
             .timeouts(self.link.timeouts())
             .populate_ahead(self.populate);
         let handle = destination.handle();
-        let watch = Watch::start(handle.clone())?;
+        let watch = Watch::start(handle.clone(), self.events)?;
         let mut show = watch.sink();
         let begun = Arc::new(AtomicBool::new(false));
         let begins = Arc::clone(&begun);
@@ -118,7 +143,10 @@ impl Reception<'_> {
             if matches!(event, Event::RoundStarted { .. }) {
                 begins.store(true, Ordering::Relaxed);
             }
-            show(event);
+            // Of a stranger there is nothing to say, until it may be none.
+            if tell || begins.load(Ordering::Relaxed) {
+                show(event);
+            }
         });
         let migrate = || take_in_uninterrupted(destination, link, transport, &begun, tell, home);
         let (come, cancelled) = until_interrupted(wishes, migrate, || handle.cancel())?;

@@ -13,6 +13,7 @@ use pageferry::{
 use pageferry_report::recorder::Recorder;
 
 use crate::cpu;
+use crate::events::Events;
 use crate::migration::MigrationArgs;
 use crate::outcome::{Failure, Outcome};
 use crate::report::{GuestAt, Report};
@@ -33,6 +34,8 @@ pub struct Departure<'a> {
     pub verify: bool,
     /// Whether what happens is recorded over time.
     pub record: bool,
+    /// Who is told of it as it happens.
+    pub events: &'a Events,
 }
 
 /// What came of it.
@@ -58,10 +61,10 @@ impl Departure<'_> {
         address: &str,
         wishes: &Receiver<Wish>,
     ) -> Result<Gone<M>, Failure> {
-        let Self { migration, description, memory_bytes, verify, record } = self;
+        let Self { migration, description, memory_bytes, verify, record, events } = self;
         let source = migration.source().verify(verify).description(description);
         let handle = source.handle();
-        let watch = Watch::start(handle.clone())?;
+        let watch = Watch::start(handle.clone(), events)?;
         let recorder = record.then(|| Recorder::start(handle.clone())).transpose()?;
         let mut record = recorder.as_ref().map(Recorder::sink);
         let mut show = watch.sink();
@@ -99,7 +102,7 @@ impl Departure<'_> {
             report.cpu_time(cpu);
             report
         };
-        Ok(match result {
+        let gone = match result {
             Ok(Departed { machine, statistics, .. }) => {
                 let mut report = report(Outcome::Completed, GuestAt::Destination, &statistics);
                 report.memory_match = verify.then_some(true);
@@ -122,7 +125,10 @@ impl Departure<'_> {
                 }
                 Gone { report, statistics, machine, recorder }
             }
-        })
+        };
+        let Report { outcome, guest_at, error, .. } = &gone.report;
+        events.ended(*outcome, *guest_at, error.as_deref());
+        Ok(gone)
     }
 }
 

@@ -6,7 +6,7 @@
 //! - [`migration`]: options of a migration.
 //! - [`signals`]: what Ctrl-C and others mean to it.
 //! - [`wishes`]: what is wanted of it by signals and lines on stdin while it migrates.
-//! - [`watch`]: a migration shown while it runs.
+//! - [`watch`] and [`events`]: a migration shown while it runs, to people and to programs.
 //! - [`departure`] and [`arrival`]: all of that together, at either side, for any machine.
 //! - [`report`]: what it did, as JSON, a table and a page of plots.
 //! - [`output`], [`say!`] and [`log`]: what it says.
@@ -29,6 +29,7 @@ pub mod arrival;
 pub mod child;
 pub mod cpu;
 pub mod departure;
+pub mod events;
 pub mod log;
 pub mod migration;
 pub mod outcome;

@@ -11,22 +11,28 @@ use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Phase, Progress};
 
+use crate::events::{Events, Happening};
+
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const TICK: Duration = Duration::from_millis(50);
 /// How long a round goes on until it is said how fast, and again. So nothing is slow without a word.
 const PACE: Duration = Duration::from_secs(5);
 
+/// How often programs are told how far it is.
+const BEAT: Duration = Duration::from_secs(1);
+
 /// Watches until dropped.
 #[derive(Debug)]
 pub struct Watch {
     bar: ProgressBar,
+    events: Events,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watch {
     /// Begins.
-    pub fn start(handle: MigrationHandle) -> std::io::Result<Self> {
+    pub fn start(handle: MigrationHandle, events: &Events) -> std::io::Result<Self> {
         let bar = if std::io::stderr().is_terminal() {
             ProgressBar::new(1)
         } else {
@@ -40,16 +46,20 @@ impl Watch {
         );
         let stop = Arc::new(AtomicBool::new(false));
         let thread = {
-            let (bar, stop) = (bar.clone(), Arc::clone(&stop));
-            thread::Builder::new().name("watch".into()).spawn(move || draw(&bar, &handle, &stop))?
+            let (bar, events, stop) = (bar.clone(), events.clone(), Arc::clone(&stop));
+            let body = move || draw(&bar, &events, &handle, &stop);
+            thread::Builder::new().name("watch".into()).spawn(body)?
         };
-        Ok(Self { bar, stop, thread: Some(thread) })
+        Ok(Self { bar, events: events.clone(), stop, thread: Some(thread) })
     }
 
     /// A sink for the engine's events.
     pub fn sink(&self) -> impl FnMut(&Event) + Send + 'static + use<> {
-        let bar = self.bar.clone();
+        let (bar, events) = (self.bar.clone(), self.events.clone());
         move |event| {
+            if let Some(happening) = Happening::of(event) {
+                events.tell(happening);
+            }
             if let Some(line) = line(event) {
                 tell(&bar, &line);
             }
@@ -106,13 +116,18 @@ impl Pace {
     }
 }
 
-fn draw(bar: &ProgressBar, handle: &MigrationHandle, stop: &AtomicBool) {
+fn draw(bar: &ProgressBar, events: &Events, handle: &MigrationHandle, stop: &AtomicBool) {
     let mut round = (0, 0);
+    let mut told = Instant::now();
     let mut pace = Pace::new(&handle.progress());
     while !stop.load(Ordering::Relaxed) {
         let progress = handle.progress();
         if let Some(line) = pace.line(&progress) {
             tell(bar, &line);
+        }
+        if told.elapsed() >= BEAT {
+            told = Instant::now();
+            events.tell(Happening::progress(&progress));
         }
         let looked_at = progress.pages.total();
         if progress.round != round.0 {

@@ -1,6 +1,7 @@
 //! `pageferry-qemu` as its users start it.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -97,8 +98,8 @@ impl Receiving {
     pub(crate) fn start(guests: &Guests, host: &str, options: &[&str]) -> (Self, String) {
         let mut command = Command::new(PROGRAM);
         command
-            .args(["receive", "--json", "--listen", "127.0.0.1:0", "--ram"])
-            .arg(guests.path(&format!("{host}.ram")))
+            .args(["receive", "--json", "--listen", "127.0.0.1:0"])
+            .args(guests.ram_files(host).iter().flat_map(|path| [Path::new("--ram"), path]))
             .arg("--qmp")
             .arg(guests.path(&format!("{host}.qmp")))
             .args(options)

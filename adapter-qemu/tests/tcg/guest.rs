@@ -37,6 +37,8 @@ pub(crate) struct Guests {
     /// Pages that the guest writes, over and over.
     pub(crate) pages: u32,
     pub(crate) vcpus: u8,
+    /// Names and sizes, in MiB, of what its RAM is made of: a NUMA node each, if it is not one alone.
+    pub(crate) ram: Vec<(&'static str, u32)>,
     pub(crate) disk: Option<Disk>,
 }
 
@@ -72,15 +74,19 @@ impl Guests {
         let modules = modules_of(&kernel);
         std::fs::write(folder.path().join("initrd"), initramfs(&program, &modules))
             .map_err(|error| error.to_string())?;
-        Ok(Self { folder, kernel, pages, vcpus: 1, disk: None })
+        Ok(Self { folder, kernel, pages, vcpus: 1, ram: vec![("ram", 256)], disk: None })
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// QEMU's arguments for the guest on a host of that name: NAME.ram is its RAM, and at NAME.console it is listened
-    /// to.
+    /// The files of its RAM on a host of that name.
+    pub(crate) fn ram_files(&self, host: &str) -> Vec<PathBuf> {
+        self.ram.iter().map(|(id, _)| self.path(&format!("{host}.{id}"))).collect()
+    }
+
+    /// QEMU's arguments for the guest on a host of that name; at NAME.console it is listened to.
     pub(crate) fn arguments(&self, host: &str) -> Vec<OsString> {
         let joined = |text: &str, path: &Path, rest: &str| {
             let mut all = OsString::from(text);
@@ -89,8 +95,6 @@ impl Guests {
             all
         };
         let file = |kind: &str| self.path(&format!("{host}.{kind}"));
-        let ram = file("ram");
-        let backend = joined("memory-backend-file,id=ram,mem-path=", &ram, ",size=256M,share=on");
         let console = joined("socket,id=console,path=", &file("console"), "");
         let (pages, disk) = (self.pages, u8::from(self.disk.is_some()));
         let command_line = format!("console=ttyS0 quiet panic=-1 pages={pages} disk={disk}");
@@ -103,10 +107,6 @@ impl Guests {
             "tcg",
             "-cpu",
             "max",
-            "-m",
-            "256M",
-            "-machine",
-            "q35,memory-backend=ram",
             "-serial",
             "chardev:console",
             "-no-reboot",
@@ -115,7 +115,22 @@ impl Guests {
         ]
         .map(OsString::from)
         .into();
-        arguments.extend(["-object".into(), backend, "-chardev".into(), console]);
+        arguments.extend(["-chardev".into(), console, "-m".into()]);
+        let mebibytes: u32 = self.ram.iter().map(|(_, mebibytes)| mebibytes).sum();
+        arguments.extend([format!("{mebibytes}M").into(), "-machine".into()]);
+        match &*self.ram {
+            [(id, _)] => arguments.push(format!("q35,memory-backend={id}").into()),
+            nodes => {
+                arguments.push("q35".into());
+                let nodes = nodes.iter().map(|(id, _)| format!("node,memdev={id}"));
+                arguments.extend(nodes.flat_map(|node| ["-numa".into(), node.into()]));
+            }
+        }
+        for ((id, mebibytes), path) in self.ram.iter().zip(self.ram_files(host)) {
+            let backend =
+                format!("memory-backend-file,id={id},size={mebibytes}M,share=on,mem-path=");
+            arguments.extend(["-object".into(), joined(&backend, &path, "")]);
+        }
         arguments.extend(["-kernel".into(), self.kernel.clone().into()]);
         arguments.extend(["-initrd".into(), self.path("initrd").into()]);
         arguments.extend(["-append".into(), command_line.into()]);

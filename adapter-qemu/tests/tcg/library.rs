@@ -1,6 +1,5 @@
 //! Guests of a real QEMU, moved by the library.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
@@ -14,7 +13,7 @@ use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtDestination,
     GuestAtSource, Machine, MachineError, Source, SourceFailure,
 };
-use pageferry_qemu::ram::{self, Backend, Made};
+use pageferry_qemu::ram::{self, Made};
 use pageferry_qemu::{QemuCommand, QemuDestination, QemuSource, Qmp};
 use pageferry_rust_vmm::{ForeignPagemapScan, ForeignProcess, ForeignUserfaultfd, PagemapScan};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
@@ -61,8 +60,6 @@ impl Scene {
     ) -> (Sent, Received<M>) {
         let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).unwrap();
         let address = acceptor.local_addr();
-        let backend = Backend { id: "ram".into(), len_bytes: 256 << 20 };
-        let backends: Vec<(Backend, PathBuf)> = vec![(backend, self.guests.path("b.ram"))];
         let command = QemuCommand {
             program: "qemu-system-x86_64".into(),
             arguments: self.guests.arguments("b"),
@@ -74,9 +71,10 @@ impl Scene {
             let receiving = scope.spawn(|| {
                 let link = acceptor.accept(None).unwrap();
                 let offer = Destination::new().negotiate(Box::new(link)).unwrap();
-                let (made, memory) = Made::create(&backends).unwrap();
-                let machine = home(QemuDestination::start(command, made).unwrap());
-                offer.receive(machine, &memory)
+                let made = Made::create(&[self.guests.path("b.ram")]).unwrap();
+                let machine = QemuDestination::start(command, made).unwrap();
+                let memory = ram::map(&ram::backends_of(machine.qmp().unwrap()).unwrap()).unwrap();
+                offer.receive(home(machine), &memory)
             });
             let link = connect(address, TcpOptions::default()).unwrap();
             let source = source.verify(true).downtime_limit(LIMIT);

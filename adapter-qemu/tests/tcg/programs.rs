@@ -3,6 +3,7 @@
 use crate::commands::{Receiving, may_trace, migrate, recover, refused};
 use crate::guest::{Console, Disk, Guests, Running};
 use pageferry_qemu::Tracking;
+use serde_json::Value;
 
 const PAGES: u32 = 4096;
 
@@ -22,8 +23,11 @@ fn a_guest_moves_from_host_to_host() {
     let mut hosts = Vec::new();
     for (from, host, transport) in [("a", "b", "tcp"), ("b", "c", "auto")] {
         let mut console = Console::of(&guests, host);
-        let (mut receiving, address) = Receiving::start(&guests, host, &["--transport", transport]);
-        let options = ["--transport", transport, "--downtime-limit", "2s"];
+        let [going, coming] = [from, host].map(|host| guests.path(&format!("{host}.events")));
+        let events = [&going, &coming].map(|path| format!("--events={}", path.display()));
+        let options = ["--transport", transport, &events[1]];
+        let (mut receiving, address) = Receiving::start(&guests, host, &options);
+        let options = ["--transport", transport, "--downtime-limit", "2s", &events[0]];
         let (report, status) = migrate(&guests, from, &address, &options);
         assert_eq!(status, Some(0), "{report}");
         assert_eq!(report["outcome"], "completed", "{report}");
@@ -33,6 +37,15 @@ fn a_guest_moves_from_host_to_host() {
         let report = receiving.leave();
         assert_eq!(report["outcome"], "completed", "{report}");
         assert_eq!(report["memory_match"], true, "{report}");
+        for path in [&going, &coming] {
+            let events = std::fs::read_to_string(path).unwrap();
+            let ended: Value = serde_json::from_str(events.lines().last().unwrap()).unwrap();
+            assert_eq!(
+                (&ended["event"], &ended["outcome"]),
+                (&"ended".into(), &"completed".into()),
+                "{events}"
+            );
+        }
         // On a guest that is written all the time a pass is soon over that was begun there.
         let (began, ended) = (console.pass(), console.pass());
         assert!(began > pass && ended > began, "pass {pass} there, then {began} and {ended}");
@@ -95,6 +108,31 @@ fn a_guest_with_a_disk_by_way_of_the_page_cache_moves() {
 #[test]
 fn a_guest_with_a_disk_past_the_page_cache_moves() {
     a_guest_with_a_disk_moves(true);
+}
+
+/// Each a file of its own, of their own sizes; the names come in another order than the nodes.
+#[test]
+fn a_guest_with_several_nodes_moves() {
+    if let Err(error) = Tracking::of_this_kernel() {
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
+    }
+    if !may_trace() {
+        return;
+    }
+    let Some(mut guests) = Guests::build(PAGES) else { return };
+    guests.ram = vec![("near", 128), ("far", 96), ("middle", 32)];
+    let (mut here, mut there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
+    let mut source = Running::start(&guests, "a");
+    let pass = here.pass();
+    let (mut receiving, address) = Receiving::start(&guests, "b", &[]);
+    let (report, status) = migrate(&guests, "a", &address, &["--downtime-limit", "2s"]);
+    assert_eq!(status, Some(0), "{report}");
+    assert_eq!(report["memory_match"], true, "{report}");
+    assert_eq!(report["memory_bytes"], 256 << 20, "{report}");
+    receiving.leave();
+    let passes = [there.pass(), there.pass()];
+    assert!(passes[0] > pass && passes[1] > passes[0], "pass {pass} here, then {passes:?} there");
+    assert!(source.child.wait().unwrap().success(), "QEMU at the source did not quit");
 }
 
 /// What writes RAM unseen is found before anything moves, all of it at once, and the guest runs on.

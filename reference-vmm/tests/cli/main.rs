@@ -7,6 +7,7 @@ mod cancelled;
 mod command_line;
 mod convergence;
 mod demo;
+mod events;
 mod floods;
 mod iouring;
 mod refused;

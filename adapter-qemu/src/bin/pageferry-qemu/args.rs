@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use pageferry_cli::events::EventArgs;
 use pageferry_cli::migration::MigrationArgs;
 use pageferry_cli::transport::{LinkArgs, RdmaArgs, Transport};
 
@@ -86,6 +87,8 @@ pub(crate) struct MigrateArgs {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
+    pub(crate) events: EventArgs,
+    #[command(flatten)]
     pub(crate) migration: MigrationArgs,
 }
 
@@ -98,8 +101,7 @@ pub(crate) struct ReceiveArgs {
     /// Where to wait for the source.
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) listen: String,
-    /// The file of the guest's RAM, which must not be there yet; one for each of several backends, as they come
-    /// on QEMU's command line.
+    /// The file of the guest's RAM, which must not be there yet; several times where it is in several.
     #[arg(long, value_name = "PATH", required = true)]
     pub(crate) ram: Vec<PathBuf>,
     /// Socket of a monitor that the guest's QEMU gets for this program: for the next migration, and for `recover`
@@ -115,6 +117,8 @@ pub(crate) struct ReceiveArgs {
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) events: EventArgs,
     #[command(flatten)]
     pub(crate) link: LinkArgs,
     #[command(flatten)]

@@ -21,6 +21,7 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
+    let events = args.events.open()?;
     // Whoever is at work on the guest has its monitor too.
     let left = RecordFile::left(&args.qmp)?;
     let qmp = Arc::new(Qmp::connect(&args.qmp)?);
@@ -66,6 +67,7 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
         memory_bytes: memory.layout().len_bytes(),
         verify: args.verify,
         record: false,
+        events: &events,
     };
     let gone = departure.migrate(machine, |_| Ok((memory, sources)), &args.to, &wishes)?;
     let mut report = gone.report;

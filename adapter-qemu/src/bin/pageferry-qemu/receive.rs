@@ -15,7 +15,7 @@ use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report};
 use pageferry_cli::say;
 use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
-use pageferry_qemu::ram::{self, Backend, Made, RamError};
+use pageferry_qemu::ram::{self, Made, RamError};
 use pageferry_qemu::record::{Record, RecordFile, Recorded, Standing};
 use pageferry_qemu::{QemuCommand, QemuDestination, Vm};
 use pageferry_tcp::ZeroCopy;
@@ -25,9 +25,10 @@ use crate::args::ReceiveArgs;
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
+    let events = args.events.open()?;
     let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
     let transport = chosen.name();
-    let reception = Reception { link: &args.link, pin: &args.pin, populate: 0 };
+    let reception = Reception { link: &args.link, pin: &args.pin, populate: 0, events: &events };
     let monitor = monitor(args);
     check_free(args, &monitor)?;
     let home = |offer: &Offer| home_for(args, &monitor, offer);
@@ -101,7 +102,11 @@ fn home_for(
 ) -> Result<(Recorded<QemuDestination>, Arc<GuestMemory>), Failure> {
     let theirs: Vm = serde_json::from_slice(offer.description())
         .map_err(|error| format!("the source's description of its QEMU makes no sense: {error}"))?;
-    let backends = backends(args, &theirs.ram)?;
+    if args.ram.len() != theirs.ram.len() {
+        let (theirs, here) = (theirs.ram.len(), args.ram.len());
+        let why = format!("the source's RAM is in {theirs} files, and --ram names {here} here");
+        return Err(why.into());
+    }
     let memory_bytes = offer.layout().len_bytes();
     if let Some(here_bytes) = pageferry_report::facts::memory_and_swap_bytes()
         && memory_bytes > here_bytes
@@ -118,7 +123,7 @@ fn home_for(
     let command = QemuCommand { program: program.into(), arguments };
     // Somebody may have come meanwhile.
     check_free(args, monitor)?;
-    let (mut made, memory) = Made::create(&backends)?;
+    let mut made = Made::create(&args.ram)?;
     // Not before: files that are somebody else's must not stand there.
     let record = Record::new(Standing::Awaited, None, args.ram.clone());
     let record = RecordFile::create(monitor, record)?;
@@ -126,9 +131,10 @@ fn home_for(
     let machine = QemuDestination::start(command, made)?;
     let qmp = machine.qmp().ok_or("QEMU is gone")?;
     let found = ram::backends_of(qmp)?;
-    if found.iter().any(|backend| !backends.contains(backend)) {
-        return Err("QEMU's RAM is not in the files that --ram names, in their order".into());
+    if found.iter().any(|(_, path)| !args.ram.contains(path)) {
+        return Err("QEMU's RAM is not in the files that --ram names".into());
     }
+    let memory = ram::map(&found)?;
     Vm::of(qmp, found.into_iter().map(|(backend, _)| backend).collect())?.check_takes(&theirs)?;
     Ok((Recorded::destination(machine, record), memory))
 }
@@ -138,16 +144,6 @@ fn listening_at(monitor: &Path) -> Result<OsString, Failure> {
     // Options of QEMU's end at a comma, unless it is doubled.
     let path = monitor.to_str().ok_or("the path of --qmp is no text")?.replace(',', ",,");
     Ok(format!("unix:{path},server=on,wait=off").into())
-}
-
-/// The source's backends with the files for them.
-fn backends(args: &ReceiveArgs, ram: &[Backend]) -> Result<Vec<(Backend, PathBuf)>, Failure> {
-    if args.ram.len() != ram.len() {
-        let (theirs, here) = (ram.len(), args.ram.len());
-        let why = format!("the source's RAM is in {theirs} files, and --ram names {here} here");
-        return Err(why.into());
-    }
-    Ok(ram.iter().cloned().zip(args.ram.iter().cloned()).collect())
 }
 
 /// Stays as long as the guest runs, or until told to go.

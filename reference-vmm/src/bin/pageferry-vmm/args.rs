@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use pageferry_cli::events::EventArgs;
 use pageferry_cli::migration::MigrationArgs;
 use pageferry_cli::transport::{LinkArgs, RdmaArgs, Transport};
 use pageferry_cli::units::{size, time};
@@ -152,6 +153,8 @@ pub(crate) struct RunArgs {
     /// before there was a migration, which counts as cancelled.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) events: EventArgs,
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
@@ -190,6 +193,8 @@ pub(crate) struct ReceiveArgs {
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) events: EventArgs,
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,

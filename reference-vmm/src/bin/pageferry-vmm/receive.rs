@@ -26,9 +26,11 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     }
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
+    let events = args.events.open()?;
     let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
     let transport = chosen.name();
-    let reception = Reception { link: &args.link, pin: &args.pin, populate: args.populate };
+    let (link, pin, populate) = (&args.link, &args.pin, args.populate);
+    let reception = Reception { link, pin, populate, events: &events };
     let home = |offer: &Offer| machine_for(args, offer);
     let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
         Ok(arrival) => arrival,

@@ -4,6 +4,7 @@ use crossbeam_channel::{Receiver, after, never, select_biased, unbounded};
 use pageferry::Statistics;
 use pageferry_cli::child::end_with_parent;
 use pageferry_cli::departure::{Departure, Gone};
+use pageferry_cli::events::Events;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report, Timeline};
 use pageferry_cli::say;
@@ -47,6 +48,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
+    let events = args.events.open()?;
     let config = config(&args.guest);
     let tracking = tracking(&args.guest, config.kind)?;
     let mut guest = Guest::create_tracked(config, tracking)?;
@@ -56,13 +58,14 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     for line in String::from_utf8_lossy(&guest.serial_output()).lines() {
         say!("guest: {line}");
     }
-    serve(args, GuestMachine { guest }, &wishes)
+    serve(args, GuestMachine { guest }, &events, &wishes)
 }
 
 /// Does what the operator wishes until the guest is gone or told to end.
 fn serve(
     args: &RunArgs,
     mut machine: GuestMachine,
+    events: &Events,
     wishes: &Receiver<Wish>,
 ) -> Result<Outcome, Failure> {
     let planned = args.migrate_to.is_some() && !args.on_demand;
@@ -97,7 +100,7 @@ fn serve(
                     say!("migrate where to? say \"migrate HOST:PORT\"");
                     continue;
                 };
-                let (report, left) = migrate(args, machine, &address, wishes)?;
+                let (report, left) = migrate(args, machine, &address, events, wishes)?;
                 let outcome = report.outcome;
                 last = Some(outcome);
                 match left {
@@ -148,6 +151,7 @@ fn migrate(
     args: &RunArgs,
     machine: GuestMachine,
     address: &str,
+    events: &Events,
     wishes: &Receiver<Wish>,
 ) -> Result<(Report, Option<GuestMachine>), Failure> {
     let migration = &args.migration;
@@ -159,6 +163,7 @@ fn migrate(
         memory_bytes: config.memory_bytes(),
         verify: args.verify,
         record: args.timeline,
+        events,
     };
     machine.guest.reset_heartbeat_gap();
     let describe_memory = |machine: &GuestMachine| {

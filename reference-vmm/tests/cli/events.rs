@@ -1,0 +1,109 @@
+//! `--events`: what happens, as lines of JSON.
+
+use std::fs;
+use std::path::Path;
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use serde_json::Value;
+
+use crate::support::host::guest_kind;
+use crate::support::process::Process;
+use crate::support::sides::{SMALL, destination, source, source_that_stays};
+
+/// The lines in a file, each of which has to be an object with an event and a time that does not go back.
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).expect("the events");
+    let lines: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    let times = || lines.iter().map(|line| line["realtime_ms"].as_f64().expect("a time"));
+    assert!(times().zip(times().skip(1)).all(|(before, after)| before <= after), "{text}");
+    lines
+}
+
+/// Their names, without what repeats and without what depends on time.
+fn names(lines: &[Value]) -> Vec<&str> {
+    let names = lines.iter().map(|line| line["event"].as_str().expect("an event"));
+    let mut names: Vec<_> = names
+        .filter(|name| !["progress", "forecast", "registered", "rebalanced"].contains(name))
+        .collect();
+    names.dedup();
+    names
+}
+
+#[test]
+fn both_sides_tell_what_happens_as_it_happens() {
+    let root = tempfile::tempdir().expect("a folder");
+    let [there, here] = ["there", "here"].map(|name| root.path().join(name));
+    let events = |path: &Path| format!("--events={}", path.display());
+    let (mut destination, address) = destination(&[&events(&there)]);
+    let mut source = source(&["--max-rounds=1", "--downtime-limit=10s", &events(&here)]);
+    source.say(format!("migrate {address}"));
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
+    let (here, there) = (lines(&here), lines(&there));
+    let [round, finished] = ["round_started", "round_finished"];
+    let left = ["committed", "guest_runs_there", "ended"];
+    assert_eq!(
+        names(&here),
+        [&["agreed", round, finished, "guest_paused", round][..], &left].concat()
+    );
+    let came = ["listening", "connected", "agreed", round, "loaded"];
+    assert_eq!(names(&there), [&came[..], &left].concat());
+    assert_eq!(there[0]["address"], address);
+    for lines in [&here, &there] {
+        let ended = lines.last().expect("the end");
+        assert_eq!(ended["outcome"], "completed", "{ended}");
+        assert_eq!(ended["guest_at"], "destination", "{ended}");
+        assert_eq!(ended["error"], Value::Null, "{ended}");
+    }
+}
+
+/// Of each try, in one file.
+#[test]
+fn each_migration_has_its_end() {
+    let root = tempfile::tempdir().expect("a folder");
+    let path = root.path().join("events");
+    let mut source = source_that_stays(&[&format!("--events={}", path.display())]);
+    source.say("migrate 127.0.0.1:1");
+    assert_eq!(source.await_report().text("outcome"), "failed");
+    let (mut destination, address) = destination(&[]);
+    source.say(format!("migrate {address}"));
+    source.finish().assert_status(0);
+    destination.finish().report(0).assert_arrived();
+    let lines = lines(&path);
+    let ended: Vec<_> = lines.iter().filter(|line| line["event"] == "ended").collect();
+    let outcomes: Vec<_> = ended.iter().map(|line| line["outcome"].as_str()).collect();
+    assert_eq!(outcomes, [Some("failed"), Some("completed")]);
+    assert_eq!(ended[0]["guest_at"], "source");
+    assert!(ended[0]["error"].as_str().is_some_and(|error| error.contains("refused")), "{lines:?}");
+}
+
+/// The guest is moved all the same.
+#[test]
+fn a_file_that_takes_nothing_ends_the_events_alone() {
+    let (mut destination, address) = destination(&["--events=/dev/full"]);
+    let mut source = source(&["--events=/dev/full"]);
+    source.say(format!("migrate {address}"));
+    source.await_message("no more events are written: ");
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
+}
+
+#[test]
+fn what_cannot_be_written_to_is_refused() {
+    let root = tempfile::tempdir().expect("a folder");
+    let fifo = root.path().join("fifo");
+    mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).expect("a FIFO");
+    let nowhere = root.path().join("none/such");
+    for (path, why) in [(&fifo, "needs its reader"), (&nowhere, "No such file")] {
+        let events = format!("--events={}", path.display());
+        let run = [&["run", "--on-demand", "--guest", guest_kind(), &events][..], SMALL].concat();
+        let receive = ["receive", "--listen=127.0.0.1:0", &events];
+        for args in [&run[..], &receive[..]] {
+            let mut process = Process::start("program", args);
+            let told = process.await_message("error: --events ");
+            assert!(told.contains(why), "{told}");
+            process.finish().assert_status(1);
+        }
+    }
+}
