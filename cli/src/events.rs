@@ -26,8 +26,8 @@ use crate::report::GuestAt;
 const MOST_WAITING: usize = 4096;
 /// How long the end of a migration, and that of a program, wait for whoever reads.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// A time that is longer is none to expect.
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// A downtime that would be longer is told of nobody as one to expect.
+pub(crate) const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Where to.
 #[derive(Debug, Clone, Default, Args)]
@@ -63,7 +63,8 @@ fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Takes what happens, if anybody wants to know. Cheap to clone. The last of it writes what is left.
+/// Takes what happens, if anybody wants to know, from any thread. Cheap to clone. The last of it writes what is
+/// left, for 2 seconds at most.
 #[derive(Debug, Clone, Default)]
 pub struct Events {
     log: Option<Arc<Log>>,
@@ -77,7 +78,7 @@ impl Events {
         }
     }
 
-    /// How a migration ended. This is worth a wait.
+    /// How a migration ended. Where nobody reads it waits for room, for 2 seconds at most.
     pub fn ended(&self, outcome: Outcome, guest_at: GuestAt, error: Option<&str>) {
         if let Some(log) = &self.log {
             log.add(
@@ -148,7 +149,7 @@ fn write(mut file: File, lines: &Receiver<Line>) {
 /// A line.
 #[derive(Debug, Serialize)]
 struct Line {
-    /// By `CLOCK_REALTIME`, since 1970.
+    /// By `CLOCK_REALTIME`, since 1970. Lines of two threads may be in another order than their times.
     realtime_ms: f64,
     /// Events before this one that nobody read in time.
     #[serde(skip_serializing_if = "is_zero")]

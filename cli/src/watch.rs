@@ -11,9 +11,8 @@ use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Phase, Progress};
 
-use crate::events::{Events, Happening};
+use crate::events::{DAY, Events, Happening};
 
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const TICK: Duration = Duration::from_millis(50);
 /// How long a round goes on until it is said how fast, and again. So nothing is slow without a word.
 const PACE: Duration = Duration::from_secs(5);
