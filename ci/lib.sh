@@ -179,11 +179,13 @@ has_pip() {
 
 # What AddressSanitizer needs comes with some distributions of Rust.
 has_asan() {
-    # Steps that run at once ask at once: who found another's half made went without the tests, and so did CI.
-    local probe=$probes/has-asan.$BASHPID found=1
-    RUSTC_BOOTSTRAP=1 rustc -Zsanitizer=address -o "$probe" - <<<'fn main() {}' >/dev/null 2>&1 &&
-        "$probe" && found=0
-    rm -f "$probe"
+    # Steps that run at once ask at once, and rustc names what it makes on the way by the program's name up to the
+    # last dot: each asks in a folder of its own.
+    local probe found=1
+    probe=$(mktemp -d "$probes/has-asan.XXXXXX")
+    RUSTC_BOOTSTRAP=1 rustc -Zsanitizer=address -o "$probe/probe" - <<<'fn main() {}' >/dev/null 2>&1 &&
+        "$probe/probe" && found=0
+    rm -rf "$probe"
     return $found
 }
 
