@@ -24,6 +24,8 @@ pub mod quota;
 pub mod ram;
 pub mod record;
 mod source;
+#[cfg(feature = "test-support")]
+pub mod testing;
 mod tracking;
 
 pub use description::{Mismatch, Vm};

@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::bitmap::{self, BitmapArgs};
 use crate::compare::{self, CompareArgs};
+use crate::compare_guests::{self, CompareGuestsArgs};
 use crate::device_state::{self, DeviceStateArgs};
 use crate::gate::{self, GateArgs};
 use crate::hot::{self, HotArgs};
@@ -62,6 +63,9 @@ pub(crate) enum Command {
     /// Move memory by the engine, by the bare loop, and by whoever else this machine has.
     #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", compare::METHOD, compare::EXAMPLES))]
     Compare(CompareArgs),
+    /// Move running guests of QEMU by pageferry and by QEMU itself.
+    #[command(after_long_help = format!("{}\n\n{}\n\n{EXIT_CODES}", compare_guests::METHOD, compare_guests::EXAMPLES))]
+    CompareGuests(CompareGuestsArgs),
     /// Make one page of plots of what other commands measured.
     #[command(after_long_help = format!("{}\n\n{EXIT_CODES}", page::EXAMPLES))]
     Report(ReportArgs),
@@ -91,6 +95,7 @@ impl Command {
             Self::Latency(args) => args.check(),
             Self::Migrate(args) => args.check(),
             Self::Compare(args) => args.check(),
+            Self::CompareGuests(args) => args.check(),
             Self::DeviceState(_)
             | Self::Rearm(_)
             | Self::Report(_)

@@ -8,6 +8,7 @@
 //! - `latency` measures how long a batch, a page, a control frame and the commit take.
 //! - `migrate` moves guests live, over everything that makes a difference.
 //! - `compare` has the engine, the bare loop and others move the same memory in turn.
+//! - `compare-guests` has pageferry and QEMU itself move running guests of QEMU in turn.
 //! - `report` makes one page of plots of all of it.
 //! - `hot` does an inner loop of the engine alone; `gate` compares two builds by it.
 //! - `device-state` saves the state of many vCPUs, and encodes and decodes a large device.
@@ -19,6 +20,7 @@
 mod args;
 mod bitmap;
 mod compare;
+mod compare_guests;
 mod cpus;
 mod device_state;
 mod gate;
@@ -63,6 +65,7 @@ fn main() -> std::process::ExitCode {
         Command::Latency(args) => latency::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::CompareGuests(args) => compare_guests::run(&args),
         Command::Report(args) => page::run(&args),
         Command::Hot(args) => hot::run(&args),
         Command::Gate(args) => gate::run(&args),

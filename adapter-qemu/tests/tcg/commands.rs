@@ -4,13 +4,12 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use pageferry_qemu::testing::Guests;
 use pageferry_qemu::{Qmp, QmpError};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-
-use crate::guest::Guests;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-qemu");
 
@@ -113,15 +112,17 @@ impl Receiving {
     /// The process of its QEMU, as soon as that is there.
     pub(crate) fn qemu(&mut self, guests: &Guests, host: &str) -> Pid {
         let monitor = guests.path(&format!("{host}.qmp"));
-        let qmp = loop {
-            match Qmp::connect(&monitor) {
-                Err(QmpError::Connect { .. }) => {}
-                connected => break connected.unwrap(),
-            }
+        let mut qmp = None;
+        until("QEMU comes", || {
             let ended = self.program.child.try_wait().unwrap();
             assert!(ended.is_none(), "it ended before QEMU came");
-            std::thread::yield_now();
-        };
+            match Qmp::connect(&monitor) {
+                Err(QmpError::Connect { .. }) => {}
+                connected => qmp = Some(connected.unwrap()),
+            }
+            qmp.is_some()
+        });
+        let qmp = qmp.unwrap();
         let pid = Pid::from_raw(qmp.peer_pid().unwrap().cast_signed());
         self.qemu = pid;
         pid.unwrap()
@@ -193,6 +194,16 @@ pub(crate) fn recover(guests: &Guests, host: &str, options: &[&str]) -> Option<V
         .unwrap();
     eprint!("{}", String::from_utf8_lossy(&ended.stderr));
     ended.status.success().then(|| serde_json::from_slice(&ended.stdout).unwrap())
+}
+
+/// Waits until something holds that nobody says.
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < PATIENCE, "it does not come to pass: {what}");
+        // Who looks all the time takes a CPU from the guest.
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Says so if a program of this user's may not trace another one's child.

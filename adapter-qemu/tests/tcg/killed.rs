@@ -4,19 +4,15 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use pageferry_qemu::Tracking;
+use pageferry_qemu::testing::{Console, Guests, Running};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::commands::{Receiving, Running as Program, may_trace, migrating, recover};
-use crate::guest::{Console, Guests, Running};
+use crate::commands::{Receiving, Running as Program, may_trace, migrating, recover, until};
 
 const PAGES: u32 = 1024;
-
-/// How long something may take that comes soon.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A guest on host *a* that is moving to host *b*.
 struct Scene {
@@ -51,7 +47,7 @@ impl Scene {
         }
         let guests = Guests::build(PAGES)?;
         let (mut here, there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
-        let source = Running::start(&guests, "a");
+        let source = Running::start(&guests, "a").unwrap();
         here.pass();
         Some(Self { guests, here, there, source })
     }
@@ -62,13 +58,9 @@ impl Scene {
         let options =
             ["--bandwidth-limit=1M", "--downtime-bound=best-effort", "--downtime-limit=10s"];
         let migrate = migrating(&self.guests, "a", &address, &options);
-        let began = Instant::now();
         let ram = self.guests.path("b.ram");
         // QEMU itself writes nothing there before it loads.
-        while !std::fs::metadata(&ram).is_ok_and(|file| file.blocks() > 0) {
-            assert!(began.elapsed() < PATIENCE, "no page moves");
-            std::thread::yield_now();
-        }
+        until("pages move", || std::fs::metadata(&ram).is_ok_and(|file| file.blocks() > 0));
         let qemu = receive.qemu(&self.guests, "b");
         Attempt { migrate, receive, qemu }
     }
@@ -96,12 +88,8 @@ impl Scene {
     }
 
     fn await_standing(&self, host: &str, wanted: &str) {
-        let began = Instant::now();
-        while self.standing(host).as_deref() != Some(wanted) {
-            let standing = self.standing(host);
-            assert!(began.elapsed() < PATIENCE, "host {host} stands {standing:?} and not {wanted}");
-            std::thread::yield_now();
-        }
+        let what = format!("host {host} stands {wanted}");
+        until(&what, || self.standing(host).as_deref() == Some(wanted));
     }
 
     /// The guest runs where it was, and nobody thinks otherwise.

@@ -5,7 +5,6 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
-use crate::guest::{Console, Guests, Running};
 use pageferry::convergence::Bound;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
@@ -14,6 +13,7 @@ use pageferry::{
     GuestAtSource, Machine, MachineError, Source, SourceFailure,
 };
 use pageferry_qemu::ram::{self, Made};
+use pageferry_qemu::testing::{Console, Guests, Running};
 use pageferry_qemu::{QemuCommand, QemuDestination, QemuSource, Qmp};
 use pageferry_rust_vmm::{ForeignPagemapScan, ForeignProcess, ForeignUserfaultfd, PagemapScan};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
@@ -45,8 +45,8 @@ impl Scene {
         }
         let guests = Guests::build(PAGES)?;
         let (mut here, there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
-        let source = Running::start(&guests, "a");
-        let qmp = Arc::new(source.connect());
+        let source = Running::start(&guests, "a").unwrap();
+        let qmp = Arc::new(source.connect().unwrap());
         here.pass();
         Some(Self { guests, source, qmp, here, there })
     }

@@ -1,7 +1,6 @@
 //! Linux guests of an unmodified QEMU, which check their own memory, moved while they write it.
 
 mod commands;
-mod guest;
 mod killed;
 mod library;
 mod programs;

@@ -1,8 +1,8 @@
 //! Guests of a real QEMU, moved by `pageferry-qemu`.
 
 use crate::commands::{Receiving, may_trace, migrate, recover, refused};
-use crate::guest::{Console, Disk, Guests, Running};
 use pageferry_qemu::Tracking;
+use pageferry_qemu::testing::{Console, Disk, Guests, Running};
 use serde_json::Value;
 
 const PAGES: u32 = 4096;
@@ -18,7 +18,7 @@ fn a_guest_moves_from_host_to_host() {
     }
     let Some(guests) = Guests::build(PAGES) else { return };
     let mut console = Console::of(&guests, "0");
-    let mut source = Running::start(&guests, "0");
+    let mut source = Running::start(&guests, "0").unwrap();
     let mut pass = console.pass();
     let mut last = None;
     for hop in 0..20 {
@@ -83,7 +83,7 @@ fn a_guest_with_a_disk_moves(direct: bool) {
     }
     guests.disk = Some(Disk { path, direct });
     let (mut here, mut there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
-    let mut source = Running::start(&guests, "a");
+    let mut source = Running::start(&guests, "a").unwrap();
     let before = ["memory", "second", "disk"].map(|process| here.pass_of(process));
     let (mut receiving, address) = Receiving::start(&guests, "b", &[]);
     let (report, status) = migrate(&guests, "a", &address, &["--downtime-limit", "2s"]);
@@ -129,7 +129,7 @@ fn a_guest_with_several_nodes_moves() {
     let Some(mut guests) = Guests::build(PAGES) else { return };
     guests.ram = vec![("near", 128), ("far", 96), ("middle", 32)];
     let (mut here, mut there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
-    let mut source = Running::start(&guests, "a");
+    let mut source = Running::start(&guests, "a").unwrap();
     let pass = here.pass();
     let (mut receiving, address) = Receiving::start(&guests, "b", &[]);
     let (report, status) = migrate(&guests, "a", &address, &["--downtime-limit", "2s"]);
@@ -149,7 +149,7 @@ fn what_is_not_seen_is_refused() {
     let mut console = Console::of(&guests, "a");
     let mut arguments = guests.arguments("a");
     arguments.extend(["-device".into(), "virtio-balloon-pci,id=balloon0".into()]);
-    let source = Running::with(&guests, "a", &arguments);
+    let source = Running::with(&guests, "a", &arguments).unwrap();
     console.pass();
     // This test has the RAM mapped as a vhost-user backend would.
     let ram = std::fs::File::options().read(true).write(true).open(guests.path("a.ram")).unwrap();
@@ -174,8 +174,8 @@ fn supports_o_direct(file: &std::path::Path) -> bool {
 fn what_is_another_guests_is_not_taken() {
     let Some(guests) = Guests::build(PAGES) else { return };
     let _console = Console::of(&guests, "a");
-    let other = Running::start(&guests, "a");
-    other.connect();
+    let other = Running::start(&guests, "a").unwrap();
+    other.connect().unwrap();
     for (host, ram, wrong) in
         [("b", "a.ram", "a.ram is there already"), ("a", "b.ram", "another QEMU's")]
     {
@@ -185,7 +185,7 @@ fn what_is_another_guests_is_not_taken() {
     std::fs::write(guests.path("c.qmp"), b"a file").unwrap();
     let error = refused(&guests, "c", "c.ram");
     assert!(error.contains("cannot be a monitor's socket"), "{error}");
-    assert!(other.connect().run_state().unwrap().running);
+    assert!(other.connect().unwrap().run_state().unwrap().running);
     // And a path that nothing is at is no guest that is gone.
     assert_eq!(recover(&guests, "d", &[]), None);
 }

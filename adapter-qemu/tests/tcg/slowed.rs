@@ -2,14 +2,13 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use pageferry_qemu::Tracking;
+use pageferry_qemu::testing::{Console, Guests, Running};
 
-use crate::commands::{Receiving, may_trace, migrating, recover};
-use crate::guest::{Console, Guests, Running};
+use crate::commands::{Receiving, may_trace, migrating, recover, until};
 
 /// A control group of this test's.
 struct Group {
@@ -59,27 +58,20 @@ impl Group {
 }
 
 /// A guest that is heard all the time: one whose console is full stands still, and writes nothing.
-struct Heard(Arc<AtomicU64>);
+struct Heard(Receiver<u64>);
 
 impl Heard {
     fn of(mut console: Console) -> Self {
-        let passes = Arc::new(AtomicU64::new(0));
-        let last = Arc::clone(&passes);
-        std::thread::spawn(move || {
-            loop {
-                last.store(console.pass(), Ordering::Relaxed);
-            }
-        });
+        let (say, passes) = channel();
+        std::thread::spawn(move || while say.send(console.pass()).is_ok() {});
         Self(passes)
     }
 
     /// Waits for a whole pass, without an error, from now on.
     fn await_pass(&self) {
-        let began = Instant::now();
-        let before = self.0.load(Ordering::Relaxed);
-        while self.0.load(Ordering::Relaxed) < before + 2 {
-            assert!(began.elapsed() < Duration::from_secs(300), "the guest says no more");
-            std::thread::yield_now();
+        self.0.try_iter().for_each(drop);
+        for _ in 0..2 {
+            self.0.recv_timeout(Duration::from_secs(300)).expect("the guest says more");
         }
     }
 }
@@ -100,10 +92,11 @@ fn a_guest_that_writes_too_fast_is_slowed_down_and_gets_its_speed_back() {
     if !may_trace() {
         return;
     }
-    let Some(guests) = Guests::build(4096) else { return };
+    let Some(mut guests) = Guests::build(4096) else { return };
+    guests.rest_us = 0;
     let console = Console::of(&guests, "a");
     let Some(group) = Group::make() else { return };
-    let source = Running::start(&guests, "a");
+    let source = Running::start(&guests, "a").unwrap();
     let heard = Heard::of(console);
     heard.await_pass();
     group.take(source.child.id());
@@ -134,11 +127,7 @@ fn a_guest_that_writes_too_fast_is_slowed_down_and_gets_its_speed_back() {
     let _console = Console::of(&guests, "c");
     let (_there, address) = Receiving::start(&guests, "c", &[]);
     let mut program = too_fast(&address);
-    let began = Instant::now();
-    while group.waited() == waited {
-        assert!(began.elapsed() < Duration::from_secs(60), "nobody is slowed down");
-        std::thread::yield_now();
-    }
+    until("the guest is slowed down", || group.waited() != waited);
     program.say("cancel");
     let (report, status) = program.end();
     assert_eq!((status, &report["guest_at"]), (Some(3), &"source".into()), "{report}");
@@ -154,7 +143,7 @@ fn a_group_that_is_none_of_the_guests_is_refused() {
     }
     let Some(guests) = Guests::build(64) else { return };
     let mut console = Console::of(&guests, "a");
-    let _source = Running::start(&guests, "a");
+    let _source = Running::start(&guests, "a").unwrap();
     console.pass();
     let folder = guests.path("group");
     fs::create_dir(&folder).unwrap();

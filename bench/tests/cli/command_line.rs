@@ -33,6 +33,8 @@ fn nonsense_is_refused_with_help() {
         (&["migrate", "--host-load", "lots"], &["--host-load"]),
         (&["compare", "--channels", "200"], &["--channels", "1..=128"]),
         (&["compare", "--memory", "5000"], &["--memory", "4096"]),
+        (&["compare-guests", "--memory", "64M"], &["--working-set", "--memory"]),
+        (&["compare-guests", "--downtime-limit", "1us"], &["--downtime-limit", "1 ms"]),
         (&["report"], &["FILE"]),
         (&["hot", "dance"], &["coalesce"]),
         (&["gate"], &["--head"]),
@@ -73,6 +75,7 @@ fn help_has_examples_and_exit_codes() {
         (&["latency", "--help"], "re-arm of a batch's first page"),
         (&["migrate", "--help"], "pageferry-bench migrate --dirty-rate"),
         (&["compare", "--help"], "iperf3"),
+        (&["compare-guests", "--help"], "multifd"),
     ] {
         let ran = run(args);
         assert_eq!(ran.status, Some(0), "{args:?}");

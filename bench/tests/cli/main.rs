@@ -3,6 +3,7 @@
 mod bitmap;
 mod command_line;
 mod compare;
+mod compare_guests;
 mod device_state;
 mod hot;
 mod latency;

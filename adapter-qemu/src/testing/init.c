@@ -4,7 +4,8 @@
  *
  * Each page has a counter in its first word and a mix of counter and page number in its last; how often each page
  * was written is kept elsewhere too. A page that came from elsewhere, or from another time, shows. A line goes to
- * the serial console for each pass over all pages, and one for the first error.
+ * the serial console for each pass over all pages, and one for the first error; and, if that is asked for, one for
+ * each millisecond.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -18,6 +19,7 @@
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { PAGE_BYTES = 4096, WORDS = PAGE_BYTES / 8 };
@@ -52,9 +54,10 @@ static uint64_t *some_pages(size_t pages)
     return memory;
 }
 
-/* Writes pages all the time. */
-static void use_memory(const char *name, size_t pages)
+/* Writes pages all the time, but for a rest of so many microseconds after each MiB. */
+static void use_memory(const char *name, size_t pages, size_t rest)
 {
+    enum { PAGES_BETWEEN_RESTS = (1 << 20) / PAGE_BYTES };
     uint64_t *memory = some_pages(pages);
     uint64_t *counts = some_pages(pages * sizeof *counts / PAGE_BYTES + 1);
 
@@ -69,6 +72,8 @@ static void use_memory(const char *name, size_t pages)
             counts[page]++;
             words[0] = counts[page];
             words[WORDS - 1] = mix(counts[page], page);
+            if (rest && page % PAGES_BETWEEN_RESTS == 0)
+                usleep(rest);
         }
         printf("guest: %s pass %llu errors %llu\n", name, (unsigned long long)pass,
                (unsigned long long)errors);
@@ -109,6 +114,17 @@ static void use_disk(int disk)
     }
 }
 
+/* Says that the guest lives, every millisecond. */
+static void beat(void)
+{
+    const struct timespec millisecond = { 0, 1000000 };
+
+    for (;;) {
+        nanosleep(&millisecond, NULL);
+        puts("beat");
+    }
+}
+
 /* Loads the modules of /modules in the order of their names. */
 static void load_modules(void)
 {
@@ -139,6 +155,7 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     size_t pages = parameter("pages=", 4096);
+    size_t rest = parameter("rest=", 0);
     if (parameter("disk=", 0)) {
         load_modules();
         int disk = open("/dev/vda", O_RDWR | O_DIRECT);
@@ -147,7 +164,9 @@ int main(void)
         else if (!fork())
             use_disk(disk);
     }
+    if (parameter("beats=", 0) && !fork())
+        beat();
     if (sysconf(_SC_NPROCESSORS_ONLN) > 1 && !fork())
-        use_memory("second", pages / 2);
-    use_memory("memory", pages);
+        use_memory("second", pages / 2, rest);
+    use_memory("memory", pages, rest);
 }

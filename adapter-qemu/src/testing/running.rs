@@ -1,0 +1,61 @@
+//! A QEMU that runs.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::guests::Guests;
+use crate::{Qmp, QmpError};
+
+/// How long it may take to listen.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A QEMU that somebody started, before this program came. Dropping it kills it.
+#[derive(Debug)]
+pub struct Running {
+    /// Its process.
+    pub child: Child,
+    /// The socket of its monitor.
+    pub monitor: PathBuf,
+}
+
+impl Running {
+    /// With a guest, on a host of that name; its monitor is NAME.qmp.
+    pub fn start(guests: &Guests, host: &str) -> io::Result<Self> {
+        Self::with(guests, host, &guests.arguments(host))
+    }
+
+    /// With arguments of its own.
+    pub fn with(guests: &Guests, host: &str, arguments: &[OsString]) -> io::Result<Self> {
+        let monitor = guests.path(&format!("{host}.qmp"));
+        let child = Command::new("qemu-system-x86_64")
+            .args(arguments)
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", monitor.display()))
+            .stdin(Stdio::null())
+            .spawn()?;
+        Ok(Self { child, monitor })
+    }
+
+    /// As soon as it listens.
+    pub fn connect(&self) -> Result<Qmp, QmpError> {
+        let began = Instant::now();
+        loop {
+            match Qmp::connect(&self.monitor) {
+                Err(QmpError::Connect { .. }) if began.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                connected => return connected,
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
