@@ -33,6 +33,7 @@ mod migrate;
 mod output;
 mod page;
 mod perftest;
+mod qemu;
 mod random;
 mod rearm;
 mod runs;

@@ -29,7 +29,11 @@ impl Running {
 
     /// With arguments of its own.
     pub fn with(guests: &Guests, host: &str, arguments: &[OsString]) -> io::Result<Self> {
-        let monitor = guests.path(&format!("{host}.qmp"));
+        Self::at(guests.path(&format!("{host}.qmp")), arguments)
+    }
+
+    /// With a monitor at that path.
+    pub fn at(monitor: PathBuf, arguments: &[OsString]) -> io::Result<Self> {
         let child = Command::new("qemu-system-x86_64")
             .args(arguments)
             .arg("-qmp")

@@ -25,7 +25,7 @@ What is measured:
   total        from the call to its return; of QEMU's own migration what QEMU says
   downtime     what the engine says, or QEMU
   standstill   from the guest's last sign of life here to its first there; it gives one each
-               millisecond, when it gets to it
+               millisecond, when it gets to it. Too short where this machine has other things to do
   bytes        on the wire, as the engine says, or QEMU
   CPU          of both QEMUs and of this process, but for the threads of virtual CPUs
   wrong        guests that found an error in their memory afterwards, of all that were moved

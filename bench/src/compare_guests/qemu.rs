@@ -1,7 +1,6 @@
 //! QEMU's own migration.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pageferry_cli::outcome::Failure;
 use pageferry_qemu::Qmp;
@@ -9,11 +8,7 @@ use pageferry_qemu::testing::Running;
 use serde_json::{Value, json};
 
 use super::stage::{Moved, Mover, Stage};
-
-/// For a migration over loopback.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// Without a limit QEMU takes its default, which is a fraction of what loopback can do.
-const BANDWIDTH_BYTES: u64 = 1 << 40;
+use crate::qemu::{BANDWIDTH_BYTES, await_end, listen, migrate_to};
 
 /// As it is, or by several connections.
 pub(super) struct Qemu {
@@ -33,12 +28,9 @@ impl Mover for Qemu {
         let qmp = there.connect()?;
         self.set_up(&qmp)?;
         self.set_up(&stage.qmp)?;
-        qmp.execute("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
-        let listening = qmp.execute("query-migrate", Value::Null)?;
-        let port = listening.pointer("/socket-address/0/port").and_then(Value::as_str);
-        let port = port.ok_or("QEMU did not say where it listens")?;
+        let port = listen(&qmp)?;
         let cpu = stage.cpu(&qmp)?;
-        stage.qmp.execute("migrate", json!({"uri": format!("tcp:127.0.0.1:{port}")}))?;
+        migrate_to(&stage.qmp, &port)?;
         let ended = await_end(&stage.qmp)?;
         let cpu_ms = cpu.end(&[&stage.qmp, &qmp])?;
         let figure = |path: &str| {
@@ -71,23 +63,4 @@ impl Qemu {
         qmp.execute("migrate-set-parameters", parameters)?;
         Ok(())
     }
-}
-
-fn await_end(qmp: &Qmp) -> Result<Value, Failure> {
-    let began = Instant::now();
-    while began.elapsed() < PATIENCE {
-        let state = qmp.execute("query-migrate", Value::Null)?;
-        match state.get("status").and_then(Value::as_str) {
-            // It is completed a moment before its thread has calculated how long it took
-            // (migration/migration.c, migration_iteration_finish).
-            Some("completed") if state["total-time"] != 0 => return Ok(state),
-            Some("failed" | "cancelled") => {
-                let why = state.get("error-desc").unwrap_or(&Value::Null);
-                return Err(format!("QEMU's migration failed: {why}").into());
-            }
-            // As often as it does not matter to what is measured.
-            _ => thread::sleep(Duration::from_millis(10)),
-        }
-    }
-    Err("QEMU's migration does not end".into())
 }
