@@ -25,11 +25,15 @@ pub struct Disk {
 pub struct Guests {
     folder: tempfile::TempDir,
     kernel: Kernel,
+    /// What runs it: TCG, which every host has, or what the variable PAGEFERRY_QEMU_ACCEL says.
+    pub accel: String,
     /// Pages that the guest writes, over and over.
     pub pages: u32,
     /// Microseconds that it rests after each MiB that it has written. What it does all the time takes CPU time from
     /// whoever moves it.
     pub rest_us: u32,
+    /// Steps of work that it does for each page. A guest that has half of a CPU then writes half as fast.
+    pub work: u32,
     /// Virtual CPUs. With more than one another process writes half as many pages.
     pub vcpus: u8,
     /// Names and sizes, in MiB, of what its RAM is made of: a NUMA node each, if it is not one alone.
@@ -76,8 +80,10 @@ impl Guests {
         Ok(Self {
             folder,
             kernel,
+            accel: std::env::var("PAGEFERRY_QEMU_ACCEL").unwrap_or_else(|_| "tcg".to_owned()),
             pages,
             rest_us: 1000,
+            work: 0,
             vcpus: 1,
             ram: vec![("ram", 256)],
             disk: None,
@@ -105,18 +111,19 @@ impl Guests {
         };
         let file = |kind: &str| self.path(&format!("{host}.{kind}"));
         let console = joined("socket,id=console,path=", &file("console"), "");
-        let Self { pages, rest_us, .. } = self;
+        let Self { pages, rest_us, work, .. } = self;
         let [disk, beats] = [self.disk.is_some(), self.beats].map(u8::from);
-        let command_line = format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off cryptomgr.notests nokaslr audit=0 pages={pages} rest={rest_us} disk={disk} beats={beats}"
-        );
+        let kernel =
+            "console=ttyS0 quiet panic=-1 mitigations=off cryptomgr.notests nokaslr audit=0";
+        let init = format!("pages={pages} rest={rest_us} work={work} disk={disk} beats={beats}");
+        let command_line = format!("{kernel} {init}");
         let mut arguments: Vec<OsString> = [
             "-nodefaults",
             "-no-user-config",
             "-display",
             "none",
             "-accel",
-            "tcg",
+            &self.accel,
             "-cpu",
             "max",
             "-serial",

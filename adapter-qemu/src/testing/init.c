@@ -54,12 +54,16 @@ static uint64_t *some_pages(size_t pages)
     return memory;
 }
 
-/* Writes pages all the time, but for a rest of so many microseconds after each MiB. */
-static void use_memory(const char *name, size_t pages, size_t rest)
+/*
+ * Writes pages all the time, but for a rest of so many microseconds after each MiB; and so many steps of work for
+ * each page, which take the longer the less of a CPU there is.
+ */
+static void use_memory(const char *name, size_t pages, size_t rest, size_t work)
 {
     enum { PAGES_BETWEEN_RESTS = (1 << 20) / PAGE_BYTES };
     uint64_t *memory = some_pages(pages);
     uint64_t *counts = some_pages(pages * sizeof *counts / PAGE_BYTES + 1);
+    volatile uint64_t worked = 0;
 
     for (size_t page = 0; page < pages; page++)
         memory[page * WORDS + WORDS - 1] = mix(0, page);
@@ -72,6 +76,8 @@ static void use_memory(const char *name, size_t pages, size_t rest)
             counts[page]++;
             words[0] = counts[page];
             words[WORDS - 1] = mix(counts[page], page);
+            for (size_t step = 0; step < work; step++)
+                worked = mix(worked, step);
             if (rest && page % PAGES_BETWEEN_RESTS == 0)
                 usleep(rest);
         }
@@ -156,6 +162,7 @@ int main(void)
 
     size_t pages = parameter("pages=", 4096);
     size_t rest = parameter("rest=", 0);
+    size_t work = parameter("work=", 0);
     if (parameter("disk=", 0)) {
         load_modules();
         int disk = open("/dev/vda", O_RDWR | O_DIRECT);
@@ -167,6 +174,6 @@ int main(void)
     if (parameter("beats=", 0) && !fork())
         beat();
     if (sysconf(_SC_NPROCESSORS_ONLN) > 1 && !fork())
-        use_memory("second", pages / 2, rest);
-    use_memory("memory", pages, rest);
+        use_memory("second", pages / 2, rest, work);
+    use_memory("memory", pages, rest, work);
 }

@@ -11,7 +11,11 @@ use pageferry_qemu::{Qmp, QmpError};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-qemu");
+/// That of these tests, or the one that the variable PAGEFERRY_QEMU names: with RDMA, say.
+fn program() -> Command {
+    let other = std::env::var_os("PAGEFERRY_QEMU");
+    Command::new(other.unwrap_or_else(|| env!("CARGO_BIN_EXE_pageferry-qemu").into()))
+}
 
 /// How long a message may take that comes soon.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -93,11 +97,21 @@ pub(crate) struct Receiving {
 }
 
 impl Receiving {
-    /// Returns with the address that it waits at.
+    /// On this machine. Returns with the address that it waits at.
     pub(crate) fn start(guests: &Guests, host: &str, options: &[&str]) -> (Self, String) {
-        let mut command = Command::new(PROGRAM);
+        Self::at("127.0.0.1", guests, host, options)
+    }
+
+    /// At an address.
+    pub(crate) fn at(
+        address: &str,
+        guests: &Guests,
+        host: &str,
+        options: &[&str],
+    ) -> (Self, String) {
+        let mut command = program();
         command
-            .args(["receive", "--json", "--listen", "127.0.0.1:0"])
+            .args(["receive", "--json", "--listen", &format!("{address}:0")])
             .args(guests.ram_files(host).iter().flat_map(|path| [Path::new("--ram"), path]))
             .arg("--qmp")
             .arg(guests.path(&format!("{host}.qmp")))
@@ -152,7 +166,7 @@ impl Drop for Receiving {
 
 /// Why a `receive` with that monitor and that RAM does not wait for anybody.
 pub(crate) fn refused(guests: &Guests, host: &str, ram: &str) -> String {
-    let ended = Command::new(PROGRAM)
+    let ended = program()
         .args(["receive", "--json", "--listen", "127.0.0.1:0", "--ram"])
         .arg(guests.path(ram))
         .arg("--qmp")
@@ -167,7 +181,7 @@ pub(crate) fn refused(guests: &Guests, host: &str, ram: &str) -> String {
 
 /// A `pageferry-qemu migrate`.
 pub(crate) fn migrating(guests: &Guests, host: &str, to: &str, options: &[&str]) -> Running {
-    let mut command = Command::new(PROGRAM);
+    let mut command = program();
     command.args(["migrate", "--json", "--to", to, "--qmp"]);
     command.arg(guests.path(&format!("{host}.qmp"))).args(options);
     Running::start(&mut command)
@@ -186,7 +200,7 @@ pub(crate) fn migrate(
 
 /// What `pageferry-qemu recover` knows of a side, if it did what it was asked.
 pub(crate) fn recover(guests: &Guests, host: &str, options: &[&str]) -> Option<Value> {
-    let ended = Command::new(PROGRAM)
+    let ended = program()
         .args(["recover", "--json", "--qmp"])
         .arg(guests.path(&format!("{host}.qmp")))
         .args(options)

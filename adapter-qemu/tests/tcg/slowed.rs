@@ -67,12 +67,16 @@ impl Heard {
         Self(passes)
     }
 
-    /// Waits for a whole pass, without an error, from now on.
+    /// The number of its next whole pass, without an error.
+    fn next(&self) -> u64 {
+        self.0.recv_timeout(Duration::from_secs(300)).expect("the guest says more")
+    }
+
+    /// Waits for a whole pass from now on.
     fn await_pass(&self) {
         self.0.try_iter().for_each(drop);
-        for _ in 0..2 {
-            self.0.recv_timeout(Duration::from_secs(300)).expect("the guest says more");
-        }
+        self.next();
+        self.next();
     }
 }
 
@@ -133,6 +137,50 @@ fn a_guest_that_writes_too_fast_is_slowed_down_and_gets_its_speed_back() {
     assert_eq!((status, &report["guest_at"]), (Some(3), &"source".into()), "{report}");
     assert_eq!(group.quota(), before);
     heard.await_pass();
+}
+
+/// Over a link that takes longer for what it writes all the time than it may stand still, so that nothing but its
+/// quota helps. With a hundredth of a CPU it writes less than the link takes.
+#[test]
+fn a_guest_that_is_slowed_down_arrives() {
+    const PAGES: u32 = 8192;
+    if let Err(error) = Tracking::of_this_kernel() {
+        return eprintln!("skipped, because pages cannot be tracked here: {error}");
+    }
+    if !may_trace() {
+        return;
+    }
+    let Some(mut guests) = Guests::build(PAGES) else { return };
+    (guests.rest_us, guests.work) = (0, 500);
+    let (console, mut there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
+    let Some(group) = Group::make() else { return };
+    let mut source = Running::start(&guests, "a").unwrap();
+    let heard = Heard::of(console);
+    heard.await_pass();
+    let passes = heard.next();
+    group.take(source.child.id());
+    let before = group.quota();
+    let (mut receiving, address) = Receiving::start(&guests, "b", &[]);
+    let options = [
+        ["--bandwidth-limit", "28M"],
+        ["--switchover-bandwidth", "28M"],
+        ["--throttle-cgroup", group.folder.to_str().unwrap()],
+        ["--downtime-limit", "600ms"],
+    ]
+    .concat();
+    let mut program = migrating(&guests, "a", &address, &[&["--verify"], &options[..]].concat());
+    program.hear("guest slowed down by 20 %");
+    let (report, status) = program.end();
+    assert_eq!(status, Some(0), "{report}");
+    assert_eq!((&report["outcome"], &report["memory_match"]), (&"completed".into(), &true.into()));
+    assert_eq!(report["convergence"], "throttled", "{report}");
+    assert!(report["downtime_ms"].as_f64().unwrap() <= 600.0, "{report}");
+    eprintln!("slowed down by {} %: {} ms", report["throttle_max_percent"], report["total_ms"]);
+    assert_eq!(group.quota(), before);
+    receiving.leave();
+    let arrived = [there.pass(), there.pass()];
+    assert!(arrived[0] > passes && arrived[1] > arrived[0], "{passes} here, {arrived:?} there");
+    assert!(source.child.wait().unwrap().success(), "QEMU at the source did not quit");
 }
 
 /// It says so, and goes on.
