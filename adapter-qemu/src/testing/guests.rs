@@ -25,8 +25,6 @@ pub struct Disk {
 pub struct Guests {
     folder: tempfile::TempDir,
     kernel: Kernel,
-    /// What runs it: TCG, which every host has, or what the variable PAGEFERRY_QEMU_ACCEL says.
-    pub accel: String,
     /// Pages that the guest writes, over and over.
     pub pages: u32,
     /// Microseconds that it rests after each MiB that it has written. What it does all the time takes CPU time from
@@ -80,7 +78,6 @@ impl Guests {
         Ok(Self {
             folder,
             kernel,
-            accel: std::env::var("PAGEFERRY_QEMU_ACCEL").unwrap_or_else(|_| "tcg".to_owned()),
             pages,
             rest_us: 1000,
             work: 0,
@@ -123,7 +120,7 @@ impl Guests {
             "-display",
             "none",
             "-accel",
-            &self.accel,
+            "tcg",
             "-cpu",
             "max",
             "-serial",

@@ -1,4 +1,5 @@
-//! Guests for tests and measurements, behind the feature `test-support`: a Linux that checks itself, in a QEMU.
+//! Guests for tests and measurements, behind the feature `test-support`: a Linux that checks itself, under QEMU's TCG,
+//! which every host runs.
 //!
 //! - [`Guests`] is what they are made of, with QEMU's arguments for them;
 //! - [`Console`] is what a guest says: whole passes over its memory, and errors;

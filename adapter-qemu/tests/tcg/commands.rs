@@ -1,7 +1,7 @@
 //! `pageferry-qemu` as its users start it.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -11,11 +11,7 @@ use pageferry_qemu::{Qmp, QmpError};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// That of these tests, or the one that the variable PAGEFERRY_QEMU names: with RDMA, say.
-fn program() -> Command {
-    let other = std::env::var_os("PAGEFERRY_QEMU");
-    Command::new(other.unwrap_or_else(|| env!("CARGO_BIN_EXE_pageferry-qemu").into()))
-}
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-qemu");
 
 /// How long a message may take that comes soon.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -92,45 +88,36 @@ impl Drop for Running {
 /// A `pageferry-qemu receive` that waits, or has a guest.
 pub(crate) struct Receiving {
     pub(crate) program: Running,
+    monitor: PathBuf,
     /// QEMU, once its guest runs.
     qemu: Option<Pid>,
 }
 
 impl Receiving {
-    /// On this machine. Returns with the address that it waits at.
+    /// Returns with the address that it waits at.
     pub(crate) fn start(guests: &Guests, host: &str, options: &[&str]) -> (Self, String) {
-        Self::at("127.0.0.1", guests, host, options)
-    }
-
-    /// At an address.
-    pub(crate) fn at(
-        address: &str,
-        guests: &Guests,
-        host: &str,
-        options: &[&str],
-    ) -> (Self, String) {
-        let mut command = program();
+        let monitor = guests.path(&format!("{host}.qmp"));
+        let mut command = Command::new(PROGRAM);
         command
-            .args(["receive", "--json", "--listen", &format!("{address}:0")])
+            .args(["receive", "--json", "--listen", "127.0.0.1:0"])
             .args(guests.ram_files(host).iter().flat_map(|path| [Path::new("--ram"), path]))
             .arg("--qmp")
-            .arg(guests.path(&format!("{host}.qmp")))
+            .arg(&monitor)
             .args(options)
             .args(["--", "qemu-system-x86_64"])
             .args(guests.arguments(host));
         let mut program = Running::start(&mut command);
         let address = program.hear("listening on ");
-        (Self { program, qemu: None }, address)
+        (Self { program, monitor, qemu: None }, address)
     }
 
     /// The process of its QEMU, as soon as that is there.
-    pub(crate) fn qemu(&mut self, guests: &Guests, host: &str) -> Pid {
-        let monitor = guests.path(&format!("{host}.qmp"));
+    pub(crate) fn qemu(&mut self) -> Pid {
         let mut qmp = None;
         until("QEMU comes", || {
             let ended = self.program.child.try_wait().unwrap();
             assert!(ended.is_none(), "it ended before QEMU came");
-            match Qmp::connect(&monitor) {
+            match Qmp::connect(&self.monitor) {
                 Err(QmpError::Connect { .. }) => {}
                 connected => qmp = Some(connected.unwrap()),
             }
@@ -158,7 +145,10 @@ impl Drop for Receiving {
     fn drop(&mut self) {
         let _ = self.program.child.kill();
         let _ = self.program.child.wait();
-        if let Some(qemu) = self.qemu {
+        // Of a test that failed nobody may have asked. One that has a guest would run for ever.
+        let found =
+            || Pid::from_raw(Qmp::connect(&self.monitor).ok()?.peer_pid().ok()?.cast_signed());
+        if let Some(qemu) = self.qemu.or_else(found) {
             let _ = kill_process(qemu, Signal::KILL);
         }
     }
@@ -166,7 +156,7 @@ impl Drop for Receiving {
 
 /// Why a `receive` with that monitor and that RAM does not wait for anybody.
 pub(crate) fn refused(guests: &Guests, host: &str, ram: &str) -> String {
-    let ended = program()
+    let ended = Command::new(PROGRAM)
         .args(["receive", "--json", "--listen", "127.0.0.1:0", "--ram"])
         .arg(guests.path(ram))
         .arg("--qmp")
@@ -181,7 +171,7 @@ pub(crate) fn refused(guests: &Guests, host: &str, ram: &str) -> String {
 
 /// A `pageferry-qemu migrate`.
 pub(crate) fn migrating(guests: &Guests, host: &str, to: &str, options: &[&str]) -> Running {
-    let mut command = program();
+    let mut command = Command::new(PROGRAM);
     command.args(["migrate", "--json", "--to", to, "--qmp"]);
     command.arg(guests.path(&format!("{host}.qmp"))).args(options);
     Running::start(&mut command)
@@ -200,7 +190,7 @@ pub(crate) fn migrate(
 
 /// What `pageferry-qemu recover` knows of a side, if it did what it was asked.
 pub(crate) fn recover(guests: &Guests, host: &str, options: &[&str]) -> Option<Value> {
-    let ended = program()
+    let ended = Command::new(PROGRAM)
         .args(["recover", "--json", "--qmp"])
         .arg(guests.path(&format!("{host}.qmp")))
         .args(options)

@@ -61,7 +61,7 @@ impl Scene {
         let ram = self.guests.path("b.ram");
         // QEMU itself writes nothing there before it loads.
         until("pages move", || std::fs::metadata(&ram).is_ok_and(|file| file.blocks() > 0));
-        let qemu = receive.qemu(&self.guests, "b");
+        let qemu = receive.qemu();
         Attempt { migrate, receive, qemu }
     }
 
