@@ -19,20 +19,22 @@ pub fn time_of_thread() -> Duration {
     time(ClockId::ThreadCPUTime)
 }
 
-/// The same of all processes that this one has started and that have ended and were waited for.
+/// The same of all processes that this one has started and that have ended and were waited for; of others, as far as
+/// those have waited for theirs. In microseconds.
 pub fn time_of_children() -> io::Result<Duration> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let all = usage.user_time() + usage.system_time();
     Ok(Duration::from_micros(u64::try_from(all.num_microseconds()).unwrap_or(0)))
 }
 
-/// The same of another process.
+/// The same of another process, whoever has it. An error if there is none with that number.
 pub fn time_of_process_of(pid: u32) -> io::Result<Duration> {
     let clock = nix::time::ClockId::pid_cpu_clock_id(Pid::from_raw(pid.cast_signed()))?;
     Ok(clock.now()?.into())
 }
 
-/// The same of one of its threads. See the kernel's Documentation/scheduler/sched-stats.rst.
+/// The same of one of its threads. An error if there is no such thread, or if the kernel keeps no such figures
+/// (Documentation/scheduler/sched-stats.rst).
 pub fn time_of_thread_of(pid: u32, thread: u32) -> io::Result<Duration> {
     let path = format!("/proc/{pid}/task/{thread}/schedstat");
     let text = std::fs::read_to_string(path)?;

@@ -1,5 +1,6 @@
 //! CPU time of what moves a guest.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use pageferry_cli::cpu;
@@ -29,7 +30,8 @@ fn so_far(qemus: &[&Qmp]) -> Result<Duration, Failure> {
     for qmp in qemus {
         let pid = qmp.peer_pid()?;
         let mut guest = Duration::ZERO;
-        for thread in qmp.vcpu_threads()? {
+        // One thread may run several.
+        for thread in BTreeSet::from_iter(qmp.vcpu_threads()?) {
             guest += cpu::time_of_thread_of(pid, thread)?;
         }
         sum += cpu::time_of_process_of(pid)?.saturating_sub(guest);
