@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 /// Without a limit QEMU takes its default, which is a fraction of what loopback can do.
 pub(crate) const BANDWIDTH_BYTES: u64 = 1 << 40;
 
-/// For a migration over loopback.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// For a migration over loopback, whoever makes it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Has one that waits for a guest listen, and returns the port.
 pub(crate) fn listen(qmp: &Qmp) -> Result<String, Failure> {

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+
 use super::guests::Guests;
 use crate::{Qmp, QmpError};
 
@@ -43,17 +45,25 @@ impl Running {
         Ok(Self { child, monitor })
     }
 
-    /// As soon as it listens.
+    /// As soon as it listens; an error if it ends before that.
     pub fn connect(&self) -> Result<Qmp, QmpError> {
         let began = Instant::now();
         loop {
             match Qmp::connect(&self.monitor) {
-                Err(QmpError::Connect { .. }) if began.elapsed() < PATIENCE => {
+                Err(QmpError::Connect { .. }) if began.elapsed() < PATIENCE && !self.ended() => {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 connected => return connected,
             }
         }
+    }
+}
+
+impl Running {
+    fn ended(&self) -> bool {
+        let looks = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let pid = WaitId::Pid(Pid::from_child(&self.child));
+        !matches!(waitid(pid, looks), Ok(None))
     }
 }
 

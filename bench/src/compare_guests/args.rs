@@ -30,7 +30,7 @@ What is measured:
   CPU          of both QEMUs and of this process, but for the threads of virtual CPUs
   wrong        guests that found an error in their memory afterwards, of all that were moved
 
-  Who fails is named as missing from then on, with the reason. Exit status 1 if that is pageferry
+  Whoever has not moved a guest within two minutes has failed. Who fails is named as missing from then on, with the reason. Exit status 1 if that is pageferry
   after it has moved one, or a guest that it moved is wrong.
 
   Needs qemu-system-x86_64, a C compiler, and a kernel for the guest (`ci/lab install` gets it).";

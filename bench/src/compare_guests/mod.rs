@@ -2,6 +2,7 @@
 
 mod args;
 mod cpu;
+mod interrupt;
 mod own;
 mod qemu;
 mod report;
@@ -9,14 +10,14 @@ mod stage;
 
 use std::cell::Cell;
 
-use crossbeam_channel::{Receiver, unbounded};
 use pageferry_cli::outcome::{Failure, Outcome};
+use pageferry_cli::say;
 use pageferry_cli::transport::facts::transports;
-use pageferry_cli::{say, signals};
 use pageferry_qemu::testing::{Guests, qemu_version};
 use pageferry_report::document::{Missing, ms};
 use pageferry_report::facts::Facts;
 
+use self::interrupt::Interrupt;
 use self::own::Own;
 use self::qemu::Qemu;
 use self::report::{Contestant, Report};
@@ -30,9 +31,8 @@ pub(crate) use args::{CompareGuestsArgs, EXAMPLES, METHOD};
 /// Measures, and prints the result.
 pub(crate) fn run(args: &CompareGuestsArgs) -> Result<Outcome, Failure> {
     host::check_room_for_two(args.memory, pageferry_vmm::ram::Backing::Memfd)?;
-    let (interrupt, interrupted) = unbounded();
-    signals::listen(&signals::ENDING, interrupt, |_| ())?;
-    match compare(args, &interrupted) {
+    let interrupt = Interrupt::listen()?;
+    match compare(args, &interrupt) {
         Ok(Some(report)) => {
             output::report(&report, &report.table(), args.json)?;
             match report.wrong_of_pageferry() {
@@ -41,17 +41,13 @@ pub(crate) fn run(args: &CompareGuestsArgs) -> Result<Outcome, Failure> {
             }
         }
         Ok(None) => Ok(Outcome::Cancelled),
-        Err(error) if interrupted.is_empty() => Err(error),
-        // A terminal tells the guest's QEMU, too.
-        Err(_) => Ok(Outcome::Cancelled),
+        Err(_) if interrupt.came() => Ok(Outcome::Cancelled),
+        Err(error) => Err(error),
     }
 }
 
 /// Nothing if it was interrupted.
-fn compare(
-    args: &CompareGuestsArgs,
-    interrupted: &Receiver<()>,
-) -> Result<Option<Report>, Failure> {
+fn compare(args: &CompareGuestsArgs, interrupt: &Interrupt) -> Result<Option<Report>, Failure> {
     let (Some(pages), Some(mebibytes)) = (args.pages(), args.mebibytes()) else {
         return Err("sizes that a guest cannot have".into());
     };
@@ -74,7 +70,7 @@ fn compare(
     let played = Cell::new(0);
     let play = |mover: &dyn Mover| {
         played.set(played.get() + 1);
-        play(&guests, mover, played.get())
+        play(&guests, mover, played.get(), interrupt)
     };
     let mut contestants: Vec<_> =
         movers.iter().map(|mover| Contestant { name: mover.name(), moves: Vec::new() }).collect();
@@ -88,23 +84,25 @@ fn compare(
             if missing.iter().any(|missing| missing.name == *name) {
                 continue;
             }
-            if !interrupted.is_empty() {
+            if interrupt.came() {
                 return Ok(None);
             }
             match play(&*movers[index]) {
                 Ok(moved) => {
+                    let standstill = moved
+                        .standstill_ms
+                        .map_or("for good".to_owned(), |standstill| format!("{standstill:.0} ms"));
                     say!(
-                        "round {} of {}: {name}: {:.0} ms, downtime {:.0} ms, standstill {:.0} ms{}",
+                        "round {} of {}: {name}: {:.0} ms, downtime {:.0} ms, standstill {standstill}{}",
                         round + 1,
                         args.rounds,
                         moved.total_ms,
                         moved.downtime_ms,
-                        moved.standstill_ms,
                         if moved.oracle_ok { "" } else { "; the guest's memory was WRONG there" }
                     );
                     contestants[index].moves.push(moved);
                 }
-                Err(_) if !interrupted.is_empty() => return Ok(None),
+                Err(_) if interrupt.came() => return Ok(None),
                 // The others go on.
                 Err(why) => {
                     let why = pageferry::Chain::of(&*why).to_string();

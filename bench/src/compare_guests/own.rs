@@ -16,6 +16,7 @@ use pageferry_rust_vmm::ForeignProcess;
 
 use super::stage::{Moved, Mover, Stage};
 use crate::links::{Listener, Way, connect};
+use crate::qemu::PATIENCE;
 
 pub(super) struct Own {
     pub(super) way: Way,
@@ -41,13 +42,26 @@ impl Mover for Own {
         let memory_there = ram::map(&ram::backends_of(&qmp_there)?)?;
         let listener = Listener::bind(self.way)?;
         let address = listener.address();
+        // All that may fail comes before somebody waits for a source. As `pageferry-qemu migrate` does it.
+        let memory = ram::map(&ram::backends_of(&stage.qmp)?)?;
+        let pulses = Arc::new(QemuPulses::new(Arc::clone(&stage.qmp)));
+        let process = ForeignProcess::open(stage.pid)?;
+        let sources = DirtySources::new(vec![tracking.source(process, &memory, &pulses, false)?]);
+        let machine = QemuSource::new(Arc::clone(&stage.qmp))?;
+        let source = Source::new()
+            .channels(self.channels)
+            .downtime_limit(self.downtime_limit)
+            .deadline(PATIENCE);
         let cpu = stage.cpu(&qmp_there)?;
         let (sent, received) = thread::scope(|scope| {
             let receiving = scope.spawn(|| -> Result<_, Failure> {
                 let offer = Destination::new().negotiate(listener.accept()?)?;
                 Ok(offer.receive(home, &memory_there).map_err(|failed| failed.error)?)
             });
-            let sent = self.send(stage, tracking, address);
+            let sent = connect(self.way, ZeroCopyChoice::Auto, address).and_then(|link| {
+                let departed = source.migrate(machine, &memory, sources, link);
+                Ok(departed.map_err(|failed| failed.error)?.statistics)
+            });
             (sent, receiving.join())
         });
         let received = received.map_err(|_| "the destination panicked")?;
@@ -64,25 +78,5 @@ impl Mover for Own {
             cpu_ms,
             _there: there,
         })
-    }
-}
-
-impl Own {
-    /// As `pageferry-qemu migrate` does.
-    fn send(
-        &self,
-        stage: &Stage,
-        tracking: Tracking,
-        address: std::net::SocketAddr,
-    ) -> Result<pageferry::Statistics, Failure> {
-        let memory = ram::map(&ram::backends_of(&stage.qmp)?)?;
-        let pulses = Arc::new(QemuPulses::new(Arc::clone(&stage.qmp)));
-        let process = ForeignProcess::open(stage.pid)?;
-        let sources = DirtySources::new(vec![tracking.source(process, &memory, &pulses, false)?]);
-        let machine = QemuSource::new(Arc::clone(&stage.qmp))?;
-        let link = connect(self.way, ZeroCopyChoice::Auto, address)?;
-        let source = Source::new().channels(self.channels).downtime_limit(self.downtime_limit);
-        let departed = source.migrate(machine, &memory, sources, link);
-        Ok(departed.map_err(|failed| failed.error)?.statistics)
     }
 }

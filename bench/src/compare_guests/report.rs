@@ -15,8 +15,8 @@ pub(super) struct Move {
     pub(super) total_ms: f64,
     /// As whoever moved it says.
     pub(super) downtime_ms: f64,
-    /// As the guest shows.
-    pub(super) standstill_ms: f64,
+    /// As the guest shows; none of one that showed no life again.
+    pub(super) standstill_ms: Option<f64>,
     /// On the wire.
     pub(super) wire_bytes: u64,
     /// Of all but virtual CPUs.
@@ -78,8 +78,8 @@ impl Report {
             "wrong",
         ]);
         for Contestant { name, moves } in &self.contestants {
-            let milliseconds = |of: fn(&Move) -> f64| {
-                let all = || moves.iter().map(of);
+            let milliseconds = |of: fn(&Move) -> Option<f64>| {
+                let all = || moves.iter().filter_map(of);
                 let (least, most) = (all().reduce(f64::min), all().reduce(f64::max));
                 match (median(all()), least, most) {
                     (Some(median), Some(least), Some(most)) => {
@@ -96,11 +96,11 @@ impl Report {
             let mut cells = vec![Cell::new(name)];
             cells.extend(
                 [
-                    milliseconds(|moved| moved.total_ms),
-                    milliseconds(|moved| moved.downtime_ms),
+                    milliseconds(|moved| Some(moved.total_ms)),
+                    milliseconds(|moved| Some(moved.downtime_ms)),
                     milliseconds(|moved| moved.standstill_ms),
                     HumanBytes(bytes).to_string(),
-                    milliseconds(|moved| moved.cpu_ms),
+                    milliseconds(|moved| Some(moved.cpu_ms)),
                     format!("{wrong} of {}", moves.len()),
                 ]
                 .map(|text| Cell::new(text).set_alignment(CellAlignment::Right)),

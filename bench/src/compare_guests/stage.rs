@@ -11,6 +11,7 @@ use pageferry_qemu::testing::{Console, Guests, Running, Word};
 use pageferry_report::document::ms;
 
 use super::cpu::Cpu;
+use super::interrupt::Interrupt;
 use super::report::Move;
 
 /// Whole passes that a guest makes before it moves, and after it: of one that was under way then it may have seen
@@ -54,12 +55,18 @@ impl Stage<'_> {
     }
 }
 
-/// Boots a guest and has it moved.
-pub(super) fn play(guests: &Guests, who: &dyn Mover, number: usize) -> Result<Move, Failure> {
+/// Boots a guest and has it moved. Whoever interrupts that ends the guest, and so whatever waits for it.
+pub(super) fn play(
+    guests: &Guests,
+    who: &dyn Mover,
+    number: usize,
+    interrupt: &Interrupt,
+) -> Result<Move, Failure> {
     let [here, there] = ["a", "b"].map(|side| format!("{side}{number}"));
     let mut near = Console::of(guests, &here);
     let mut far = Console::of(guests, &there);
     let source = Running::start(guests, &here)?;
+    let watch = interrupt.ends(source.child.id());
     let qmp = Arc::new(source.connect()?);
     let before = listen(&mut near, Some(PASSES))?;
     before.right("before it was moved")?;
@@ -73,6 +80,7 @@ pub(super) fn play(guests: &Guests, who: &dyn Mover, number: usize) -> Result<Mo
             let _ = UnixStream::connect(guests.path(&format!("{}.console", stage.there)));
         }
         let there = there.join().map_err(|_| "who listened to the guest panicked")?;
+        drop(watch);
         drop(source);
         let here = here.join().map_err(|_| "who listened to the guest panicked")?;
         Ok::<_, Failure>((moved, here, there))
@@ -87,7 +95,7 @@ pub(super) fn play(guests: &Guests, who: &dyn Mover, number: usize) -> Result<Mo
     let oracle_ok = there.wrong.is_none() && there.passes >= PASSES;
     let last = here.last.or(before.last).ok_or("the guest showed no life before it was moved")?;
     // A guest that is wrong may never show life again.
-    let standstill_ms = there.first.map_or(f64::NAN, |first| ms(first.duration_since(last)));
+    let standstill_ms = there.first.map(|first| ms(first.duration_since(last)));
     let Moved { total_ms, downtime_ms, wire_bytes, cpu_ms, .. } = moved;
     Ok(Move { total_ms, downtime_ms, standstill_ms, wire_bytes, cpu_ms, oracle_ok })
 }

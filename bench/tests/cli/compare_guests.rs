@@ -1,8 +1,12 @@
 //! Guests of QEMU, moved by pageferry and by QEMU itself.
 
-use pageferry_qemu::testing::Guests;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
-use crate::support::{number, report};
+use pageferry_qemu::testing::Guests;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::{number, program, report};
 
 #[test]
 fn a_guest_is_moved_by_each() {
@@ -36,4 +40,37 @@ fn a_guest_is_moved_by_each() {
             number(moved, "standstill_ms");
         }
     }
+}
+
+/// Its own time limit is two minutes.
+#[test]
+fn a_signal_ends_a_migration_that_does_not_end() {
+    if Guests::build(1).is_none() {
+        return;
+    }
+    // In less than that no QEMU saves its state.
+    let args = ["compare-guests", "--rounds=1", "--downtime-limit=1ms", "--transport=tcp"];
+    let mut child = program(&args).stdout(Stdio::null()).spawn().expect("start the program");
+    let began = Instant::now();
+    let until = |what: &str, holds: &mut dyn FnMut() -> bool| {
+        while !holds() {
+            assert!(began.elapsed() < Duration::from_secs(100), "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let pid = Pid::from_child(&child);
+    let qemus = || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").flatten();
+        let children =
+            tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+        children.map(|children| children.split_whitespace().count()).sum::<usize>()
+    };
+    until("both QEMUs are there", &mut || qemus() == 2);
+    kill_process(pid, Signal::TERM).expect("it is there");
+    let mut ended = None;
+    until("it ends", &mut || {
+        ended = child.try_wait().expect("it is a child");
+        ended.is_some()
+    });
+    assert_eq!(ended.expect("it has ended").code(), Some(3));
 }
