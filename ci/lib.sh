@@ -106,9 +106,9 @@ END
 programs=${CARGO_TARGET_DIR:-target}/release
 build_programs() {
     local features=()
-    [ $# -gt 0 ] || set -- pageferry-vmm pageferry-bench
-    ! can_build_rdma || features=(--features pageferry-vmm/rdma,pageferry-bench/rdma)
-    cargo build --locked --release "${@/#/-p}" "${features[@]}"
+    [ $# -gt 0 ] || set -- pageferry-vmm pageferry-qemu pageferry-bench
+    ! can_build_rdma || features=("${@/%//rdma}")
+    cargo build --locked --release "${@/#/-p}" "${features[@]/#/--features=}"
 }
 
 # need PACKAGE CHECK...: installs it where the check fails, after which the check has to hold.

@@ -27,6 +27,7 @@ mod source;
 #[cfg(feature = "test-support")]
 pub mod testing;
 mod tracking;
+mod userfaultfd;
 
 pub use description::{Mismatch, Vm};
 pub use destination::QemuDestination;

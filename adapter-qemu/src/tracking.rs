@@ -1,6 +1,8 @@
 //! How the writes of a running QEMU are seen.
 
 use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,6 +16,7 @@ use pageferry_rust_vmm::{
 use thiserror::Error;
 
 use crate::qmp::Qmp;
+use crate::userfaultfd::handed_over;
 
 /// Why a QEMU's writes cannot be tracked.
 #[derive(Debug, Error)]
@@ -34,6 +37,19 @@ pub enum TrackingError {
     /// Soft-dirty bits could not be used.
     #[error(transparent)]
     SoftDirty(#[from] SoftDirtyError),
+    /// QEMU did not hand a userfaultfd over.
+    #[error(
+        "QEMU hands no userfaultfd over at {} (libpageferry_qemu_preload.so is preloaded into it, with this path in \
+         PAGEFERRY_USERFAULTFD)",
+        .path.display()
+    )]
+    NotHandedOver {
+        /// The socket.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
     /// QEMU's process, or its RAM, is not what it has to be.
     #[error(transparent)]
     Foreign(#[from] ForeignError),
@@ -69,10 +85,12 @@ impl Tracking {
         with_direct_io || self == Self::SoftDirty
     }
 
-    /// What sees the writes of that QEMU.
+    /// What sees the writes of that QEMU. A userfaultfd that it takes is handed over by QEMU at that socket, by the
+    /// library that was preloaded into it; or a thread of QEMU is borrowed to make one.
     pub fn source(
         self,
         process: ForeignProcess,
+        userfaultfd: Option<&Path>,
         memory: &GuestMemory,
         pulses: &Arc<QemuPulses>,
         with_direct_io: bool,
@@ -81,7 +99,17 @@ impl Tracking {
         Ok(match self {
             Self::SoftDirty => Box::new(SoftDirty::new(process, memory, pulses)?),
             Self::PagemapScan => {
-                let scan = ForeignPagemapScan::new(process, memory, ForeignUserfaultfd::made_in)?;
+                let handed = userfaultfd.map(|path| {
+                    handed_over(path, process.pid()).map_err(|cause| TrackingError::NotHandedOver {
+                        path: path.to_owned(),
+                        cause,
+                    })
+                });
+                let handed = handed.transpose()?;
+                let scan = ForeignPagemapScan::new(process, memory, |process| match handed {
+                    Some(handed) => ForeignUserfaultfd::given(handed),
+                    None => ForeignUserfaultfd::made_in(process),
+                })?;
                 if with_direct_io { Box::new(Pulsed::by(scan, pulses)) } else { Box::new(scan) }
             }
         })

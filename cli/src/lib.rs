@@ -12,6 +12,7 @@
 //! - [`output`], [`say!`] and [`log`]: what it says.
 //! - [`child`]: processes that end with it.
 //! - [`cpu`]: what it takes of the CPUs.
+//! - [`room`]: whether a guest fits this host.
 //!
 //! It knows no guest: a program that moves another kind of them has the same home.
 
@@ -35,6 +36,7 @@ pub mod migration;
 pub mod outcome;
 pub mod output;
 pub mod report;
+pub mod room;
 pub mod signals;
 pub mod transport;
 pub mod units;

@@ -70,6 +70,11 @@ pub fn memory_and_swap_bytes() -> Option<u64> {
     Some(meminfo("MemTotal")?.saturating_add(meminfo("SwapTotal").unwrap_or(0)))
 }
 
+/// Swap that nobody uses. `None` where the machine does not tell.
+pub fn free_swap_bytes() -> Option<u64> {
+    meminfo("SwapFree")
+}
+
 /// Memory that can be had without swapping. `None` where the machine does not tell.
 pub fn available_bytes() -> Option<u64> {
     meminfo("MemAvailable")

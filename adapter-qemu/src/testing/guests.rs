@@ -6,10 +6,14 @@ use std::process::Command;
 
 use super::boot::{Kernel, initramfs};
 
-const QEMU: &str = "qemu-system-x86_64";
+/// The program.
+pub const QEMU: &str = "qemu-system-x86_64";
 
-/// The only program of a guest.
+/// The only program of a guest's Linux.
 const INIT: &str = include_str!("init.c");
+
+/// A guest without Linux.
+const BARE: &str = include_str!("bare.c");
 
 /// A disk of a guest.
 #[derive(Debug, Clone)]
@@ -20,11 +24,16 @@ pub struct Disk {
     pub direct: bool,
 }
 
-/// What guests are made of: a kernel, and an initramfs with one program, which writes and checks its memory.
+/// What guests are made of: a kernel, and an initramfs with one program, which writes and checks its memory; or that
+/// alone.
 #[derive(Debug)]
 pub struct Guests {
     folder: tempfile::TempDir,
-    kernel: Kernel,
+    kernel: PathBuf,
+    /// Linux has one.
+    initramfs: Option<PathBuf>,
+    /// What runs it: `tcg`, or `kvm`.
+    pub accelerator: &'static str,
     /// Pages that the guest writes, over and over.
     pub pages: u32,
     /// Microseconds that it rests after each MiB that it has written. What it does all the time takes CPU time from
@@ -43,41 +52,61 @@ pub struct Guests {
 }
 
 impl Guests {
-    /// Of 256 MiB and one virtual CPU, that write so many pages. Says so, and why, if there can be none here.
+    /// With Linux, of 256 MiB and one virtual CPU, that write so many pages. Says so, and why, if there can be none
+    /// here.
     pub fn build(pages: u32) -> Option<Self> {
-        let built = Self::try_build(pages);
-        if let Err(why) = &built {
-            eprintln!("skipped, because {why}");
-        }
-        built.ok()
+        or_skipped(Self::try_build(pages))
     }
 
     /// The same, with the reason if there can be none.
     pub fn try_build(pages: u32) -> Result<Self, String> {
-        qemu_version()?;
         let kernel =
             Kernel::find().ok_or("there is no kernel for a guest (`ci/lab install` gets one)")?;
+        let mut guests = Self::of(pages, kernel.image.clone())?;
+        let init = guests.compile("init", INIT, &["-static"])?;
+        let program = std::fs::read(&init).map_err(|error| error.to_string())?;
+        let path = guests.path("initrd");
+        std::fs::write(&path, initramfs(&program, &kernel.modules()))
+            .map_err(|error| error.to_string())?;
+        guests.initramfs = Some(path);
+        Ok(guests)
+    }
+
+    /// Without Linux, which are there at once: they have neither a disk nor beats nor rests, and use one virtual CPU.
+    /// Says so, and why, if there can be none here.
+    pub fn bare(pages: u32) -> Option<Self> {
+        // A program that needs nothing but a CPU: neither a library nor what a loader or a debugger would look for.
+        const OPTIONS: [&str; 12] = [
+            "-m32",
+            "-ffreestanding",
+            "-nostdlib",
+            "-static",
+            "-fno-pie",
+            "-no-pie",
+            "-fno-stack-protector",
+            "-fcf-protection=none",
+            "-fno-asynchronous-unwind-tables",
+            "-mgeneral-regs-only",
+            "-Wl,-Ttext=0x100000",
+            "-Wl,--nmagic,--build-id=none",
+        ];
+        let build = || {
+            let mut guests = Self::of(pages, PathBuf::new())?;
+            guests.kernel = guests.compile("bare", BARE, &OPTIONS)?;
+            Ok(guests)
+        };
+        or_skipped(build())
+    }
+
+    fn of(pages: u32, kernel: PathBuf) -> Result<Self, String> {
+        qemu_version()?;
         // RAM is here, and so is its console.
         let folder = tempfile::tempdir_in("/dev/shm").map_err(|error| error.to_string())?;
-        let init = folder.path().join("init");
-        let source = folder.path().join("init.c");
-        std::fs::write(&source, INIT).map_err(|error| error.to_string())?;
-        let compiled = Command::new("cc")
-            .args(["-O2", "-static", "-o"])
-            .arg(&init)
-            .arg(source)
-            .output()
-            .map_err(|error| format!("there is no C compiler ({error})"))?;
-        if !compiled.status.success() {
-            return Err(format!("init.c: {}", String::from_utf8_lossy(&compiled.stderr)));
-        }
-        let program = std::fs::read(&init).map_err(|error| error.to_string())?;
-        let modules = kernel.modules();
-        std::fs::write(folder.path().join("initrd"), initramfs(&program, &modules))
-            .map_err(|error| error.to_string())?;
         Ok(Self {
             folder,
             kernel,
+            initramfs: None,
+            accelerator: "tcg",
             pages,
             rest_us: 1000,
             work: 0,
@@ -86,6 +115,25 @@ impl Guests {
             disk: None,
             beats: false,
         })
+    }
+
+    /// Where the program is, of that name.
+    fn compile(&self, name: &str, source: &str, options: &[&str]) -> Result<PathBuf, String> {
+        let program = self.path(name);
+        let file = self.path(&format!("{name}.c"));
+        std::fs::write(&file, source).map_err(|error| error.to_string())?;
+        let compiled = Command::new("cc")
+            .args(["-O2", "-o"])
+            .arg(&program)
+            .args(options)
+            .arg(file)
+            .output()
+            .map_err(|error| format!("there is no C compiler ({error})"))?;
+        if compiled.status.success() {
+            Ok(program)
+        } else {
+            Err(format!("{name}.c: {}", String::from_utf8_lossy(&compiled.stderr)))
+        }
     }
 
     /// Of a file of theirs, in a folder that goes with them.
@@ -114,15 +162,17 @@ impl Guests {
             "console=ttyS0 quiet panic=-1 mitigations=off cryptomgr.notests nokaslr audit=0";
         let init = format!("pages={pages} rest={rest_us} work={work} disk={disk} beats={beats}");
         let command_line = format!("{kernel} {init}");
+        // A KVM that is not all of one says that it has a register which it does not let be written.
+        let cpu = if self.accelerator == "kvm" { "max,-arch-capabilities" } else { "max" };
         let mut arguments: Vec<OsString> = [
             "-nodefaults",
             "-no-user-config",
             "-display",
             "none",
             "-accel",
-            "tcg",
+            self.accelerator,
             "-cpu",
-            "max",
+            cpu,
             "-serial",
             "chardev:console",
             "-no-reboot",
@@ -147,8 +197,10 @@ impl Guests {
                 format!("memory-backend-file,id={id},size={mebibytes}M,share=on,mem-path=");
             arguments.extend(["-object".into(), joined(&backend, &path, "")]);
         }
-        arguments.extend(["-kernel".into(), self.kernel.image.clone().into()]);
-        arguments.extend(["-initrd".into(), self.path("initrd").into()]);
+        arguments.extend(["-kernel".into(), self.kernel.clone().into()]);
+        if let Some(initramfs) = &self.initramfs {
+            arguments.extend(["-initrd".into(), initramfs.into()]);
+        }
         arguments.extend(["-append".into(), command_line.into()]);
         arguments.extend(["-smp".into(), self.vcpus.to_string().into()]);
         if let Some(Disk { path, direct }) = &self.disk {
@@ -159,6 +211,13 @@ impl Guests {
         }
         arguments
     }
+}
+
+fn or_skipped(guests: Result<Guests, String>) -> Option<Guests> {
+    if let Err(why) = &guests {
+        eprintln!("skipped, because {why}");
+    }
+    guests.ok()
 }
 
 /// The version of QEMU, as that says it, or why there is none.

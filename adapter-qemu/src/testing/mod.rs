@@ -1,5 +1,5 @@
-//! Guests for tests and measurements, behind the feature `test-support`: a Linux that checks itself, under QEMU's TCG,
-//! which every host runs.
+//! Guests for tests and measurements, behind the feature `test-support`, that check themselves: a Linux with one
+//! program, under QEMU's TCG, which every host runs; or a program alone, for KVM that is too slow for Linux.
 //!
 //! - [`Guests`] is what they are made of, with QEMU's arguments for them;
 //! - [`Console`] is what a guest says: whole passes over its memory, and errors;
@@ -11,5 +11,5 @@ mod guests;
 mod running;
 
 pub use console::{Console, Word};
-pub use guests::{Disk, Guests, qemu_version};
+pub use guests::{Disk, Guests, QEMU, qemu_version};
 pub use running::Running;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
-use super::guests::Guests;
+use super::guests::{Guests, QEMU};
 use crate::{Qmp, QmpError};
 
 /// How long it may take to listen.
@@ -36,7 +36,12 @@ impl Running {
 
     /// With a monitor at that path.
     pub fn at(monitor: PathBuf, arguments: &[OsString]) -> io::Result<Self> {
-        let child = Command::new("qemu-system-x86_64")
+        Self::by(&mut Command::new(QEMU), monitor, arguments)
+    }
+
+    /// By a command that becomes QEMU.
+    pub fn by(command: &mut Command, monitor: PathBuf, arguments: &[OsString]) -> io::Result<Self> {
+        let child = command
             .args(arguments)
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", monitor.display()))

@@ -1,17 +1,21 @@
-//! `pageferry-qemu` as its users start it.
+//! `pageferry-qemu` as its users start it, and guests that are heard meanwhile.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use pageferry_qemu::testing::Guests;
-use pageferry_qemu::{Qmp, QmpError};
+use crossbeam_channel::{Receiver, unbounded};
+use pageferry_qemu::testing::{Console, Guests};
+use pageferry_qemu::{Qmp, QmpError, Tracking};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_pageferry-qemu");
+/// That of these tests, or the one that the variable PAGEFERRY_QEMU names: with RDMA, say.
+fn program() -> Command {
+    let other = std::env::var_os("PAGEFERRY_QEMU");
+    Command::new(other.unwrap_or_else(|| env!("CARGO_BIN_EXE_pageferry-qemu").into()))
+}
 
 /// How long a message may take that comes soon.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -28,7 +32,7 @@ impl Running {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
-        let (say, messages) = channel();
+        let (say, messages) = unbounded();
         std::thread::spawn(move || {
             for line in stderr.lines() {
                 // Nobody may listen any more.
@@ -94,12 +98,22 @@ pub(crate) struct Receiving {
 }
 
 impl Receiving {
-    /// Returns with the address that it waits at.
+    /// On this machine. Returns with the address that it waits at.
     pub(crate) fn start(guests: &Guests, host: &str, options: &[&str]) -> (Self, String) {
+        Self::at("127.0.0.1", guests, host, options)
+    }
+
+    /// At an address.
+    pub(crate) fn at(
+        address: &str,
+        guests: &Guests,
+        host: &str,
+        options: &[&str],
+    ) -> (Self, String) {
         let monitor = guests.path(&format!("{host}.qmp"));
-        let mut command = Command::new(PROGRAM);
+        let mut command = program();
         command
-            .args(["receive", "--json", "--listen", "127.0.0.1:0"])
+            .args(["receive", "--json", "--listen", &format!("{address}:0")])
             .args(guests.ram_files(host).iter().flat_map(|path| [Path::new("--ram"), path]))
             .arg("--qmp")
             .arg(&monitor)
@@ -154,14 +168,14 @@ impl Drop for Receiving {
     }
 }
 
-/// Why a `receive` with that monitor and that RAM does not wait for anybody.
-pub(crate) fn refused(guests: &Guests, host: &str, ram: &str) -> String {
-    let ended = Command::new(PROGRAM)
+/// Why a `receive` with that monitor, that RAM and that QEMU does not wait for anybody.
+pub(crate) fn refused(guests: &Guests, host: &str, ram: &str, qemu: &str) -> String {
+    let ended = program()
         .args(["receive", "--json", "--listen", "127.0.0.1:0", "--ram"])
         .arg(guests.path(ram))
         .arg("--qmp")
         .arg(guests.path(&format!("{host}.qmp")))
-        .args(["--", "qemu-system-x86_64"])
+        .args(["--", qemu])
         .output()
         .unwrap();
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
@@ -171,7 +185,37 @@ pub(crate) fn refused(guests: &Guests, host: &str, ram: &str) -> String {
 
 /// A `pageferry-qemu migrate`.
 pub(crate) fn migrating(guests: &Guests, host: &str, to: &str, options: &[&str]) -> Running {
-    let mut command = Command::new(PROGRAM);
+    migrating_by(program(), guests, host, to, options)
+}
+
+/// The same, that may trace nobody.
+pub(crate) fn migrating_without_ptrace(
+    guests: &Guests,
+    host: &str,
+    to: &str,
+    options: &[&str],
+) -> Running {
+    let mut command = Command::new("strace");
+    command.args([
+        "-f",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=ptrace",
+        "-e",
+        "inject=ptrace:error=EPERM",
+    ]);
+    command.arg(program().get_program());
+    migrating_by(command, guests, host, to, options)
+}
+
+fn migrating_by(
+    mut command: Command,
+    guests: &Guests,
+    host: &str,
+    to: &str,
+    options: &[&str],
+) -> Running {
     command.args(["migrate", "--json", "--to", to, "--qmp"]);
     command.arg(guests.path(&format!("{host}.qmp"))).args(options);
     Running::start(&mut command)
@@ -190,7 +234,7 @@ pub(crate) fn migrate(
 
 /// What `pageferry-qemu recover` knows of a side, if it did what it was asked.
 pub(crate) fn recover(guests: &Guests, host: &str, options: &[&str]) -> Option<Value> {
-    let ended = Command::new(PROGRAM)
+    let ended = program()
         .args(["recover", "--json", "--qmp"])
         .arg(guests.path(&format!("{host}.qmp")))
         .args(options)
@@ -198,6 +242,15 @@ pub(crate) fn recover(guests: &Guests, host: &str, options: &[&str]) -> Option<V
         .unwrap();
     eprint!("{}", String::from_utf8_lossy(&ended.stderr));
     ended.status.success().then(|| serde_json::from_slice(&ended.stdout).unwrap())
+}
+
+/// Says so if there is none.
+pub(crate) fn has_strace() -> bool {
+    let has = Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_ok();
+    if !has {
+        eprintln!("skipped, because there is no strace");
+    }
+    has
 }
 
 /// Waits until something holds that nobody says.
@@ -210,15 +263,42 @@ pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Says so if a program of this user's may not trace another one's child.
-pub(crate) fn may_trace() -> bool {
+/// Says so if what a guest of this user's QEMU writes cannot be tracked here by another program.
+pub(crate) fn may_track() -> bool {
+    if let Err(error) = Tracking::of_this_kernel() {
+        eprintln!("skipped, because pages cannot be tracked here: {error}");
+        return false;
+    }
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    let may = matches!(scope.trim(), "" | "0") || rustix::process::geteuid().is_root();
-    if !may {
+    let may_trace = matches!(scope.trim(), "" | "0") || rustix::process::geteuid().is_root();
+    if !may_trace {
         eprintln!(
             "skipped, because kernel.yama.ptrace_scope is {} and this is not root",
             scope.trim()
         );
     }
-    may
+    may_trace
+}
+
+/// A guest that is heard all the time: one whose console is full stands still, and writes nothing.
+pub(crate) struct Heard(Receiver<u64>);
+
+impl Heard {
+    pub(crate) fn of(mut console: Console) -> Self {
+        let (say, passes) = unbounded();
+        std::thread::spawn(move || while say.send(console.pass()).is_ok() {});
+        Self(passes)
+    }
+
+    /// The number of its next whole pass, without an error.
+    pub(crate) fn next(&self) -> u64 {
+        self.0.recv_timeout(Duration::from_secs(300)).expect("the guest says more")
+    }
+
+    /// Waits for a whole pass from now on, and says which it is.
+    pub(crate) fn await_pass(&self) -> u64 {
+        self.0.try_iter().for_each(drop);
+        self.next();
+        self.next()
+    }
 }

@@ -5,19 +5,20 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::process::{Child, ChildStderr, Command, Stdio};
 
-use pageferry_qemu::Tracking;
 use pageferry_qemu::testing::{Console, Guests, Running};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::commands::{Receiving, Running as Program, may_trace, migrating, recover, until};
+use crate::commands::{
+    Heard, Receiving, Running as Program, has_strace, may_track, migrating, recover, until,
+};
 
 const PAGES: u32 = 1024;
 
 /// A guest on host *a* that is moving to host *b*.
 struct Scene {
     guests: Guests,
-    here: Console,
+    here: Heard,
     there: Console,
     source: Running,
 }
@@ -38,17 +39,13 @@ impl Attempt {
 impl Scene {
     /// Says so if there can be none here.
     fn start() -> Option<Self> {
-        if let Err(error) = Tracking::of_this_kernel() {
-            eprintln!("skipped, because pages cannot be tracked here: {error}");
+        if !may_track() {
             return None;
         }
-        if !may_trace() {
-            return None;
-        }
-        let guests = Guests::build(PAGES)?;
-        let (mut here, there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
+        let guests = Guests::bare(PAGES)?;
+        let (here, there) = (Heard::of(Console::of(&guests, "a")), Console::of(&guests, "b"));
         let source = Running::start(&guests, "a").unwrap();
-        here.pass();
+        here.next();
         Some(Self { guests, here, there, source })
     }
 
@@ -94,8 +91,7 @@ impl Scene {
 
     /// The guest runs where it was, and nobody thinks otherwise.
     fn expect_here(&mut self) {
-        let passes = [self.here.pass(), self.here.pass(), self.here.pass()];
-        assert!(passes[0] < passes[1] && passes[1] < passes[2], "{passes:?}");
+        self.here.await_pass();
         assert_eq!(self.standing("a"), None);
     }
 
@@ -160,14 +156,6 @@ impl Drop for HeldUp {
     }
 }
 
-fn has_strace() -> bool {
-    let has = Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_ok();
-    if !has {
-        eprintln!("skipped, because there is no strace");
-    }
-    has
-}
-
 #[test]
 fn the_guest_stays_whoever_is_killed_while_pages_move() {
     let Some(mut scene) = Scene::start() else { return };
@@ -178,7 +166,7 @@ fn the_guest_stays_whoever_is_killed_while_pages_move() {
     assert_eq!(scene.recover("a", &[])["record"]["standing"], "here");
     scene.expect_nothing_there();
     // Nothing is to be decided: the next attempt just begins.
-    scene.here.pass();
+    scene.here.await_pass();
 
     let mut attempt = scene.attempt();
     attempt.receive.program.kill();

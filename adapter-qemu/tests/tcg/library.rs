@@ -18,6 +18,8 @@ use pageferry_qemu::{QemuCommand, QemuDestination, QemuSource, Qmp};
 use pageferry_rust_vmm::{ForeignPagemapScan, ForeignProcess, ForeignUserfaultfd, PagemapScan};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 
+use crate::commands::Heard;
+
 /// Pages that the guest writes, over and over.
 const PAGES: u32 = 8192;
 
@@ -32,7 +34,7 @@ struct Scene {
     guests: Guests,
     source: Running,
     qmp: Arc<Qmp>,
-    here: Console,
+    here: Heard,
     there: Console,
 }
 
@@ -43,11 +45,11 @@ impl Scene {
             eprintln!("skipped, because pages cannot be tracked here: {error}");
             return None;
         }
-        let guests = Guests::build(PAGES)?;
-        let (mut here, there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
+        let guests = Guests::bare(PAGES)?;
+        let (here, there) = (Heard::of(Console::of(&guests, "a")), Console::of(&guests, "b"));
         let source = Running::start(&guests, "a").unwrap();
         let qmp = Arc::new(source.connect().unwrap());
-        here.pass();
+        here.next();
         Some(Self { guests, source, qmp, here, there })
     }
 
@@ -101,7 +103,7 @@ impl Scene {
 #[test]
 fn a_guest_moves() {
     let Some(mut scene) = Scene::start() else { return };
-    let before = scene.here.pass();
+    let before = scene.here.await_pass();
     let (source, destination) =
         scene.play(Source::new().bound(Bound::BestEffort), true, |home| home);
     let departed = source.map_err(|failed| failed.error).unwrap();
@@ -119,7 +121,7 @@ fn a_guest_moves() {
 /// The same with its writes tracked by nobody: memory differs, it is told, and the guest goes on where it was.
 #[test]
 fn a_guest_whose_writes_nobody_tracks_does_not_leave() {
-    let Some(mut scene) = Scene::start() else { return };
+    let Some(scene) = Scene::start() else { return };
     let ram = scene.guests.path("a.ram");
     // Something is written after it was sent, however busy this machine is.
     let source = Source::new().bound(Bound::BestEffort).on_event(move |event| {
@@ -136,8 +138,7 @@ fn a_guest_whose_writes_nobody_tracks_does_not_leave() {
     assert_eq!(there.guest, GuestAtDestination::AtSource);
     drop(there);
     assert!(!scene.guests.path("b.ram").exists(), "the RAM of a guest that did not come is left");
-    let passes = [scene.here.pass(), scene.here.pass()];
-    assert!(passes[1] > passes[0]);
+    scene.here.await_pass();
 }
 
 /// A destination whose first load is over when the source waits no longer for it.

@@ -3,5 +3,6 @@
 mod commands;
 mod killed;
 mod library;
+mod preloaded;
 mod programs;
 mod slowed;

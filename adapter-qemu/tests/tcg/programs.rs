@@ -1,43 +1,35 @@
 //! Guests of a real QEMU, moved by `pageferry-qemu`.
 
-use crate::commands::{Receiving, may_trace, migrate, recover, refused};
+use crate::commands::{Receiving, may_track, migrate, recover, refused};
 use pageferry_qemu::Tracking;
-use pageferry_qemu::testing::{Console, Disk, Guests, Running};
+use pageferry_qemu::testing::{Console, Disk, Guests, QEMU, Running};
 use serde_json::Value;
 
 const PAGES: u32 = 4096;
 
-/// From one host to the next, ten times by each transport; QEMU here quits, and the program there may end.
-#[test]
-fn a_guest_moves_from_host_to_host() {
-    if let Err(error) = Tracking::of_this_kernel() {
-        return eprintln!("skipped, because pages cannot be tracked here: {error}");
-    }
-    if !may_trace() {
-        return;
-    }
-    let Some(guests) = Guests::build(PAGES) else { return };
-    let mut console = Console::of(&guests, "0");
-    let mut source = Running::start(&guests, "0").unwrap();
+/// From one host at that address to the next, by one transport after the other; QEMU here quits, and the program there
+/// may end.
+fn moves_from_host_to_host(guests: &Guests, address: &str, transports: &[&str]) {
+    let mut console = Console::of(guests, "0");
+    let mut source = Running::start(guests, "0").unwrap();
     let mut pass = console.pass();
     let mut last = None;
-    for hop in 0..20 {
+    for (hop, transport) in transports.iter().enumerate() {
         let [from, host] = [hop, hop + 1].map(|host| host.to_string());
-        let transport = ["tcp", "auto"][hop % 2];
-        let mut console = Console::of(&guests, &host);
+        let mut console = Console::of(guests, &host);
         let [going, coming] = [&from, &host].map(|host| guests.path(&format!("{host}.events")));
         let events = [&going, &coming].map(|path| format!("--events={}", path.display()));
         let options = ["--transport", transport, &events[1]];
-        let (mut receiving, address) = Receiving::start(&guests, &host, &options);
+        let (mut receiving, address) = Receiving::at(address, guests, &host, &options);
         let options = ["--transport", transport, "--downtime-limit", "2s", &events[0]];
-        let (report, status) = migrate(&guests, &from, &address, &options);
+        let (report, status) = migrate(guests, &from, &address, &options);
         assert_eq!(status, Some(0), "{report}");
         assert_eq!(report["outcome"], "completed", "{report}");
         assert_eq!(report["guest_at"], "destination", "{report}");
         assert_eq!(report["memory_match"], true, "{report}");
         eprintln!(
-            "by {}: {} ms, downtime {} ms",
-            report["transport"], report["total_ms"], report["downtime_ms"]
+            "by {}, seen by {}: {} ms, downtime {} ms",
+            report["transport"], report["dirty_source"], report["total_ms"], report["downtime_ms"]
         );
         let report = receiving.leave();
         assert_eq!(report["outcome"], "completed", "{report}");
@@ -64,12 +56,51 @@ fn a_guest_moves_from_host_to_host() {
     drop(last);
 }
 
+/// Ten times by each transport.
+#[test]
+fn a_guest_moves_from_host_to_host() {
+    if !may_track() {
+        return;
+    }
+    let Some(guests) = Guests::build(PAGES) else { return };
+    moves_from_host_to_host(&guests, "127.0.0.1", &["tcp", "auto"].repeat(10));
+}
+
+/// The same with KVM, which writes to memory as another than the process that it is seen in.
+#[test]
+fn a_guest_with_kvm_moves_from_host_to_host() {
+    let Some(guests) = guests_with_kvm() else { return };
+    moves_from_host_to_host(&guests, "127.0.0.1", &["tcp", "auto"].repeat(5));
+}
+
+#[test]
+fn a_guest_with_kvm_moves_over_rdma() {
+    let Ok(address) = std::env::var("PAGEFERRY_RDMA_ADDRESS") else {
+        return eprintln!("skipped, because PAGEFERRY_RDMA_ADDRESS names no RDMA device");
+    };
+    let Some(guests) = guests_with_kvm() else { return };
+    moves_from_host_to_host(&guests, &address, &["rdma"; 10]);
+}
+
+/// Says so if there are none here.
+fn guests_with_kvm() -> Option<Guests> {
+    if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        eprintln!("skipped, because there is no /dev/kvm: {error}");
+        return None;
+    }
+    if !may_track() {
+        return None;
+    }
+    let mut guests = Guests::bare(PAGES)?;
+    guests.accelerator = "kvm";
+    // Memory is compared at a tenth of the speed where KVM is emulated.
+    guests.ram = vec![("ram", 64)];
+    Some(guests)
+}
+
 /// From one host to another, with a disk that is written and read all the time and a second vCPU.
 fn a_guest_with_a_disk_moves(direct: bool) {
-    if let Err(error) = Tracking::of_this_kernel() {
-        return eprintln!("skipped, because pages cannot be tracked here: {error}");
-    }
-    if !may_trace() {
+    if !may_track() {
         return;
     }
     let Some(mut guests) = Guests::build(PAGES) else { return };
@@ -120,10 +151,7 @@ fn a_guest_with_a_disk_past_the_page_cache_moves() {
 /// Each a file of its own, of their own sizes; the names come in another order than the nodes.
 #[test]
 fn a_guest_with_several_nodes_moves() {
-    if let Err(error) = Tracking::of_this_kernel() {
-        return eprintln!("skipped, because pages cannot be tracked here: {error}");
-    }
-    if !may_trace() {
+    if !may_track() {
         return;
     }
     let Some(mut guests) = Guests::build(PAGES) else { return };
@@ -145,7 +173,7 @@ fn a_guest_with_several_nodes_moves() {
 /// What writes RAM unseen is found before anything moves, all of it at once, and the guest runs on.
 #[test]
 fn what_is_not_seen_is_refused() {
-    let Some(guests) = Guests::build(PAGES) else { return };
+    let Some(guests) = Guests::bare(PAGES) else { return };
     let mut console = Console::of(&guests, "a");
     let mut arguments = guests.arguments("a");
     arguments.extend(["-device".into(), "virtio-balloon-pci,id=balloon0".into()]);
@@ -156,7 +184,7 @@ fn what_is_not_seen_is_refused() {
     let other = vm_memory::MmapRegion::<()>::from_file(vm_memory::FileOffset::new(ram, 0), 1 << 20);
     let (report, status) = migrate(&guests, "a", "127.0.0.1:1", &[]);
     drop(other);
-    assert_eq!(status, Some(1), "{report}");
+    assert_eq!((status, &report["guest_at"]), (Some(1), &"source".into()), "{report}");
     let error = report["error"].as_str().unwrap();
     assert!(error.contains("balloon0 (virtio-balloon-pci): it gives RAM back"), "{error}");
     assert!(error.contains("has mapped the RAM too"), "{error}");
@@ -169,22 +197,27 @@ fn supports_o_direct(file: &std::path::Path) -> bool {
     open(file, OFlags::RDWR | OFlags::DIRECT, Mode::empty()).is_ok()
 }
 
-/// Another guest's RAM and another guest's monitor are left alone, before anybody is waited for.
+/// Another guest's RAM and monitor are left alone, and a QEMU that is not there is told of, before anybody is waited
+/// for.
 #[test]
 fn what_is_another_guests_is_not_taken() {
-    let Some(guests) = Guests::build(PAGES) else { return };
+    let Some(guests) = Guests::bare(PAGES) else { return };
     let _console = Console::of(&guests, "a");
     let other = Running::start(&guests, "a").unwrap();
     other.connect().unwrap();
     for (host, ram, wrong) in
         [("b", "a.ram", "a.ram is there already"), ("a", "b.ram", "another QEMU's")]
     {
-        let error = refused(&guests, host, ram);
+        let error = refused(&guests, host, ram, QEMU);
         assert!(error.contains(wrong), "{error}");
     }
     std::fs::write(guests.path("c.qmp"), b"a file").unwrap();
-    let error = refused(&guests, "c", "c.ram");
+    let error = refused(&guests, "c", "c.ram", QEMU);
     assert!(error.contains("cannot be a monitor's socket"), "{error}");
+    for qemu in ["/nonexistent/qemu", "qemu-of-nobody", "/etc/passwd"] {
+        let error = refused(&guests, "e", "e.ram", qemu);
+        assert!(error.contains(&format!("there is no program {qemu}")), "{error}");
+    }
     assert!(other.connect().unwrap().run_state().unwrap().running);
     // And a path that nothing is at is no guest that is gone.
     assert_eq!(recover(&guests, "d", &[]), None);

@@ -2,13 +2,10 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
 
-use pageferry_qemu::Tracking;
 use pageferry_qemu::testing::{Console, Guests, Running};
 
-use crate::commands::{Receiving, may_trace, migrating, recover, until};
+use crate::commands::{Heard, Receiving, may_track, migrating, recover, until};
 
 /// A control group of this test's.
 struct Group {
@@ -57,29 +54,6 @@ impl Group {
     }
 }
 
-/// A guest that is heard all the time: one whose console is full stands still, and writes nothing.
-struct Heard(Receiver<u64>);
-
-impl Heard {
-    fn of(mut console: Console) -> Self {
-        let (say, passes) = channel();
-        std::thread::spawn(move || while say.send(console.pass()).is_ok() {});
-        Self(passes)
-    }
-
-    /// The number of its next whole pass, without an error.
-    fn next(&self) -> u64 {
-        self.0.recv_timeout(Duration::from_secs(300)).expect("the guest says more")
-    }
-
-    /// Waits for a whole pass from now on.
-    fn await_pass(&self) {
-        self.0.try_iter().for_each(drop);
-        self.next();
-        self.next();
-    }
-}
-
 impl Drop for Group {
     fn drop(&mut self) {
         // Once QEMU, which came later, is gone.
@@ -90,13 +64,10 @@ impl Drop for Group {
 /// By its quota, which it gets back, whatever becomes of the migration.
 #[test]
 fn a_guest_that_writes_too_fast_is_slowed_down_and_gets_its_speed_back() {
-    if let Err(error) = Tracking::of_this_kernel() {
-        return eprintln!("skipped, because pages cannot be tracked here: {error}");
-    }
-    if !may_trace() {
+    if !may_track() {
         return;
     }
-    let Some(mut guests) = Guests::build(4096) else { return };
+    let Some(mut guests) = Guests::bare(4096) else { return };
     guests.rest_us = 0;
     let console = Console::of(&guests, "a");
     let Some(group) = Group::make() else { return };
@@ -144,13 +115,10 @@ fn a_guest_that_writes_too_fast_is_slowed_down_and_gets_its_speed_back() {
 #[test]
 fn a_guest_that_is_slowed_down_arrives() {
     const PAGES: u32 = 8192;
-    if let Err(error) = Tracking::of_this_kernel() {
-        return eprintln!("skipped, because pages cannot be tracked here: {error}");
-    }
-    if !may_trace() {
+    if !may_track() {
         return;
     }
-    let Some(mut guests) = Guests::build(PAGES) else { return };
+    let Some(mut guests) = Guests::bare(PAGES) else { return };
     (guests.rest_us, guests.work) = (0, 500);
     let (console, mut there) = (Console::of(&guests, "a"), Console::of(&guests, "b"));
     let Some(group) = Group::make() else { return };
@@ -186,10 +154,10 @@ fn a_guest_that_is_slowed_down_arrives() {
 /// It says so, and goes on.
 #[test]
 fn a_group_that_is_none_of_the_guests_is_refused() {
-    if !may_trace() {
+    if !may_track() {
         return;
     }
-    let Some(guests) = Guests::build(64) else { return };
+    let Some(guests) = Guests::bare(64) else { return };
     let mut console = Console::of(&guests, "a");
     let _source = Running::start(&guests, "a").unwrap();
     console.pass();
@@ -198,7 +166,7 @@ fn a_group_that_is_none_of_the_guests_is_refused() {
     let options = ["--throttle-cgroup", folder.to_str().unwrap()];
     let refused = || {
         let (report, status) = migrating(&guests, "a", "127.0.0.1:1", &options).end();
-        assert_eq!((status, &report["guest_at"]), (Some(1), &"nowhere".into()), "{report}");
+        assert_eq!((status, &report["guest_at"]), (Some(1), &"source".into()), "{report}");
         report["error"].as_str().unwrap().to_owned()
     };
     assert!(refused().contains("is no control group with a CPU quota"), "{}", refused());

@@ -46,7 +46,8 @@ impl Mover for Own {
         let memory = ram::map(&ram::backends_of(&stage.qmp)?)?;
         let pulses = Arc::new(QemuPulses::new(Arc::clone(&stage.qmp)));
         let process = ForeignProcess::open(stage.pid)?;
-        let sources = DirtySources::new(vec![tracking.source(process, &memory, &pulses, false)?]);
+        let sources =
+            DirtySources::new(vec![tracking.source(process, None, &memory, &pulses, false)?]);
         let machine = QemuSource::new(Arc::clone(&stage.qmp))?;
         let source = Source::new()
             .channels(self.channels)

@@ -1,5 +1,8 @@
 //! Migrations that cannot begin: a clear error, and the guest goes on where it is.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use pageferry::memory::{Layout, PAGE_BYTES, RegionLayout};
 use pageferry::protocol::Message;
 use pageferry_vmm::ram::Ram;
@@ -94,6 +97,66 @@ fn more_memory_than_the_machine_has() {
     let line = destination.await_message("no guest came from ");
     assert!(line.contains("memory and swap"), "{line}");
     // The place is free for the guest that is waited for.
+    let mut source = source(&[]);
+    source.say(format!("migrate {address}"));
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
+}
+
+/// A control group with so much memory, if there can be one here; says so if not.
+struct Group {
+    folder: PathBuf,
+    limit: &'static str,
+}
+
+impl Group {
+    fn make() -> Option<Self> {
+        // Of the first kind, or, with memory handed down, of the second.
+        let kinds =
+            [("memory", "memory.limit_in_bytes"), ("", "memory.max"), ("unified", "memory.max")];
+        let name = format!("pageferry-test-{}", std::process::id());
+        let mut why = Vec::new();
+        for (kind, limit) in kinds {
+            let folder = Path::new("/sys/fs/cgroup").join(kind).join(&name);
+            if let Err(error) = fs::create_dir(&folder) {
+                why.push(format!("{}: {error}", folder.display()));
+                continue;
+            }
+            let group = Self { folder, limit };
+            if group.folder.join(limit).exists() {
+                return Some(group);
+            }
+            why.push(format!("{} has no {limit}", group.folder.display()));
+        }
+        let why = why.join("; ");
+        eprintln!("skipped, because control groups with a memory limit cannot be made here: {why}");
+        None
+    }
+
+    fn set_limit(&self, bytes: u64) {
+        fs::write(self.folder.join(self.limit), bytes.to_string()).expect("a limit");
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Once who is in it is gone.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+#[test]
+fn more_memory_than_the_control_group_may_have() {
+    let Some(group) = Group::make() else { return };
+    group.set_limit(48 << 20);
+    let (mut destination, address) = destination(&[]);
+    fs::write(group.folder.join("cgroup.procs"), destination.pid().to_string()).expect("a move");
+    let limit = (48 << 20).to_string();
+    assert_fails(&address, &["(declined)", "67108864", &limit, "are left", "--memory 67108864"]);
+    let line = destination.await_message("no guest came from ");
+    assert!(line.contains(group.limit), "{line}");
+    // With more it takes the next.
+    group.set_limit(1 << 30);
     let mut source = source(&[]);
     source.say(format!("migrate {address}"));
     source.finish().report(0).assert_departed();

@@ -75,6 +75,10 @@ pub(crate) struct MigrateArgs {
     /// QEMU's process [default: the one that listens at its monitor].
     #[arg(long, value_name = "PID")]
     pub(crate) pid: Option<u32>,
+    /// Socket at which QEMU hands a userfaultfd over, by libpageferry_qemu_preload.so and the variable
+    /// PAGEFERRY_USERFAULTFD; on kernels before 6.7 none is needed [default: one is made in QEMU, by ptrace].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) userfaultfd: Option<PathBuf>,
     /// Control group (a folder in /sys/fs/cgroup) of the guest's vCPU threads, whose CPU quota is lowered where the
     /// guest writes too fast (--not-converging throttle); several times where they are in several [default: the
     /// guest is not slowed down].

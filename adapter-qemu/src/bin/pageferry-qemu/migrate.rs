@@ -17,7 +17,8 @@ use pageferry_rust_vmm::ForeignProcess;
 
 use crate::args::MigrateArgs;
 
-pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
+/// Moves it. Where it is if this fails, is in `guest_at`.
+pub(crate) fn migrate(args: &MigrateArgs, guest_at: &mut GuestAt) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
@@ -25,6 +26,7 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
     // Whoever is at work on the guest has its monitor too.
     let left = RecordFile::left(&args.qmp)?;
     let qmp = Arc::new(Qmp::connect(&args.qmp)?);
+    *guest_at = GuestAt::Source;
     if let Some(left) = left {
         if !qmp.run_state()?.running {
             return Err(left.left_over(&args.qmp).into());
@@ -49,7 +51,8 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
     let process = ForeignProcess::open(pid)?;
     let pulses = Arc::new(QemuPulses::new(Arc::clone(&qmp)));
     let with_direct_io = !direct_disks.is_empty();
-    let tracker = tracking.source(process, &memory, &pulses, with_direct_io)?;
+    let handed = args.userfaultfd.as_deref();
+    let tracker = tracking.source(process, handed, &memory, &pulses, with_direct_io)?;
     let sources = DirtySources::new(vec![tracker]);
     let dirty_source = sources.names().concat();
     say!("a guest of QEMU {}, {}, vCPUs: {}", vm.qemu, vm.machine, vm.vcpus);
@@ -69,6 +72,7 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Outcome, Failure> {
         record: false,
         events: &events,
     };
+    *guest_at = GuestAt::Unknown;
     let gone = departure.migrate(machine, |_| Ok((memory, sources)), &args.to, &wishes)?;
     let mut report = gone.report;
     report.guest = Some("qemu".to_owned());

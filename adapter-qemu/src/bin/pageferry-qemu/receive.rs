@@ -1,6 +1,6 @@
 //! `receive`: waits for a guest, and runs it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
@@ -13,12 +13,14 @@ use pageferry::{Offer, Statistics};
 use pageferry_cli::arrival::Reception;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report};
+use pageferry_cli::room;
 use pageferry_cli::say;
 use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
 use pageferry_qemu::ram::{self, Made, RamError};
 use pageferry_qemu::record::{Record, RecordFile, Recorded, Standing};
 use pageferry_qemu::{QemuCommand, QemuDestination, Vm};
 use pageferry_tcp::ZeroCopy;
+use rustix::fs::{Access, access};
 
 use crate::args::ReceiveArgs;
 
@@ -31,6 +33,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     let reception = Reception { link: &args.link, pin: &args.pin, populate: 0, events: &events };
     let monitor = monitor(args);
     check_free(args, &monitor)?;
+    check_program(args.qemu.first().ok_or("no QEMU is given")?)?;
     let home = |offer: &Offer| home_for(args, &monitor, offer);
     let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
         Ok(arrival) => arrival,
@@ -90,6 +93,20 @@ fn check_free(args: &ReceiveArgs, monitor: &Path) -> Result<(), Failure> {
     }
 }
 
+/// Whether there is such a program, before a guest comes for it. It is not tried: a script of the user's could start a
+/// guest.
+fn check_program(program: &OsStr) -> Result<(), Failure> {
+    let path = Path::new(program);
+    let is_there = |path: &Path| path.is_file() && access(path, Access::EXEC_OK).is_ok();
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let found = if path.components().count() > 1 {
+        is_there(path)
+    } else {
+        std::env::split_paths(&folders).any(|folder| is_there(&folder.join(path)))
+    };
+    if found { Ok(()) } else { Err(format!("there is no program {}", path.display()).into()) }
+}
+
 fn is_socket(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|file| file.file_type().is_socket())
 }
@@ -107,16 +124,7 @@ fn home_for(
         let why = format!("the source's RAM is in {theirs} files, and --ram names {here} here");
         return Err(why.into());
     }
-    let memory_bytes = offer.layout().len_bytes();
-    if let Some(here_bytes) = pageferry_report::facts::memory_and_swap_bytes()
-        && memory_bytes > here_bytes
-    {
-        return Err(format!(
-            "the source has {memory_bytes} bytes of guest memory, and this machine {here_bytes} of \
-             memory and swap"
-        )
-        .into());
-    }
+    room::check(offer.layout().len_bytes(), None)?;
     let [program, arguments @ ..] = &*args.qemu else { return Err("no QEMU is given".into()) };
     let mut arguments = arguments.to_vec();
     arguments.extend(["-qmp".into(), listening_at(monitor)?]);

@@ -9,12 +9,13 @@ use pageferry_cli::arrival::Reception;
 use pageferry_cli::child::end_with_parent;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report};
+use pageferry_cli::room;
 use pageferry_cli::say;
 use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
-use pageferry_report::facts::memory_and_swap_bytes;
 use pageferry_tcp::ZeroCopy;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
+use pageferry_vmm::ram::Backing;
 use rustix::process::Signal;
 
 use crate::args::ReceiveArgs;
@@ -77,16 +78,11 @@ fn machine_for(
         )
         .into());
     }
-    let here_bytes = memory_and_swap_bytes();
-    if args.memory.is_none()
-        && let Some(here_bytes) = here_bytes
-        && memory_bytes > here_bytes
-    {
-        return Err(format!(
-            "the source has {memory_bytes} bytes of guest memory, and this machine {here_bytes} of \
-             memory and swap; --memory {memory_bytes} here takes it all the same"
-        )
-        .into());
+    if args.memory.is_none() {
+        let huge = (args.backing == Backing::Hugetlb).then_some(args.backing.page_bytes());
+        room::check(memory_bytes, huge).map_err(|error| {
+            format!("{error}; --memory {memory_bytes} here takes it all the same")
+        })?;
     }
     let mut config: GuestConfig = serde_json::from_slice(offer.description()).map_err(|error| {
         format!("the source's description of the guest makes no sense: {error}")

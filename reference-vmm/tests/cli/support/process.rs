@@ -111,6 +111,10 @@ impl Process {
         }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         pidfd_send_signal(&self.pidfd, signal)
             .unwrap_or_else(|error| panic!("failed to signal the {}: {error}", self.name));
