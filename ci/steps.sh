@@ -25,18 +25,29 @@ run_steps() {
     running=()
 }
 
-# What summarize tells, a line a step: name, seconds, passed, skipped.
+# What summarize tells, a line a step: name, seconds, seconds of CPU time, passed, skipped.
 ran=()
 # The steps that have not come to an end.
 running=()
 all_began=$SECONDS
 
+# Sets cpu to the seconds of CPU time of all that this shell has waited for.
+count_cpu() {
+    # In a subshell it would be that one's.
+    times >"$out/times.$BASHPID"
+    cpu=$(awk -F '[ms ]+' 'NR == 2 { printf "%d", ($1 + $3) * 60 + $2 + $4 }' "$out/times.$BASHPID")
+    rm "$out/times.$BASHPID"
+}
+
 one() {
-    local began=$SECONDS passed_before=$passed skipped_before=${#skips[@]}
+    local began=$SECONDS passed_before=$passed skipped_before=${#skips[@]} cpu cpu_before
+    count_cpu
+    cpu_before=$cpu
     running=("$1")
     "step_$1"
     running=()
-    ran+=("$1 $((SECONDS - began)) $((passed - passed_before)) $((${#skips[@]} - skipped_before))")
+    count_cpu
+    ran+=("$1 $((SECONDS - began)) $((cpu - cpu_before)) $((passed - passed_before)) $((${#skips[@]} - skipped_before))")
 }
 
 # at_once STEP...: what they print comes one after the other. The first has the CPUs that it wants.
@@ -52,8 +63,9 @@ at_once() {
             [ "$step" = "$1" ] || renice -n 19 -p "$BASHPID" >/dev/null
             began=$SECONDS passed=0 skips=()
             "step_$step"
-            echo "ci: $step took $((SECONDS - began)) s"
-            printf '%s\n' "$((SECONDS - began))" "$passed" "${skips[@]}" >"$out/$step.counted"
+            count_cpu
+            echo "ci: $step took $((SECONDS - began)) s, and $cpu s of CPU time"
+            printf '%s\n' "$((SECONDS - began)) $cpu $passed" "${skips[@]}" >"$out/$step.counted"
         ) </dev/null >"$out/$step.output" 2>&1 &
         processes+=($!)
     done
@@ -66,9 +78,9 @@ at_once() {
         cat "$out/$step.output"
         [[ " ${failed[*]} " != *" $step "* ]] || continue
         mapfile -t counted <"$out/$step.counted"
-        count_passed "${counted[1]}"
-        skips+=("${counted[@]:2}")
-        ran+=("$step ${counted[0]} ${counted[1]} $((${#counted[@]} - 2))")
+        count_passed "${counted[0]##* }"
+        skips+=("${counted[@]:1}")
+        ran+=("$step ${counted[0]} $((${#counted[@]} - 1))")
     done
     trap - INT TERM
     running=("${failed[@]}")
@@ -84,16 +96,16 @@ json_string() {
 
 # Before the shell ends, whatever ended it.
 summarize() {
-    local status=$? line step seconds count skipped separator=''
+    local status=$? line step seconds cpu count skipped separator=''
     local outcome=passed
     [ "$status" = 0 ] || outcome=failed
     {
         printf '{"outcome":"%s","seconds":%d,"passed":%d,"steps":[' \
             "$outcome" "$((SECONDS - all_began))" "$passed"
         for line in "${ran[@]}"; do
-            read -r step seconds count skipped <<<"$line"
-            printf '%s{"step":"%s","outcome":"passed","seconds":%d,"passed":%d,"skipped":%d}' \
-                "$separator" "$step" "$seconds" "$count" "$skipped"
+            read -r step seconds cpu count skipped <<<"$line"
+            printf '%s{"step":"%s","outcome":"passed","seconds":%d,"cpu_seconds":%d,"passed":%d,"skipped":%d}' \
+                "$separator" "$step" "$seconds" "$cpu" "$count" "$skipped"
             separator=,
         done
         for step in "${running[@]}"; do
@@ -108,11 +120,11 @@ summarize() {
         done
         printf ']}\n'
     } >"$out/summary.json"
-    printf '%-18s %8s %8s %8s\n' step seconds passed skipped
+    printf '%-18s %8s %8s %8s %8s\n' step seconds CPU passed skipped
     for line in "${ran[@]}"; do
         # Words.
         # shellcheck disable=SC2086
-        printf '%-18s %8s %8s %8s\n' $line
+        printf '%-18s %8s %8s %8s %8s\n' $line
     done
     for step in "${running[@]}"; do
         printf '%-18s %8s\n' "$step" FAILED
