@@ -70,11 +70,22 @@ impl Default for Fate {
 
 impl Fate {
     /// Fails once the link was interrupted, or it is known why it is over.
+    // Asked several times a batch, from other crates.
+    #[inline]
     pub fn check(&self) -> Result<(), TransportError> {
-        if self.interrupted.load(Ordering::Acquire) {
-            return Err(TransportError::Interrupted);
+        let interrupted = self.interrupted.load(Ordering::Acquire);
+        match self.ending.get() {
+            None if !interrupted => Ok(()),
+            ending => Err(Self::cause(interrupted, ending)),
         }
-        self.ending.get().map_or(Ok(()), |ending| Err(ending.into()))
+    }
+
+    #[cold]
+    fn cause(interrupted: bool, ending: Option<&Ending>) -> TransportError {
+        match ending {
+            Some(ending) if !interrupted => ending.into(),
+            _ => TransportError::Interrupted,
+        }
     }
 
     /// The link was interrupted.

@@ -90,6 +90,7 @@ impl AckWriter {
     }
 
     /// What to send: the rest of the one that is half out, or what has landed.
+    #[inline]
     pub fn next(&mut self, landed: Ticket) -> &[u8] {
         if self.unsent == 0 {
             self.bytes = landed.to_le_bytes();
@@ -100,6 +101,7 @@ impl AckWriter {
     }
 
     /// So many bytes of that are out.
+    #[inline]
     pub fn sent(&mut self, bytes: usize) {
         self.stuck = false;
         self.unsent -= bytes.min(self.unsent);
