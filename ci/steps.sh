@@ -33,10 +33,11 @@ all_began=$SECONDS
 
 # Sets cpu to the seconds of CPU time of all that this shell has waited for.
 count_cpu() {
+    local file=$out/times.$BASHPID
     # In a subshell it would be that one's.
-    times >"$out/times.$BASHPID"
-    cpu=$(awk -F '[ms ]+' 'NR == 2 { printf "%d", ($1 + $3) * 60 + $2 + $4 }' "$out/times.$BASHPID")
-    rm "$out/times.$BASHPID"
+    times >"$file"
+    cpu=$(awk -F '[ms ]+' 'NR == 2 { printf "%d", ($1 + $3) * 60 + $2 + $4 }' "$file")
+    rm "$file"
 }
 
 one() {
