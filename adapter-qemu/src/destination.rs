@@ -1,14 +1,18 @@
 //! A guest that comes, for a QEMU that waits for it.
 
+use std::path::PathBuf;
 use std::process::Child;
 use std::sync::Arc;
 
+use pageferry::Chain;
 use pageferry::machine::{Machine, MachineError};
+use pageferry::memory::{GuestMemory, Layout, PageRange};
+use pageferry_rust_vmm::ForeignProcess;
 
 use crate::device_state;
 use crate::incoming::{Incoming, IncomingError, QemuCommand};
 use crate::qmp::Qmp;
-use crate::ram::Made;
+use crate::ram::{self, Backend, Made, RamError};
 
 const NO_QEMU: &str = "there is no QEMU for the guest any more";
 
@@ -28,18 +32,27 @@ pub struct QemuDestination {
     incoming: Option<Incoming>,
     /// Its RAM, which goes after its QEMU.
     made: Made,
+    /// The same as the engine has it, once it was mapped.
+    memory: Option<Arc<GuestMemory>>,
 }
 
 impl QemuDestination {
     /// Starts a QEMU for RAM that was made for it.
     pub fn start(command: QemuCommand, made: Made) -> Result<Self, IncomingError> {
         let incoming = Some(Incoming::start(&command)?);
-        Ok(Self { command, incoming, made })
+        Ok(Self { command, incoming, made, memory: None })
     }
 
     /// Its monitor.
     pub fn qmp(&self) -> Option<&Arc<Qmp>> {
         self.incoming.as_ref().map(Incoming::qmp)
+    }
+
+    /// Its RAM, for the engine, which is in these files.
+    pub fn map(&mut self, backends: &[(Backend, PathBuf)]) -> Result<Arc<GuestMemory>, RamError> {
+        let memory = ram::map(backends)?;
+        self.memory = Some(Arc::clone(&memory));
+        Ok(memory)
     }
 
     /// QEMU's process and monitor, which live on when both are dropped.
@@ -53,6 +66,20 @@ impl QemuDestination {
         let incoming = self.incoming.as_ref().ok_or(NO_QEMU)?;
         Ok(incoming.qmp())
     }
+}
+
+fn all_of(layout: &Layout) -> Vec<PageRange> {
+    let mut all = Vec::new();
+    for (region, layout) in (0..).zip(layout.regions()) {
+        let mut first_page = 0;
+        while first_page < layout.pages() {
+            // A region may be longer than a range can say.
+            let pages = u32::try_from(layout.pages() - first_page).unwrap_or(u32::MAX);
+            all.push(PageRange { region, first_page, pages });
+            first_page += u64::from(pages);
+        }
+    }
+    all
 }
 
 impl Machine for QemuDestination {
@@ -72,6 +99,18 @@ impl Machine for QemuDestination {
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         Ok(device_state::load(self.running()?, state)?)
+    }
+
+    /// QEMU may write RAM as it loads: with KVM it was seen to, in a ROM's place.
+    fn written_by_load(&mut self) -> Result<Vec<PageRange>, MachineError> {
+        let pid = self.running()?.peer_pid()?;
+        let memory = self.memory.as_ref().ok_or("its RAM was not mapped")?;
+        // Nothing else in it has touched RAM: it has not run.
+        let touched = ForeignProcess::open(pid).and_then(|process| process.touched(memory));
+        Ok(touched.unwrap_or_else(|error| {
+            tracing::debug!(error = %Chain::of(&error), "any page may have been written");
+            all_of(memory.layout())
+        }))
     }
 
     fn unload(&mut self) -> Result<(), MachineError> {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use pageferry::machine::{GuestAlarm, Machine, MachineError, Rehearsal};
+use pageferry::memory::PageRange;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -306,6 +307,10 @@ impl<M: Machine> Machine for Recorded<M> {
 
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         self.machine.load(state)
+    }
+
+    fn written_by_load(&mut self) -> Result<Vec<PageRange>, MachineError> {
+        self.machine.written_by_load()
     }
 
     fn unload(&mut self) -> Result<(), MachineError> {

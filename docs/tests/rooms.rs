@@ -332,11 +332,18 @@ fn defined(item: &Item) -> Option<String> {
 }
 
 /// The root modules of all crates: libraries and programs.
+fn folders_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.is_dir()).collect()
+}
+
 fn roots() -> Vec<PathBuf> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut roots = Vec::new();
-    for entry in fs::read_dir(&workspace).unwrap() {
-        let sources = entry.unwrap().path().join("src");
+    // Some crates lie in another one's folder.
+    let crates = folders_in(&workspace).into_iter().filter(|folder| !folder.ends_with("target"));
+    let crates = crates.flat_map(|folder| [folders_in(&folder), vec![folder]].concat());
+    for sources in crates.map(|folder| folder.join("src")) {
         for root in ["lib.rs", "main.rs"] {
             roots.extend(Some(sources.join(root)).filter(|root| root.exists()));
         }
@@ -347,7 +354,7 @@ fn roots() -> Vec<PathBuf> {
         }
     }
     roots.sort();
-    assert!(roots.len() > 8, "{roots:?}");
+    assert!(roots.len() > 16, "{roots:?}");
     roots
 }
 

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::Error;
 use crate::machine::{GuestAlarm, Machine, MachineError, MachineOperation, Rehearsal};
+use crate::pages::memory::PageRange;
 
 /// Runs code that may panic. Whoever calls this sees to it that nothing half done is used afterwards.
 pub(crate) fn caught<T>(place: impl Into<String>, call: impl FnOnce() -> T) -> Result<T, Error> {
@@ -50,6 +51,10 @@ impl<M: Machine> Guarded<M> {
 
     pub(crate) fn load(&mut self, state: &[u8]) -> Result<(), Error> {
         self.call(MachineOperation::Load, |machine| machine.load(state))
+    }
+
+    pub(crate) fn written_by_load(&mut self) -> Result<Vec<PageRange>, Error> {
+        self.call(MachineOperation::Load, M::written_by_load)
     }
 
     pub(crate) fn unload(&mut self) -> Result<(), Error> {

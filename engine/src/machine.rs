@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::pages::memory::PageRange;
+
 /// What a machine operation failed with; the engine passes it on as it is.
 pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -18,7 +20,8 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 ///   switchover that was called off is followed by another one. While the guest runs: `rehearse` and
 ///   `throttle`;
 /// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing. After
-///   a switchover that was called off, `unload`, and `load` again, with newer state. When `reacquire_resources` or
+///   a switchover that was called off, `unload`, and `load` again, with newer state. Each `load` that went well is
+///   followed by `written_by_load`. When `reacquire_resources` or
 ///   `resume` fails, `release_resources`: the source gets the guest back.
 ///
 /// Before the first page moves, `state_schema` is asked of the running machine at the source, and
@@ -66,6 +69,14 @@ pub trait Machine {
     /// May be called again, when a switchover was called off: the guest has run on at the source
     /// meanwhile, and what is loaded last is all that counts.
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError>;
+
+    /// Pages of guest memory that the last [`load`](Self::load) has written, or may have: inside guest memory, in any
+    /// order. If the switchover is called off the source sends them again; without that, what was written would stay
+    /// in the memory of a guest that has gone on meanwhile. The guest stands still while this is asked. None unless
+    /// implemented.
+    fn written_by_load(&mut self) -> Result<Vec<PageRange>, MachineError> {
+        Ok(Vec::new())
+    }
 
     /// The switchover was called off after a [`load`](Self::load), and the guest runs on at the source: what was
     /// loaded is of no use, and another `load` comes later. Pages land meanwhile. For a machine that takes state

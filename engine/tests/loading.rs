@@ -11,6 +11,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, unbounded};
 use pageferry::convergence::Policy;
 use pageferry::dirty::DirtySources;
+use pageferry::memory::PageRange;
 use pageferry::testing::{TestMemory, WrappedChannel, WrappedSource, memory_transport};
 use pageferry::transport::SourceLink;
 use pageferry::{Destination, Event, Machine, MachineError, Source, SwitchoverStage, Timeouts};
@@ -24,12 +25,20 @@ fn unlucky(link: Box<dyn SourceLink>, lost: Arc<AtomicBool>) -> WrappedSource {
     })
 }
 
+/// Pages that the first load writes: one with data, and one that is zero at the source and never mentioned.
+const WRITTEN: [PageRange; 2] = [
+    PageRange { region: 0, first_page: 700, pages: 1 },
+    PageRange { region: 0, first_page: 400, pages: 1 },
+];
+
 /// Its first load goes on until it was called off, and for a while more.
 #[derive(Debug)]
 struct Loading {
     inner: TestMachine,
+    memory: TestMemory,
     called_off: Option<Receiver<()>>,
     longer: Duration,
+    written: Vec<PageRange>,
 }
 
 impl Machine for Loading {
@@ -49,8 +58,15 @@ impl Machine for Loading {
         if let Some(called_off) = self.called_off.take() {
             called_off.recv()?;
             thread::sleep(self.longer);
+            for PageRange { region, first_page, .. } in WRITTEN {
+                self.memory.fill_page(region, first_page, 99);
+            }
+            self.written = WRITTEN.to_vec();
         }
         self.inner.load(state)
+    }
+    fn written_by_load(&mut self) -> Result<Vec<PageRange>, MachineError> {
+        Ok(std::mem::take(&mut self.written))
     }
     fn unload(&mut self) -> Result<(), MachineError> {
         self.inner.unload()
@@ -63,6 +79,7 @@ impl Machine for Loading {
     }
 }
 
+/// And what it has written is gone again.
 #[test]
 fn a_load_that_outlives_its_switchover_costs_time_alone() {
     let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
@@ -77,7 +94,8 @@ fn a_load_that_outlives_its_switchover_costs_time_alone() {
     // Nothing may take as long as half of it: no word on a lost channel, no page, no frame.
     let patience = Duration::from_secs(2);
     let (tell, told) = unbounded();
-    let theirs = Loading { inner, called_off: Some(told), longer: 2 * patience };
+    let (memory, longer, written) = (there.clone(), 2 * patience, Vec::new());
+    let theirs = Loading { inner, memory, called_off: Some(told), longer, written };
 
     let lost = Arc::new(AtomicBool::new(false));
     let timeouts = Timeouts { handshake: patience, stall: patience, ..Timeouts::default() };

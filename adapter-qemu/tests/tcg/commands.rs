@@ -245,6 +245,15 @@ pub(crate) fn recover(guests: &Guests, host: &str, options: &[&str]) -> Option<V
 }
 
 /// Says so if there is none.
+pub(crate) fn has_kvm() -> bool {
+    let opened = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &opened {
+        eprintln!("skipped, because there is no /dev/kvm: {error}");
+    }
+    opened.is_ok()
+}
+
+/// Says so if there is none.
 pub(crate) fn has_strace() -> bool {
     let has = Command::new("strace").arg("-V").stdout(Stdio::null()).status().is_ok();
     if !has {

@@ -1,6 +1,6 @@
 //! Guests of a real QEMU, moved by `pageferry-qemu`.
 
-use crate::commands::{Receiving, may_track, migrate, recover, refused};
+use crate::commands::{Receiving, has_kvm, may_track, migrate, recover, refused};
 use pageferry_qemu::Tracking;
 use pageferry_qemu::testing::{Console, Disk, Guests, QEMU, Running};
 use serde_json::Value;
@@ -84,11 +84,7 @@ fn a_guest_with_kvm_moves_over_rdma() {
 
 /// Says so if there are none here.
 fn guests_with_kvm() -> Option<Guests> {
-    if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
-        eprintln!("skipped, because there is no /dev/kvm: {error}");
-        return None;
-    }
-    if !may_track() {
+    if !has_kvm() || !may_track() {
         return None;
     }
     let mut guests = Guests::bare(PAGES)?;

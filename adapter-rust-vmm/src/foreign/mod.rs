@@ -16,6 +16,7 @@
 //! while it is looked at.
 
 mod call;
+mod entries;
 mod error;
 mod process;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +24,7 @@ mod ptrace;
 mod scan;
 mod soft_dirty;
 mod standstill;
+mod touched;
 
 pub use call::ForeignUserfaultfd;
 pub use error::ForeignError;

@@ -9,19 +9,13 @@ use pageferry::dirty::DirtyBitmap;
 use pageferry::memory::{GuestMemory, PAGE_BYTES};
 use thiserror::Error;
 
+use super::entries::{Entries, SOFT_DIRTY};
 use super::error::ForeignError;
 use super::process::ForeignProcess;
 use super::standstill::{Pulsed, Standstill};
 use crate::addresses::Mapped;
-use crate::bits::set_range;
 use crate::misuse::MisuseError;
 use crate::tracked::{Tracked, Tracker};
-
-/// Of an entry of a page map: the page was written since bits were cleared, or it came to be.
-const SOFT_DIRTY: u64 = 1 << 55;
-const ENTRY_BYTES: usize = size_of::<u64>();
-/// Entries that are read with one call.
-const ENTRIES: usize = 1 << 14;
 
 /// What is written to `clear_refs` to clear soft-dirty bits.
 const CLEAR: &[u8] = b"4";
@@ -164,14 +158,13 @@ impl Tracker for SoftDirtyTracker {
 /// The soft-dirty bits of a process.
 #[derive(Debug)]
 struct Bits {
-    pagemap: File,
+    entries: Entries,
     clear_refs: File,
-    entries: Vec<u8>,
 }
 
 impl Bits {
     fn new(pagemap: File, clear_refs: File) -> Self {
-        Self { pagemap, clear_refs, entries: vec![0; ENTRIES * ENTRY_BYTES] }
+        Self { entries: Entries::of(pagemap), clear_refs }
     }
 
     /// Clears all bits of the process.
@@ -184,22 +177,7 @@ impl Bits {
     /// Adds the pages that were written.
     fn read(&mut self, mapped: &Mapped, into: &mut DirtyBitmap) -> Result<(), SoftDirtyError> {
         let failed = |cause| SoftDirtyError::PageMap { operation: "read soft-dirty bits", cause };
-        let words = into.region_words_mut(mapped.region);
-        let pages = (mapped.addresses.end - mapped.addresses.start) / PAGE_BYTES;
-        let mut done = 0;
-        while done < pages {
-            let count = ENTRIES.min(usize::try_from(pages - done).unwrap_or(ENTRIES));
-            let entries = &mut self.entries[..count * ENTRY_BYTES];
-            let at = (mapped.addresses.start / PAGE_BYTES + done) * ENTRY_BYTES as u64;
-            self.pagemap.read_exact_at(entries, at).map_err(failed)?;
-            for (page, entry) in (mapped.first_page + done..).zip(entries.as_chunks().0) {
-                if u64::from_ne_bytes(*entry) & SOFT_DIRTY != 0 {
-                    set_range(words, page, page + 1);
-                }
-            }
-            done += count as u64;
-        }
-        Ok(())
+        self.entries.with(SOFT_DIRTY, mapped, into).map_err(failed)
     }
 
     /// Whether a write of this process, whose bits they are, is told, and no write is not.
@@ -208,12 +186,8 @@ impl Bits {
         let mut pages = vec![1_u8; 2 * page_bytes];
         let whole = pages.as_ptr().addr().next_multiple_of(page_bytes) - pages.as_ptr().addr();
         let address = (pages.as_ptr().addr() + whole) as u64;
-        let is_dirty = |bits: &Self| {
-            let mut entry = [0; ENTRY_BYTES];
-            let at = address / PAGE_BYTES * ENTRY_BYTES as u64;
-            bits.pagemap.read_exact_at(&mut entry, at)?;
-            io::Result::Ok(u64::from_ne_bytes(entry) & SOFT_DIRTY != 0)
-        };
+        let is_dirty =
+            |bits: &Self| Ok::<_, io::Error>(bits.entries.at(address)? & SOFT_DIRTY != 0);
         self.clear_refs.write_all_at(CLEAR, 0)?;
         let before = is_dirty(self)?;
         pages[whole] = std::hint::black_box(2);

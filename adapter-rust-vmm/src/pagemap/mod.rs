@@ -21,7 +21,7 @@ use crate::addresses::{Mapped, mapped_here};
 use crate::misuse::MisuseError;
 use crate::tracked::{Tracked, Tracker};
 pub use error::PagemapError;
-pub(crate) use scan::{Scan, negotiated, userfaultfd};
+pub(crate) use scan::{Scan, negotiated, present, userfaultfd};
 
 /// Tracks every write to guest memory through this process's page tables: by threads of the
 /// process, by buffered system calls, and by KVM's vCPUs, whose mappings follow the page tables.

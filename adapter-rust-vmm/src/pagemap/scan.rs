@@ -18,6 +18,8 @@ use crate::uffd;
 /// Runs of written pages that one call returns, 24 bytes each.
 const RUNS: usize = 4096;
 
+const NO_RUN: page_region = page_region { start: 0, end: 0, categories: 0 };
+
 /// What tracking needs, by name.
 const FEATURES: [(&str, u64); 3] = [
     ("UFFD_FEATURE_WP_ASYNC", uffd::UFFD_FEATURE_WP_ASYNC),
@@ -46,8 +48,7 @@ impl Scan {
             return Err(PagemapError::HostPageSize { host_page_bytes }.into());
         }
         ioctl::scan_and_protect(&pagemap, &(0..0), &mut []).map_err(PagemapError::NoScan)?;
-        let none = page_region { start: 0, end: 0, categories: 0 };
-        Ok(Self { uffd: uffd()?, pagemap, runs: vec![none; RUNS] })
+        Ok(Self { uffd: uffd()?, pagemap, runs: vec![NO_RUN; RUNS] })
     }
 
     /// Write-protects memory. What was done before a failure is undone by a drop.
@@ -79,7 +80,9 @@ impl Scan {
             let words = into.region_words_mut(mapped.region);
             let guest_addr = mapped.guest_addr;
             for range in mapped.call_ranges() {
-                self.scan(mapped, range, words)
+                let (pagemap, runs) = (&self.pagemap, &mut self.runs);
+                let call = |range: &_, runs: &mut _| ioctl::scan_and_protect(pagemap, range, runs);
+                add_found(mapped, range, runs, words, call)
                     .map_err(|cause| PagemapError::Scan { guest_addr, cause })?;
             }
         }
@@ -100,30 +103,44 @@ impl Scan {
         }
         result
     }
+}
 
-    /// Adds the written pages of a part of what is mapped to the words of its region.
-    fn scan(
-        &mut self,
-        mapped: &Mapped,
-        mut range: Range<u64>,
-        words: &mut [u64],
-    ) -> io::Result<()> {
-        let base = mapped.addresses.start;
-        while !range.is_empty() {
-            let (found, looked_to) =
-                ioctl::scan_and_protect(&self.pagemap, &range, &mut self.runs)?;
-            for run in &self.runs[..found] {
-                let first = run.start.saturating_sub(base) / PAGE_BYTES;
-                let end = run.end.saturating_sub(base).div_ceil(PAGE_BYTES);
-                set_range(words, mapped.first_page + first, mapped.first_page + end);
-            }
-            if looked_to <= range.start {
-                return Err(io::Error::other("the kernel's scan made no progress"));
-            }
-            range.start = looked_to;
+/// Adds the pages that are in the page tables that the page map is of, or were and are in swap now.
+pub(crate) fn present(pagemap: &File, memory: &[Mapped], into: &mut DirtyBitmap) -> io::Result<()> {
+    let mut runs = vec![NO_RUN; RUNS];
+    for mapped in memory {
+        let words = into.region_words_mut(mapped.region);
+        for range in mapped.call_ranges() {
+            add_found(mapped, range, &mut runs, words, |range, runs| {
+                ioctl::scan_present(pagemap, range, runs)
+            })?;
         }
-        Ok(())
     }
+    Ok(())
+}
+
+/// Adds the pages that a call finds in a part of what is mapped to the words of its region.
+fn add_found(
+    mapped: &Mapped,
+    mut range: Range<u64>,
+    runs: &mut [page_region],
+    words: &mut [u64],
+    call: impl Fn(&Range<u64>, &mut [page_region]) -> io::Result<(usize, u64)>,
+) -> io::Result<()> {
+    let base = mapped.addresses.start;
+    while !range.is_empty() {
+        let (found, looked_to) = call(&range, runs)?;
+        for run in &runs[..found] {
+            let first = run.start.saturating_sub(base) / PAGE_BYTES;
+            let end = run.end.saturating_sub(base).div_ceil(PAGE_BYTES);
+            set_range(words, mapped.first_page + first, mapped.first_page + end);
+        }
+        if looked_to <= range.start {
+            return Err(io::Error::other("the kernel's scan made no progress"));
+        }
+        range.start = looked_to;
+    }
+    Ok(())
 }
 
 /// A userfaultfd of this process, before features were chosen.

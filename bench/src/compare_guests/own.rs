@@ -37,9 +37,9 @@ impl Mover for Own {
         };
         // QEMU's own has a QEMU that waits already, too.
         let made = Made::create(&stage.guests.ram_files(&stage.there))?;
-        let home = QemuDestination::start(command, made)?;
+        let mut home = QemuDestination::start(command, made)?;
         let qmp_there = Arc::clone(home.qmp().ok_or("its QEMU is gone")?);
-        let memory_there = ram::map(&ram::backends_of(&qmp_there)?)?;
+        let memory_there = home.map(&ram::backends_of(&qmp_there)?)?;
         let listener = Listener::bind(self.way)?;
         let address = listener.address();
         // All that may fail comes before somebody waits for a source. As `pageferry-qemu migrate` does it.

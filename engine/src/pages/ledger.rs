@@ -22,6 +22,8 @@
 //!
 //! - A page is marked ([`Share::mark_sent`]) *before* it becomes part of a batch, in the ledger
 //!   itself: a batch that fills up goes out in the middle of a stripe, and what follows may fail.
+//! - A page that the destination wrote itself, as it loaded device state, is marked with word of that
+//!   ([`Ledger::written_there`]).
 //! - Nothing takes a mark away: the mention that a page is zero may be lost with its channel.
 //! - The marks go with the ledger, through every epoch; nobody keeps them anywhere else.
 //! - A page is left out unmentioned, as zero or as a hole of a file, only if it is not marked.
@@ -32,7 +34,7 @@
 use std::ops::Range;
 
 use crate::pages::dirty::{DirtyBitmap, STRIPE_WORDS};
-use crate::pages::memory::Layout;
+use crate::pages::memory::{Layout, PageRange};
 use crate::pages::partition::{Partition, Stripe};
 use crate::pages::sync::{self, Arc, AtomicBool, Ordering, UnsafeCell};
 
@@ -52,6 +54,14 @@ impl Ledger {
     /// For a migration that begins: all pages are to be sent, none was.
     pub fn new(layout: &Layout) -> Self {
         Self { dirty: DirtyBitmap::all(layout), sent: DirtyBitmap::new(layout) }
+    }
+
+    /// Pages that the destination itself has written: they are to be sent, and hold data there.
+    pub fn written_there(&mut self, range: PageRange) {
+        for page in range.first_page..range.first_page + u64::from(range.pages) {
+            self.dirty.set(range.region, page);
+            self.sent.set(range.region, page);
+        }
     }
 
     /// Whether a page may hold data at the destination.
@@ -331,6 +341,17 @@ mod tests {
         let len_bytes = pages * PAGE_BYTES;
         Layout::new(vec![RegionLayout { guest_addr: 0, len_bytes, backing_page_bytes: PAGE_BYTES }])
             .unwrap()
+    }
+
+    #[test]
+    fn what_the_destination_wrote_is_sent_also_where_it_is_zero() {
+        let layout = layout(600);
+        let mut ledger = Ledger::new(&layout);
+        ledger.dirty.clear();
+        ledger.written_there(PageRange { region: 0, first_page: 511, pages: 2 });
+        assert_eq!(ledger.dirty.count(), 2);
+        let marked = |ledger: &Ledger| (0..600).filter(|page| ledger.is_marked(0, *page)).count();
+        assert!(ledger.is_marked(0, 511) && ledger.is_marked(0, 512) && marked(&ledger) == 2);
     }
 
     #[test]

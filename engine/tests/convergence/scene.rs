@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::dirty::DirtySources;
+use pageferry::memory::{PAGE_BYTES, PageRange};
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::{
@@ -39,6 +40,10 @@ pub(crate) enum Slow {
 /// down.
 pub(crate) struct SlowMachine {
     pub(crate) inner: TestMachine,
+    pub(crate) memory: TestMemory,
+    /// Each load writes a page of its own, that is zero otherwise. What the last one wrote is part of the guest: it
+    /// has gone again before that is compared.
+    pub(crate) loads: u64,
     pub(crate) slow: Slow,
     pub(crate) times: u32,
     pub(crate) takes: Duration,
@@ -58,6 +63,10 @@ impl std::fmt::Debug for SlowMachine {
 }
 
 impl SlowMachine {
+    fn written(&self) -> u64 {
+        PAGES / 4 * 3 + self.loads
+    }
+
     pub(crate) fn take_time(&mut self, at: Slow) {
         if at == self.slow && self.times > 0 {
             self.times -= 1;
@@ -79,6 +88,10 @@ impl Machine for SlowMachine {
         self.inner.pause()
     }
     fn resume(&mut self) -> Result<(), MachineError> {
+        if self.loads > 0 {
+            let zeroes = vec![0; usize::try_from(PAGE_BYTES).unwrap()];
+            self.memory.write(0, self.written(), &zeroes);
+        }
         self.inner.resume()
     }
     fn save(&mut self, state: &mut Vec<u8>) -> Result<(), MachineError> {
@@ -91,7 +104,12 @@ impl Machine for SlowMachine {
         self.take_time(Slow::Load);
         let (state, padding) = state.split_at(state.len() - self.padding);
         assert!(padding.iter().all(|byte| *byte == 7));
+        self.loads += 1;
+        self.memory.fill_page(0, self.written(), 9);
         self.inner.load(state)
+    }
+    fn written_by_load(&mut self) -> Result<Vec<PageRange>, MachineError> {
+        Ok(vec![PageRange { region: 0, first_page: self.written(), pages: 1 }])
     }
     fn unload(&mut self) -> Result<(), MachineError> {
         self.inner.unload()
@@ -186,6 +204,8 @@ impl Scene {
         let (source_link, destination_link) = memory_transport::pair();
         let machine = |memory: &TestMemory, log: &Arc<SoftwareLog>, seed| SlowMachine {
             inner: TestMachine::new(memory, log, WORKING_SET, seed),
+            memory: memory.clone(),
+            loads: 0,
             slow: self.slow.0,
             times: self.slow.1,
             takes: self.takes,
@@ -245,6 +265,11 @@ impl Outcome {
         // What was loaded last is what the guest was when it left.
         assert_eq!(arrived.machine.inner.loaded, Some(departed.machine.inner.writes()));
         arrived.machine.inner.await_writes();
+        // What no guest writes any more is what it was.
+        let (from, to) = (&departed.machine.memory, &arrived.machine.memory);
+        for page in WORKING_SET..PAGES - 1 {
+            assert!(from.read(0, page) == to.read(0, page), "page {page} differs");
+        }
         let here = called_off(&self.events);
         assert_eq!(here.len(), called_off(&self.there_events).len());
         let statistics = &departed.statistics;

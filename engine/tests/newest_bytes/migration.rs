@@ -12,7 +12,9 @@ use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::DestinationLink;
 use pageferry::{Destination, Error, GuestAtSource, Source, Timeouts};
 
-use crate::guest::{Guest, LIMIT, PAGES, REGION_PAGES, Scripted, Stall, Tracker, Write, write};
+use crate::guest::{
+    Arriving, Guest, LIMIT, PAGES, REGION_PAGES, Scripted, Stall, Tracker, Write, write,
+};
 use crate::links::{late, stepping};
 
 /// What makes batches short, so that a stripe is sent in several.
@@ -68,11 +70,10 @@ pub(crate) fn play(migration: Migration) -> Result<(Option<(u16, u64)>, bool), E
         Some(channel) => Box::new(late(Box::new(there_link), channel)),
         None => Box::new(there_link),
     };
-    let nobody = Guest::new(Vec::new(), Vec::new());
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let offer = Destination::new().negotiate(there_link).unwrap();
-            offer.receive(Scripted(nobody), there.memory()).map(drop)
+            offer.receive(Arriving::new(&there), there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(Tracker(Arc::clone(&guest)))]);
         let source = if stalled {

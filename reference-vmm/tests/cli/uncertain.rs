@@ -54,7 +54,7 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
     loop {
         match hear(&mut control) {
             Message::Prepare(Prepare { attempt, .. }) => {
-                let prepared = Prepared { attempt, load_ns: 10_000 };
+                let prepared = Prepared { attempt, load_ns: 10_000, written: Vec::new() };
                 say(&mut control, &Message::Prepared(prepared));
             }
             Message::Commit => return (link, control),

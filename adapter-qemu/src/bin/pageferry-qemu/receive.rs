@@ -136,13 +136,13 @@ fn home_for(
     let record = Record::new(Standing::Awaited, None, args.ram.clone());
     let record = RecordFile::create(monitor, record)?;
     made.removes_too(monitor);
-    let machine = QemuDestination::start(command, made)?;
-    let qmp = machine.qmp().ok_or("QEMU is gone")?;
-    let found = ram::backends_of(qmp)?;
+    let mut machine = QemuDestination::start(command, made)?;
+    let found = ram::backends_of(machine.qmp().ok_or("QEMU is gone")?)?;
     if found.iter().any(|(_, path)| !args.ram.contains(path)) {
         return Err("QEMU's RAM is not in the files that --ram names".into());
     }
-    let memory = ram::map(&found)?;
+    let memory = machine.map(&found)?;
+    let qmp = machine.qmp().ok_or("QEMU is gone")?;
     Vm::of(qmp, found.into_iter().map(|(backend, _)| backend).collect())?.check_takes(&theirs)?;
     Ok((Recorded::destination(machine, record), memory))
 }

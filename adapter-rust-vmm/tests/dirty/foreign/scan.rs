@@ -254,3 +254,25 @@ fn memory_that_is_mapped_privately_is_refused() {
     let refused = ForeignPagemapScan::new(this, &memory, |_| unreachable!()).unwrap_err();
     assert!(matches!(refused, ForeignError::Private { guest_addr: 0, .. }), "{refused}");
 }
+
+#[test]
+fn what_another_process_has_touched_is_told() {
+    let other = Other::start();
+    let touched = || {
+        let ranges = other.process().touched(&other.memory).unwrap();
+        move |region, page| {
+            let has = |range: &PageRange| {
+                let pages = range.first_page..range.first_page + u64::from(range.pages);
+                range.region == region && pages.contains(&page)
+            };
+            ranges.iter().any(has)
+        }
+    };
+    let before = touched();
+    assert!(before(0, 3) && !before(0, 500) && !before(1, 100));
+    other.touch(PageRange { region: 0, first_page: 500, pages: 4 });
+    other.touch(PageRange { region: 1, first_page: 100, pages: 1 });
+    let after = touched();
+    assert!((500..504).all(|page| after(0, page)) && after(1, 100));
+    assert!(!after(0, 900) && !after(1, 200));
+}

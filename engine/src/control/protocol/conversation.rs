@@ -229,7 +229,10 @@ impl Conversation {
                 let complete = prepare.state_bytes == self.state_bytes;
                 require(complete, Why::StateBytes(prepare.state_bytes))
             }
-            Message::Prepared(prepared) => self.answers(Question::Prepare(prepared.attempt)),
+            Message::Prepared(prepared) => {
+                self.answers(Question::Prepare(prepared.attempt))?;
+                require(self.are_in_order(&prepared.written), Why::Ranges)
+            }
             Message::Hello(_)
             | Message::Registered
             | Message::Ready

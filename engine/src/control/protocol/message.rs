@@ -9,7 +9,7 @@ use crate::pages::memory::PageRange;
 
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
-/// Most ranges in one [`Message::DataRanges`].
+/// Most ranges in one [`Message::DataRanges`], and in one [`Message::Prepared`].
 pub const MAX_DATA_RANGES: usize = 16 << 10;
 /// Most bytes of device state in all.
 pub const MAX_DEVICE_STATE_BYTES: u64 = 256 << 20;
@@ -135,12 +135,15 @@ pub struct Prepare {
 }
 
 /// The destination has loaded everything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
     /// Number of the switchover.
     pub attempt: u32,
     /// Nanoseconds the load took.
     pub load_ns: u64,
+    /// Pages that the load may have written: if the switchover is called off they are to be sent again. At most
+    /// [`MAX_DATA_RANGES`].
+    pub written: Vec<PageRange>,
 }
 
 /// Classification of a failure as the other side tells it.
@@ -264,6 +267,7 @@ impl Message {
             Self::Prepared(prepared) => {
                 w.u32(prepared.attempt);
                 w.u64(prepared.load_ns);
+                encode_ranges(&prepared.written, &mut w);
             }
             Self::Resumed { resume_ns } => w.u64(*resume_ns),
             Self::GaveBack { text } => encode_text(text, &mut w),
@@ -309,9 +313,11 @@ impl Message {
                 attempt: r.u32("attempt")?,
                 state_bytes: r.u64("state_bytes")?,
             }),
-            Kind::Prepared => {
-                Self::Prepared(Prepared { attempt: r.u32("attempt")?, load_ns: r.u64("load_ns")? })
-            }
+            Kind::Prepared => Self::Prepared(Prepared {
+                attempt: r.u32("attempt")?,
+                load_ns: r.u64("load_ns")?,
+                written: decode_ranges(&mut r)?,
+            }),
             Kind::Releasing => Self::Releasing,
             Kind::Commit => Self::Commit,
             Kind::Resumed => Self::Resumed { resume_ns: r.u64("resume_ns")? },

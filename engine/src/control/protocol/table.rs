@@ -165,7 +165,8 @@ pub(super) const TABLE: &[Row] = &[
     row!(Prepared, Destination,
         [Loading => Prepared, Copying => Copying, Switching => Switching, Comparing => Comparing,
          Saving => Saving],
-        "what was asked first and is unanswered is this; the stage stays if it was called off"),
+        "what was asked first and is unanswered is this; the stage stays if it was called off; ranges as in \
+         *data ranges*"),
     row!(CalledOff, Source,
         [Switching => Copying, Comparing => Copying, Answered => Copying, Compared => Copying,
          Saving => Copying, Loading => Copying, Prepared => Copying],

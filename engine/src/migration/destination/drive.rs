@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 
 use super::closing::Closing;
+use super::loading::{load, nanoseconds};
 use super::populate::Populating;
 use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
 use crate::config::Timeouts;
@@ -14,7 +15,7 @@ use crate::control::handover::{
     DestinationAction, DestinationHandover, DestinationInput, DestinationState,
 };
 use crate::control::protocol::{
-    Agreement, FailureReason, Hello, Incompatibility, Message, Prepare, Prepared, Side, Welcome,
+    Agreement, FailureReason, Hello, Incompatibility, Message, Prepare, Side, Welcome,
     negotiate as negotiate_hello,
 };
 use crate::error::{Chain, Error};
@@ -220,7 +221,7 @@ impl Drive {
         loop {
             let (prepare, state) = self.take_in_pages(memory)?;
             let attempt = prepare.attempt;
-            let prepared = load(machine, prepare, &state)?;
+            let prepared = load(machine, prepare, &state, memory.layout())?;
             self.statistics.device_state.bytes = prepare.state_bytes;
             self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
             if self.handover.handle(DestinationInput::Loaded { attempt })
@@ -485,19 +486,4 @@ impl Drive {
         statistics.take_from(&self.gauges, self.session.control_bytes());
         statistics
     }
-}
-
-fn nanoseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Loads what has arrived.
-fn load<M: Machine>(
-    machine: &mut Guarded<M>,
-    prepare: Prepare,
-    state: &[u8],
-) -> Result<Prepared, Error> {
-    let began = Instant::now();
-    machine.load(state)?;
-    Ok(Prepared { attempt: prepare.attempt, load_ns: nanoseconds(began.elapsed()) })
 }

@@ -2,6 +2,7 @@
 
 mod closing;
 mod drive;
+mod loading;
 mod populate;
 
 use std::fmt;

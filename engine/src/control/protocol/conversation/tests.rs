@@ -58,7 +58,7 @@ fn prepare(attempt: u32, state_bytes: u64) -> Message {
 }
 
 fn prepared(attempt: u32) -> Message {
-    Message::Prepared(Prepared { attempt, load_ns: 1 })
+    Message::Prepared(Prepared { attempt, load_ns: 1, written: Vec::new() })
 }
 
 fn failed() -> Message {
@@ -281,9 +281,16 @@ fn data_ranges_ascend_and_are_disjoint() {
     let before = opening(false, true);
     let mapping = &before[..before.len() - 2];
     assert_eq!(after(mapping).stage(), Stage::Mapping);
-    let taken = |ranges: Vec<PageRange>| after(mapping).take(S, &Message::DataRanges(ranges));
-    assert!(taken(Vec::new()).is_ok());
-    assert!(taken(vec![range(0, 0, 1), range(0, 1, 99), range(1, 0, 7)]).is_ok());
+    let data = |ranges: Vec<PageRange>| after(mapping).take(S, &Message::DataRanges(ranges));
+    let switchover = [(S, Message::Switchover { attempt: 1 }), (S, prepare(1, 0))];
+    let loading = [opening(false, false), switchover.to_vec()].concat();
+    let written = |written: Vec<PageRange>| {
+        let prepared = Prepared { attempt: 1, load_ns: 1, written };
+        after(&loading).take(D, &Message::Prepared(prepared))
+    };
+    for right in [vec![], vec![range(0, 0, 1), range(0, 1, 99), range(1, 0, 7)]] {
+        assert!(data(right.clone()).is_ok() && written(right).is_ok());
+    }
     for bad in [
         vec![range(0, 0, 100); 512],
         vec![range(0, 10, 5), range(0, 14, 5)],
@@ -294,7 +301,8 @@ fn data_ranges_ascend_and_are_disjoint() {
         vec![range(2, 0, 1)],
         vec![range(0, u64::MAX, 2)],
     ] {
-        assert_eq!(taken(bad.clone()).unwrap_err().why, Why::Ranges, "{bad:?}");
+        assert_eq!(data(bad.clone()).unwrap_err().why, Why::Ranges, "{bad:?}");
+        assert_eq!(written(bad.clone()).unwrap_err().why, Why::Ranges, "{bad:?}");
     }
 }
 

@@ -18,6 +18,13 @@ fn a_layout() -> impl Strategy<Value = Layout> {
     })
 }
 
+fn ranges() -> impl Strategy<Value = Vec<PageRange>> {
+    prop::collection::vec(any::<(u16, u64, u32)>(), 0..30).prop_map(|ranges| {
+        let range = |(region, first_page, pages)| PageRange { region, first_page, pages };
+        ranges.into_iter().map(range).collect()
+    })
+}
+
 fn a_message() -> impl Strategy<Value = Message> {
     let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
     prop_oneof![
@@ -49,10 +56,7 @@ fn a_message() -> impl Strategy<Value = Message> {
         any::<[u8; 16]>().prop_map(|greeting| Message::Agreed { greeting: Digest(greeting) }),
         Just(Message::Registered),
         Just(Message::Ready),
-        prop::collection::vec(any::<(u16, u64, u32)>(), 0..30).prop_map(|ranges| {
-            let range = |(region, first_page, pages)| PageRange { region, first_page, pages };
-            Message::DataRanges(ranges.into_iter().map(range).collect())
-        }),
+        ranges().prop_map(Message::DataRanges),
         any::<(u32, u64)>().prop_map(|(round, dirty_pages)| Message::Round { round, dirty_pages }),
         any::<u16>().prop_map(|channel| Message::CloseChannel { channel }),
         any::<u16>().prop_map(|channel| Message::ChannelClosed { channel }),
@@ -71,8 +75,9 @@ fn a_message() -> impl Strategy<Value = Message> {
         any::<(u32, u64)>().prop_map(|(attempt, state_bytes)| {
             Message::Prepare(Prepare { attempt, state_bytes })
         }),
-        any::<(u32, u64)>()
-            .prop_map(|(attempt, load_ns)| { Message::Prepared(Prepared { attempt, load_ns }) }),
+        (any::<(u32, u64)>(), ranges()).prop_map(|((attempt, load_ns), written)| {
+            Message::Prepared(Prepared { attempt, load_ns, written })
+        }),
         Just(Message::Releasing),
         Just(Message::Commit),
         any::<u64>().prop_map(|resume_ns| Message::Resumed { resume_ns }),

@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::migration::sender::Command;
 use crate::pages::dirty::DirtyBitmap;
 use crate::pages::ledger::{Ledger, Loan, Share};
-use crate::pages::memory::Layout;
+use crate::pages::memory::{Layout, PageRange};
 use crate::pages::partition::Partition;
 use crate::stats::ChannelGauge;
 use crate::transport::{Interrupt, Run};
@@ -148,6 +148,15 @@ impl Channels {
     /// The pages to be sent, between rounds.
     pub(super) fn dirty(&mut self) -> Result<&mut DirtyBitmap, Error> {
         Ok(&mut self.books.ledger()?.dirty)
+    }
+
+    /// The destination itself has written these pages: they are sent, whatever is in them. Between rounds.
+    pub(super) fn written_there(&mut self, ranges: Vec<PageRange>) -> Result<(), Error> {
+        let ledger = self.books.ledger()?;
+        for range in ranges {
+            ledger.written_there(range);
+        }
+        Ok(())
     }
 
     /// Lends the ledger to all threads: a round, or what is left of one.

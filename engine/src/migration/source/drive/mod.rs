@@ -27,7 +27,7 @@ use crate::machine::{GuestAlarm, Machine};
 use crate::migration::sender::{self, SenderReport, SenderSetup};
 use crate::migration::session::{LIFE_SIGNS, Patience, Session, unexpected};
 use crate::pages::dirty::DirtySources;
-use crate::pages::memory::GuestMemory;
+use crate::pages::memory::{GuestMemory, PageRange};
 use crate::progress::{Event, Phase};
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
@@ -84,6 +84,7 @@ pub(super) fn migrate<M: Machine>(
         may_be_released: false,
         must_resume: false,
         channels: Channels::new(memory.layout().clone(), source.channels),
+        written_there: Vec::new(),
         closing: Closing::new(source.channels),
         late: VecDeque::new(),
         convergence: Convergence::new(source.shared.settings()),
@@ -132,6 +133,8 @@ struct Drive<'a> {
     /// Whether the guest may stand still outside of a switchover.
     must_resume: bool,
     closing: Closing,
+    /// Pages that the destination wrote as it loaded device state, since the last harvest.
+    written_there: Vec<PageRange>,
     /// Reports that came while nobody waited for any.
     late: VecDeque<SenderReport>,
     convergence: Convergence,

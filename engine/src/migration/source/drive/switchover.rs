@@ -152,13 +152,15 @@ impl Drive<'_> {
         if attempt.overruns(self.now(), self.convergence.after_commit()) {
             return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
         }
-        let Some(prepared) = self.prepare(state, attempt)? else {
+        let Some(mut prepared) = self.prepare(state, attempt)? else {
             // Unless it is the link that takes so long.
             if !self.session.is_sending_aside() {
                 self.convergence.load_goes_on(watch.lap());
             }
             return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
         };
+        // Of no matter unless this is called off after all.
+        self.written_there = std::mem::take(&mut prepared.written);
         let lap = watch.lap();
         let loaded = Duration::from_nanos(prepared.load_ns);
         self.statistics.device_state.load = loaded;

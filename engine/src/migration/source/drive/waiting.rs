@@ -223,6 +223,7 @@ impl Drive<'_> {
             // Of a switchover that was called off: too late, and still good to know.
             Message::Prepared(prepared) if self.was_called_off(prepared.attempt) => {
                 self.loads_no_more(prepared.attempt);
+                self.written_there.extend(&prepared.written);
                 self.convergence.learn_load(Duration::from_nanos(prepared.load_ns));
             }
             _ => return Err(unexpected(message, state)),
