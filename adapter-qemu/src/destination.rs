@@ -69,17 +69,8 @@ impl QemuDestination {
 }
 
 fn all_of(layout: &Layout) -> Vec<PageRange> {
-    let mut all = Vec::new();
-    for (region, layout) in (0..).zip(layout.regions()) {
-        let mut first_page = 0;
-        while first_page < layout.pages() {
-            // A region may be longer than a range can say.
-            let pages = u32::try_from(layout.pages() - first_page).unwrap_or(u32::MAX);
-            all.push(PageRange { region, first_page, pages });
-            first_page += u64::from(pages);
-        }
-    }
-    all
+    let regions = (0..).zip(layout.regions());
+    regions.flat_map(|(region, layout)| PageRange::of_run(region, 0..layout.pages())).collect()
 }
 
 impl Machine for QemuDestination {

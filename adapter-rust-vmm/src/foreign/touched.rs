@@ -31,13 +31,7 @@ impl ForeignProcess {
         let mut ranges = Vec::new();
         for region in 0..u16::try_from(found.regions()).unwrap_or(u16::MAX) {
             for run in runs(found.region_words(region)) {
-                let mut first_page = run.start;
-                while first_page < run.end {
-                    // A run may be longer than a range can say.
-                    let pages = u32::try_from(run.end - first_page).unwrap_or(u32::MAX);
-                    ranges.push(PageRange { region, first_page, pages });
-                    first_page += u64::from(pages);
-                }
+                ranges.extend(PageRange::of_run(region, run));
             }
         }
         Ok(ranges)

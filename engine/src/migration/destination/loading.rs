@@ -48,13 +48,8 @@ fn in_order(ranges: &[PageRange], layout: &Layout) -> Result<Vec<PageRange>, Err
         let mut next = 0;
         for run in runs(pages.region_words(region)) {
             let end = if ordered.len() < MOST_RANGES { run.end } else { layout.pages() };
-            next = run.start.max(next);
-            while next < end {
-                // A run may be longer than a range can say.
-                let pages = u32::try_from(end - next).unwrap_or(u32::MAX);
-                ordered.push(PageRange { region, first_page: next, pages });
-                next += u64::from(pages);
-            }
+            ordered.extend(PageRange::of_run(region, run.start.max(next)..end));
+            next = end;
         }
     }
     Ok(ordered)

@@ -1,6 +1,7 @@
 //! The guest's memory map, and ranges of pages in it.
 
 use std::fmt;
+use std::ops::Range;
 
 use thiserror::Error;
 
@@ -159,6 +160,18 @@ pub struct PageRange {
 }
 
 impl PageRange {
+    /// Those that a run of pages of a region is: one, unless it is longer than a range can say.
+    pub fn of_run(region: u16, run: Range<u64>) -> impl Iterator<Item = Self> {
+        let mut first_page = run.start;
+        std::iter::from_fn(move || {
+            let left = run.end.checked_sub(first_page).filter(|left| *left > 0)?;
+            let pages = u32::try_from(left).unwrap_or(u32::MAX);
+            let range = Self { region, first_page, pages };
+            first_page += u64::from(pages);
+            Some(range)
+        })
+    }
+
     /// Length in bytes.
     pub fn len_bytes(&self) -> u64 {
         u64::from(self.pages) * PAGE_BYTES
@@ -174,4 +187,19 @@ impl PageRange {
 pub struct OutOfRange {
     /// The offending range.
     pub range: PageRange,
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_as_few_ranges_as_can_say_it() {
+        let of_run = |run| PageRange::of_run(3, run).collect::<Vec<_>>();
+        let range = |first_page, pages| PageRange { region: 3, first_page, pages };
+        assert_eq!(of_run(7..9), [range(7, 2)]);
+        assert_eq!(of_run(7..7), []);
+        let most = u64::from(u32::MAX);
+        assert_eq!(of_run(5..5 + most + 2), [range(5, u32::MAX), range(5 + most, 2)]);
+    }
 }
