@@ -29,9 +29,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, SigmaskHow};
+use rustix::io::Errno;
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, sendmsg, socket_with,
+};
 use rustix::process::geteuid;
 
 /// The variable that says where.
@@ -60,9 +64,8 @@ extern "C" fn at_load() {
 
 fn begin(path: &OsString) -> io::Result<()> {
     let path = Path::new(path);
-    let of_another = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket())
-        && UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+    let of_another = is_socket && nobody_listens(path)?;
     if of_another {
         std::fs::remove_file(path)?;
     }
@@ -81,12 +84,22 @@ fn begin(path: &OsString) -> io::Result<()> {
     thread.map(drop)
 }
 
+/// Whether a socket is what another QEMU has left. Does not wait for one that has too much to do.
+fn nobody_listens(path: &Path) -> io::Result<bool> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    Ok(connect(&socket, &SocketAddrUnix::new(path)?) == Err(Errno::CONNREFUSED))
+}
+
 fn serve(listener: &UnixListener) {
     loop {
-        let answered = listener.accept().and_then(|(stream, _)| answer(&stream));
-        if let Err(error) = answered {
+        let accepted = listener.accept();
+        // Not all the time, where QEMU has no descriptor left. Who leaves again holds nobody up.
+        let wait = accepted.is_err();
+        if let Err(error) = accepted.and_then(|(stream, _)| answer(&stream)) {
             eprintln!("pageferry: a userfaultfd was not handed over: {error}");
-            // Not all the time, where QEMU has no descriptor left.
+        }
+        if wait {
             std::thread::sleep(Duration::from_secs(1));
         }
     }
