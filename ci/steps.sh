@@ -1,6 +1,6 @@
 # How ci/test runs its steps, and what it says of them: sourced by it, after ci/lib.sh.
 
-# run_steps STEP...: one after the other. A+B is several at once, for what leaves a CPU idle. However it
+# run_steps STEP...: one after the other. A+B+C is A beside B and then C, for what leaves a CPU idle. However it
 # ends, $out/summary.json and a table say what ran, for how long, and what was skipped and why.
 run_steps() {
     local step each began
@@ -51,41 +51,58 @@ one() {
     ran+=("$1 $((SECONDS - began)) $((cpu - cpu_before)) $((passed - passed_before)) $((${#skips[@]} - skipped_before))")
 }
 
-# at_once STEP...: what they print comes one after the other. The first has the CPUs that it wants.
+# at_once STEP...: the first, and beside it the others one after the other, with what it leaves of the CPUs.
 at_once() {
     local step failed=() counted processes=()
     running=("$@")
+    for step; do
+        rm -f "$out/$step.counted"
+    done
     # Each is a process group, so that a signal ends all of it.
     set -m
     trap 'kill -- "${processes[@]/#/-}" 2>/dev/null || true; exit 130' INT TERM
-    for step; do
-        (
-            trap - EXIT
-            [ "$step" = "$1" ] || renice -n 19 -p "$BASHPID" >/dev/null
-            began=$SECONDS passed=0 skips=()
-            "step_$step"
-            count_cpu
-            echo "ci: $step took $((SECONDS - began)) s, and $cpu s of CPU time"
-            printf '%s\n' "$((SECONDS - began)) $cpu $passed" "${skips[@]}" >"$out/$step.counted"
-        ) </dev/null >"$out/$step.output" 2>&1 &
-        processes+=($!)
-    done
+    count_steps "$1" </dev/null &
+    processes+=($!)
+    nice_steps "${@:2}" </dev/null &
+    processes+=($!)
     set +m
+    wait
+    trap - INT TERM
     for step; do
-        if ! wait "${processes[0]}"; then
-            failed+=("$step")
-        fi
-        processes=("${processes[@]:1}")
-        cat "$out/$step.output"
-        [[ " ${failed[*]} " != *" $step "* ]] || continue
+        [ -e "$out/$step.counted" ] || { failed+=("$step") && continue; }
         mapfile -t counted <"$out/$step.counted"
         count_passed "${counted[0]##* }"
         skips+=("${counted[@]:1}")
         ran+=("$step ${counted[0]} $((${#counted[@]} - 1))")
     done
-    trap - INT TERM
     running=("${failed[@]}")
     [ ${#failed[@]} = 0 ] || fail "failed: ${failed[*]}"
+}
+
+nice_steps() {
+    renice -n 19 -p "$BASHPID" >/dev/null
+    count_steps "$@"
+}
+
+# count_steps STEP...: one after the other, whether or not one fails. What each prints comes when it ends, and
+# what it counts is in $out/STEP.counted; there is none of one that failed. In a shell of its own.
+count_steps() {
+    local step began
+    trap - EXIT
+    # What is started here stays in this process group. A shell in `if` or `||` would not end at an error.
+    set +me
+    for step; do
+        began=$SECONDS
+        (
+            set -e
+            passed=0 skips=()
+            "step_$step"
+            count_cpu
+            echo "ci: $step took $((SECONDS - began)) s, and $cpu s of CPU time"
+            printf '%s\n' "$((SECONDS - began)) $cpu $passed" "${skips[@]}" >"$out/$step.counted"
+        ) >"$out/$step.output" 2>&1
+        cat "$out/$step.output"
+    done
 }
 
 # json_string TEXT
