@@ -371,22 +371,57 @@ struct Process {
     disk: Disk,
     /// Held while a read begins, and to its end where nobody is told of it.
     running: Mutex<bool>,
+    reads: Mutex<Reads>,
+    changed: Condvar,
+}
+
+#[derive(PartialEq, Eq)]
+enum Reads {
+    /// None is under way, and there will be one.
+    Awaited,
+    UnderWay,
+    /// There will be none.
+    Over,
 }
 
 /// Places to read to.
 const PLACES: u64 = 64;
 
-/// Migrations until one must have lost something.
+/// Migrations until one must have lost something. On CPUs with six busy loops 127 of 200 did; before harvests waited
+/// for reads, 4 of 60.
 const MIGRATIONS: usize = 20;
 
 impl Process {
     fn new(disk: Disk, told: bool) -> Arc<Self> {
         let memory = anonymous(usize::try_from(PLACES).unwrap() * READ_BYTES);
         let direct = told.then(|| DirectWrites::new(&memory));
-        Arc::new(Self { memory, direct, disk, running: Mutex::new(true) })
+        Arc::new(Self {
+            memory,
+            direct,
+            disk,
+            running: Mutex::new(true),
+            reads: Mutex::new(Reads::Awaited),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn say(&self, reads: Reads) {
+        *self.reads.lock().unwrap() = reads;
+        self.changed.notify_all();
+    }
+
+    /// Returns when one is under way, if there is to be one.
+    fn await_a_read(&self) {
+        let reads = self.reads.lock().unwrap();
+        drop(self.changed.wait_while(reads, |reads| *reads == Reads::Awaited).unwrap());
     }
 
     fn read_all(&self) {
+        self.read_while_it_runs();
+        self.say(Reads::Over);
+    }
+
+    fn read_while_it_runs(&self) {
         for place in 0..PLACES {
             let mut running = Some(self.running.lock().unwrap());
             if running.as_deref() == Some(&false) {
@@ -396,19 +431,22 @@ impl Process {
                 running = None;
                 direct.begin(place * READ_BYTES as u64, READ_BYTES as u64).unwrap()
             });
+            self.say(Reads::UnderWay);
             self.disk.read(&self.memory, place * u64::from(READ_PAGES), place);
+            self.say(Reads::Awaited);
             drop((write, running));
         }
     }
 }
 
-/// A tracker that lets the process begin when it harvests first.
-struct FromTheFirstHarvest {
+/// A tracker that lets the process begin when it harvests first, and harvests while a read is under way.
+struct IntoReads {
     tracker: PagemapScan,
+    process: Arc<Process>,
     begin: Mutex<Option<mpsc::Sender<()>>>,
 }
 
-impl DirtySource for FromTheFirstHarvest {
+impl DirtySource for IntoReads {
     fn name(&self) -> &'static str {
         self.tracker.name()
     }
@@ -419,6 +457,7 @@ impl DirtySource for FromTheFirstHarvest {
 
     fn harvest(&self, into: &mut DirtyBitmap) -> Result<(), DirtyError> {
         self.begin.lock().unwrap().take();
+        self.process.await_a_read();
         self.tracker.harvest(into)
     }
 
@@ -465,8 +504,9 @@ impl Machine for Vm {
 fn migrate(disk: Disk, told: bool) -> Result<(), Error> {
     let process = Process::new(disk, told);
     let (begin, wait) = mpsc::channel();
-    let tracker = FromTheFirstHarvest {
+    let tracker = IntoReads {
         tracker: PagemapScan::new(Arc::clone(&process.memory)),
+        process: Arc::clone(&process),
         begin: Mutex::new(Some(begin)),
     };
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(tracker)];
