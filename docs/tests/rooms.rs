@@ -1,5 +1,6 @@
 //! The modules of each crate form no ring: of two that lie side by side, at most one knows the other, be it
-//! through a third. Whoever reads one has then a first and a last page.
+//! through a third. Whoever reads one has then a first and a last page. The engine's have an order, which
+//! CONTRIBUTING.md tells.
 //!
 //! What is counted: paths and imports, resolved through re-exports to where the name is defined, outside of
 //! tests. A parent and its children may know each other: they are one room and its corners. What lies in
@@ -367,4 +368,36 @@ fn no_modules_form_a_ring() {
         }
     }
     assert!(found.is_empty(), "{} rings:\n{}", found.len(), found.join("\n"));
+}
+
+/// The floors that CONTRIBUTING.md names.
+fn floors() -> Vec<String> {
+    let text = include_str!("../../CONTRIBUTING.md");
+    let (_, list) = text.split_once("The engine's floors, from the ground up:").unwrap();
+    let (list, _) = list.split_once(';').unwrap();
+    list.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+#[test]
+fn no_import_of_the_engine_runs_up() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/src/lib.rs");
+    let house = House::read(&root);
+    let floors = floors();
+    let height = |module: &Module| floors.iter().position(|floor| *floor == module[0]);
+
+    let rooms: BTreeSet<_> = house.0.keys().filter_map(|module| module.first()).collect();
+    assert_eq!(rooms, floors.iter().collect(), "not the same modules as in CONTRIBUTING.md");
+
+    let arrows = house.arrows();
+    let arrows = arrows.iter().filter(|(from, _)| from.len() == 1);
+    let mut imports = 0;
+    let mut up = Vec::new();
+    for (from, to) in arrows.flat_map(|(_, known)| known.values()) {
+        imports += 1;
+        if height(from) <= height(to) {
+            up.push([from.join("::"), to.join("::")].join(" -> "));
+        }
+    }
+    assert!(imports > 30, "only {imports} were found");
+    assert!(up.is_empty(), "{} of {imports} run up:\n{}", up.len(), up.join("\n"));
 }
