@@ -29,6 +29,10 @@ impl<M: Machine> Guarded<M> {
         self.call(MachineOperation::Pause, M::pause)
     }
 
+    pub(crate) fn is_paused(&self) -> Result<bool, Error> {
+        caught(place(MachineOperation::IsPaused), || self.0.is_paused())
+    }
+
     pub(crate) fn resume(&mut self) -> Result<(), Error> {
         self.call(MachineOperation::Resume, M::resume)
     }

@@ -19,6 +19,8 @@ pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 ///   release them, also where that failed) and `resume`, also after a `pause` that failed itself. A
 ///   switchover that was called off is followed by another one. While the guest runs: `rehearse` and
 ///   `throttle`;
+/// - of a guest that [`is_paused`](Self::is_paused): the same without `rehearse` and without any `resume`, here
+///   and there;
 /// - at the destination: `load`, `reacquire_resources`, `resume`; or, when it failed, nothing. After
 ///   a switchover that was called off, `unload`, and `load` again, with newer state. Each `load` that went well is
 ///   followed by `written_by_load`. When `reacquire_resources` or
@@ -37,6 +39,14 @@ pub trait Machine {
     /// request that was submitted before, and each has been reported to its dirty source. The
     /// guest's standstill is counted from before this call.
     fn pause(&mut self) -> Result<(), MachineError>;
+
+    /// Whether the guest stands still because somebody wants it to: then it arrives paused, and is still paused
+    /// here if it does not. Asked at the source whenever it matters, while the engine itself has the guest not
+    /// stopped; what it says last, right before [`pause`](Self::pause), counts. `false` unless implemented: the
+    /// guest is then let run wherever it ends up.
+    fn is_paused(&self) -> bool {
+        false
+    }
 
     /// Lets the guest run. At the source after a failure, at the destination at the end. When it
     /// returns an error the guest must not have executed an instruction.
@@ -178,6 +188,8 @@ pub enum MachineOperation {
     Describe,
     /// [`Machine::pause`].
     Pause,
+    /// [`Machine::is_paused`].
+    IsPaused,
     /// [`Machine::resume`].
     Resume,
     /// Running the guest, between two calls: it has ended by itself ([`GuestAlarm`]).
@@ -207,6 +219,7 @@ impl fmt::Display for MachineOperation {
         f.write_str(match self {
             Self::Describe => "describe the guest to the engine",
             Self::Pause => "pause the guest",
+            Self::IsPaused => "say whether the guest is paused",
             Self::Resume => "resume the guest",
             Self::Run => "run the guest",
             Self::SetAlarm => "take an alarm",

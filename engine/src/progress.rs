@@ -82,8 +82,17 @@ pub enum Event {
     Committed,
     /// The guest runs at the destination.
     GuestRunsThere,
+    /// The guest is at the destination, paused as it [was](crate::Machine::is_paused) at the source.
+    GuestPausedThere,
     /// The migration failed and the guest runs on at the source.
     GuestKept,
+}
+
+impl Event {
+    /// The guest is at the destination.
+    pub(crate) fn there(paused: bool) -> Self {
+        if paused { Self::GuestPausedThere } else { Self::GuestRunsThere }
+    }
 }
 
 /// What is done while the guest stands still, before the point of no return.

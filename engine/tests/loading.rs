@@ -14,7 +14,9 @@ use pageferry::dirty::DirtySources;
 use pageferry::memory::PageRange;
 use pageferry::testing::{TestMemory, WrappedChannel, WrappedSource, memory_transport};
 use pageferry::transport::SourceLink;
-use pageferry::{Destination, Event, Machine, MachineError, Source, SwitchoverStage, Timeouts};
+use pageferry::{
+    Arrived, Departed, Destination, Event, Machine, MachineError, Source, SwitchoverStage, Timeouts,
+};
 use support::{SharedLog, SoftwareLog, TestMachine};
 
 /// A link that loses its second data channel when it is told to.
@@ -79,9 +81,10 @@ impl Machine for Loading {
     }
 }
 
-/// And what it has written is gone again.
-#[test]
-fn a_load_that_outlives_its_switchover_costs_time_alone() {
+type Moved = (Departed<TestMachine>, Arrived<Loading>);
+
+/// Moves a guest, whose first switchover is called off while the destination loads.
+fn called_off_once(paused: bool) -> Moved {
     let (here, there) = (TestMemory::new(&[1000]), TestMemory::new(&[1000]));
     (0..500).for_each(|page| here.fill_page(0, page, 1));
     let (source_link, destination_link) = memory_transport::pair();
@@ -89,6 +92,10 @@ fn a_load_that_outlives_its_switchover_costs_time_alone() {
     let mut mine = TestMachine::new(&here, &log, 100, 42);
     mine.resume().unwrap();
     mine.await_writes();
+    if paused {
+        mine.pause().unwrap();
+        mine.paused = true;
+    }
     let mut inner = TestMachine::new(&there, &SoftwareLog::new(&there), 100, 43);
     inner.contend_with(&mine);
     // Nothing may take as long as half of it: no word on a lost channel, no page, no frame.
@@ -121,10 +128,24 @@ fn a_load_that_outlives_its_switchover_costs_time_alone() {
         let departed = source.migrate(mine, here.memory(), dirty, link);
         (departed, receiving.join().expect("the destination does not panic"))
     });
-    let departed = departed.expect("the source hands over");
-    let arrived = arrived.expect("the guest arrives");
+    (departed.expect("the source hands over"), arrived.expect("the guest arrives"))
+}
+
+/// And what it has written is gone again.
+#[test]
+fn a_load_that_outlives_its_switchover_costs_time_alone() {
+    let (departed, arrived) = called_off_once(false);
     assert_eq!(departed.statistics.lost_channels, 1);
     assert!(departed.statistics.switchover_attempts > 1);
     assert!(arrived.machine.called_off.is_none() && arrived.machine.inner.is_running());
-    assert!(arrived.verified);
+    assert!(arrived.verified && !arrived.paused);
+}
+
+/// It is let run neither here meanwhile nor there.
+#[test]
+fn a_paused_guest_is_still_paused_when_its_switchover_is_called_off() {
+    let (departed, arrived) = called_off_once(true);
+    assert!(departed.statistics.switchover_attempts > 1);
+    assert_eq!((departed.machine.resumes, arrived.machine.inner.resumes), (1, 0));
+    assert!(arrived.verified && arrived.paused && !arrived.machine.inner.is_running());
 }

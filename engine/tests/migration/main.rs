@@ -9,6 +9,7 @@ mod links;
 mod machines;
 mod memory;
 mod opening;
+mod paused;
 mod refused;
 mod scene;
 mod story;

@@ -25,6 +25,8 @@ pub(crate) struct Scene {
     pub(crate) here: TestMemory,
     pub(crate) there: TestMemory,
     pub(crate) log: Arc<SoftwareLog>,
+    /// Whether the guest is paused before it moves.
+    pub(crate) paused: bool,
     pub(crate) source_refuses: Refuse,
     pub(crate) source_state_bytes: u64,
     pub(crate) destination_refuses: Refuse,
@@ -57,6 +59,7 @@ impl Scene {
             there: TestMemory::new(&REGION_PAGES),
             log,
             here,
+            paused: false,
             source_refuses: Refuse::Nothing,
             source_state_bytes: 8,
             destination_refuses: Refuse::Nothing,
@@ -87,6 +90,7 @@ impl Scene {
             here,
             there,
             log,
+            paused,
             source_refuses,
             source_state_bytes,
             destination_refuses,
@@ -98,6 +102,10 @@ impl Scene {
         let mut machine = TestMachine::new(&here, &log, WORKING_SET, 42);
         pageferry::Machine::resume(&mut machine).unwrap();
         machine.await_writes();
+        if paused {
+            pageferry::Machine::pause(&mut machine).unwrap();
+            machine.paused = true;
+        }
         machine.refuse = source_refuses;
         machine.state_bytes = source_state_bytes;
         machine.alarm = alarm;

@@ -112,6 +112,8 @@ pub(crate) struct TestMachine {
     inner: Arc<Inner>,
     thread: Option<JoinHandle<()>>,
     pub(crate) refuse: Refuse,
+    /// Whether somebody has paused it and wants it to stay so.
+    pub(crate) paused: bool,
     /// Whether it panics where it is to refuse.
     pub(crate) panics: bool,
     lock: Lock,
@@ -151,6 +153,7 @@ impl TestMachine {
             inner,
             thread: Some(thread),
             refuse: Refuse::Nothing,
+            paused: false,
             panics: false,
             lock,
             alarm: Arc::default(),
@@ -244,6 +247,10 @@ impl Machine for TestMachine {
         self.set_running(false);
         self.stands_since = Some(Instant::now());
         Ok(())
+    }
+
+    fn is_paused(&self) -> bool {
+        self.paused
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {

@@ -194,7 +194,7 @@ fn every_cell_is_as_the_table_says() {
         let mut all = at(&[Lane::In, Lane::Gone]);
         let mut all_in = format!("{:?}", all.next());
         if all.stage != stage {
-            all_in += &format!(", {:?}", all.stage);
+            all_in = format!("{all_in}, {:?}", all.stage);
         }
         rows.push(vec![format!("{stage:?}"), format!("{:?}", lost.stage), asked_back, all_in]);
     }

@@ -141,17 +141,9 @@ impl Welcome {
         Ok(Self {
             version: r.u16("version")?,
             channels: r.u16("channels")?,
-            memory_zeroed: decode_bool(r, "memory_zeroed")?,
-            wants_data_ranges: decode_bool(r, "wants_data_ranges")?,
+            memory_zeroed: r.bool("memory_zeroed")?,
+            wants_data_ranges: r.bool("wants_data_ranges")?,
             greeting: Digest(r.array("greeting")?),
         })
-    }
-}
-
-fn decode_bool(r: &mut Reader<'_>, field: &'static str) -> Result<bool, DecodeError> {
-    match r.u8(field)? {
-        0 => Ok(false),
-        1 => Ok(true),
-        other => Err(DecodeError::UnknownValue { field, value: u64::from(other) }),
     }
 }

@@ -132,6 +132,8 @@ pub struct Prepare {
     pub attempt: u32,
     /// Length of the device state in bytes, over all chunks.
     pub state_bytes: u64,
+    /// Whether the guest was paused before, and is to stay so: it is not resumed at the commit.
+    pub paused: bool,
 }
 
 /// The destination has loaded everything.
@@ -263,6 +265,7 @@ impl Message {
             Self::Prepare(prepare) => {
                 w.u32(prepare.attempt);
                 w.u64(prepare.state_bytes);
+                w.u8(u8::from(prepare.paused));
             }
             Self::Prepared(prepared) => {
                 w.u32(prepared.attempt);
@@ -312,6 +315,7 @@ impl Message {
             Kind::Prepare => Self::Prepare(Prepare {
                 attempt: r.u32("attempt")?,
                 state_bytes: r.u64("state_bytes")?,
+                paused: r.bool("paused")?,
             }),
             Kind::Prepared => Self::Prepared(Prepared {
                 attempt: r.u32("attempt")?,

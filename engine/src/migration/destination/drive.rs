@@ -54,6 +54,8 @@ pub(super) struct Drive {
     digest: Option<Digest>,
     /// Whether the source's was the same.
     verified: bool,
+    /// Whether the guest was paused at the source when it was saved, and stays so.
+    paused: bool,
     /// For how long its first round is waited for, as long as there was none.
     first_round: Option<Patience>,
     closing: Closing,
@@ -109,6 +111,7 @@ pub(super) fn negotiate(
                 gauges,
                 digest: None,
                 verified: false,
+                paused: false,
                 first_round: None,
                 closing: Closing::default(),
                 late: VecDeque::new(),
@@ -165,7 +168,7 @@ impl Drive {
         let mut machine = Guarded(machine);
         // What the host's code does is caught where it is called; this is for the engine's own defects.
         let result = caught("the engine", || self.run(&mut machine, memory)).flatten();
-        let verified = self.verified;
+        let (verified, paused) = (self.verified, self.paused);
         let outcome = self.conclude(result);
         let statistics =
             caught("the end of the migration", || self.end()).unwrap_or_else(|panic| {
@@ -174,7 +177,7 @@ impl Drive {
             });
         let machine = machine.0;
         match outcome {
-            Ok(()) => Ok(Arrived { machine, statistics, verified }),
+            Ok(()) => Ok(Arrived { machine, paused, statistics, verified }),
             Err((error, guest)) => {
                 Err(Box::new(DestinationFailure { machine, guest, error, statistics }))
             }
@@ -234,6 +237,7 @@ impl Drive {
             }
             self.session.send_committed(&Message::Prepared(prepared))?;
             self.emit(&Event::Loaded)?;
+            self.paused = prepare.paused;
             match self.await_commit()? {
                 Answer::Commit => return self.take_over(machine),
                 Answer::CalledOff => {
@@ -398,7 +402,8 @@ impl Drive {
         if let Err(error) = machine.reacquire_resources() {
             return Err(self.give_back(machine, error));
         }
-        match machine.resume() {
+        let resumed = if self.paused { Ok(()) } else { machine.resume() };
+        match resumed {
             Ok(()) => {}
             // It may have run: the guest is ours, and not for the source to resume.
             Err(panic @ Error::Panicked { .. }) => {
@@ -408,14 +413,14 @@ impl Drive {
             Err(error) => return Err(self.give_back(machine, error)),
         }
         self.handover.handle(DestinationInput::Resumed);
-        // The guest is ours and runs, whether the source hears of it or not.
+        // The guest is ours, whether the source hears of it or not.
         let resume_ns = nanoseconds(began.elapsed());
         if let Err(unheard) = self.session.send_committed(&Message::Resumed { resume_ns }) {
             tracing::warn!(error = %unheard.chain(), "the source could not be told that the guest runs");
         }
         self.statistics.downtime.resume = Duration::from_nanos(resume_ns);
         self.tell(&Event::Committed);
-        self.tell(&Event::GuestRunsThere);
+        self.tell(&Event::there(self.paused));
         Ok(())
     }
 

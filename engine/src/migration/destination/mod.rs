@@ -86,8 +86,11 @@ pub enum GuestAtDestination {
 /// The guest runs here.
 #[derive(Debug)]
 pub struct Arrived<M> {
-    /// The machine, running.
+    /// The machine, running unless it is [`paused`](Self::paused).
     pub machine: M,
+    /// Whether the guest was paused at the source ([`Machine::is_paused`]): it is here too. It is yours to
+    /// resume, when whoever paused it wants that.
+    pub paused: bool,
     /// What it took, seen from here: pages, bytes, channels. Rounds and downtime are measured at
     /// the source.
     pub statistics: Statistics,

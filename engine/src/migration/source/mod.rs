@@ -11,6 +11,7 @@ use crate::config::{Common, MAX_CHANNELS, Timeouts, common_settings};
 use crate::control::convergence::{Bound, Policy};
 use crate::control::protocol::MAX_DESCRIPTION_BYTES;
 use crate::error::Error;
+use crate::host::caught;
 use crate::machine::Machine;
 use crate::migration::sender::BATCH_BYTES;
 use crate::pages::dirty::DirtySources;
@@ -67,12 +68,24 @@ impl Default for Source {
 pub enum GuestAtSource {
     /// It runs here, as before.
     Running,
+    /// It is paused here, as before: [`Machine::is_paused`].
+    StillPaused,
     /// It is this side's and paused: the migration failed, and then letting it run failed too.
     /// Resume the machine when the cause is mended.
     Paused(Error),
     /// It is paused here, and may be running at the destination. Do not resume before you know
     /// that the destination does not run it: see [`Error::Uncertain`].
     Uncertain,
+}
+
+impl GuestAtSource {
+    /// Of a guest that no migration has touched.
+    pub fn untouched<M: Machine>(machine: &M) -> Self {
+        match caught("the machine", || machine.is_paused()) {
+            Ok(true) => Self::StillPaused,
+            _ => Self::Running,
+        }
+    }
 }
 
 /// The guest runs at the destination.
@@ -101,6 +114,7 @@ impl<M> fmt::Display for SourceFailure<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.guest {
             GuestAtSource::Running => "migration failed, the guest runs on here",
+            GuestAtSource::StillPaused => "migration failed, the guest is paused here as it was",
             GuestAtSource::Paused(_) => "migration failed, the guest is paused here",
             GuestAtSource::Uncertain => "migration uncertain, the guest is paused here",
         })
@@ -215,8 +229,9 @@ impl Source {
 
     /// Moves the guest. Blocks until the guest runs at the destination or the migration failed.
     ///
-    /// `machine` is running. `memory` is all of its memory, and `dirty` reports every write to
-    /// it. Before the point of no return any failure leaves the guest running here.
+    /// `machine` is running, or [says](Machine::is_paused) that it is not. `memory` is all of its memory, and
+    /// `dirty` reports every write to it. Before the point of no return any failure leaves the guest here as it
+    /// was.
     pub fn migrate<M: Machine>(
         self,
         machine: M,
@@ -228,8 +243,8 @@ impl Source {
         match self.check() {
             Ok(()) => drive::migrate(self, machine, memory, dirty, link, started),
             Err(error) => Err(Box::new(SourceFailure {
+                guest: GuestAtSource::untouched(&machine),
                 machine,
-                guest: GuestAtSource::Running,
                 error,
                 statistics: Statistics::default(),
             })),

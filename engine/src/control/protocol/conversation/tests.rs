@@ -54,7 +54,7 @@ fn round(round: u32) -> Message {
 }
 
 fn prepare(attempt: u32, state_bytes: u64) -> Message {
-    Message::Prepare(Prepare { attempt, state_bytes })
+    Message::Prepare(Prepare { attempt, state_bytes, paused: false })
 }
 
 fn prepared(attempt: u32) -> Message {

@@ -72,8 +72,8 @@ fn a_message() -> impl Strategy<Value = Message> {
             Message::Compared { attempt, digest: Digest(digest) }
         }),
         any::<u32>().prop_map(|attempt| Message::Switchover { attempt }),
-        any::<(u32, u64)>().prop_map(|(attempt, state_bytes)| {
-            Message::Prepare(Prepare { attempt, state_bytes })
+        any::<(u32, u64, bool)>().prop_map(|(attempt, state_bytes, paused)| {
+            Message::Prepare(Prepare { attempt, state_bytes, paused })
         }),
         (any::<(u32, u64)>(), ranges()).prop_map(|((attempt, load_ns), written)| {
             Message::Prepared(Prepared { attempt, load_ns, written })

@@ -70,7 +70,7 @@ pub(super) fn migrate<M: Machine>(
         Ok(session) => session,
         Err(error) => {
             statistics.total = started.elapsed();
-            let (machine, guest) = (machine.0, GuestAtSource::Running);
+            let (guest, machine) = (GuestAtSource::untouched(&machine.0), machine.0);
             return Err(Box::new(SourceFailure { machine, guest, error, statistics }));
         }
     };
@@ -83,6 +83,7 @@ pub(super) fn migrate<M: Machine>(
         handover: SourceHandover::default(),
         may_be_released: false,
         must_resume: false,
+        paused: false,
         channels: Channels::new(memory.layout().clone(), source.channels),
         written_there: Vec::new(),
         closing: Closing::new(source.channels),
@@ -116,6 +117,7 @@ pub(super) fn migrate<M: Machine>(
     }
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 struct Drive<'a> {
     source: &'a mut Source,
     // Dropped in this order: senders learn that there are no more
@@ -132,6 +134,8 @@ struct Drive<'a> {
     may_be_released: bool,
     /// Whether the guest may stand still outside of a switchover.
     must_resume: bool,
+    /// Whether the guest was paused before the last switchover paused it.
+    paused: bool,
     closing: Closing,
     /// Pages that the destination wrote as it loaded device state, since the last harvest.
     written_there: Vec<PageRange>,
@@ -281,7 +285,7 @@ impl Drive<'_> {
                 0 => Ending::Converged,
                 _ => Ending::Throttled,
             };
-            self.tell(&Event::GuestRunsThere);
+            self.tell(&Event::there(self.paused));
             self.channels.finish();
             return Ok(());
         };
@@ -297,7 +301,11 @@ impl Drive<'_> {
             self.statistics.convergence = Ending::GaveUp;
         }
         // The guest first: it has stood still long enough.
-        let guest = if was_stopped { self.take_back(machine) } else { GuestAtSource::Running };
+        let guest = if was_stopped {
+            self.take_back(machine)
+        } else {
+            GuestAtSource::untouched(&machine.0)
+        };
         let error = self.session.explain(error);
         self.session.tell(&error);
         if matches!(guest, GuestAtSource::Running) {
@@ -308,7 +316,10 @@ impl Drive<'_> {
 
     fn take_back<M: Machine>(&mut self, machine: &mut Guarded<M>) -> GuestAtSource {
         let reacquired = if self.may_be_released { machine.reacquire_resources() } else { Ok(()) };
-        match reacquired.and_then(|()| machine.resume()) {
+        let paused = self.paused;
+        let resumed = reacquired.and_then(|()| if paused { Ok(()) } else { machine.resume() });
+        match resumed {
+            Ok(()) if paused => GuestAtSource::StillPaused,
             Ok(()) => GuestAtSource::Running,
             Err(error) => GuestAtSource::Paused(error),
         }

@@ -46,6 +46,10 @@ impl Drive<'_> {
         if age.is_some_and(|age| !self.convergence.wants_rehearsal(now, age)) {
             return Ok(());
         }
+        // It would be let run afterwards.
+        if machine.is_paused()? {
+            return Ok(());
+        }
         let rehearsal = match machine.rehearse() {
             // It may have stopped the guest for a moment, and nobody knows whether that was over.
             Err(panic @ Error::Panicked { .. }) => {

@@ -95,6 +95,7 @@ impl Drive<'_> {
         attempt: &mut Attempt,
     ) -> Result<Option<Overdue>, Error> {
         let mut watch = Stopwatch(Instant::now());
+        self.paused = machine.is_paused()?;
         // From here on the guest is stopped, or may be: a failure must resume it.
         self.handover.handle(SourceInput::Paused);
         machine.pause()?;
@@ -218,7 +219,9 @@ impl Drive<'_> {
             machine.reacquire_resources()?;
             self.may_be_released = false;
         }
-        machine.resume()?;
+        if !self.paused {
+            machine.resume()?;
+        }
         let stood = attempt.stood(self.now());
         self.source.shared.set_stands_still(false);
         self.source.shared.set_phase(Phase::PreCopy);
@@ -284,7 +287,7 @@ impl Drive<'_> {
         let number = self.handover.attempt();
         let load = self.source.common.timeouts.load;
         self.asked_to_load(number, Patience::now("the destination to load the guest", load));
-        self.send_state(state, Prepare { attempt: number, state_bytes })?;
+        self.send_state(state, Prepare { attempt: number, state_bytes, paused: self.paused })?;
         let due = attempt.due(self.convergence.after_commit()).and_then(|due| self.instant(due));
         let is_over = |due: Option<Instant>| due.is_some_and(|due| Instant::now() >= due);
         let in_time = due.map(|due| due.saturating_duration_since(Instant::now()));
