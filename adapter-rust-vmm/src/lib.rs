@@ -8,6 +8,8 @@
 //! - [`pagemap`] and [`uffd_wp`] track what anything in this process writes, by userfaultfd
 //!   write-protection; they need no KVM. [`process`] picks one of the two.
 //! - [`foreign`] tracks what *another* process writes, a VMM that is left as it is.
+//! - [`time`] reads and sets the time of a guest at one moment for all its vCPUs.
+//! - [`cpu`] says before anything moves whether a host's KVM has what the guest's virtual CPUs are made of.
 //!
 //! # Which dirty source
 //!
@@ -32,6 +34,7 @@ mod addresses;
 pub mod bitmap;
 mod bits;
 mod carry;
+pub mod cpu;
 pub mod direct;
 pub mod foreign;
 pub mod kvm;
@@ -40,6 +43,7 @@ mod misuse;
 pub mod pagemap;
 mod pages;
 pub mod process;
+pub mod time;
 mod tracked;
 mod uffd;
 pub mod uffd_wp;

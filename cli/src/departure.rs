@@ -111,7 +111,7 @@ impl Departure<'_> {
             Err(failure) => {
                 let SourceFailure { machine, guest, error, statistics } = *failure;
                 let at = match &guest {
-                    GuestAtSource::Running => GuestAt::Source,
+                    GuestAtSource::Running | GuestAtSource::StillPaused => GuestAt::Source,
                     GuestAtSource::Paused(_) => GuestAt::Paused,
                     _ => GuestAt::Unknown,
                 };
@@ -145,8 +145,8 @@ fn hand_over<M: Machine>(
         Ok(((memory, dirty), link)) => source.migrate(machine, &memory, dirty, link),
         // Nothing has touched the guest yet.
         Err(error) => Err(Box::new(SourceFailure {
+            guest: GuestAtSource::untouched(&machine),
             machine,
-            guest: GuestAtSource::Running,
             error,
             statistics: Statistics::default(),
         })),

@@ -237,6 +237,7 @@ pub enum Happening {
     Loaded,
     Committed,
     GuestRunsThere,
+    GuestPausedThere,
     GuestKept,
     Ended {
         outcome: Outcome,
@@ -305,6 +306,7 @@ impl Happening {
             Event::Loaded => Self::Loaded,
             Event::Committed => Self::Committed,
             Event::GuestRunsThere => Self::GuestRunsThere,
+            Event::GuestPausedThere => Self::GuestPausedThere,
             Event::GuestKept => Self::GuestKept,
             _ => return None,
         })
@@ -378,7 +380,8 @@ mod tests {
                 CalledOff { .. } => Loaded,
                 Loaded => Committed,
                 Committed => GuestRunsThere,
-                GuestRunsThere => GuestKept,
+                GuestRunsThere => GuestPausedThere,
+                GuestPausedThere => GuestKept,
                 GuestKept => {
                     let (outcome, guest_at) = (Outcome::Completed, GuestAt::Destination);
                     Ended { outcome, guest_at, error: None }

@@ -214,6 +214,9 @@ fn line(event: &Event) -> Option<String> {
         Event::GuestPaused => "guest paused at the source".to_owned(),
         Event::Loaded => "guest loaded at the destination".to_owned(),
         Event::GuestRunsThere => "guest runs at the destination".to_owned(),
+        Event::GuestPausedThere => {
+            "guest is at the destination, paused as it was at the source".to_owned()
+        }
         Event::GuestKept => "guest runs on at the source".to_owned(),
         _ => return None,
     })

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use pageferry_report::document::Setting;
+use pageferry_rust_vmm::cpu::CpuProfile;
 use pageferry_rust_vmm::{DirtyRings, PagemapScan, UffdWp};
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +27,10 @@ pub struct GuestConfig {
     pub vcpus: u8,
     /// What it does.
     pub workload: WorkloadConfig,
+    /// What its virtual CPUs are made of: KVM has to offer it, here and wherever the guest goes. None for all
+    /// that KVM has here, which [`Guest::config`](crate::guest::Guest::config) tells then; and for a process guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuProfile>,
 }
 
 impl GuestConfig {
@@ -57,6 +62,12 @@ impl GuestConfig {
 /// Whether KVM guests can run here; the reason when not.
 pub fn kvm_available() -> Result<(), String> {
     kvm::open().map(|_| ())
+}
+
+/// All that KVM has for virtual CPUs here.
+pub fn host_cpu() -> Result<CpuProfile, GuestError> {
+    let kvm = kvm::open().map_err(|reason| GuestError::KvmUnavailable { reason })?;
+    Ok(CpuProfile::of_host(&kvm)?)
 }
 
 /// Whether guests of that kind can do the workload here. For `fpu` the first call tries it.

@@ -80,6 +80,10 @@ impl Machine for GuestMachine {
         Ok(self.guest.pause()?)
     }
 
+    fn is_paused(&self) -> bool {
+        self.guest.is_paused()
+    }
+
     fn resume(&mut self) -> Result<(), MachineError> {
         Ok(self.guest.resume()?)
     }

@@ -3,7 +3,9 @@
 use std::io;
 
 use pageferry_device_state::{LoadError, RegisterError, SaveError};
+use pageferry_rust_vmm::cpu::{CpuError, Lacks};
 use pageferry_rust_vmm::kvm::KvmRingError;
+use pageferry_rust_vmm::time::TimeError;
 use vm_memory::GuestMemoryError;
 
 use crate::layout::LayoutError;
@@ -35,6 +37,15 @@ pub enum GuestError {
         /// What the kernel said.
         source: kvm_ioctls::Error,
     },
+    /// The guest's time could not be read or set.
+    #[error(transparent)]
+    Time(#[from] TimeError),
+    /// It is not known what KVM has for virtual CPUs, or what the guest had makes no sense.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    /// The guest's virtual CPUs had what KVM lacks here.
+    #[error(transparent)]
+    CpuLacks(#[from] Lacks),
     /// The guest's writes can't be tracked that way.
     #[error(transparent)]
     Tracking(#[from] TrackingError),
@@ -54,6 +65,12 @@ pub enum GuestError {
         /// The value to restore.
         value: u64,
     },
+    /// The guest has turned on what runs guests of its own. What KVM keeps of those is not in the state.
+    #[error(
+        "failed to save a virtual CPU: the guest runs guests of its own (VMX or SVM is on), which do not move \
+         with it; it moves when they have ended and its kvm module is unloaded"
+    )]
+    Nested,
     /// A device of the VMM failed.
     #[error("failed to {operation}")]
     Device {
@@ -120,6 +137,15 @@ pub enum StateError {
     /// Two devices are one.
     #[error(transparent)]
     Register(#[from] RegisterError),
+    /// The vector registers have components that virtual CPUs here cannot have: loading them would have KVM
+    /// fail, or leave some of it behind.
+    #[error(
+        "the XSAVE area has components that this guest's virtual CPUs lack: bits {components:#x} of XSTATE_BV"
+    )]
+    XsaveComponents {
+        /// A bit each, as in XCR0.
+        components: u64,
+    },
     /// The state is of a guest unlike this one.
     #[error("{what} is {found}, this guest's is {expected}")]
     Mismatch {

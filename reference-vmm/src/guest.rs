@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use pageferry_device_state::{Registry, Schema};
 use pageferry_rust_vmm::DirtyRings;
+use pageferry_rust_vmm::time::Meanwhile;
 
 use crate::devices::Devices;
 use crate::error::{GuestError, StateError};
@@ -38,7 +39,9 @@ use crate::tracking::DirtyTracking;
 use crate::workload::oracle;
 use crate::workload::{OracleReport, contents};
 
-pub use crate::config::{GuestConfig, kvm_available, tracking_available, workload_available};
+pub use crate::config::{
+    GuestConfig, host_cpu, kvm_available, tracking_available, workload_available,
+};
 pub use crate::kind::GuestKind;
 pub use crate::kvm::{KvmHandles, MemorySlot};
 
@@ -60,6 +63,8 @@ pub struct Guest {
     tracking: DirtyTracking,
     contents: Contents,
     throttle: Throttle,
+    /// What the guest's time does between a save and a load.
+    meanwhile: Meanwhile,
     /// Bytes that were saved last: about as many come next.
     state_bytes: usize,
 }
@@ -87,7 +92,7 @@ impl Guest {
     /// The same, with a choice of what will track its writes. That it fits the guest is checked
     /// here, that this host has it only so far as the guest is made with it.
     pub fn create_tracked(
-        config: GuestConfig,
+        mut config: GuestConfig,
         tracking: DirtyTracking,
     ) -> Result<Self, GuestError> {
         tracking.check(config.kind)?;
@@ -101,8 +106,10 @@ impl Guest {
             GuestKind::Kvm => {
                 let (board, serial_interrupt) = kvm::Board::new(tracking)?;
                 let devices = Arc::new(Devices::new(serial_interrupt));
+                let cpu = board.cpu(config.cpu.take())?;
                 let machine =
-                    KvmMachine::create(board, &ram, &memory, &layout, workload, &devices)?;
+                    KvmMachine::create(board, &cpu, &ram, &memory, &layout, workload, &devices)?;
+                config.cpu = Some(cpu);
                 (Machine::Kvm(machine), devices)
             }
             GuestKind::Process => {
@@ -123,6 +130,7 @@ impl Guest {
             tracking,
             contents,
             throttle,
+            meanwhile: Meanwhile::GoesOn,
             state_bytes: 0,
         })
     }
@@ -154,6 +162,11 @@ impl Guest {
         self.workers().pause(PAUSE_TIMEOUT).map_err(|StillRunning { vcpus }| {
             GuestError::PauseTimedOut { vcpus, waited_ms: PAUSE_TIMEOUT.as_millis() }
         })
+    }
+
+    /// Whether it stands still and goes on when it is [resumed](Self::resume). One that has ended does not.
+    pub fn is_paused(&self) -> bool {
+        self.workers().is_paused() && self.failure().is_none()
     }
 
     /// Slows the guest down until it dirties `percent` less, from the next beat of each virtual CPU
@@ -207,6 +220,12 @@ impl Guest {
         self.ensure_alive(OPERATION)
     }
 
+    /// What a KVM guest's time does between a save and the next [`load`](Self::load): it goes on unless this
+    /// says otherwise.
+    pub fn set_meanwhile(&mut self, meanwhile: Meanwhile) {
+        self.meanwhile = meanwhile;
+    }
+
     /// Takes over what [`Self::save`] gave. If it fails half-way the guest can only be dropped,
     /// or loaded again.
     pub fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
@@ -229,7 +248,7 @@ impl Guest {
     fn registry(&self) -> Result<Registry<'_>, StateError> {
         let mut registry = Registry::new();
         match &self.machine {
-            Machine::Kvm(machine) => machine.register(&mut registry)?,
+            Machine::Kvm(machine) => machine.register(&mut registry, self.meanwhile)?,
             Machine::Process(machine) => machine.register(&mut registry)?,
         }
         self.devices.register(&mut registry)?;

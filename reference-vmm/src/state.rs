@@ -35,7 +35,7 @@ mod tests {
 
     /// Schemas and streams that were kept, the newest last. They are never changed: whoever changes
     /// what is saved adds a number, and `PAGEFERRY_BLESS=1` writes its files.
-    const KEPT: [u32; 1] = [1];
+    const KEPT: [u32; 2] = [1, 2];
 
     fn path(name: &str) -> PathBuf {
         [env!("CARGO_MANIFEST_DIR"), "golden", name].iter().collect()
@@ -61,6 +61,7 @@ mod tests {
             regions: Ram::pc_regions(4 << 20),
             backing: Backing::Anonymous,
             vcpus: 2,
+            cpu: None,
             workload: WorkloadConfig {
                 kind: WorkloadKind::Idle,
                 working_set_bytes: 1 << 20,

@@ -113,6 +113,7 @@ fn guest(kind: GuestKind, vcpus: u8) -> Result<Guest, Failure> {
         regions: Ram::pc_regions(MEMORY_BYTES),
         backing: Backing::Anonymous,
         vcpus,
+        cpu: None,
         workload: WorkloadConfig {
             kind: WorkloadKind::Random,
             working_set_bytes: WORKING_SET_BYTES,

@@ -139,6 +139,7 @@ fn plans(args: &MigrateArgs, kind: GuestKind, tracking: DirtyTracking) -> Vec<Pl
         regions: Ram::pc_regions(args.memory),
         backing: Backing::Anonymous,
         vcpus: args.vcpus,
+        cpu: None,
         workload,
     };
     let first = Plan {

@@ -165,6 +165,7 @@ impl Tracked {
             regions: Ram::pc_regions(args.memory),
             backing: Backing::Anonymous,
             vcpus,
+            cpu: None,
             workload: WorkloadConfig {
                 kind: WorkloadKind::Random,
                 working_set_bytes: WORKING_SET_BYTES,

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use crossbeam_channel::Sender;
+use rustix::process::getpgrp;
+use rustix::termios::tcgetpgrp;
 
 use crate::migration::{BoundChoice, PolicyChoice};
 use crate::signals::{self, SIGUSR1};
@@ -34,6 +36,10 @@ pub enum Wish {
     Quit,
     /// Say how the guest is.
     Status,
+    /// Have the guest stand still, also where it goes.
+    Pause,
+    /// Let it run again.
+    Resume,
     /// Limit the bandwidth of the migration under way, or lift the limit.
     Limit(Option<NonZeroU64>),
     /// To expect so many page bytes a second while the guest stands still.
@@ -59,6 +65,10 @@ pub fn listen_to_signals(wishes: Sender<Wish>) -> std::io::Result<()> {
 
 /// Turns lines on stdin into wishes. The end of stdin means nothing: the guest runs on.
 pub fn listen_to_stdin(wishes: Sender<Wish>) -> std::io::Result<()> {
+    // Who reads the terminal from the background is stopped.
+    if tcgetpgrp(stdin()).is_ok_and(|front| front != getpgrp()) {
+        return Ok(());
+    }
     thread::Builder::new().name("stdin".into()).spawn(move || {
         for line in stdin().lock().split(b'\n') {
             let Ok(line) = line else { return };
@@ -83,6 +93,8 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         (Some("migrate"), address) => Wish::Migrate(address.map(str::to_owned)),
         (Some("cancel"), None) => Wish::Cancel,
         (Some("status"), None) => Wish::Status,
+        (Some("pause"), None) => Wish::Pause,
+        (Some("resume"), None) => Wish::Resume,
         (Some("limit"), Some("off")) => Wish::Limit(None),
         (Some("limit"), Some(rate)) => Wish::Limit(Some(units::rate(rate)?)),
         (Some("switchover-bandwidth"), Some("off")) => Wish::SwitchoverBandwidth(None),
@@ -105,7 +117,7 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
                 "\"{line}\" is not known here; try migrate [ADDR], cancel, limit SIZE|off, \
                  switchover-bandwidth SIZE|off, downtime-limit TIME, \
                  downtime-bound strict|best-effort, not-converging POLICY, \
-                 channels N, status, quit"
+                 channels N, pause, resume, status, quit"
             ));
         }
     };

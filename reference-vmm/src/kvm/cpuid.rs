@@ -1,10 +1,10 @@
-//! What `cpuid` tells a virtual CPU: what KVM supports, with the topology of this guest.
+//! What `cpuid` tells a virtual CPU: what all of a guest have, with its place among them.
 
 use kvm_bindings::CpuId;
 
-/// Fits what KVM supports to one virtual CPU. All are cores of one package.
-pub(crate) fn for_vcpu(supported: &CpuId, vcpu: u8, vcpus: u8) -> CpuId {
-    let mut cpuid = supported.clone();
+/// Fits what all have to one virtual CPU. All are cores of one package.
+pub(crate) fn for_vcpu(all: &CpuId, vcpu: u8, vcpus: u8) -> CpuId {
+    let mut cpuid = all.clone();
     let id = u32::from(vcpu);
     let count = u32::from(vcpus);
     for entry in cpuid.as_mut_slice() {
@@ -27,17 +27,6 @@ pub(crate) fn for_vcpu(supported: &CpuId, vcpu: u8, vcpus: u8) -> CpuId {
     cpuid
 }
 
-/// XSAVE components the guest's XCR0 may have, as far as this VMM knows them. Bit 0, x87, always.
-pub(crate) fn xcr0(supported: &CpuId, components: u64) -> u64 {
-    let leaf = |function| {
-        let found = supported.as_slice().iter().find(|e| e.function == function && e.index == 0);
-        found.copied().unwrap_or_default()
-    };
-    let has_xsave = leaf(1).ecx & (1 << 26) != 0;
-    let offered = if has_xsave { u64::from(leaf(0xd).eax) } else { 0 };
-    1 | (offered & components)
-}
-
 #[cfg(test)]
 mod tests {
     use kvm_bindings::kvm_cpuid_entry2;
@@ -55,14 +44,5 @@ mod tests {
             assert_eq!(topology.edx, u32::from(vcpu));
             assert_eq!(extended.eax, u32::from(vcpu));
         }
-    }
-
-    #[test]
-    fn xcr0_is_bare_without_xsave() {
-        let mut features = kvm_cpuid_entry2 { function: 1, ..kvm_cpuid_entry2::default() };
-        let states = kvm_cpuid_entry2 { function: 0xd, eax: 7, ..kvm_cpuid_entry2::default() };
-        assert_eq!(xcr0(&CpuId::from_entries(&[features, states]).unwrap(), 7), 1);
-        features.ecx = 1 << 26;
-        assert_eq!(xcr0(&CpuId::from_entries(&[features, states]).unwrap(), 7), 7);
     }
 }

@@ -15,13 +15,15 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state,
-    kvm_pit_config, kvm_userspace_memory_region,
+    KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use pageferry::Chain;
 use pageferry_device_state::{RegisterError, Registry};
 use pageferry_rust_vmm::DirtyRings;
+use pageferry_rust_vmm::cpu::CpuProfile;
+use pageferry_rust_vmm::time::{self, Meanwhile};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -36,7 +38,7 @@ use crate::workload::arithmetic::Registers;
 use crate::workload::contents::write_banner;
 use crate::workload::pacer::Pacer;
 use crate::workload::{WorkloadConfig, WorkloadKind};
-use state::{Capabilities, Clock, InterruptControllers, Pit, Vcpu, failed};
+use state::{Capabilities, Clock, Counters, InterruptControllers, Pit, Vcpu, failed};
 
 /// The version of KVM's interface; it has not changed since Linux 2.6.22.
 const KVM_API_VERSION: i32 = 12;
@@ -82,6 +84,7 @@ pub(crate) struct KvmMachine {
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
     handles: KvmHandles,
     capabilities: Capabilities,
+    counters: Counters,
     /// XCR0 for a guest with all the components that have a pattern.
     xcr0: u64,
     memory: LinearMemory,
@@ -133,7 +136,8 @@ fn try_to_compute() -> Result<Result<(), String>, GuestError> {
     let memory = LinearMemory::new(&ram, &layout);
     let (board, serial_interrupt) = Board::new(DirtyTracking::default())?;
     let devices = Arc::new(Devices::new(serial_interrupt));
-    let machine = KvmMachine::create(board, &ram, &memory, &layout, &workload, &devices)?;
+    let cpu = board.cpu(None)?;
+    let machine = KvmMachine::create(board, &cpu, &ram, &memory, &layout, &workload, &devices)?;
     machine.boot(&layout, &workload, "")?;
     let control = machine.workers.control();
     let deadline = Instant::now() + TRIAL_TIMEOUT;
@@ -200,9 +204,16 @@ impl Board {
         Ok((Self { kvm, vm, rings, irqchip, pit }, serial_interrupt))
     }
 
-    fn capabilities(&self) -> Result<Capabilities, GuestError> {
-        let msrs = self.kvm.get_msr_index_list().map_err(failed("list the registers to save"))?;
-        Ok(Capabilities {
+    /// What virtual CPUs are made of: what the guest had, which KVM must have here, or all that there is.
+    pub(crate) fn cpu(&self, had: Option<CpuProfile>) -> Result<CpuProfile, GuestError> {
+        let host = CpuProfile::of_host(&self.kvm)?;
+        let Some(had) = had else { return Ok(host) };
+        had.check_on(&host)?;
+        Ok(had)
+    }
+
+    fn capabilities(&self, cpu: &CpuProfile) -> Capabilities {
+        Capabilities {
             irqchip: self.irqchip,
             pit: self.pit,
             clock: self.vm.check_extension(Cap::AdjustClock),
@@ -210,8 +221,9 @@ impl Board {
             tsc_khz: self.vm.check_extension(Cap::GetTscKhz),
             tsc_control: self.vm.check_extension(Cap::TscControl),
             xsave_words: Capabilities::xsave_words(&self.vm),
-            msrs: msrs.as_slice().to_vec(),
-        })
+            xsave_components: cpu.xsave_components(),
+            msrs: cpu.msrs().to_vec(),
+        }
     }
 
     fn add_memory(&self, ram: &GuestRam) -> Result<Vec<MemorySlot>, GuestError> {
@@ -243,6 +255,7 @@ impl Board {
 impl KvmMachine {
     pub(crate) fn create(
         board: Board,
+        cpu: &CpuProfile,
         ram: &GuestRam,
         memory: &LinearMemory,
         layout: &Layout,
@@ -251,11 +264,8 @@ impl KvmMachine {
     ) -> Result<Self, GuestError> {
         vcpu::install_kick_handler()?;
         let slots = board.add_memory(ram)?;
-        let mut capabilities = board.capabilities()?;
-        let supported = board
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("read what cpuid may offer"))?;
+        let capabilities = board.capabilities(cpu);
+        let cpuid = cpu.cpuid()?;
         let count = layout.vcpus();
         let mut vcpus: Vec<Arc<Mutex<VcpuFd>>> = Vec::with_capacity(count.into());
         let mut bodies = Vec::with_capacity(count.into());
@@ -264,7 +274,7 @@ impl KvmMachine {
                 .vm
                 .create_vcpu(id.into())
                 .map_err(failed(format!("create virtual CPU {id}")))?;
-            fd.set_cpuid2(&cpuid::for_vcpu(&supported, id, count))
+            fd.set_cpuid2(&cpuid::for_vcpu(&cpuid, id, count))
                 .map_err(failed(format!("set the cpuid of virtual CPU {id}")))?;
             let ring = board.rings.as_ref().map(|rings| rings.add_vcpu(&fd)).transpose()?;
             let fd = Arc::new(Mutex::new(fd));
@@ -275,8 +285,9 @@ impl KvmMachine {
                 vcpu::run(&mut lock(&fd), ring.as_ref(), control, &devices, &mut pacer)
             });
         }
-        if let Some(first) = vcpus.first() {
-            capabilities.keep_readable_msrs(&lock(first))?;
+        {
+            let vcpus: Vec<_> = vcpus.iter().map(|vcpu| lock(vcpu)).collect();
+            time::synchronize(vcpus.iter().map(|vcpu| &**vcpu))?;
         }
         let workers = Workers::spawn(bodies, vcpu::kick).map_err(GuestError::Thread)?;
         Ok(Self {
@@ -284,7 +295,9 @@ impl KvmMachine {
             vcpus,
             handles: KvmHandles { vm: board.vm, slots, rings: board.rings },
             capabilities,
-            xcr0: cpuid::xcr0(&supported, fpu::X87 | fpu::SSE | fpu::AVX),
+            counters: Counters::default(),
+            // Of those that this VMM knows; x87 always.
+            xcr0: fpu::X87 | cpu.xcr0() & (fpu::SSE | fpu::AVX),
             memory: memory.clone(),
             workload: workload.clone(),
         })
@@ -351,8 +364,14 @@ impl KvmMachine {
     }
 
     /// Adds what KVM keeps to what is saved and loaded: as much as it offers here.
-    pub(crate) fn register<'a>(&'a self, registry: &mut Registry<'a>) -> Result<(), RegisterError> {
+    /// What is loaded goes on by what the guest's time did meanwhile.
+    pub(crate) fn register<'a>(
+        &'a self,
+        registry: &mut Registry<'a>,
+        meanwhile: Meanwhile,
+    ) -> Result<(), RegisterError> {
         let (vm, capabilities) = (&*self.handles.vm, &self.capabilities);
+        let counters = &self.counters;
         if capabilities.irqchip {
             registry.add_component(0, InterruptControllers(vm))?;
         }
@@ -360,10 +379,10 @@ impl KvmMachine {
             registry.add_component(0, Pit(vm))?;
         }
         for (id, fd) in (0..).zip(&self.vcpus) {
-            registry.add_component(id, Vcpu { fd, capabilities })?;
+            registry.add_component(id, Vcpu { fd, capabilities, counters })?;
         }
         if capabilities.clock {
-            registry.add_component(0, Clock(vm))?;
+            registry.add_component(0, Clock { vm, vcpus: &self.vcpus, counters, meanwhile })?;
         }
         Ok(())
     }

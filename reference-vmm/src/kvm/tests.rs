@@ -2,11 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SMM,
+    kvm_userspace_memory_region,
+};
 use pageferry_device_state::{RawSection, StreamWriter, Writer, sections};
+use pageferry_rust_vmm::time::Meanwhile;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::state::VcpuState;
+use super::state::{ClockState, VcpuState};
 use crate::guest::{Guest, GuestConfig, GuestKind, kvm_available, workload_available};
 use crate::layout::{Layout, PAGE_BYTES, WORKING_SET, slot};
 use crate::ram::{Backing, Ram};
@@ -19,6 +24,10 @@ fn guest() -> Option<Guest> {
 }
 
 fn guest_with(kind: WorkloadKind) -> Option<Guest> {
+    guest_of(kind, 2)
+}
+
+fn guest_of(kind: WorkloadKind, vcpus: u8) -> Option<Guest> {
     let available = kvm_available()
         .and_then(|()| workload_available(GuestKind::Kvm, kind).map_err(|e| e.to_string()));
     if let Err(reason) = available {
@@ -30,7 +39,8 @@ fn guest_with(kind: WorkloadKind) -> Option<Guest> {
         kind: GuestKind::Kvm,
         regions: Ram::pc_regions(8 << 20),
         backing: Backing::Anonymous,
-        vcpus: 2,
+        vcpus,
+        cpu: None,
         workload: WorkloadConfig {
             kind,
             working_set_bytes: 4 << 20,
@@ -73,6 +83,225 @@ fn registers_are_equal_after_a_move() {
         let ticks = tsc(loaded).checked_sub(tsc(saved)).expect("time went backwards");
         assert!(ticks < 100_000_000_000, "{ticks}");
     }
+}
+
+fn time(state: &[u8]) -> ClockState {
+    let clock = sections(state).unwrap().into_iter().find(|section| section.name == "clock");
+    clock.expect("a clock").state().unwrap()
+}
+
+/// All counters are in step, and KVM derives its clock from them.
+fn assert_in_step(time: &ClockState, vcpus: usize) {
+    assert_eq!(time.tsc, vec![time.tsc[0]; vcpus]);
+    assert!(time.realtime_ns.is_some(), "no master clock: {time:?}");
+}
+
+/// What has passed between two states by KVM's clock, by the counters, and by the hosts' clock, in nanoseconds.
+fn passed(then: &ClockState, now: &ClockState) -> [u64; 3] {
+    let ticks = now.tsc[0].checked_sub(then.tsc[0]).expect("a counter went back");
+    let khz = then.tsc_khz.unwrap();
+    [
+        now.nanoseconds.checked_sub(then.nanoseconds).expect("the clock went back"),
+        u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(khz)).unwrap(),
+        now.realtime_ns.unwrap() - then.realtime_ns.unwrap(),
+    ]
+}
+
+/// Offsets of 64 virtual CPUs: in step before, after a switchover that was called off, and at the destination,
+/// where the guest's time has gone on by what was between, or stood still.
+#[test]
+fn the_time_of_all_virtual_cpus_moves_from_one_moment() {
+    const VCPUS: u8 = 64;
+    /// Reading two clocks one after the other, and what counters of 250 ppm may differ in some seconds.
+    const CLOSE_NS: u64 = 5_000_000;
+    let Some(mut source) = guest_of(WorkloadKind::Idle, VCPUS) else { return };
+    source.boot().unwrap();
+    run(&mut source);
+    let called_off = time(&source.save().unwrap());
+    if called_off.tsc.is_empty() {
+        return eprintln!("time skipped, because this KVM has no offsets of time stamp counters");
+    }
+    assert_in_step(&called_off, VCPUS.into());
+    run(&mut source);
+    let state = source.save().unwrap();
+    let saved = time(&state);
+    assert_in_step(&saved, VCPUS.into());
+    let [clock, counters, hosts] = passed(&called_off, &saved);
+    assert!(clock.abs_diff(counters) < CLOSE_NS && clock.abs_diff(hosts) < CLOSE_NS);
+
+    for meanwhile in [Meanwhile::GoesOn, Meanwhile::StandsStill] {
+        let mut destination = guest_of(WorkloadKind::Idle, VCPUS).unwrap();
+        destination.set_meanwhile(meanwhile);
+        let between = Instant::now();
+        destination.load(&state).unwrap();
+        let loaded = time(&destination.save().unwrap());
+        let loading = u64::try_from(between.elapsed().as_nanos()).unwrap();
+        assert_in_step(&loaded, VCPUS.into());
+        let [clock, counters, hosts] = passed(&saved, &loaded);
+        assert!(clock.abs_diff(counters) < CLOSE_NS, "{clock} {counters}");
+        match meanwhile {
+            Meanwhile::GoesOn => assert!(clock.abs_diff(hosts) < CLOSE_NS, "{clock} {hosts}"),
+            // Since it was loaded, that is.
+            Meanwhile::StandsStill => assert!(clock < loading + CLOSE_NS, "{clock} {loading}"),
+        }
+        // It runs, and its time goes on from there.
+        run(&mut destination);
+        let later = time(&destination.save().unwrap());
+        assert_in_step(&later, VCPUS.into());
+        passed(&loaded, &later);
+    }
+}
+
+/// What an older program saved has no counters: they are set as registers.
+#[test]
+fn time_without_offsets_is_loaded_too() {
+    let (Some(mut source), Some(mut destination)) = (guest(), guest()) else { return };
+    source.boot().unwrap();
+    run(&mut source);
+    let state = source.save().unwrap();
+    let mut before = time(&state);
+    (before.tsc, before.realtime_ns) = (Vec::new(), None);
+    let mut older = StreamWriter::new();
+    for RawSection { name, instance, version, payload, .. } in sections(&state).unwrap() {
+        let same = payload.clone().take(payload.left()).unwrap();
+        if name == "clock" {
+            older.state(instance, &mut before).unwrap();
+        } else {
+            let copied = |out: &mut Writer| {
+                out.put(same);
+                Ok(())
+            };
+            older.section(name, instance, version, copied).unwrap();
+        }
+    }
+    destination.load(&older.finish()).unwrap();
+    let [saved, loaded] = [state, destination.save().unwrap()];
+    let tsc = |state: &[u8]| vcpus(state)[0].msr(TSC).unwrap();
+    assert!(tsc(&loaded) > tsc(&saved), "time went backwards");
+    assert!(time(&loaded).nanoseconds >= time(&saved).nanoseconds);
+    copy_memory(&source, &destination);
+    run(&mut destination);
+}
+
+/// Something that a virtual CPU may be in the middle of.
+type InTheMiddle = (&'static str, fn(&mut VcpuState), fn(&VcpuState) -> bool);
+
+const IN_THE_MIDDLE: [InTheMiddle; 8] = [
+    (
+        "halted",
+        |vcpu| vcpu.mp_state.mp_state = KVM_MP_STATE_HALTED,
+        |vcpu| vcpu.mp_state.mp_state == KVM_MP_STATE_HALTED,
+    ),
+    (
+        "waiting for a start-up interrupt",
+        |vcpu| vcpu.mp_state.mp_state = KVM_MP_STATE_INIT_RECEIVED,
+        |vcpu| vcpu.mp_state.mp_state == KVM_MP_STATE_INIT_RECEIVED,
+    ),
+    (
+        "not started",
+        |vcpu| vcpu.mp_state.mp_state = KVM_MP_STATE_UNINITIALIZED,
+        |vcpu| vcpu.mp_state.mp_state == KVM_MP_STATE_UNINITIALIZED,
+    ),
+    (
+        "with a non-maskable interrupt pending",
+        |vcpu| {
+            vcpu.events.nmi.pending = 1;
+            vcpu.events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING;
+        },
+        |vcpu| vcpu.events.nmi.pending == 1,
+    ),
+    (
+        "in a non-maskable interrupt",
+        |vcpu| vcpu.events.nmi.masked = 1,
+        |vcpu| vcpu.events.nmi.masked == 1,
+    ),
+    (
+        "with a system management interrupt pending",
+        |vcpu| {
+            vcpu.events.smi.pending = 1;
+            vcpu.events.flags |= KVM_VCPUEVENT_VALID_SMM;
+        },
+        |vcpu| vcpu.events.smi.pending == 1,
+    ),
+    ("stepping", |vcpu| vcpu.regs.rflags |= 1 << 8, |vcpu| vcpu.regs.rflags & 1 << 8 != 0),
+    (
+        "with a breakpoint",
+        |vcpu| {
+            vcpu.debug_regs.db[0] = 0x1234_5000;
+            vcpu.debug_regs.dr7 |= 1;
+        },
+        |vcpu| vcpu.debug_regs.db[0] == 0x1234_5000 && vcpu.debug_regs.dr7 & 1 != 0,
+    ),
+];
+
+#[test]
+fn virtual_cpus_move_as_they_are() {
+    let (Some(mut first), Some(mut source), Some(mut destination)) = (guest(), guest(), guest())
+    else {
+        return;
+    };
+    first.boot().unwrap();
+    run(&mut first);
+    let state = first.save().unwrap();
+    let mut moved = 0;
+    for (name, change, is_so) in IN_THE_MIDDLE {
+        let taken = source.load(&changed(&state, &change)).and_then(|()| source.save());
+        let Some(state) = taken.ok().filter(|state| is_so(&vcpus(state)[1])) else {
+            eprintln!("a virtual CPU {name} skipped, because this KVM does not take it");
+            continue;
+        };
+        destination.load(&state).unwrap();
+        let arrived = destination.save().unwrap();
+        assert!(is_so(&vcpus(&arrived)[1]), "{name}");
+        for (saved, loaded) in vcpus(&state).iter().zip(&vcpus(&arrived)) {
+            saved.assert_same(loaded);
+        }
+        moved += 1;
+    }
+    assert!(moved >= 3, "only {moved} were taken");
+}
+
+/// What KVM keeps of a guest's guests is not in the state: that is said when it is to be saved.
+#[test]
+fn a_guest_that_runs_guests_is_not_saved() {
+    const SVME: u64 = 1 << 12;
+    const VMXE: u64 = 1 << 13;
+    let (Some(mut first), Some(mut nesting)) = (guest(), guest()) else { return };
+    first.boot().unwrap();
+    let state = first.save().unwrap();
+    let turn_on: [&dyn Fn(&mut VcpuState); 2] =
+        [&|vcpu| vcpu.sregs.efer |= SVME, &|vcpu| vcpu.sregs.cr4 |= VMXE];
+    let refusals = turn_on.map(|on| {
+        nesting.load(&changed(&state, on)).ok()?;
+        Some(nesting.save())
+    });
+    if refusals.iter().all(Option::is_none) {
+        return eprintln!("guests of guests skipped, because this KVM has none");
+    }
+    for refused in refusals.into_iter().flatten() {
+        let why = pageferry::Chain::of(&refused.unwrap_err()).to_string();
+        assert!(why.contains("the guest runs guests of its own"), "{why}");
+    }
+}
+
+/// Vector registers that virtual CPUs cannot have are refused before anything is loaded.
+#[test]
+fn components_beside_xcr0_are_refused() {
+    /// PKRU and the tiles of AMX.
+    const BESIDE: u32 = 1 << 9 | 1 << 18;
+    let (Some(mut source), Some(mut destination)) = (guest(), guest()) else { return };
+    source.boot().unwrap();
+    let state = source.save().unwrap();
+    let offered = source.config().cpu.as_ref().unwrap().xsave_components();
+    if offered & u64::from(BESIDE) != 0 {
+        return eprintln!("components skipped, because this KVM has PKRU or AMX: {offered:#x}");
+    }
+    let beside = changed(&state, &|vcpu| vcpu.xsave[128] |= BESIDE);
+    let refused = destination.load(&beside).unwrap_err();
+    let why = pageferry::Chain::of(&refused).to_string();
+    assert!(why.contains("bits 0x40200 of XSTATE_BV"), "{why}");
+    // As it was: the state as it is can be loaded.
+    destination.load(&state).unwrap();
 }
 
 /// The same state, with the second virtual CPU changed.

@@ -26,6 +26,7 @@ use std::io::{self, Read, Write};
 
 use pageferry_device_state::Schema;
 use pageferry_device_state::schema::{Compatibility, MAX_SCHEMA_BYTES, SchemaError, Verdict};
+use pageferry_rust_vmm::time::Meanwhile;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::GuestError;
@@ -229,11 +230,16 @@ fn header(input: &mut Summed<impl Read>) -> Result<Header, SnapshotError> {
 
 /// Makes the guest that a file holds. It is paused, and every byte of the file has been checked.
 /// Its memory is backed as told.
-pub fn restore(input: &mut impl Read, backing: Backing) -> Result<(Guest, Written), SnapshotError> {
+pub fn restore(
+    input: &mut impl Read,
+    backing: Backing,
+    meanwhile: Meanwhile,
+) -> Result<(Guest, Written), SnapshotError> {
     let mut input = Summed::new(input);
     let Header { mut config, schema, state } = header(&mut input)?;
     config.backing = backing;
     let mut guest = Guest::create(config)?;
+    guest.set_meanwhile(meanwhile);
     let compatibility = guest.schema()?.reads(&schema);
     if compatibility.verdict() == Verdict::Fails {
         return Err(SnapshotError::Incompatible(compatibility));

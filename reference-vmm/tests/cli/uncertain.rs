@@ -158,6 +158,7 @@ fn a_destination_that_waits_for_a_commit() {
         regions: Ram::pc_regions(64 << 20),
         backing: Backing::Memfd,
         vcpus: 1,
+        cpu: None,
         workload: WorkloadConfig {
             kind: WorkloadKind::Idle,
             working_set_bytes: 8 << 20,

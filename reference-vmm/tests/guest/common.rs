@@ -44,6 +44,7 @@ pub(crate) fn config(kind: GuestKind, workload: WorkloadKind, vcpus: u8) -> Gues
         regions: Ram::pc_regions(16 * MIB),
         backing: Backing::Anonymous,
         vcpus,
+        cpu: None,
         workload: WorkloadConfig {
             kind: workload,
             working_set_bytes: 4 * MIB,

@@ -3,6 +3,7 @@
 use std::fs::OpenOptions;
 use std::io;
 
+use pageferry_rust_vmm::time::Meanwhile;
 use pageferry_vmm::guest::{Guest, GuestKind};
 use pageferry_vmm::ram::{Backing, Ram};
 use pageferry_vmm::snapshot::{self, Fate, Snapshot, SnapshotError};
@@ -24,7 +25,8 @@ fn saved(kind: GuestKind) -> (Guest, Vec<u8>) {
 }
 
 fn restored(file: &[u8]) -> Result<Guest, SnapshotError> {
-    snapshot::restore(&mut &*file, Backing::Anonymous).map(|(guest, _)| guest)
+    snapshot::restore(&mut &*file, Backing::Anonymous, Meanwhile::StandsStill)
+        .map(|(guest, _)| guest)
 }
 
 /// Numbers below `end`, all of them if there are no more than `most`.

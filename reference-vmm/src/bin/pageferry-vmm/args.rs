@@ -5,11 +5,11 @@ mod guest;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry_cli::events::EventArgs;
 use pageferry_cli::migration::MigrationArgs;
-use pageferry_cli::transport::{LinkArgs, RdmaArgs, Transport};
 use pageferry_cli::units::{size, time};
+use pageferry_rust_vmm::time::Meanwhile;
 use pageferry_vmm::ram::Backing;
 
 pub(crate) use guest::GuestArgs;
@@ -34,7 +34,12 @@ Examples:
     host-a$ pageferry-vmm run --memory 1G --migrate-to host-b:7400
 
   A guest that moves when it is told to (SIGUSR1, or \"migrate\" on stdin):
-    pageferry-vmm run --migrate-to host-b:7400 --on-demand";
+    pageferry-vmm run --migrate-to host-b:7400 --on-demand
+
+  A guest that moves on from host to host:
+    host-c$ pageferry-vmm receive --listen 0.0.0.0:7400
+    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400 --migrate-to host-c:7400
+    host-a$ pageferry-vmm run --migrate-to host-b:7400";
 
 const STATE_EXAMPLES: &str = "\
 Examples:
@@ -49,6 +54,16 @@ Examples:
   Will the next version of this program take what this one has?
     pageferry-vmm schema dump > old.json
     pageferry-vmm schema check old.json new.json";
+
+const CPU_EXAMPLES: &str = "\
+Examples:
+  Guests that may run on each of three hosts (the first line on each of them):
+    pageferry-vmm cpu > $(hostname).json
+    pageferry-vmm cpu a.json b.json c.json > all.json
+    pageferry-vmm run --cpu-baseline all.json --migrate-to host-b:7400
+
+  As on a host without AVX:
+    pageferry-vmm cpu --without avx,avx2,xsave_avx > old.json";
 
 /// A small KVM virtual machine that migrates live.
 #[derive(Debug, Parser)]
@@ -76,6 +91,10 @@ pub(crate) enum Command {
     /// Run the guest that a file holds.
     #[command(after_long_help = format!("{STATE_EXAMPLES}\n\n{EXIT_CODES}"))]
     Restore(RestoreArgs),
+    /// Print what virtual CPUs are made of here, or what the given files have in common, as a file for
+    /// --cpu-baseline.
+    #[command(after_long_help = CPU_EXAMPLES)]
+    Cpu(CpuArgs),
     /// What device state is made of, and whether versions of this program read each other's.
     #[command(subcommand, after_long_help = STATE_EXAMPLES)]
     Schema(SchemaCommand),
@@ -93,12 +112,13 @@ impl Command {
                 args.guest.check()
             }
             Self::Run(args) => {
-                args.migration.check()?;
+                args.onward.migration.check()?;
                 args.guest.check()
             }
-            Self::Receive(args) => args.rdma.check(args.transport),
+            Self::Receive(args) => args.onward.migration.check(),
+            Self::Restore(args) => args.onward.migration.check(),
             Self::Save(args) => args.guest.check(),
-            Self::Restore(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
+            Self::Cpu(_) | Self::Schema(_) | Self::Inspect(_) => Ok(()),
         }
     }
 }
@@ -128,23 +148,10 @@ pub(crate) struct DemoArgs {
     pub(crate) migration: MigrationArgs,
 }
 
-#[expect(clippy::struct_excessive_bools, reason = "independent switches")]
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
-    /// Where a `pageferry-vmm receive` listens: HOST:PORT, [IPV6]:PORT, [IPV6%INTERFACE]:PORT.
-    #[arg(long, value_name = "ADDR")]
-    pub(crate) migrate_to: Option<String>,
-    /// How long the guest runs before it is migrated.
-    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = time)]
-    pub(crate) migrate_after: Duration,
-    /// Migrate on SIGUSR1 or a line "migrate [ADDR]" on stdin, not by itself.
-    #[arg(long)]
-    pub(crate) on_demand: bool,
-    /// Compare all memory by digest before the guest resumes. The guest stands still for it.
-    #[arg(long)]
-    pub(crate) verify: bool,
     /// After a migration that failed: run on for this long, check the guest's memory, and exit
     /// [default: run on until Ctrl-C or "quit" on stdin].
     #[arg(long, value_name = "TIME", value_parser = time)]
@@ -162,7 +169,33 @@ pub(crate) struct RunArgs {
     #[arg(long, hide = true)]
     pub(crate) timeline: bool,
     #[command(flatten)]
+    pub(crate) onward: OnwardArgs,
+}
+
+/// Where a guest that runs here goes next, and how.
+#[derive(Debug, Args)]
+pub(crate) struct OnwardArgs {
+    /// Where a `pageferry-vmm receive` listens: HOST:PORT, [IPV6]:PORT, [IPV6%INTERFACE]:PORT.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) migrate_to: Option<String>,
+    /// How long the guest runs before it is migrated.
+    #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = time)]
+    pub(crate) migrate_after: Duration,
+    /// Migrate on SIGUSR1 or a line "migrate [ADDR]" on stdin, not by itself.
+    #[arg(long)]
+    pub(crate) on_demand: bool,
+    /// Compare all memory by digest before the guest resumes. The guest stands still for it.
+    #[arg(long)]
+    pub(crate) verify: bool,
+    #[command(flatten)]
     pub(crate) migration: MigrationArgs,
+}
+
+impl OnwardArgs {
+    /// Whether it goes without being told to.
+    pub(crate) fn is_planned(&self) -> bool {
+        self.migrate_to.is_some() && !self.on_demand
+    }
 }
 
 #[derive(Debug, Args)]
@@ -170,26 +203,24 @@ pub(crate) struct ReceiveArgs {
     /// Where to listen: HOST:PORT, port 0 for one that is free.
     #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:7400")]
     pub(crate) listen: String,
-    /// What moves the pages.
-    #[arg(long, default_value = "auto")]
-    pub(crate) transport: Transport,
     /// Take only a guest with this much memory [default: any that is not more than this machine has,
     /// swap included].
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory: Option<u64>,
+    /// Take only a guest whose virtual CPUs have no more than this file says (`pageferry-vmm cpu` makes one)
+    /// [default: than KVM has here].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cpu_baseline: Option<PathBuf>,
     /// What backs the guest's memory here.
     #[arg(long, default_value = "anonymous")]
     pub(crate) backing: Backing,
     /// Threads that allocate the guest's memory ahead of the data.
     #[arg(long, value_name = "THREADS", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=256))]
     pub(crate) populate: u16,
-    /// After the guest arrived: run it for this long, check its memory, and exit [default: run
-    /// it until Ctrl-C].
+    /// After the guest arrived, or after a migration onward that failed: run it for this long, check its memory, and
+    /// exit [default: run it until Ctrl-C or "quit" on stdin].
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub(crate) run_for: Option<Duration>,
-    /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
-    #[arg(long, value_name = "CPUS", value_delimiter = ',')]
-    pub(crate) pin: Vec<usize>,
     /// Print one JSON object and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
@@ -202,9 +233,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, hide = true)]
     pub(crate) timeline: bool,
     #[command(flatten)]
-    pub(crate) link: LinkArgs,
-    #[command(flatten)]
-    pub(crate) rdma: RdmaArgs,
+    pub(crate) onward: OnwardArgs,
 }
 
 #[derive(Debug, Args)]
@@ -231,12 +260,44 @@ pub(crate) struct RestoreArgs {
     /// What backs the guest's memory here.
     #[arg(long, default_value = "anonymous")]
     pub(crate) backing: Backing,
-    /// How long the guest runs before its memory is checked and it ends.
+    /// What the guest's clock did while the guest was in the file.
+    #[arg(long, value_name = "WHAT", default_value = "continue")]
+    pub(crate) clock: ClockChoice,
+    /// How long the guest runs before its memory is checked and it ends; with --migrate-to or --on-demand, after a
+    /// migration that failed.
     #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = time)]
     pub(crate) run_for: Duration,
-    /// Print one JSON object and nothing else on stdout.
+    /// Print one JSON object and nothing else on stdout, and one more per migration.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) onward: OnwardArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ClockChoice {
+    /// It stood still: the guest does not notice for how long it was there.
+    Continue,
+    /// It went on, by this host's clock.
+    CatchUp,
+}
+
+impl From<ClockChoice> for Meanwhile {
+    fn from(choice: ClockChoice) -> Self {
+        match choice {
+            ClockChoice::Continue => Self::StandsStill,
+            ClockChoice::CatchUp => Self::GoesOn,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CpuArgs {
+    /// What other hosts have [default: this one].
+    pub(crate) files: Vec<PathBuf>,
+    /// Leave these features out, by the names of /proc/cpuinfo.
+    #[arg(long, value_name = "FEATURES", value_delimiter = ',')]
+    pub(crate) without: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -32,7 +32,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
     // Decided once, so that it is said once, and before anything starts.
-    let config = crate::run::config(&args.guest);
+    let config = crate::run::config(&args.guest)?;
     let tracking = crate::run::tracking(&args.guest, config.kind)?;
     let listen = match &args.listen {
         Some(listen) => listen.clone(),
@@ -105,6 +105,7 @@ fn source_args(
         ("workload", Some(value_name(&guest.workload))),
         ("vcpus", Some(guest.vcpus.to_string())),
         ("backing", Some(value_name(&guest.backing))),
+        ("cpu-baseline", guest.cpu_baseline.as_ref().map(|file| file.display().to_string())),
         ("guest", Some(value_name(&kind))),
         ("dirty-source", Some(value_name(&tracking))),
         ("seed", Some(guest.seed.to_string())),
@@ -286,7 +287,7 @@ mod tests {
                 panic!("no source")
             };
             let of = |args: &MigrationArgs| (args.downtime_limit, args.deadline);
-            assert_eq!(of(&source.migration), of(&args.migration), "{time}");
+            assert_eq!(of(&source.onward.migration), of(&args.migration), "{time}");
         }
     }
 }

@@ -1,8 +1,10 @@
 //! `pageferry-vmm`: runs a small KVM guest and migrates it live.
 
 mod args;
+mod cpu;
 mod demo;
 mod inspect;
+mod onward;
 mod receive;
 mod report;
 mod run;
@@ -45,6 +47,7 @@ fn run(command: &Command) -> Result<Outcome, Box<dyn std::error::Error + Send + 
         Command::Receive(args) => receive::receive(args),
         Command::Save(args) => saved::save(args),
         Command::Restore(args) => saved::restore(args),
+        Command::Cpu(args) => cpu::cpu(args),
         Command::Schema(command) => schema::schema(command),
         Command::Inspect(args) => inspect::inspect(args),
     }
@@ -55,8 +58,8 @@ fn run(command: &Command) -> Result<Outcome, Box<dyn std::error::Error + Send + 
 fn report_failure(command: &Command, why: String) -> Result<(), serde_json::Error> {
     let (json, transport) = match command {
         Command::Demo(args) => (args.json, args.migration.transport),
-        Command::Run(args) => (args.json, args.migration.transport),
-        Command::Receive(args) => (args.json, args.transport),
+        Command::Run(args) => (args.json, args.onward.migration.transport),
+        Command::Receive(args) => (args.json, args.onward.migration.transport),
         Command::Save(SaveArgs { json: true, .. })
         | Command::Restore(RestoreArgs { json: true, .. }) => {
             return saved::print_failure(Outcome::Failed, &why);

@@ -11,14 +11,16 @@ use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report};
 use pageferry_cli::room;
 use pageferry_cli::say;
-use pageferry_cli::wishes::{Wish, listen_to_signals, wait_or_quit};
-use pageferry_tcp::ZeroCopy;
+use pageferry_cli::wishes::{Wish, listen_to_signals, listen_to_stdin, wait_or_quit};
+use pageferry_rust_vmm::cpu::CpuProfile;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig};
 use pageferry_vmm::ram::Backing;
 use rustix::process::Signal;
 
 use crate::args::ReceiveArgs;
+use crate::cpu::limited_to;
+use crate::onward::Onward;
 use crate::report::{check, describe, heartbeat};
 
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
@@ -26,13 +28,16 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
         end_with_parent(Signal::TERM)?;
     }
     let (wishes_in, wishes) = unbounded();
-    listen_to_signals(wishes_in)?;
+    listen_to_signals(wishes_in.clone())?;
+    listen_to_stdin(wishes_in)?;
     let events = args.events.open()?;
-    let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
+    let migration = &args.onward.migration;
+    let chosen = migration.choose()?;
     let transport = chosen.name();
-    let (link, pin, populate) = (&args.link, &args.pin, args.populate);
+    let (link, pin, populate) = (&migration.link, &migration.pin, args.populate);
     let reception = Reception { link, pin, populate, events: &events };
-    let home = |offer: &Offer| machine_for(args, offer);
+    let most = limited_to(args.cpu_baseline.as_deref())?;
+    let home = |offer: &Offer| machine_for(args, most.as_ref(), offer);
     let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
         Ok(arrival) => arrival,
         Err(why) => return nobody_came(args, transport, why),
@@ -41,7 +46,15 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     match arrival.result {
         Ok(arrived) => {
             describe(&mut report, arrived.machine.guest.config());
-            run_on(args, arrived.machine.guest, report, &wishes)
+            let onward = Onward {
+                args: &args.onward,
+                run_for: args.run_for,
+                json: args.json,
+                timeline: args.timeline,
+                events: &events,
+                wishes: &wishes,
+            };
+            run_on(args, arrived.machine, report, &onward)
         }
         Err(failure) => {
             describe(&mut report, failure.machine.guest.config());
@@ -64,9 +77,10 @@ fn nobody_came(args: &ReceiveArgs, transport: &str, why: String) -> Result<Outco
     finish(&report, args.json)
 }
 
-/// Builds the machine that the source describes.
+/// Builds the machine that the source describes, with no more in its virtual CPUs than that.
 fn machine_for(
     args: &ReceiveArgs,
+    most: Option<&CpuProfile>,
     offer: &Offer,
 ) -> Result<(GuestMachine, Arc<GuestMemory>), Failure> {
     let memory_bytes = offer.layout().len_bytes();
@@ -94,36 +108,44 @@ fn machine_for(
         return Err("the source's description of the guest does not fit its memory map".into());
     }
     config.backing = args.backing;
+    if let (Some(had), Some(most)) = (&config.cpu, most) {
+        had.check_on(most)?;
+    }
     let machine = GuestMachine { guest: Guest::create(config)? };
     let memory = machine.memory()?;
     Ok((machine, memory))
 }
 
-/// Runs the guest that arrived: for as long as asked, or until told to end.
+/// Runs the guest that arrived: for as long as asked, or until it has moved on or is told to end.
 fn run_on(
     args: &ReceiveArgs,
-    mut guest: Guest,
+    mut machine: GuestMachine,
     mut report: Report,
-    wishes: &Receiver<Wish>,
+    onward: &Onward<'_>,
 ) -> Result<Outcome, Failure> {
+    let guest = &mut machine.guest;
     let before = guest.heartbeat().beats;
-    if guest.await_beats(before + 10).is_err() {
+    let paused = guest.is_paused();
+    if !paused && guest.await_beats(before + 10).is_err() {
         report.fail("the guest does not beat at the destination".to_owned());
     }
-    let Some(time) = args.run_for else {
+    if let (Some(time), false) = (args.run_for, args.onward.is_planned()) {
+        wait_or_quit(onward.wishes, Some(time));
+        check(guest, &mut report)?;
         heartbeat(&mut report, guest.heartbeat());
-        let outcome = finish(&report, args.json)?;
-        say!("the guest runs here; Ctrl-C ends it");
-        wait_or_quit(wishes, None);
-        return Ok(outcome);
-    };
-    wait_or_quit(wishes, Some(time));
-    check(&mut guest, &mut report)?;
-    heartbeat(&mut report, guest.heartbeat());
-    if args.timeline {
-        report.timeline.get_or_insert_default().gaps = guest.heartbeat_gaps();
+        if args.timeline {
+            report.timeline.get_or_insert_default().gaps = guest.heartbeat_gaps();
+        }
+        return finish(&report, args.json);
     }
-    finish(&report, args.json)
+    heartbeat(&mut report, guest.heartbeat());
+    let outcome = finish(&report, args.json)?;
+    if paused {
+        say!("the guest is paused here, as it was; \"resume\" lets it run, Ctrl-C ends it");
+    } else {
+        say!("the guest runs here; Ctrl-C ends it, \"migrate ADDR\" moves it on");
+    }
+    onward.serve(machine, Some(outcome))
 }
 
 /// The copy of a guest whose owner is unknown is kept until the operator ends this process.

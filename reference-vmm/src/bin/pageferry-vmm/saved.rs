@@ -7,13 +7,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
+use pageferry_cli::events::Events;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::output;
 use pageferry_cli::say;
 use pageferry_cli::wishes::{
-    Wish, listen_to_signals, unless_given_up, unless_interrupted, wait_or_quit,
+    Wish, listen_to_signals, listen_to_stdin, unless_given_up, unless_interrupted, wait_or_quit,
 };
 use pageferry_report::document::ms;
+use pageferry_rust_vmm::time::Meanwhile;
+use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::Guest;
 use pageferry_vmm::ram::Backing;
 use pageferry_vmm::snapshot::{self, Fate, NewFile, Snapshot, SnapshotError, Written};
@@ -21,6 +24,7 @@ use serde::Serialize;
 use signal_hook::consts::SIGXFSZ;
 
 use crate::args::{RestoreArgs, SaveArgs};
+use crate::onward::Onward;
 use crate::run::{config, tracking};
 
 /// Version of the JSON object. Fields are added, never repurposed.
@@ -85,7 +89,7 @@ pub(crate) fn save(args: &SaveArgs) -> Result<Outcome, Failure> {
         return ended(args.json, "interrupted before there was a guest to save");
     };
     let file = file.map_err(|error| failed(&chain(&error)))?;
-    let config = config(&args.guest);
+    let config = config(&args.guest)?;
     let tracking = tracking(&args.guest, config.kind)?;
     let mut guest = Guest::create_tracked(config, tracking)?;
     guest.boot()?;
@@ -159,27 +163,46 @@ fn chain(error: &SnapshotError) -> String {
 /// Runs the guest that a file holds for a while.
 pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
-    listen_to_signals(wishes_in)?;
+    listen_to_signals(wishes_in.clone())?;
+    let moves = args.onward.migrate_to.is_some() || args.onward.on_demand;
+    if moves {
+        listen_to_stdin(wishes_in)?;
+    }
     let began = Instant::now();
-    let (path, backing) = (args.file.clone(), args.backing);
+    let (path, backing, clock) = (args.file.clone(), args.backing, args.clock);
     // The file may be a pipe that nobody writes to, which not even opening it would get past.
-    let Some(read) = unless_interrupted(&wishes, move || read(&path, backing))? else {
+    let Some(read) = unless_interrupted(&wishes, move || read(&path, backing, clock.into()))?
+    else {
         return ended(args.json, "interrupted before the guest ran");
     };
     let (mut guest, read) = read?;
     let took = began.elapsed();
-    run(&mut guest, args.run_for, &wishes)?;
+    if !moves {
+        run(&mut guest, args.run_for, &wishes)?;
+    }
     let mut report = Report::of(&guest, took);
     report.file(read);
     report.print(args.json)?;
-    Ok(report.outcome)
+    if !moves || report.outcome != Outcome::Completed {
+        return Ok(report.outcome);
+    }
+    resume(&mut guest)?;
+    let onward = Onward {
+        args: &args.onward,
+        run_for: (!args.onward.on_demand).then_some(args.run_for),
+        json: args.json,
+        timeline: false,
+        events: &Events::default(),
+        wishes: &wishes,
+    };
+    onward.serve(GuestMachine { guest }, Some(report.outcome))
 }
 
 /// Makes the guest that a file holds, which is right before it has done anything here.
-fn read(path: &Path, backing: Backing) -> Result<(Guest, Written), Failure> {
+fn read(path: &Path, backing: Backing, meanwhile: Meanwhile) -> Result<(Guest, Written), Failure> {
     let name = path.display();
     let file = File::open(path).map_err(|error| format!("failed to open {name}: {error}"))?;
-    let (guest, read) = snapshot::restore(&mut BufReader::new(file), backing)
+    let (guest, read) = snapshot::restore(&mut BufReader::new(file), backing, meanwhile)
         .map_err(|error| format!("{name}: {}", pageferry::Chain::of(&error)))?;
     let oracle = guest.check_oracle();
     if oracle.ok {

@@ -4,8 +4,8 @@
 //! |---|---|---|
 //! | `interrupt-controllers` | both PICs and the I/O APIC | first: local APICs look at them |
 //! | `pit` | the timer | |
+//! | `clock` | KVM's clock and all time stamp counters | before the virtual CPUs: their timers look at these |
 //! | `vcpu` | one for each virtual CPU | |
-//! | `clock` | KVM's clock | after the virtual CPUs, to lose as little time as possible |
 
 mod interrupts;
 mod registers;
@@ -13,18 +13,16 @@ mod vcpu;
 mod vm;
 mod xsave;
 
-use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VmFd};
 
 use super::fpu::MIN_XSAVE_WORDS;
 use crate::error::{GuestError, StateError};
 
 pub(crate) use vcpu::{Vcpu, VcpuState};
 pub(crate) use vm::{
-    Clock, ClockState, InterruptControllers, InterruptControllersState, Pit, PitState,
+    Clock, ClockState, Counters, InterruptControllers, InterruptControllersState, Pit, PitState,
 };
 pub(crate) use xsave::{read_xsave, write_xsave};
-
-use xsave::read_msrs;
 
 /// What KVM offers here and so belongs to the state.
 #[derive(Debug, Clone)]
@@ -37,6 +35,8 @@ pub(crate) struct Capabilities {
     pub(crate) tsc_khz: bool,
     pub(crate) tsc_control: bool,
     pub(crate) xsave_words: usize,
+    /// That XSAVE areas may have, besides x87 and SSE.
+    pub(crate) xsave_components: u64,
     pub(crate) msrs: Vec<u32>,
 }
 
@@ -47,20 +47,20 @@ impl Capabilities {
         let len_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         len_bytes.div_ceil(4).max(MIN_XSAVE_WORDS)
     }
-
-    /// Leaves out model specific registers that are listed and cannot be read: each would cost
-    /// another call while the guest stands still.
-    pub(crate) fn keep_readable_msrs(&mut self, vcpu: &VcpuFd) -> Result<(), GuestError> {
-        let readable = read_msrs(vcpu, &self.msrs)?;
-        self.msrs = readable.into_iter().map(|msr| msr.index).collect();
-        Ok(())
-    }
 }
 
 /// Names a failed call.
 pub(crate) fn failed(operation: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> GuestError {
     let operation = operation.into();
     move |source| GuestError::Kvm { operation, source }
+}
+
+/// A time stamp counter this close to the wanted frequency is left alone, as KVM does.
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+fn is_same_frequency(khz: u32, here_khz: u32) -> bool {
+    let difference = u64::from(khz.abs_diff(here_khz));
+    difference * 1_000_000 <= u64::from(here_khz) * TSC_TOLERANCE_PPM
 }
 
 pub(crate) fn same<T: PartialEq + ToString>(

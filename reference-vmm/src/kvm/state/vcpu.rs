@@ -1,5 +1,6 @@
 //! A virtual CPU.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{
@@ -11,12 +12,12 @@ use pageferry_device_state::{Component, DeviceState, HookError};
 
 use super::registers::Kvm;
 use super::xsave::{read_msrs, read_xsave, write_msrs, write_xsave};
-use super::{Capabilities, failed, same};
+use super::{Capabilities, Counters, failed, is_same_frequency, same};
 use crate::error::{GuestError, StateError};
 use crate::kvm::fpu::MIN_XSAVE_WORDS;
 
-/// A time stamp counter this close to the wanted frequency is left alone, as KVM does.
-const TSC_TOLERANCE_PPM: u64 = 250;
+/// The time stamp counter, as a register.
+const IA32_TSC: u32 = 0x10;
 
 /// Words of the largest XSAVE area that is believed: four times what AMX needs.
 const MAX_XSAVE_WORDS: u32 = 16 << 10;
@@ -24,22 +25,34 @@ const MAX_XSAVE_WORDS: u32 = 16 << 10;
 /// Registers that KVM reads or writes at once, and lists.
 const MAX_MSRS: u32 = 256;
 
+/// Where the header of an XSAVE area says what is in it, in words: Intel's manual, volume 1, 13.4.2.
+const XSTATE_BV: usize = 512 / 4;
+
+/// Any virtual CPU may have these, also one without XSAVE.
+const X87_AND_SSE: u64 = 0b11;
+
+/// Of CR4 on Intel's CPUs: the guest may run guests of its own. Set as long as it is in VMX root operation.
+const CR4_VMXE: u64 = 1 << 13;
+
+/// Of EFER on AMD's, likewise.
+const EFER_SVME: u64 = 1 << 12;
+
 /// A virtual CPU's state. Parts are missing where KVM does not offer them.
 #[derive(Debug, DeviceState)]
 #[device_state(name = "vcpu", priority = 50)]
 pub(crate) struct VcpuState {
     #[device_state(tag = 1, with = Kvm)]
-    mp_state: kvm_mp_state,
+    pub(crate) mp_state: kvm_mp_state,
     #[device_state(tag = 2, with = Kvm)]
     pub(crate) regs: kvm_regs,
     #[device_state(tag = 3, with = Kvm)]
-    sregs: kvm_sregs,
+    pub(crate) sregs: kvm_sregs,
     #[device_state(tag = 4, max_len = MAX_XSAVE_WORDS)]
     pub(crate) xsave: Vec<u32>,
     #[device_state(tag = 5, with = Kvm)]
     xcrs: Option<kvm_xcrs>,
     #[device_state(tag = 6, with = Kvm)]
-    debug_regs: kvm_debugregs,
+    pub(crate) debug_regs: kvm_debugregs,
     #[device_state(tag = 7, with = Kvm)]
     lapic: Option<kvm_lapic_state>,
     #[device_state(tag = 8)]
@@ -47,7 +60,7 @@ pub(crate) struct VcpuState {
     #[device_state(tag = 9, with = Kvm, max_len = MAX_MSRS)]
     msrs: Vec<kvm_msr_entry>,
     #[device_state(tag = 10, with = Kvm)]
-    events: kvm_vcpu_events,
+    pub(crate) events: kvm_vcpu_events,
 }
 
 /// A virtual CPU that stands still, to be saved and loaded.
@@ -55,6 +68,7 @@ pub(crate) struct VcpuState {
 pub(crate) struct Vcpu<'a> {
     pub(crate) fd: &'a Mutex<VcpuFd>,
     pub(crate) capabilities: &'a Capabilities,
+    pub(crate) counters: &'a Counters,
 }
 
 impl Vcpu<'_> {
@@ -75,7 +89,7 @@ impl Component for Vcpu<'_> {
     }
 
     fn load(&mut self, state: VcpuState) -> Result<(), HookError> {
-        Ok(self.with(|fd| state.restore(fd, self.capabilities))?)
+        Ok(self.with(|fd| state.restore(fd, self.capabilities, self.counters))?)
     }
 }
 
@@ -86,6 +100,9 @@ impl VcpuState {
         let mp_state = vcpu.get_mp_state().map_err(failed("read the run state"))?;
         let regs = vcpu.get_regs().map_err(failed("read the registers"))?;
         let sregs = vcpu.get_sregs().map_err(failed("read the special registers"))?;
+        if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
+            return Err(GuestError::Nested);
+        }
         let xsave = read_xsave(vcpu, capabilities.xsave_words)?;
         let xcrs = capabilities.xcrs.then(|| vcpu.get_xcrs().map_err(failed("read XCR0")));
         let debug_regs = vcpu.get_debug_regs().map_err(failed("read the debug registers"))?;
@@ -117,7 +134,11 @@ impl VcpuState {
         if !(MIN_XSAVE_WORDS..=capabilities.xsave_words).contains(&self.xsave.len()) {
             return same("the XSAVE area in words", self.xsave.len(), capabilities.xsave_words);
         }
-        Ok(())
+        let [low, high] = [XSTATE_BV, XSTATE_BV + 1].map(|word| u64::from(self.xsave[word]));
+        match (high << 32 | low) & !(X87_AND_SSE | capabilities.xsave_components) {
+            0 => Ok(()),
+            components => Err(StateError::XsaveComponents { components }),
+        }
     }
 
     /// Writes a virtual CPU that stands still. The local APIC goes after the special registers,
@@ -126,6 +147,7 @@ impl VcpuState {
         &self,
         vcpu: &VcpuFd,
         capabilities: &Capabilities,
+        counters: &Counters,
     ) -> Result<(), GuestError> {
         vcpu.set_mp_state(self.mp_state).map_err(failed("restore the run state"))?;
         vcpu.set_regs(&self.regs).map_err(failed("restore the registers"))?;
@@ -138,8 +160,10 @@ impl VcpuState {
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).map_err(failed("restore the local APIC"))?;
         }
-        self.restore_tsc_frequency(vcpu, capabilities)?;
-        write_msrs(vcpu, &self.msrs)?;
+        self.restore_tsc_frequency(vcpu, capabilities, counters)?;
+        let set = counters.set.load(Ordering::Relaxed);
+        let msrs = self.msrs.iter().filter(|msr| !(set && msr.index == IA32_TSC));
+        write_msrs(vcpu, &msrs.copied().collect::<Vec<_>>())?;
         vcpu.set_vcpu_events(&self.events).map_err(failed("restore pending events"))
     }
 
@@ -147,18 +171,19 @@ impl VcpuState {
         &self,
         vcpu: &VcpuFd,
         capabilities: &Capabilities,
+        counters: &Counters,
     ) -> Result<(), GuestError> {
         let (Some(khz), true) = (self.tsc_khz, capabilities.tsc_khz) else { return Ok(()) };
         let here_khz =
             vcpu.get_tsc_khz().map_err(failed("read the time stamp counter's frequency"))?;
-        let difference = u64::from(khz.abs_diff(here_khz));
-        if difference * 1_000_000 <= u64::from(here_khz) * TSC_TOLERANCE_PPM {
+        if is_same_frequency(khz, here_khz) {
             return Ok(());
         }
         if !capabilities.tsc_control {
             let what = "the time stamp counter's frequency in kHz";
             return Ok(same(what, khz, here_khz)?);
         }
+        counters.scaled.store(true, Ordering::Relaxed);
         vcpu.set_tsc_khz(khz).map_err(failed("restore the time stamp counter's frequency"))
     }
 }

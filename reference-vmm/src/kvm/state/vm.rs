@@ -1,14 +1,18 @@
 //! What all virtual CPUs share.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
     kvm_pit_channel_state, kvm_pit_state2,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use pageferry_device_state::{Component, DeviceState, HookError};
+use pageferry_rust_vmm::time::{GuestTime, Meanwhile};
 
 use super::registers::Kvm;
-use super::{failed, same};
+use super::{failed, is_same_frequency, same};
 use crate::error::GuestError;
 
 /// The interrupt controllers outside of virtual CPUs.
@@ -89,29 +93,86 @@ impl Component for Pit<'_> {
     }
 }
 
-/// KVM's clock, without its flags: the guest's clock goes on from where it stood. The flags would
-/// have KVM add the time the guest stood still, which its time stamp counters do not see either.
-#[derive(DeviceState)]
-#[device_state(name = "clock", after = "vcpu")]
+/// The guest's time. What a program saved that had only KVM's clock stands still meanwhile.
+#[derive(Debug, DeviceState)]
+#[device_state(name = "clock", version = 2, priority = 60)]
 pub(crate) struct ClockState {
     #[device_state(tag = 1)]
-    nanoseconds: u64,
+    pub(crate) nanoseconds: u64,
+    #[device_state(tag = 2, since = 2, default = None)]
+    pub(crate) realtime_ns: Option<u64>,
+    /// Of each virtual CPU; none where KVM did not say.
+    #[device_state(tag = 3, since = 2, default = Vec::new(), max_len = MAX_VCPUS)]
+    pub(crate) tsc: Vec<u64>,
+    #[device_state(tag = 4, since = 2, default = None)]
+    pub(crate) tsc_khz: Option<u32>,
+}
+
+/// More than any guest has.
+const MAX_VCPUS: u32 = 256;
+
+/// How time stamp counters are set.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    /// By their offsets, with the clock: not again with the registers.
+    pub(crate) set: AtomicBool,
+    /// They run at another frequency than the host's.
+    pub(crate) scaled: AtomicBool,
 }
 
 /// It, to be saved and loaded.
 #[derive(Debug)]
-pub(crate) struct Clock<'a>(pub(crate) &'a VmFd);
+pub(crate) struct Clock<'a> {
+    pub(crate) vm: &'a VmFd,
+    pub(crate) vcpus: &'a [Arc<Mutex<VcpuFd>>],
+    pub(crate) counters: &'a Counters,
+    pub(crate) meanwhile: Meanwhile,
+}
+
+impl Clock<'_> {
+    /// With all virtual CPUs, which stand still.
+    fn with<R>(&self, f: impl FnOnce(Vec<&VcpuFd>) -> R) -> R {
+        let vcpus =
+            self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner));
+        let vcpus: Vec<_> = vcpus.collect();
+        f(vcpus.iter().map(|vcpu| &**vcpu).collect())
+    }
+}
 
 impl Component for Clock<'_> {
     type State = ClockState;
 
     fn save(&mut self) -> Result<ClockState, HookError> {
-        let nanoseconds = self.0.get_clock().map_err(failed("read the clock"))?.clock;
-        Ok(ClockState { nanoseconds })
+        let scaled = self.counters.scaled.load(Ordering::Relaxed);
+        let (time, tsc_khz) = self.with(|vcpus| {
+            let tsc_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok());
+            GuestTime::read(self.vm, vcpus).map(|time| (time, tsc_khz))
+        })?;
+        let GuestTime { clock_ns: nanoseconds, realtime_ns, tsc } = time;
+        let tsc = tsc.filter(|_| !scaled).unwrap_or_default();
+        Ok(ClockState { nanoseconds, realtime_ns, tsc, tsc_khz })
+    }
+
+    fn check(&self, state: &ClockState) -> Result<(), HookError> {
+        match state.tsc.len() {
+            0 => Ok(()),
+            counters => Ok(same("the number of time stamp counters", counters, self.vcpus.len())?),
+        }
     }
 
     fn load(&mut self, state: ClockState) -> Result<(), HookError> {
-        let clock = kvm_clock_data { clock: state.nanoseconds, ..kvm_clock_data::default() };
-        Ok(self.0.set_clock(&clock).map_err(failed("restore the clock"))?)
+        let ClockState { nanoseconds: clock_ns, realtime_ns, tsc, tsc_khz } = state;
+        let tsc = tsc_khz.filter(|_| !tsc.is_empty()).map(|khz| (tsc, khz));
+        let set = self.with(|vcpus| {
+            let here_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok());
+            // One that has to be scaled is set as a register, at its own frequency.
+            let tsc =
+                tsc.filter(|(_, khz)| here_khz.is_some_and(|here| is_same_frequency(*khz, here)));
+            let (tsc, khz) = tsc.map_or((None, 0), |(tsc, khz)| (Some(tsc), khz));
+            let time = GuestTime { clock_ns, realtime_ns, tsc };
+            time.set(self.vm, vcpus, khz, self.meanwhile)
+        })?;
+        self.counters.set.store(set, Ordering::Relaxed);
+        Ok(())
     }
 }

@@ -106,6 +106,7 @@ pub(crate) fn guest_of(memory_bytes: u64) -> GuestConfig {
         regions: Ram::pc_regions(memory_bytes),
         backing: Backing::Anonymous,
         vcpus: 1,
+        cpu: None,
         workload: WorkloadConfig {
             kind: WorkloadKind::Idle,
             working_set_bytes: 4 << 20,

@@ -1,8 +1,11 @@
 //! The guest: what it is made of, and what it does.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use pageferry_cli::units::size;
 use pageferry_vmm::choice::{GuestChoice, check_sizes};
+use pageferry_vmm::guest::GuestKind;
 use pageferry_vmm::layout::{MAX_MEMORY_BYTES, WORKING_SET};
 use pageferry_vmm::ram::{Backing, HUGE_PAGE_BYTES};
 use pageferry_vmm::tracking::DirtyTracking;
@@ -28,6 +31,10 @@ pub(crate) struct GuestArgs {
     /// Virtual CPUs.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(crate) vcpus: u8,
+    /// Give the virtual CPUs no more than this file says (`pageferry-vmm cpu` makes one) [default: all that KVM
+    /// has here].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cpu_baseline: Option<PathBuf>,
     /// What backs the guest's memory.
     #[arg(long, default_value = "anonymous")]
     pub(crate) backing: Backing,
@@ -66,6 +73,11 @@ impl GuestArgs {
             let why = no_kvm.map(|reason| format!(" (no KVM guest, because {reason})"));
             format!("--workload {}: {error}{}", self.workload, why.unwrap_or_default())
         })?;
+        if self.cpu_baseline.is_some() && kind != GuestKind::Kvm {
+            return Err(
+                "--cpu-baseline is for a KVM guest: a process has the CPUs of this host".to_owned()
+            );
+        }
         let (memory, working_set, vcpus) = (self.memory(), self.working_set(), self.vcpus);
         check_sizes(memory, working_set, vcpus, &[self.backing])
     }
