@@ -145,6 +145,7 @@ fn the_time_of_all_virtual_cpus_moves_from_one_moment() {
             Meanwhile::StandsStill => assert!(clock < loading + CLOSE_NS, "{clock} {loading}"),
         }
         // It runs, and its time goes on from there.
+        copy_memory(&source, &destination);
         run(&mut destination);
         let later = time(&destination.save().unwrap());
         assert_in_step(&later, VCPUS.into());
@@ -152,7 +153,8 @@ fn the_time_of_all_virtual_cpus_moves_from_one_moment() {
     }
 }
 
-/// What an older program saved has no counters: they are set as registers.
+/// What an older program saved has no counters: they are set as registers, which KVM may take for a second write
+/// to one that it has set itself within the same second, and leave as it is.
 #[test]
 fn time_without_offsets_is_loaded_too() {
     let (Some(mut source), Some(mut destination)) = (guest(), guest()) else { return };
@@ -175,10 +177,8 @@ fn time_without_offsets_is_loaded_too() {
         }
     }
     destination.load(&older.finish()).unwrap();
-    let [saved, loaded] = [state, destination.save().unwrap()];
-    let tsc = |state: &[u8]| vcpus(state)[0].msr(TSC).unwrap();
-    assert!(tsc(&loaded) > tsc(&saved), "time went backwards");
-    assert!(time(&loaded).nanoseconds >= time(&saved).nanoseconds);
+    let loaded = time(&destination.save().unwrap());
+    assert!(loaded.nanoseconds >= before.nanoseconds, "the clock went back");
     copy_memory(&source, &destination);
     run(&mut destination);
 }
@@ -287,19 +287,19 @@ fn a_guest_that_runs_guests_is_not_saved() {
 /// Vector registers that virtual CPUs cannot have are refused before anything is loaded.
 #[test]
 fn components_beside_xcr0_are_refused() {
-    /// PKRU and the tiles of AMX.
-    const BESIDE: u32 = 1 << 9 | 1 << 18;
+    /// PKRU, or else the tiles of AMX.
+    const BESIDE: [u32; 2] = [1 << 9, 1 << 18];
     let (Some(mut source), Some(mut destination)) = (guest(), guest()) else { return };
     source.boot().unwrap();
     let state = source.save().unwrap();
     let offered = source.config().cpu.as_ref().unwrap().xsave_components();
-    if offered & u64::from(BESIDE) != 0 {
-        return eprintln!("components skipped, because this KVM has PKRU or AMX: {offered:#x}");
-    }
-    let beside = changed(&state, &|vcpu| vcpu.xsave[128] |= BESIDE);
-    let refused = destination.load(&beside).unwrap_err();
+    let Some(beside) = BESIDE.into_iter().find(|bit| offered & u64::from(*bit) == 0) else {
+        return eprintln!("components skipped, because this KVM has both PKRU and AMX");
+    };
+    let refused =
+        destination.load(&changed(&state, &|vcpu| vcpu.xsave[128] |= beside)).unwrap_err();
     let why = pageferry::Chain::of(&refused).to_string();
-    assert!(why.contains("bits 0x40200 of XSTATE_BV"), "{why}");
+    assert!(why.contains(&format!("bits {beside:#x} of XSTATE_BV")), "{why}");
     // As it was: the state as it is can be loaded.
     destination.load(&state).unwrap();
 }
