@@ -108,8 +108,10 @@ impl GuestTime {
         let ticks = ticks(now.clock.saturating_sub(self.clock_ns), tsc_khz);
         for (vcpu, tsc) in vcpus.into_iter().zip(tsc) {
             let offset = tsc.wrapping_add(ticks).wrapping_sub(now.host_tsc);
-            match set_tsc_offset(vcpu, offset) {
-                Ok(()) => {}
+            match set_tsc_offset(vcpu, offset).and_then(|()| tsc_offset(vcpu)) {
+                Ok(now) if now == offset => {}
+                // It takes any and keeps its own.
+                Ok(_) => return Ok(false),
                 Err(error) if is_unknown(&error) => return Ok(false),
                 Err(error) => return Err(failed("set the offset of a time stamp counter")(error)),
             }
@@ -118,12 +120,15 @@ impl GuestTime {
     }
 }
 
-/// Gives all virtual CPUs the first one's time stamp counter: KVM does so by itself for those that are made within a
-/// second, and may not for others. For a guest that has not run. Without a word where KVM has no offsets.
+/// Gives all virtual CPUs the first one's time stamp counter, as KVM does by itself when they are made, unless
+/// somebody has written to one. For a guest that has not run. Without a word where KVM has no offsets.
 pub fn synchronize<'v>(vcpus: impl IntoIterator<Item = &'v VcpuFd>) -> Result<(), TimeError> {
-    let mut vcpus = vcpus.into_iter();
-    let Some(offset) = vcpus.next().and_then(|first| tsc_offset(first).ok()) else { return Ok(()) };
-    vcpus.try_for_each(|vcpu| {
+    let vcpus: Vec<_> = vcpus.into_iter().collect();
+    let Some(offset) = vcpus.first().and_then(|first| tsc_offset(first).ok()) else {
+        return Ok(());
+    };
+    // The first too: by the second KVM would begin to count anew which are in step.
+    vcpus.into_iter().try_for_each(|vcpu| {
         set_tsc_offset(vcpu, offset).map_err(failed("set the offset of a time stamp counter"))
     })
 }

@@ -172,8 +172,10 @@ fn take_in_uninterrupted<M: Machine>(
         Err(error) => return Come::Stranger(error.chain().to_string()),
     };
     let (channels, memory_bytes) = (offer.channels(), offer.layout().len_bytes());
+    let trial = offer.is_trial();
     if tell {
-        say!("it offers a guest of {}", HumanBytes(memory_bytes));
+        let what = if trial { "asks for" } else { "offers" };
+        say!("it {what} a guest of {}", HumanBytes(memory_bytes));
     }
     let (machine, memory) = match home(&offer) {
         Ok(home) => home,
@@ -190,6 +192,9 @@ fn take_in_uninterrupted<M: Machine>(
             && failure.error.blame() == Blame::PeerMisbehaved
     };
     match result {
+        Err(failure) if trial && failure.guest == GuestAtDestination::AtSource => {
+            Come::Stranger(failure.error.chain().to_string())
+        }
         Err(failure) if !begun.load(Ordering::Relaxed) || is_stranger(&failure) => {
             Come::Stranger(failure.error.chain().to_string())
         }

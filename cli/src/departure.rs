@@ -1,14 +1,17 @@
 //! A migration away from here, of any machine: it is shown as it runs, and steered by wishes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::Receiver;
+use pageferry::convergence::Forecast;
 use pageferry::dirty::DirtySources;
 use pageferry::machine::MachineOperation;
 use pageferry::memory::GuestMemory;
 use pageferry::transport::SourceLink;
 use pageferry::{
-    Departed, Error, GuestAtSource, Machine, MachineError, Source, SourceFailure, Statistics,
+    Departed, Error, GuestAtSource, Machine, MachineError, MigrationHandle, SourceFailure,
+    Statistics, Tried,
 };
 use pageferry_report::recorder::Recorder;
 
@@ -74,17 +77,16 @@ impl Departure<'_> {
                 record(event);
             }
         });
-        let chosen = migration.choose();
-        let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
-        let link = match chosen {
-            Ok(chosen) => connect(address, chosen, &handle, wishes),
-            Err(error) => Err(error.into()),
-        };
+        let (transport, link) = link_to(address, migration, &handle, wishes);
         let cpu = cpu::time_of_process();
         let mut cancelled = false;
         let result = hearing(
             wishes,
-            || hand_over(source, machine, describe, link),
+            || {
+                hand_over(machine, describe, link, |machine, memory, dirty, link| {
+                    source.migrate(machine, memory, dirty, link)
+                })
+            },
             |wish| {
                 cancelled |= cancels(&wish);
                 steer(&handle, &wish);
@@ -130,19 +132,88 @@ impl Departure<'_> {
         events.ended(*outcome, *guest_at, error.as_deref());
         Ok(gone)
     }
+
+    /// Asks whether it could go, and what that would be like, for so long. It stays, whatever comes of it; a Ctrl-C
+    /// ends this.
+    pub fn try_out<M: Machine + Send>(
+        self,
+        machine: M,
+        describe: impl FnOnce(&M) -> Result<(Arc<GuestMemory>, DirtySources), MachineError> + Send,
+        address: &str,
+        wishes: &Receiver<Wish>,
+        at_most: Duration,
+    ) -> Result<Trial<M>, Failure> {
+        let Self { migration, description, events, .. } = self;
+        let source = migration.source().description(description);
+        let handle = source.handle();
+        let watch = Watch::start(handle.clone(), events)?;
+        let source = source.on_event(watch.sink());
+        let (transport, link) = link_to(address, migration, &handle, wishes);
+        let tried = hearing(
+            wishes,
+            || {
+                hand_over(machine, describe, link, |machine, memory, dirty, link| {
+                    source.try_out(machine, memory, dirty, link, at_most)
+                })
+            },
+            |wish| steer(&handle, &wish),
+        )?;
+        let (machine, answer) = match tried {
+            Ok(Tried { machine, forecast, .. }) => (machine, Ok(forecast)),
+            Err(failure) => {
+                if let GuestAtSource::Paused(why) = failure.guest {
+                    say!("error: the guest could not be resumed: {}", why.chain());
+                }
+                (failure.machine, Err(failure.error))
+            }
+        };
+        Ok(Trial { machine, transport, answer })
+    }
+}
+
+/// What came of a trial.
+#[derive(Debug)]
+pub struct Trial<M> {
+    /// The machine: the guest is in it, as it was.
+    pub machine: M,
+    /// What would move its pages.
+    pub transport: &'static str,
+    /// What to expect, if there was anything to measure; or why it could not go.
+    pub answer: Result<Option<Forecast>, Error>,
+}
+
+/// Connects. The name of what moves the pages, and the link.
+fn link_to(
+    address: &str,
+    migration: &MigrationArgs,
+    handle: &MigrationHandle,
+    wishes: &Receiver<Wish>,
+) -> (&'static str, Result<Box<dyn SourceLink>, Error>) {
+    let chosen = migration.choose();
+    let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
+    let link = match chosen {
+        Ok(chosen) => connect(address, chosen, handle, wishes),
+        Err(error) => Err(error.into()),
+    };
+    (transport, link)
 }
 
 /// Hands the guest to the engine.
-fn hand_over<M: Machine>(
-    source: Source,
+fn hand_over<M: Machine, T>(
     machine: M,
     describe: impl FnOnce(&M) -> Result<(Arc<GuestMemory>, DirtySources), MachineError>,
     link: Result<Box<dyn SourceLink>, Error>,
-) -> Result<Departed<M>, Box<SourceFailure<M>>> {
+    engine: impl FnOnce(
+        M,
+        &Arc<GuestMemory>,
+        DirtySources,
+        Box<dyn SourceLink>,
+    ) -> Result<T, Box<SourceFailure<M>>>,
+) -> Result<T, Box<SourceFailure<M>>> {
     let refused = |cause| Error::Machine { operation: MachineOperation::Describe, cause };
     let described = describe(&machine).map_err(refused);
     match described.and_then(|described| Ok((described, link?))) {
-        Ok(((memory, dirty), link)) => source.migrate(machine, &memory, dirty, link),
+        Ok(((memory, dirty), link)) => engine(machine, &memory, dirty, link),
         // Nothing has touched the guest yet.
         Err(error) => Err(Box::new(SourceFailure {
             guest: GuestAtSource::untouched(&machine),

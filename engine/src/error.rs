@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::control::convergence::{NEVER, Term};
+use crate::control::convergence::{Forecast, NEVER, Term};
 use crate::control::protocol::{DecodeError, FailureReason, Incompatibility, Message, Refusal};
 use crate::machine::{MachineError, MachineOperation};
 use crate::pages::dirty::DirtyError;
@@ -108,6 +108,9 @@ pub enum Error {
     /// [`crate::MigrationHandle::cancel`] was called in time.
     #[error("cancelled")]
     Cancelled,
+    /// The migration was a trial ([`crate::Source::try_out`]) and has come to its end: the guest stays.
+    #[error("this was a trial")]
+    Trial(Option<Forecast>),
     /// The other side made no progress.
     #[error("timed out after {after:?} while waiting for {what}")]
     TimedOut {
@@ -217,7 +220,7 @@ impl Error {
                 Blame::Host
             }
             Self::Configuration(_) | Self::Unsupported(_) => Blame::Configuration,
-            Self::Cancelled => Blame::Cancelled,
+            Self::Cancelled | Self::Trial(_) => Blame::Cancelled,
             Self::TimedOut { .. } => Blame::TimedOut,
             Self::NotConverging { .. } => Blame::Guest,
             Self::Uncertain(cause) | Self::UncertainDestination(cause) => cause.blame(),

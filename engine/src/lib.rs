@@ -39,5 +39,5 @@ pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestinati
 pub use error::{Blame, Chain, Error, UNCERTAIN_AT_DESTINATION, UNCERTAIN_AT_SOURCE};
 pub use machine::{GuestAlarm, Machine, MachineError, Rehearsal};
 pub use progress::{Event, MigrationHandle, Phase, Progress, SwitchoverStage};
-pub use source::{Departed, GuestAtSource, Source, SourceFailure};
+pub use source::{Departed, GuestAtSource, Source, SourceFailure, Tried};
 pub use stats::{Downtime, Ending, MAX_ROUNDS_KEPT, Statistics};

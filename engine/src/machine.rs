@@ -42,7 +42,8 @@ pub trait Machine {
 
     /// Whether the guest stands still because somebody wants it to: then it arrives paused, and is still paused
     /// here if it does not. Asked at the source whenever it matters, while the engine itself has the guest not
-    /// stopped; what it says last, right before [`pause`](Self::pause), counts. `false` unless implemented: the
+    /// stopped; what it says last, before [`pause`](Self::pause), counts. It is moved after one round, whatever the
+    /// downtime limit is. `false` unless implemented: the
     /// guest is then let run wherever it ends up.
     fn is_paused(&self) -> bool {
         false

@@ -161,18 +161,15 @@ fn features(guest: &CpuProfile, host: &CpuProfile) -> impl Iterator<Item = Lack>
     guest.features().filter(|feature| !host.has(*feature)).map(Lack::Feature)
 }
 
-fn numbers(guest: &CpuProfile, host: &CpuProfile) -> Vec<Lack> {
+fn numbers(guest: &CpuProfile, host: &CpuProfile) -> impl Iterator<Item = Lack> {
     let areas = ("bytes in an XSAVE area", guest.xsave_bytes, host.xsave_bytes);
-    let mut numbers = vec![areas];
-    for names::Numbers { function, whats } in names::NUMBERS {
-        let [guest, host] =
-            [guest, host].map(|profile| profile.leaf(*function, 0).eax.to_le_bytes());
-        for ((what, guest), host) in whats.iter().zip(guest).zip(host) {
-            numbers.push((what, guest.into(), host.into()));
-        }
-    }
-    let less = numbers.into_iter().filter(|(_, guest, host)| guest > host);
-    less.map(|(what, guest, host)| Lack::Number { what, guest, host }).collect()
+    let words = names::NUMBERS.iter().map(move |number| {
+        let [guest, host] = [guest, host]
+            .map(|profile| number.of(profile.leaf(number.function, 0).get(number.register)));
+        (number.what, guest, host)
+    });
+    let less = [areas].into_iter().chain(words).filter(|(_, guest, host)| guest > host);
+    less.map(|(what, guest, host)| Lack::Number { what, guest, host })
 }
 
 /// Those that both have: one that is missing is a feature that is.

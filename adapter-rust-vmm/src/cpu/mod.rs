@@ -34,6 +34,9 @@
 //! All else may differ: family, model, stepping, brand, caches, topology, frequencies, thermal and power
 //! management, the number of leaves. The guest keeps what its `cpuid` said.
 //!
+//! Not compared are the *values* of registers that tell of features (`IA32_ARCH_CAPABILITIES`, those of VMX): a KVM
+//! that does not take one says so when it is loaded.
+//!
 //! A component that the kernel gives to virtual CPUs only on demand (AMX) is there if the process asked for it
 //! (`ARCH_REQ_XCOMP_GUEST_PERM`) before the profile was taken.
 //!
@@ -45,6 +48,7 @@
 mod compare;
 mod names;
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use kvm_bindings::{
@@ -63,8 +67,12 @@ const MIN_XSAVE_BYTES: u32 = 4096;
 /// In ECX of leaf 1.
 const XSAVE: u32 = 1 << 26;
 
-/// Most of what a profile lists that is believed.
-const MAX_MSRS: usize = 1024;
+/// The XSAVE component of protection keys, and the feature, in ECX of leaf 7.
+const PKRU: u32 = 9;
+const PKU: u32 = 1 << 3;
+
+/// What KVM reads or writes at once (`KVM_MAX_MSR_ENTRIES`).
+const MAX_MSRS: usize = 256;
 
 /// A register that `cpuid` writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -248,6 +256,15 @@ pub enum CpuError {
         /// How many there may be.
         most: usize,
     },
+    /// It says two things of one leaf, or something of a subleaf of a leaf that has none: KVM could tell the guest
+    /// something else than was compared.
+    #[error("a CPU profile that says two things of CPUID {function:#x}.{index} makes no sense")]
+    Ambiguous {
+        /// Of which leaf.
+        function: u32,
+        /// Of which subleaf.
+        index: u32,
+    },
     /// There is no feature of that name.
     #[error("there is no CPU feature called {name:?}; they have the names of /proc/cpuinfo")]
     NoSuchFeature {
@@ -285,8 +302,11 @@ impl CpuProfile {
             .check_extension(Cap::GetTscKhz)
             .then(|| vcpu.get_tsc_khz().map_err(failed("read the time stamp counter's frequency")))
             .transpose()?;
+        let mut cpuid: Vec<_> = supported.as_slice().iter().map(Leaf::of_any_cpu).collect();
+        let mut seen = BTreeSet::new();
+        cpuid.retain(|leaf| seen.insert((leaf.function, leaf.index)));
         Ok(Self {
-            cpuid: supported.as_slice().iter().map(Leaf::of_any_cpu).collect(),
+            cpuid,
             msrs: readable(&vcpu, msrs.as_slice()),
             xsave_bytes: xsave_bytes.max(MIN_XSAVE_BYTES),
             tsc_khz,
@@ -305,16 +325,14 @@ impl CpuProfile {
                 *leaf.get_mut(bits.register) &= theirs | !bits.features();
             }
         }
-        for numbers in names::NUMBERS {
-            let theirs = other.leaf(numbers.function, 0).eax.to_le_bytes();
-            if let Some(leaf) = common.leaf_mut(numbers.function, 0) {
-                let mut bytes = leaf.eax.to_le_bytes();
-                for (byte, theirs) in bytes.iter_mut().zip(theirs).take(numbers.whats.len()) {
-                    *byte = theirs.min(*byte);
-                }
-                leaf.eax = u32::from_le_bytes(bytes);
+        for number in names::NUMBERS {
+            let theirs = number.of(other.leaf(number.function, 0).get(number.register));
+            if let Some(leaf) = common.leaf_mut(number.function, 0) {
+                let word = leaf.get_mut(number.register);
+                number.put(number.of(*word).min(theirs), word);
             }
         }
+        common.without_moved_components(other);
         common.xsave_bytes = common.xsave_bytes.min(other.xsave_bytes);
         common.fit_xsave();
         common.msrs.retain(|msr| other.msrs.contains(msr));
@@ -345,7 +363,7 @@ impl CpuProfile {
     /// For `KVM_SET_CPUID2`, the same for all virtual CPUs: what tells one from the other (APIC ids in leaves 1, 0xb,
     /// 0x1f and 0x8000_001e, and the topology) is the VMM's to set.
     pub fn cpuid(&self) -> Result<CpuId, CpuError> {
-        self.check_lengths()?;
+        self.check()?;
         let entries: Vec<_> = self.cpuid.iter().map(kvm_cpuid_entry2::from).collect();
         CpuId::from_entries(&entries).map_err(|_| CpuError::TooMany {
             what: "leaves of CPUID",
@@ -386,13 +404,20 @@ impl CpuProfile {
         self.leaf(function, index).get(register) >> bit & 1 != 0
     }
 
-    fn check_lengths(&self) -> Result<(), CpuError> {
+    fn check(&self) -> Result<(), CpuError> {
         for (what, found, most) in [
             ("leaves of CPUID", self.cpuid.len(), KVM_MAX_CPUID_ENTRIES),
             ("model specific registers", self.msrs.len(), MAX_MSRS),
         ] {
             if found > most {
                 return Err(CpuError::TooMany { what, found, most });
+            }
+        }
+        let mut seen = BTreeSet::new();
+        for Leaf { function, index, flags, .. } in &self.cpuid {
+            let has_subleaves = flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
+            if !seen.insert((function, index)) || (*index != 0 && !has_subleaves) {
+                return Err(CpuError::Ambiguous { function: *function, index: *index });
             }
         }
         Ok(())
@@ -406,6 +431,33 @@ impl CpuProfile {
 
     fn leaf_mut(&mut self, function: u32, index: u32) -> Option<&mut Leaf> {
         self.cpuid.iter_mut().find(|leaf| (leaf.function, leaf.index) == (function, index))
+    }
+
+    /// Leaves out XSAVE components that are somewhere else on the other host, where one would be read as another.
+    fn without_moved_components(&mut self, other: &Self) {
+        for component in 2..63 {
+            let place = |profile: &Self| {
+                let Leaf { eax, ebx, ecx, .. } = profile.leaf(0xd, component);
+                (eax, ebx, ecx)
+            };
+            if place(self) == place(other) {
+                continue;
+            }
+            for (index, [low, high]) in
+                [(0, [Register::Eax, Register::Edx]), (1, [Register::Ecx, Register::Edx])]
+            {
+                if let Some(leaf) = self.leaf_mut(0xd, index) {
+                    let register = if component < 32 { low } else { high };
+                    *leaf.get_mut(register) &= !(1 << (component % 32));
+                }
+            }
+            // Protection keys without their register are none.
+            if component == PKRU
+                && let Some(leaf) = self.leaf_mut(7, 0)
+            {
+                leaf.ecx &= !PKU;
+            }
+        }
     }
 
     /// Components that were taken away have no place, and areas need no room for them. How long areas are for

@@ -134,15 +134,23 @@ pub(super) const FEATURES: &[Bits] = &[
         0,
         Edx,
         "npt lbrv svm_lock nrip_save tsc_scale vmcb_clean flushbyasid decodeassists - - pausefilter - \
-         pfthreshold avic - v_vmsave_vmload vgif gmet x2avic sss_check v_spec_ctrl",
+         pfthreshold avic - v_vmsave_vmload vgif gmet x2avic sss_check v_spec_ctrl - - - - vnmi - - svme_addr_chk \
+         bus_lock_threshold idle_hlt",
     ),
     Bits::new(
         0x8000_0021,
         0,
         Eax,
-        "no_nested_data_bp - lfence_rdtsc - - - null_sel_clr_base - autoibrs no_smm_ctl_msr fsrs fsrc - \
-         prefetchctl_msr - - - - epsf - - - - - - - - sbpb ibpb_brtype srso_no",
+        "no_nested_data_bp wrmsr_xx_base_ns lfence_rdtsc - - verw_clear null_sel_clr_base - autoibrs no_smm_ctl_msr fsrs fsrc - \
+         prefetchctl_msr - - - - epsf - prefetchi - - - eraps - - sbpb ibpb_brtype srso_no srso_user_kernel_no srso_msr_fix",
     ),
+    Bits::new(7, 1, Ecx, ""),
+    Bits::new(0x12, 0, Eax, "sgx1 sgx2"),
+    Bits::new(0x14, 0, Ecx, "pt_topa pt_topa_multi pt_single_range pt_trace_transport"),
+    // Vector lengths of AVX10; its version is a number.
+    Bits::new(0x24, 0, Ebx, "").except(0xff),
+    Bits::new(0x8000_0021, 0, Ecx, "- tsa_sq_no tsa_l1_no"),
+    Bits::new(0x8000_0022, 0, Eax, "perfmon_v2 amd_lbr_v2 amd_lbr_pmc_freeze"),
     // Components of XCR0 and of IA32_XSS.
     Bits::new(
         0xd,
@@ -157,23 +165,44 @@ pub(super) const FEATURES: &[Bits] = &[
     Bits::new(0xd, 1, Edx, ""),
 ];
 
-/// A leaf whose EAX has numbers of which more is better, a byte each from the lowest on.
+/// Something of which more is better.
 #[derive(Debug)]
-pub(super) struct Numbers {
+pub(super) struct Number {
     pub(super) function: u32,
-    pub(super) whats: &'static [&'static str],
+    pub(super) register: Register,
+    shift: u32,
+    mask: u32,
+    pub(super) what: &'static str,
 }
 
-pub(super) const NUMBERS: &[Numbers] = &[
-    Numbers { function: 0x8000_0008, whats: &["physical address bits", "linear address bits"] },
-    Numbers {
-        function: 0xa,
-        whats: &[
-            "as the version of performance counters",
-            "performance counters",
-            "bits in a performance counter",
-        ],
-    },
+impl Number {
+    const fn new(
+        function: u32,
+        register: Register,
+        shift: u32,
+        mask: u32,
+        what: &'static str,
+    ) -> Self {
+        Self { function, register, shift, mask, what }
+    }
+
+    pub(super) fn of(&self, word: u32) -> u32 {
+        word >> self.shift & self.mask
+    }
+
+    pub(super) fn put(&self, number: u32, word: &mut u32) {
+        *word = *word & !(self.mask << self.shift) | (number & self.mask) << self.shift;
+    }
+}
+
+pub(super) const NUMBERS: &[Number] = &[
+    Number::new(0x8000_0008, Eax, 0, 0xff, "physical address bits"),
+    Number::new(0x8000_0008, Eax, 8, 0xff, "linear address bits"),
+    Number::new(0xa, Eax, 0, 0xff, "as the version of performance counters"),
+    Number::new(0xa, Eax, 8, 0xff, "performance counters"),
+    Number::new(0xa, Eax, 16, 0xff, "bits in a performance counter"),
+    Number::new(0xa, Edx, 0, 0x1f, "performance counters of one event"),
+    Number::new(0x24, Ebx, 0, 0xff, "as the version of AVX10"),
 ];
 
 #[cfg(test)]
@@ -221,6 +250,10 @@ mod tests {
             ("xsave_amx_data", 0xd, 0, Eax, 18),
             ("xsaves_cet_u", 0xd, 1, Ecx, 11),
             ("v_spec_ctrl", 0x8000_000a, 0, Edx, 20),
+            ("vnmi", 0x8000_000a, 0, Edx, 25),
+            ("idle_hlt", 0x8000_000a, 0, Edx, 30),
+            ("verw_clear", 0x8000_0021, 0, Eax, 5),
+            ("srso_msr_fix", 0x8000_0021, 0, Eax, 31),
         ] {
             let of = |bits: &&Bits| {
                 (bits.function, bits.index, bits.register) == (function, index, register)

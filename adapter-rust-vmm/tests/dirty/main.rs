@@ -5,6 +5,7 @@ mod cost;
 mod direct;
 mod foreign;
 mod guest;
+mod holes;
 mod kvm;
 mod process;
 mod ring;

@@ -36,6 +36,8 @@ pub enum Wish {
     Quit,
     /// Say how the guest is.
     Status,
+    /// Ask whether the guest could go to this address.
+    Check(String),
     /// Have the guest stand still, also where it goes.
     Pause,
     /// Let it run again.
@@ -93,6 +95,7 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
         (Some("migrate"), address) => Wish::Migrate(address.map(str::to_owned)),
         (Some("cancel"), None) => Wish::Cancel,
         (Some("status"), None) => Wish::Status,
+        (Some("check"), Some(address)) => Wish::Check(address.to_owned()),
         (Some("pause"), None) => Wish::Pause,
         (Some("resume"), None) => Wish::Resume,
         (Some("limit"), Some("off")) => Wish::Limit(None),
@@ -117,7 +120,7 @@ fn parse(line: &str) -> Result<Option<Wish>, String> {
                 "\"{line}\" is not known here; try migrate [ADDR], cancel, limit SIZE|off, \
                  switchover-bandwidth SIZE|off, downtime-limit TIME, \
                  downtime-bound strict|best-effort, not-converging POLICY, \
-                 channels N, pause, resume, status, quit"
+                 channels N, check ADDR, pause, resume, status, quit"
             ));
         }
     };

@@ -27,7 +27,7 @@ pub(crate) fn steer(handle: &MigrationHandle, wish: &Wish) {
         }
         Wish::Channels(channels) => handle.use_channels(*channels),
         Wish::Quit => say!("a migration is under way: cancel it first"),
-        Wish::Migrate(_) | Wish::Status | Wish::Pause | Wish::Resume => {
+        Wish::Migrate(_) | Wish::Status | Wish::Check(_) | Wish::Pause | Wish::Resume => {
             say!("a migration is under way");
         }
     }

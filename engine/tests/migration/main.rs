@@ -15,3 +15,4 @@ mod scene;
 mod story;
 #[path = "../support/mod.rs"]
 mod support;
+mod trial;

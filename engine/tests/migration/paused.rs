@@ -1,6 +1,7 @@
 //! A guest that somebody has paused is not let run by a migration, whatever becomes of that.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use pageferry::{Event, GuestAtDestination, GuestAtSource};
 
@@ -92,4 +93,18 @@ fn it_is_not_rehearsed() {
     scene.source_refuses = Refuse::Rehearse;
     let outcome = scene.play(|link| link);
     assert!(outcome.destination.unwrap().expect("it arrives").paused);
+}
+
+/// There is no downtime: neither is the limit waited for, nor is anything called off for it.
+#[test]
+fn it_moves_whatever_the_downtime_limit_is() {
+    let (mut scene, told) = paused();
+    scene.source = scene.source.downtime_limit(Duration::from_nanos(1));
+    let outcome = scene.play(|link| link);
+    let departed = outcome.source.expect("the source hands over");
+    assert!(outcome.destination.unwrap().expect("it arrives").paused);
+    let statistics = departed.statistics;
+    // The last one is of what is dirtied while it is saved.
+    assert_eq!((statistics.switchover_attempts, statistics.round_count), (1, 2));
+    assert!(!told.lock().unwrap().iter().any(|event| matches!(event, Event::CalledOff { .. })));
 }

@@ -4,6 +4,7 @@
 mod broken;
 mod by_hand;
 mod cancelled;
+mod check;
 mod command_line;
 mod convergence;
 mod cpu;

@@ -29,6 +29,7 @@ pub const MAX_HELLO_BYTES: usize = START_BYTES
     + MAX_STATE_SCHEMA_BYTES;
 
 const FLAG_VERIFY: u8 = 1;
+const FLAG_TRIAL: u8 = 2;
 
 /// The source's greeting.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +44,9 @@ pub struct Hello {
     pub channels: u16,
     /// Whether memory is to be compared by digest before the commit.
     pub verify: bool,
+    /// Whether the guest stays at the source: it is only asked whether it could come, and what that would be
+    /// like. What is sent is of no use.
+    pub trial: bool,
     /// The guest's memory map.
     pub layout: Layout,
     /// What the source's VMM tells the destination's: how to build the machine. Opaque here.
@@ -75,7 +79,7 @@ impl Hello {
         w.u16(self.newest_version);
         w.u32(self.page_bytes);
         w.u16(self.channels);
-        w.u8(if self.verify { FLAG_VERIFY } else { 0 });
+        w.u8((u8::from(self.verify) * FLAG_VERIFY) | (u8::from(self.trial) * FLAG_TRIAL));
         let regions = self.layout.regions();
         w.u32(u32::try_from(regions.len()).unwrap_or(u32::MAX));
         for region in regions {
@@ -101,7 +105,7 @@ impl Hello {
         let page_bytes = r.u32("page_bytes")?;
         let channels = r.u16("channels")?;
         let flags = r.u8("flags")?;
-        if flags & !FLAG_VERIFY != 0 {
+        if flags & !(FLAG_VERIFY | FLAG_TRIAL) != 0 {
             return Err(DecodeError::UnknownValue { field: "flags", value: u64::from(flags) });
         }
         let regions = (0..r.count(MAX_REGIONS, "regions")?)
@@ -121,6 +125,7 @@ impl Hello {
             page_bytes,
             channels,
             verify: flags & FLAG_VERIFY != 0,
+            trial: flags & FLAG_TRIAL != 0,
             layout: Layout::new(regions)?,
             description,
             state_schema,

@@ -133,6 +133,7 @@ impl Hello {
             page_bytes: PAGE_BYTES_ON_WIRE,
             channels,
             verify,
+            trial: false,
             layout,
             description,
             state_schema: Vec::new(),

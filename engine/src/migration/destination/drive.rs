@@ -150,6 +150,10 @@ impl Drive {
         &self.hello.description
     }
 
+    pub(super) fn is_trial(&self) -> bool {
+        self.hello.trial
+    }
+
     pub(super) fn agreement(&self) -> Agreement {
         self.agreement
     }

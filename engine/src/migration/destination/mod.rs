@@ -190,6 +190,13 @@ impl Offer {
         self.drive.agreement().verify
     }
 
+    /// Whether no guest comes: the source asks whether one could ([`Source::try_out`](crate::Source::try_out)).
+    /// [`receive`](Self::receive) it all the same, into a machine that is made for it; it ends as one that was
+    /// cancelled, and what is in memory then is of no use.
+    pub fn is_trial(&self) -> bool {
+        self.drive.is_trial()
+    }
+
     /// Number of data channels agreed on.
     pub fn channels(&self) -> u16 {
         self.drive.agreement().channels

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{Common, MAX_CHANNELS, Timeouts, common_settings};
-use crate::control::convergence::{Bound, Policy};
+use crate::control::convergence::{Bound, Forecast, Policy};
 use crate::control::protocol::MAX_DESCRIPTION_BYTES;
 use crate::error::Error;
 use crate::host::caught;
@@ -44,6 +44,8 @@ pub struct Source {
     description: Vec<u8>,
     events: EventSink,
     shared: Arc<Shared>,
+    /// For how long it is tried out only.
+    trial: Option<Duration>,
 }
 
 impl fmt::Debug for Source {
@@ -97,6 +99,17 @@ pub struct Departed<M> {
     pub statistics: Statistics,
 }
 
+/// The guest could go.
+#[derive(Debug)]
+pub struct Tried<M> {
+    /// The machine, as it was.
+    pub machine: M,
+    /// What is to be expected. None where nothing could be measured: of a guest whose memory is all zero.
+    pub forecast: Option<Forecast>,
+    /// What it took.
+    pub statistics: Statistics,
+}
+
 /// The migration failed.
 #[derive(Debug)]
 pub struct SourceFailure<M> {
@@ -139,6 +152,7 @@ impl Source {
             description: Vec::new(),
             events: Box::new(|_| {}),
             shared: Shared::new(),
+            trial: None,
         }
     }
 
@@ -248,6 +262,37 @@ impl Source {
                 error,
                 statistics: Statistics::default(),
             })),
+        }
+    }
+
+    /// Asks whether the guest could go, and learns what that would be like. It runs on here all the time, and is
+    /// not paused but for [`Machine::rehearse`]. All is made ready as for a migration, so that whatever does not
+    /// fit is an error of this; then parts of memory are sent for `at_most`, which the destination throws away.
+    ///
+    /// Blocks. At the destination such an [`Offer`](crate::Offer) says that it
+    /// [is a trial](crate::Offer::is_trial), and ends as one that was cancelled.
+    pub fn try_out<M: Machine>(
+        mut self,
+        machine: M,
+        memory: &Arc<GuestMemory>,
+        dirty: DirtySources,
+        link: Box<dyn SourceLink>,
+        at_most: Duration,
+    ) -> Result<Tried<M>, Box<SourceFailure<M>>> {
+        self.trial = Some(at_most);
+        let failure = match self.migrate(machine, memory, dirty, link) {
+            Err(failure) => failure,
+            Ok(Departed { machine, statistics }) => {
+                let (guest, error) =
+                    (GuestAtSource::Uncertain, Error::Internal("a trial moved its guest"));
+                return Err(Box::new(SourceFailure { machine, guest, error, statistics }));
+            }
+        };
+        match *failure {
+            SourceFailure { machine, error: Error::Trial(forecast), statistics, .. } => {
+                Ok(Tried { machine, forecast, statistics })
+            }
+            failed => Err(Box::new(failed)),
         }
     }
 

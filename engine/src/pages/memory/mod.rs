@@ -164,8 +164,8 @@ impl GuestMemory {
     /// zero, and reading them would allocate memory for nothing. Costs by the number of pages that are
     /// asked about, however far a run goes on.
     ///
-    /// Known for regions with a file behind them (memfd), by `SEEK_DATA` (lseek(2)) and mincore(2).
-    /// Elsewhere all pages may hold something.
+    /// Known for regions with a file behind them (memfd), by `SEEK_DATA` (lseek(2)) and mincore(2), and of hugetlbfs
+    /// by mincore(2) and by reading what is not mapped here. Elsewhere all pages may hold something.
     pub fn next_data(&self, region: u16, from_page: u64, before_page: u64) -> Option<Range<u64>> {
         let RawRegion { layout, host_addr, file } = self.regions.get(usize::from(region))?;
         let pages = from_page..before_page.min(layout.pages());
@@ -174,18 +174,31 @@ impl GuestMemory {
         }
         match file {
             // SAFETY: all of the region is one mapping, of this file.
+            Some(file) if layout.backing_page_bytes > PAGE_BYTES => unsafe {
+                file.next_data_in_huge_pages(*host_addr, layout.backing_page_bytes, pages)
+            },
+            // SAFETY: likewise.
             Some(file) => unsafe { file.next_data(*host_addr, pages) },
             None => Some(pages),
         }
     }
 
     /// The runs of pages that may hold something, by [`next_data`](Self::next_data). Once there
-    /// are `most`, the last one reaches to the end of its region, and regions after it are whole.
+    /// are `most`, the last one reaches to the end of its region, and regions after it are whole, as are those in
+    /// huge pages.
     pub(crate) fn data_ranges(&self, most: usize) -> Vec<PageRange> {
         let mut ranges: Vec<PageRange> = Vec::new();
         for (region, layout) in (0..).zip(self.layout.regions()) {
             let mut page = 0;
-            while let Some(data) = self.next_data(region, page, layout.pages()) {
+            // To look for holes of huge pages may take long.
+            let whole = layout.backing_page_bytes > PAGE_BYTES;
+            let next = |page| {
+                if whole {
+                    return Some(page..layout.pages()).filter(|pages| !pages.is_empty());
+                }
+                self.next_data(region, page, layout.pages())
+            };
+            while let Some(data) = next(page) {
                 let end = if ranges.len() + 1 < most { data.end } else { layout.pages() };
                 // A run may be longer than a range can say.
                 let most_pages = data.start.saturating_add(u64::from(u32::MAX));

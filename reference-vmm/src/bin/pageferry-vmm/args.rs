@@ -55,6 +55,20 @@ Examples:
     pageferry-vmm schema dump > old.json
     pageferry-vmm schema check old.json new.json";
 
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  Could such a guest go there, and would it stand still for less than 50 ms?
+    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400
+    host-a$ pageferry-vmm check host-b:7400 --memory 1G --working-set 256M --downtime-limit 50ms
+
+  Of one that runs already: a line \"check host-b:7400\" on the stdin of `run`.
+
+Exit status:
+  0  it could
+  1  it could not, or the downtime limit would not be kept: the message says why
+  2  the command line makes no sense
+  3  cancelled";
+
 const CPU_EXAMPLES: &str = "\
 Examples:
   Guests that may run on each of three hosts (the first line on each of them):
@@ -95,6 +109,10 @@ pub(crate) enum Command {
     /// --cpu-baseline.
     #[command(after_long_help = CPU_EXAMPLES)]
     Cpu(CpuArgs),
+    /// Ask a `pageferry-vmm receive` whether a guest could go there, and tell what that would be like. The guest
+    /// stays, and whoever waits there for one goes on waiting.
+    #[command(after_long_help = CHECK_EXAMPLES)]
+    Check(CheckArgs),
     /// What device state is made of, and whether versions of this program read each other's.
     #[command(subcommand, after_long_help = STATE_EXAMPLES)]
     Schema(SchemaCommand),
@@ -113,6 +131,10 @@ impl Command {
             }
             Self::Run(args) => {
                 args.onward.migration.check()?;
+                args.guest.check()
+            }
+            Self::Check(args) => {
+                args.migration.check()?;
                 args.guest.check()
             }
             Self::Receive(args) => args.onward.migration.check(),
@@ -221,7 +243,7 @@ pub(crate) struct ReceiveArgs {
     /// exit [default: run it until Ctrl-C or "quit" on stdin].
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub(crate) run_for: Option<Duration>,
-    /// Print one JSON object and nothing else on stdout.
+    /// Print one JSON object of how the guest came, one per migration onward, and nothing else on stdout.
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
@@ -289,6 +311,23 @@ impl From<ClockChoice> for Meanwhile {
             ClockChoice::CatchUp => Self::GoesOn,
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Where a `pageferry-vmm receive` listens: HOST:PORT, [IPV6]:PORT, [IPV6%INTERFACE]:PORT.
+    #[arg(value_name = "ADDR")]
+    pub(crate) address: String,
+    /// For how long parts of the guest's memory are sent, which are thrown away there.
+    #[arg(long = "for", value_name = "TIME", default_value = "1s", value_parser = time)]
+    pub(crate) time: Duration,
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+    /// Print one JSON object and nothing else on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) migration: MigrationArgs,
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,7 @@
 //! `pageferry-vmm`: runs a small KVM guest and migrates it live.
 
 mod args;
+mod check;
 mod cpu;
 mod demo;
 mod inspect;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
-use args::{Cli, Command, RestoreArgs, SaveArgs};
+use args::{CheckArgs, Cli, Command, RestoreArgs, SaveArgs};
 use pageferry_cli::outcome::Outcome;
 use pageferry_cli::report::Report;
 use pageferry_cli::say;
@@ -47,6 +48,7 @@ fn run(command: &Command) -> Result<Outcome, Box<dyn std::error::Error + Send + 
         Command::Receive(args) => receive::receive(args),
         Command::Save(args) => saved::save(args),
         Command::Restore(args) => saved::restore(args),
+        Command::Check(args) => check::check(args),
         Command::Cpu(args) => cpu::cpu(args),
         Command::Schema(command) => schema::schema(command),
         Command::Inspect(args) => inspect::inspect(args),
@@ -60,6 +62,9 @@ fn report_failure(command: &Command, why: String) -> Result<(), serde_json::Erro
         Command::Demo(args) => (args.json, args.migration.transport),
         Command::Run(args) => (args.json, args.onward.migration.transport),
         Command::Receive(args) => (args.json, args.onward.migration.transport),
+        Command::Check(CheckArgs { json: true, migration, .. }) => {
+            return check::print_failure(migration.transport.name(), migration.downtime_limit, why);
+        }
         Command::Save(SaveArgs { json: true, .. })
         | Command::Restore(RestoreArgs { json: true, .. }) => {
             return saved::print_failure(Outcome::Failed, &why);

@@ -14,7 +14,11 @@ use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::Guest;
 
 use crate::args::OnwardArgs;
+use crate::check::ask;
 use crate::report::{check, describe, heartbeat, of_source};
+
+/// For how long parts of a guest are sent to where it could go.
+const CHECK_TIME: Duration = Duration::from_secs(1);
 
 /// How it is served.
 pub(crate) struct Onward<'a> {
@@ -61,14 +65,20 @@ impl Onward<'_> {
                 | Wish::NotConverging(_)
                 | Wish::Channels(_) => say!("no migration is under way"),
                 Wish::Status => status(&machine.guest),
-                Wish::Pause => {
-                    machine.guest.pause()?;
-                    status(&machine.guest);
-                }
+                Wish::Pause => match machine.guest.pause() {
+                    Ok(()) => status(&machine.guest),
+                    Err(error) => say!("{}", pageferry::Chain::of(&error)),
+                },
                 Wish::Resume => match machine.guest.resume() {
                     Ok(()) => status(&machine.guest),
                     Err(error) => say!("{}", pageferry::Chain::of(&error)),
                 },
+                Wish::Check(address) => {
+                    let (migration, wishes) = (&self.args.migration, self.wishes);
+                    let (answer, left) = ask(machine, migration, &address, CHECK_TIME, wishes)?;
+                    say!("{answer}");
+                    machine = left;
+                }
                 Wish::Migrate(address) => {
                     timer = never();
                     let Some(address) = address.or_else(|| self.args.migrate_to.clone()) else {

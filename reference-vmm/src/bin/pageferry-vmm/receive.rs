@@ -14,7 +14,7 @@ use pageferry_cli::say;
 use pageferry_cli::wishes::{Wish, listen_to_signals, listen_to_stdin, wait_or_quit};
 use pageferry_rust_vmm::cpu::CpuProfile;
 use pageferry_vmm::embed::GuestMachine;
-use pageferry_vmm::guest::{Guest, GuestConfig};
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
 use pageferry_vmm::ram::Backing;
 use rustix::process::Signal;
 
@@ -108,8 +108,12 @@ fn machine_for(
         return Err("the source's description of the guest does not fit its memory map".into());
     }
     config.backing = args.backing;
-    if let (Some(had), Some(most)) = (&config.cpu, most) {
-        had.check_on(most)?;
+    match (&config.cpu, most) {
+        (Some(had), Some(most)) => had.check_on(most)?,
+        (None, Some(_)) if config.kind == GuestKind::Kvm => {
+            return Err("the source does not say what the guest's virtual CPUs are made of".into());
+        }
+        _ => {}
     }
     let machine = GuestMachine { guest: Guest::create(config)? };
     let memory = machine.memory()?;

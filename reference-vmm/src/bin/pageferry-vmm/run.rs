@@ -39,6 +39,17 @@ pub(crate) fn tracking(args: &GuestArgs, kind: GuestKind) -> Result<DirtyTrackin
     decide_tracking(kind, &[args.workload], args.dirty_source)
 }
 
+/// Such a guest, which runs.
+pub(crate) fn running(args: &GuestArgs) -> Result<Guest, Failure> {
+    let config = config(args)?;
+    let tracking = tracking(args, config.kind)?;
+    let mut guest = Guest::create_tracked(config, tracking)?;
+    guest.boot()?;
+    guest.resume()?;
+    guest.await_beats(1).map_err(|reason| format!("the guest did not start: {reason}"))?;
+    Ok(guest)
+}
+
 pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
         end_with_parent(Signal::TERM)?;
@@ -47,12 +58,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
     let events = args.events.open()?;
-    let config = config(&args.guest)?;
-    let tracking = tracking(&args.guest, config.kind)?;
-    let mut guest = Guest::create_tracked(config, tracking)?;
-    guest.boot()?;
-    guest.resume()?;
-    guest.await_beats(1).map_err(|reason| format!("the guest did not start: {reason}"))?;
+    let guest = running(&args.guest)?;
     for line in String::from_utf8_lossy(&guest.serial_output()).lines() {
         say!("guest: {line}");
     }

@@ -153,16 +153,12 @@ impl Component for Clock<'_> {
         Ok(ClockState { nanoseconds, realtime_ns, tsc, tsc_khz })
     }
 
-    fn check(&self, state: &ClockState) -> Result<(), HookError> {
-        match state.tsc.len() {
-            0 => Ok(()),
-            counters => Ok(same("the number of time stamp counters", counters, self.vcpus.len())?),
-        }
-    }
-
     fn load(&mut self, state: ClockState) -> Result<(), HookError> {
         let ClockState { nanoseconds: clock_ns, realtime_ns, tsc, tsc_khz } = state;
-        let tsc = tsc_khz.filter(|_| !tsc.is_empty()).map(|khz| (tsc, khz));
+        // Once loaded, they may be scaled already. Of other virtual CPUs than these it is not the clock that tells.
+        let scaled = self.counters.scaled.load(Ordering::Relaxed);
+        let usable = !scaled && tsc.len() == self.vcpus.len();
+        let tsc = tsc_khz.filter(|_| usable).map(|khz| (tsc, khz));
         let set = self.with(|vcpus| {
             let here_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok());
             // One that has to be scaled is set as a register, at its own frequency.

@@ -28,14 +28,15 @@ fn ranges() -> impl Strategy<Value = Vec<PageRange>> {
 fn a_message() -> impl Strategy<Value = Message> {
     let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
     prop_oneof![
-        (1_u16.., any::<(u16, u32, bool)>(), a_layout(), bytes(100), bytes(100)).prop_map(
-            |(newest_version, (channels, page_bytes, verify), layout, d, state_schema)| {
+        (1_u16.., any::<(u16, u32, bool, bool)>(), a_layout(), bytes(100), bytes(100)).prop_map(
+            |(newest_version, (channels, page_bytes, verify, trial), layout, d, state_schema)| {
                 Message::Hello(Hello {
                     oldest_version: 1,
                     newest_version,
                     page_bytes,
                     channels,
                     verify,
+                    trial,
                     layout,
                     description: d,
                     state_schema,

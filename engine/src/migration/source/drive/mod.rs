@@ -6,6 +6,7 @@ mod closing;
 mod rounds;
 mod steering;
 mod switchover;
+mod trial;
 mod waiting;
 
 use std::collections::VecDeque;
@@ -166,6 +167,10 @@ impl Drive<'_> {
         self.statistics.setup = started.elapsed();
         self.clock = Instant::now();
         self.harvested = self.clock;
+        if let Some(at_most) = self.source.trial {
+            self.try_out(machine, at_most)?;
+            return Err(Error::Trial(self.convergence.outlook().copied()));
+        }
         loop {
             self.pre_copy(machine)?;
             match self.switch_over(machine, agreement)? {
@@ -208,6 +213,7 @@ impl Drive<'_> {
             self.source.verify,
             std::mem::take(&mut self.source.description),
         );
+        hello.trial = self.source.trial.is_some();
         hello.state_schema = machine.state_schema()?;
         if hello.state_schema.len() > MAX_STATE_SCHEMA_BYTES {
             return Err(Error::Configuration(format!(
@@ -308,7 +314,7 @@ impl Drive<'_> {
         };
         let error = self.session.explain(error);
         self.session.tell(&error);
-        if matches!(guest, GuestAtSource::Running) {
+        if matches!(guest, GuestAtSource::Running) && !matches!(error, Error::Trial(_)) {
             self.tell(&Event::GuestKept);
         }
         Err(Box::new((error, guest)))

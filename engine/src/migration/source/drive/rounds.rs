@@ -40,6 +40,10 @@ impl Drive<'_> {
             let statistics = self.finish_round(&began);
             self.take_wishes();
             let (verdict, dirty_pages) = self.judge(&began)?;
+            // It writes nothing, and stands still for as long as it likes.
+            if machine.is_paused()? {
+                return Ok(());
+            }
             self.tell_outlook()?;
             self.throttle(machine)?;
             let number = self.number_of_rounds();
@@ -66,7 +70,7 @@ impl Drive<'_> {
     }
 
     /// Decides what follows a round, and with how many pages.
-    fn judge(&mut self, began: &RoundBegan) -> Result<(Verdict, u64), Error> {
+    pub(super) fn judge(&mut self, began: &RoundBegan) -> Result<(Verdict, u64), Error> {
         // Not since the round began: what is written between rounds comes with the next one.
         let since = self.harvested;
         let mut dirty_pages = self.harvest()?;
@@ -92,7 +96,7 @@ impl Drive<'_> {
         Ok((verdict, dirty_pages))
     }
 
-    fn number_of_rounds(&self) -> u32 {
+    pub(super) fn number_of_rounds(&self) -> u32 {
         self.statistics.round_count
     }
 

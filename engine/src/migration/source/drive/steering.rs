@@ -50,6 +50,7 @@ impl Drive<'_> {
         if machine.is_paused()? {
             return Ok(());
         }
+        self.paused = false;
         let rehearsal = match machine.rehearse() {
             // It may have stopped the guest for a moment, and nobody knows whether that was over.
             Err(panic @ Error::Panicked { .. }) => {

@@ -11,7 +11,7 @@ use super::Drive;
 use super::rounds::RoundBegan;
 use super::steering::check_state_bytes;
 use super::waiting::Waiting;
-use crate::control::convergence::Attempt;
+use crate::control::convergence::{Attempt, Bound};
 use crate::control::handover::{SourceAction, SourceInput, SourceState};
 use crate::control::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared};
 use crate::error::Error;
@@ -71,7 +71,10 @@ impl Drive<'_> {
         let number = self.handover.attempt() + 1;
         self.session.send(&Message::Switchover { attempt: number })?;
         let settings = *self.convergence.settings();
-        let mut attempt = Attempt::begin(self.now(), settings.downtime_limit, settings.bound);
+        self.paused = machine.is_paused()?;
+        // There is no downtime of a guest that stood still before.
+        let bound = if self.paused { Bound::BestEffort } else { settings.bound };
+        let mut attempt = Attempt::begin(self.now(), settings.downtime_limit, bound);
         self.statistics.switchover_attempts += 1;
         self.statistics.downtime = Downtime::default();
         self.statistics.predicted_downtime =
@@ -95,7 +98,6 @@ impl Drive<'_> {
         attempt: &mut Attempt,
     ) -> Result<Option<Overdue>, Error> {
         let mut watch = Stopwatch(Instant::now());
-        self.paused = machine.is_paused()?;
         // From here on the guest is stopped, or may be: a failure must resume it.
         self.handover.handle(SourceInput::Paused);
         machine.pause()?;

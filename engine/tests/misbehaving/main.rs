@@ -1,6 +1,7 @@
 //! Peers that break the protocol, or use up all that it allows: what they say is refused, costs
 //! little, and keeps nobody from being heard.
 
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::sync::Arc;

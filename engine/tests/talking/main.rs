@@ -1,5 +1,6 @@
 //! A destination that does nothing, one that talks too much, and one that says nothing more.
 
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::sync::Arc;

@@ -1,6 +1,7 @@
 //! A *prepare* that goes out while its switchover is called off, from the thread that sends device
 //! state: the destination loads then, and the source has to know.
 
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::io;

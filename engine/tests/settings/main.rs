@@ -1,6 +1,7 @@
 //! Settings over their whole range, at the start and at run time: whatever a host asks for, the
 //! migration ends, and the guest is in one place.
 
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::num::{NonZeroU16, NonZeroU64};

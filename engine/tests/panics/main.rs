@@ -1,6 +1,7 @@
 //! Code of the host that panics, wherever the engine calls it, on either side: the machine comes back,
 //! nobody waits for a side that is gone, and the guest is where the handover says.
 
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::io;
