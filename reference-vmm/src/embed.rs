@@ -31,6 +31,13 @@ impl GuestMachine {
         Ok(Arc::new(guest_memory(Arc::clone(self.guest.ram().memory()))?))
     }
 
+    /// Both, as the engine takes them.
+    pub fn described(&self) -> Result<(Arc<GuestMemory>, DirtySources), MachineError> {
+        let memory = self.memory()?;
+        let dirty = self.dirty_sources(&memory)?;
+        Ok((memory, dirty))
+    }
+
     /// What tracks the guest's writes. One source is enough: the devices of this VMM write no guest
     /// memory.
     pub fn dirty_sources(&self, memory: &Arc<GuestMemory>) -> Result<DirtySources, MachineError> {

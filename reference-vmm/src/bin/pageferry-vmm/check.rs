@@ -89,13 +89,8 @@ pub(crate) fn ask(
         record: false,
         events: &Events::default(),
     };
-    let describe = |machine: &GuestMachine| {
-        let memory = machine.memory()?;
-        let dirty = machine.dirty_sources(&memory)?;
-        Ok((memory, dirty))
-    };
     let Trial { machine, transport, answer } =
-        departure.try_out(machine, describe, address, wishes, time)?;
+        departure.try_out(machine, GuestMachine::described, address, wishes, time)?;
     let limit = migration.downtime_limit;
     let (outcome, error, forecast) = match answer {
         Ok(Some(Forecast { meets_limit: false, least, .. })) => {

@@ -140,13 +140,8 @@ impl Onward<'_> {
             events: self.events,
         };
         machine.guest.reset_heartbeat_gap();
-        let describe_memory = |machine: &GuestMachine| {
-            let memory = machine.memory()?;
-            let dirty = machine.dirty_sources(&memory)?;
-            Ok((memory, dirty))
-        };
         let Gone { mut report, statistics, machine, recorder } =
-            departure.migrate(machine, describe_memory, address, self.wishes)?;
+            departure.migrate(machine, GuestMachine::described, address, self.wishes)?;
         describe(&mut report, &config);
         report.timeline = recorder.map(|recorder| {
             let setting = config.setting(&report.transport, migration.channels, &tracking);
