@@ -1,6 +1,9 @@
 //! Virtual CPUs that a host lacks something of: known before a page moves, and named on both sides.
 
+use std::process::Command;
+
 use pageferry_rust_vmm::cpu::CpuProfile;
+use rustix::process::Signal;
 
 use crate::support::host::{guest_kind, skipped};
 use crate::support::process::Process;
@@ -87,6 +90,30 @@ fn a_guest_does_not_move_to_a_host_that_lacks_what_it_has() {
     source.say(format!("migrate {address}"));
     source.finish().report(0).assert_departed();
     destination.finish().report(0).assert_arrived();
+}
+
+/// A file that says two things of one leaf is none; and one that nobody writes can be given up.
+#[test]
+fn a_baseline_that_cannot_be_used_is_refused() {
+    let Some(host) = host() else { return };
+    let mut json = serde_json::to_value(&host).expect("JSON");
+    let leaves = json["cpuid"].as_array_mut().expect("leaves");
+    leaves.push(leaves[0].clone());
+    let twice = Baseline::new("twice", &host);
+    std::fs::write(&twice.0, json.to_string()).expect("write");
+    let mut process = Process::start("cpu", &["cpu", &twice.0]);
+    assert_eq!(process.finish_for_people().0, Some(1));
+    process.await_message("says two things of CPUID");
+
+    let pipe = Baseline::new("pipe", &host);
+    std::fs::remove_file(&pipe.0).expect("remove");
+    let made = Command::new("mkfifo").arg(&pipe.0).status().expect("mkfifo");
+    assert!(made.success());
+    for command in ["run", "receive"] {
+        let mut process = Process::start("program", &[command, "--cpu-baseline", &pipe.0]);
+        process.signal(Signal::TERM);
+        assert_eq!(process.finish_for_people().0, None, "ended by the signal");
+    }
 }
 
 /// What hosts have in common is no more than each has.

@@ -16,7 +16,7 @@ use pageferry_vmm::embed::GuestMachine;
 use serde::Serialize;
 
 use crate::args::CheckArgs;
-use crate::run::running;
+use crate::run::{config, running};
 
 /// Version of the JSON object. Fields are added, never repurposed.
 const SCHEMA: u32 = 1;
@@ -39,9 +39,10 @@ pub(crate) struct Answer {
 }
 
 pub(crate) fn check(args: &CheckArgs) -> Result<Outcome, Failure> {
+    let config = config(&args.guest)?;
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
-    let guest = running(&args.guest)?;
+    let guest = running(config, &args.guest)?;
     let machine = GuestMachine { guest };
     let (answer, _) = ask(machine, &args.migration, &args.address, args.time, &wishes)?;
     let text = if args.json { serde_json::to_string(&answer)? } else { answer.to_string() };

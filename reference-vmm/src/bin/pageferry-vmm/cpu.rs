@@ -38,5 +38,8 @@ fn read(path: &Path) -> Result<CpuProfile, Failure> {
         File::open(path).map_err(|error| format!("failed to open {}: {error}", path.display()))?;
     let file: Take<File> = file.take(MAX_FILE_BYTES);
     let profile = serde_json::from_reader(std::io::BufReader::new(file));
-    Ok(profile.map_err(|error| format!("{} is no CPU baseline: {error}", path.display()))?)
+    let profile: CpuProfile =
+        profile.map_err(|error| format!("{} is no CPU baseline: {error}", path.display()))?;
+    profile.cpuid().map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(profile)
 }

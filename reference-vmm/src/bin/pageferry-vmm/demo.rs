@@ -29,10 +29,10 @@ const RUN_ON: &str = "300ms";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn demo(args: &DemoArgs) -> Result<Outcome, Failure> {
-    let (wishes_in, wishes) = unbounded();
-    listen_to_signals(wishes_in)?;
     // Decided once, so that it is said once, and before anything starts.
     let config = crate::run::config(&args.guest)?;
+    let (wishes_in, wishes) = unbounded();
+    listen_to_signals(wishes_in)?;
     let tracking = crate::run::tracking(&args.guest, config.kind)?;
     let listen = match &args.listen {
         Some(listen) => listen.clone(),

@@ -27,6 +27,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
         end_with_parent(Signal::TERM)?;
     }
+    let most = limited_to(args.cpu_baseline.as_deref())?;
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
@@ -36,7 +37,6 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     let transport = chosen.name();
     let (link, pin, populate) = (&migration.link, &migration.pin, args.populate);
     let reception = Reception { link, pin, populate, events: &events };
-    let most = limited_to(args.cpu_baseline.as_deref())?;
     let home = |offer: &Offer| machine_for(args, most.as_ref(), offer);
     let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
         Ok(arrival) => arrival,

@@ -40,8 +40,7 @@ pub(crate) fn tracking(args: &GuestArgs, kind: GuestKind) -> Result<DirtyTrackin
 }
 
 /// Such a guest, which runs.
-pub(crate) fn running(args: &GuestArgs) -> Result<Guest, Failure> {
-    let config = config(args)?;
+pub(crate) fn running(config: GuestConfig, args: &GuestArgs) -> Result<Guest, Failure> {
     let tracking = tracking(args, config.kind)?;
     let mut guest = Guest::create_tracked(config, tracking)?;
     guest.boot()?;
@@ -54,11 +53,19 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
         end_with_parent(Signal::TERM)?;
     }
+    // A file that it names may be a pipe that nobody writes to: a signal ends that, as long as nobody hears it.
+    let config = config(&args.guest)?;
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
     let events = args.events.open()?;
-    let guest = running(&args.guest)?;
+    let guest = running(config, &args.guest)?;
+    // Another virtual CPU may beat before the first one has printed that.
+    let mut beats = 1;
+    while !guest.serial_output().contains(&b'\n') {
+        beats += 1;
+        guest.await_beats(beats).map_err(|reason| format!("the guest did not start: {reason}"))?;
+    }
     for line in String::from_utf8_lossy(&guest.serial_output()).lines() {
         say!("guest: {line}");
     }

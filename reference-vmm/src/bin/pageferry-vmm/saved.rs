@@ -78,6 +78,7 @@ fn print(text: &str) {
 
 /// Runs a guest for a while and saves it. If that fails, or is cancelled, it runs on.
 pub(crate) fn save(args: &SaveArgs) -> Result<Outcome, Failure> {
+    let config = config(&args.guest)?;
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
     // A limit on the length of files is an error of the write then, and not the end of the guest.
@@ -89,7 +90,6 @@ pub(crate) fn save(args: &SaveArgs) -> Result<Outcome, Failure> {
         return ended(args.json, "interrupted before there was a guest to save");
     };
     let file = file.map_err(|error| failed(&chain(&error)))?;
-    let config = config(&args.guest)?;
     let tracking = tracking(&args.guest, config.kind)?;
     let mut guest = Guest::create_tracked(config, tracking)?;
     guest.boot()?;
