@@ -10,7 +10,7 @@ use pageferry::machine::MachineOperation;
 use pageferry::memory::GuestMemory;
 use pageferry::transport::SourceLink;
 use pageferry::{
-    Departed, Error, GuestAtSource, Machine, MachineError, MigrationHandle, SourceFailure,
+    Departed, Error, Event, GuestAtSource, Machine, MachineError, MigrationHandle, SourceFailure,
     Statistics, Tried,
 };
 use pageferry_report::recorder::Recorder;
@@ -147,7 +147,13 @@ impl Departure<'_> {
         let source = migration.source().description(description);
         let handle = source.handle();
         let watch = Watch::start(handle.clone(), events)?;
-        let source = source.on_event(watch.sink());
+        let mut show = watch.sink();
+        let source = source.on_event(move |event| {
+            // It was never to leave, and may be paused.
+            if !matches!(event, Event::GuestKept) {
+                show(event);
+            }
+        });
         let (transport, link) = link_to(address, migration, &handle, wishes);
         let tried = hearing(
             wishes,

@@ -17,13 +17,17 @@ const GAIN: f64 = 0.5;
 /// Rounds that are looked back on for how many pages are written at all.
 const ROUNDS: usize = 8;
 
+/// What pages a second are told from at least. Rounds take a few milliseconds where a link is fast, and in one of
+/// those a guest may not have had a CPU at all.
+const TELLING: Duration = Duration::from_millis(250);
+
 /// Learns from each harvest which pages of which part were dirty.
 #[derive(Debug, Clone, Default)]
 pub struct DirtyRate {
     parts: Vec<Part>,
     rounds: u32,
-    /// By the latest round alone.
-    last: Option<(u64, Duration)>,
+    /// Dirty pages of the latest rounds, and the time they were written in.
+    latest: VecDeque<(u64, Duration)>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -86,7 +90,10 @@ impl DirtyRate {
             part.learn(*pages as f64, seconds);
         }
         self.rounds += 1;
-        self.last = Some((pages.iter().sum(), took));
+        self.latest.push_back((pages.iter().sum(), took));
+        while self.latest.iter().skip(1).map(|(_, took)| *took).sum::<Duration>() >= TELLING {
+            self.latest.pop_front();
+        }
     }
 
     /// Harvests it has learned from.
@@ -94,9 +101,19 @@ impl DirtyRate {
         self.rounds
     }
 
-    /// Unique pages a second as the last round had them.
+    /// Unique pages a second as the last round had them, or as the last quarter of a second had them if it was
+    /// shorter.
     pub fn pages_per_second(&self) -> Option<f64> {
-        self.last.map(|(pages, took)| pages as f64 / took.as_secs_f64())
+        let (pages, time) =
+            self.latest.iter().rev().fold((0.0, Duration::ZERO), |(pages, time), (dirty, took)| {
+                let share = if time.is_zero() {
+                    1.0
+                } else {
+                    TELLING.saturating_sub(time).div_duration_f64(*took).min(1.0)
+                };
+                (pages + *dirty as f64 * share, time + took.mul_f64(share))
+            });
+        (!time.is_zero()).then(|| pages / time.as_secs_f64())
     }
 
     /// Pages a second before any is written twice, of each part: its heat.
@@ -158,6 +175,23 @@ mod tests {
         rate.slow_down(0.5);
         let after = rate.pages_after(Duration::from_millis(10));
         assert!((after / before - 0.5).abs() < 0.02, "{after} {before}");
+    }
+
+    #[test]
+    fn a_moment_without_a_cpu_is_no_guest_that_stands_still() {
+        let mut rate = DirtyRate::default();
+        rate.learn(Duration::from_secs(4), &[40_000]);
+        for _ in 0..20 {
+            rate.learn(Duration::from_millis(50), &[50]);
+        }
+        let told = rate.pages_per_second().expect("told");
+        assert!((told - 1000.0).abs() < 1e-6, "{told}");
+        rate.learn(Duration::from_millis(5), &[0]);
+        let told = rate.pages_per_second().expect("told");
+        assert!((told - 980.0).abs() < 1e-6, "{told}");
+        // A round that takes longer stands for itself.
+        rate.learn(Duration::from_millis(400), &[0]);
+        assert_eq!(rate.pages_per_second(), Some(0.0));
     }
 
     #[test]

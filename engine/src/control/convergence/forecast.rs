@@ -24,7 +24,7 @@ pub struct Forecast {
     pub limit: Duration,
     /// Page bytes that land a second.
     pub bytes_per_second: f64,
-    /// Unique pages the guest dirtied a second in the last round.
+    /// Unique pages the guest dirtied a second, in the last round or the last quarter of a second.
     pub dirty_pages_per_second: f64,
     /// Rounds that it is told from.
     pub rounds: u32,
