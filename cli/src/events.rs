@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::Args;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry::convergence::Verdict;
-use pageferry::{Event, Phase, Progress};
+use pageferry::{Event, Snapshot};
 use pageferry_report::document::ms;
 use pageferry_report::heartbeat::realtime_ns;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -196,12 +196,16 @@ pub enum Happening {
         dirty_pages: u64,
     },
     Progress {
-        phase: &'static str,
+        phase: String,
         round: u32,
         round_pages: u64,
+        left_pages: u64,
         pages: u64,
         landed_bytes: u64,
         wire_bytes: u64,
+        throttle_percent: u8,
+        expected_ms: Option<f64>,
+        landed_by_channel: Vec<u64>,
     },
     RoundFinished {
         round: u32,
@@ -248,16 +252,23 @@ pub enum Happening {
 
 impl Happening {
     /// How far it is.
-    pub fn progress(progress: &Progress) -> Self {
-        let &Progress { phase, round, round_pages, pages, landed_bytes, wire_bytes, .. } = progress;
-        let phase = match phase {
-            Phase::Setup => "setup",
-            Phase::PreCopy => "pre_copy",
-            Phase::Switchover => "switchover",
-            Phase::Committed => "committed",
-            _ => "ended",
-        };
-        Self::Progress { phase, round, round_pages, pages: pages.total(), landed_bytes, wire_bytes }
+    pub fn progress(snapshot: &Snapshot) -> Self {
+        Self::Progress {
+            phase: snapshot.phase.to_string(),
+            round: snapshot.round,
+            round_pages: snapshot.round_pages,
+            left_pages: snapshot.left_pages,
+            pages: snapshot.pages.total(),
+            landed_bytes: snapshot.landed_bytes,
+            wire_bytes: snapshot.wire_bytes,
+            throttle_percent: snapshot.throttle_percent,
+            expected_ms: snapshot.expected_downtime.and_then(estimate_ms),
+            landed_by_channel: snapshot
+                .channels
+                .iter()
+                .map(|channel| channel.landed_bytes)
+                .collect(),
+        }
     }
 
     /// What the engine says. Of events that are newer than this there is nothing to say.
@@ -275,17 +286,14 @@ impl Happening {
             &Event::RoundStarted { round, dirty_pages } => {
                 Self::RoundStarted { round, dirty_pages }
             }
-            &Event::RoundFinished { round, ref statistics, verdict } => {
-                let (verdict, expected) = told(verdict);
-                Self::RoundFinished {
-                    round,
-                    dirty_pages: statistics.dirty_pages,
-                    landed_bytes: statistics.landed_bytes,
-                    took_ms: ms(statistics.took),
-                    verdict,
-                    expected_ms: expected.and_then(estimate_ms),
-                }
-            }
+            &Event::RoundFinished { round, ref statistics, verdict } => Self::RoundFinished {
+                round,
+                dirty_pages: statistics.dirty_pages,
+                landed_bytes: statistics.landed_bytes,
+                took_ms: ms(statistics.took),
+                verdict: name(verdict),
+                expected_ms: verdict.expected().and_then(estimate_ms),
+            },
             &Event::ChannelLost { channel } => Self::ChannelLost { channel },
             Event::Rebalanced { weights } => Self::Rebalanced { weights: weights.clone() },
             Event::Forecast(forecast) => Self::Forecast {
@@ -313,14 +321,14 @@ impl Happening {
     }
 }
 
-fn told(verdict: Verdict) -> (&'static str, Option<Duration>) {
+fn name(verdict: Verdict) -> &'static str {
     match verdict {
-        Verdict::Iterate { expected } => ("iterate", expected),
-        Verdict::Approach { expected } => ("approach", Some(expected)),
-        Verdict::SwitchOver { expected } => ("switch_over", Some(expected)),
-        Verdict::PostCopy { expected } => ("post_copy", Some(expected)),
-        Verdict::GiveUp { expected } => ("give_up", Some(expected)),
-        _ => ("unknown", None),
+        Verdict::Iterate { .. } => "iterate",
+        Verdict::Approach { .. } => "approach",
+        Verdict::SwitchOver { .. } => "switch_over",
+        Verdict::PostCopy { .. } => "post_copy",
+        Verdict::GiveUp { .. } => "give_up",
+        _ => "unknown",
     }
 }
 
@@ -333,6 +341,7 @@ mod tests {
     use std::io::{BufRead, BufReader};
     use std::os::fd::OwnedFd;
 
+    use pageferry::Phase;
     use serde_json::Value;
 
     use super::*;
@@ -349,12 +358,16 @@ mod tests {
                 Agreed { .. } => Registered { registered_bytes: 4096, took_ms: 1.0 },
                 Registered { .. } => RoundStarted { round: 1, dirty_pages: 1 },
                 RoundStarted { .. } => Progress {
-                    phase: "pre_copy",
+                    phase: Phase::PreCopy.to_string(),
                     round: 1,
                     round_pages: 1,
+                    left_pages: 1,
                     pages: 1,
                     landed_bytes: 1,
                     wire_bytes: 1,
+                    throttle_percent: 10,
+                    expected_ms: None,
+                    landed_by_channel: vec![1],
                 },
                 Progress { .. } => RoundFinished {
                     round: 1,

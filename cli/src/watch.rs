@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
-use pageferry::{Event, MigrationHandle, Phase, Progress};
+use pageferry::{Event, MigrationHandle, Phase, Snapshot};
 
 use crate::events::{DAY, Events, Happening};
 
@@ -89,21 +89,21 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(progress: &Progress) -> Self {
-        let &Progress { round, landed_bytes, .. } = progress;
+    fn new(snapshot: &Snapshot) -> Self {
+        let &Snapshot { round, landed_bytes, .. } = snapshot;
         Self { since: Instant::now(), round, landed_bytes }
     }
 
     /// What there is to say of it now.
-    fn line(&mut self, progress: &Progress) -> Option<String> {
-        if progress.phase != Phase::PreCopy || progress.round != self.round {
-            *self = Self::new(progress);
+    fn line(&mut self, snapshot: &Snapshot) -> Option<String> {
+        if snapshot.phase != Phase::PreCopy || snapshot.round != self.round {
+            *self = Self::new(snapshot);
         }
         let (took, before) = (self.since.elapsed(), self.landed_bytes);
         if took < PACE {
             return None;
         }
-        *self = Self::new(progress);
+        *self = Self::new(snapshot);
         let landed_bytes = self.landed_bytes.saturating_sub(before);
         Some(format!(
             "round {} goes on: {} landed in the last {} s, {:.3} Gb/s",
@@ -116,33 +116,27 @@ impl Pace {
 }
 
 fn draw(bar: &ProgressBar, events: &Events, handle: &MigrationHandle, stop: &AtomicBool) {
-    let mut round = (0, 0);
     let mut told = Instant::now();
-    let mut pace = Pace::new(&handle.progress());
+    let mut pace = Pace::new(&handle.snapshot());
     while !stop.load(Ordering::Relaxed) {
-        let progress = handle.progress();
-        if let Some(line) = pace.line(&progress) {
+        let snapshot = handle.snapshot();
+        if let Some(line) = pace.line(&snapshot) {
             tell(bar, &line);
         }
         if told.elapsed() >= BEAT {
             told = Instant::now();
-            events.tell(Happening::progress(&progress));
+            events.tell(Happening::progress(&snapshot));
         }
-        let looked_at = progress.pages.total();
-        if progress.round != round.0 {
-            // Pages looked at before this round began.
-            round = (progress.round, looked_at);
-        }
-        bar.set_prefix(match progress.phase {
+        bar.set_prefix(match snapshot.phase {
             Phase::Setup => "connecting".to_owned(),
-            Phase::PreCopy => format!("round {}", progress.round),
+            Phase::PreCopy => format!("round {}", snapshot.round),
             Phase::Switchover => "switchover".to_owned(),
             Phase::Committed => "commit".to_owned(),
             _ => "done".to_owned(),
         });
-        bar.set_length(progress.round_pages.max(1));
-        bar.set_position(looked_at.saturating_sub(round.1).min(progress.round_pages));
-        bar.set_message(format!("{} landed", HumanBytes(progress.landed_bytes)));
+        bar.set_length(snapshot.round_pages.max(1));
+        bar.set_position(snapshot.round_pages.saturating_sub(snapshot.left_pages));
+        bar.set_message(format!("{} landed", HumanBytes(snapshot.landed_bytes)));
         thread::park_timeout(TICK);
     }
 }

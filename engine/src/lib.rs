@@ -24,6 +24,7 @@ pub mod machine;
 mod migration;
 mod pages;
 pub mod progress;
+pub mod snapshot;
 pub mod stats;
 #[cfg(feature = "test-support")]
 pub mod testing;
@@ -38,6 +39,7 @@ pub use config::{MAX_CHANNELS, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};
 pub use error::{Blame, Chain, Error, UNCERTAIN_AT_DESTINATION, UNCERTAIN_AT_SOURCE};
 pub use machine::{GuestAlarm, Machine, MachineError, Rehearsal};
-pub use progress::{Event, MigrationHandle, Phase, Progress, SwitchoverStage};
+pub use progress::{Event, MigrationHandle, SwitchoverStage};
+pub use snapshot::{ChannelSnapshot, Phase, Snapshot};
 pub use source::{Departed, GuestAtSource, Source, SourceFailure, Tried};
 pub use stats::{Downtime, Ending, MAX_ROUNDS_KEPT, Statistics};

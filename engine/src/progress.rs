@@ -2,12 +2,11 @@
 
 use std::fmt;
 use std::num::{NonZeroU16, NonZeroU64};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use crossbeam_utils::CachePadded;
 
 use crate::blocking::{Blocked, Blocking, SayLast};
 use crate::control::convergence::{Bound, Forecast, Policy, Settings, Verdict};
@@ -16,8 +15,9 @@ use crate::control::protocol::{Agreement, Message};
 use crate::error::Error;
 use crate::host::caught;
 use crate::machine::{MachineError, MachineOperation};
-use crate::stats::{ChannelGauge, RoundStatistics};
-use crate::transport::{Interrupt, PageCounts, Registration, TransportError};
+use crate::snapshot::{Board, Phase, Snapshot};
+use crate::stats::RoundStatistics;
+use crate::transport::{Interrupt, Registration, TransportError};
 
 /// What happened, as it happens. Sent from the thread that runs the migration: return quickly.
 #[derive(Debug, Clone)]
@@ -117,44 +117,6 @@ impl fmt::Display for SwitchoverStage {
     }
 }
 
-/// Where a migration stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Phase {
-    /// Handshake, registration, opening of channels.
-    Setup,
-    /// Rounds over a running guest.
-    PreCopy,
-    /// The guest is paused, the last pages are on their way.
-    Switchover,
-    /// The point of no return is behind.
-    Committed,
-    /// Over, well or not.
-    Ended,
-}
-
-const PHASES: [Phase; 5] =
-    [Phase::Setup, Phase::PreCopy, Phase::Switchover, Phase::Committed, Phase::Ended];
-
-/// A moment of a migration. All figures only grow, but `round_pages`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Progress {
-    /// Where it stands.
-    pub phase: Phase,
-    /// Since it began.
-    pub elapsed: Duration,
-    /// The round, from 1; 0 before the first.
-    pub round: u32,
-    /// Pages to look at in this round.
-    pub round_pages: u64,
-    /// Pages looked at in all rounds, by kind.
-    pub pages: PageCounts,
-    /// Page bytes known to have landed.
-    pub landed_bytes: u64,
-    /// Bytes on the wire of data channels.
-    pub wire_bytes: u64,
-}
-
 /// Watches and steers one migration. Cheap to clone, usable from any thread, also before the
 /// migration began and after it ended.
 #[derive(Clone)]
@@ -164,7 +126,7 @@ pub struct MigrationHandle {
 
 impl fmt::Debug for MigrationHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MigrationHandle").field("progress", &self.progress()).finish()
+        f.debug_struct("MigrationHandle").field("snapshot", &self.snapshot()).finish()
     }
 }
 
@@ -226,9 +188,9 @@ impl MigrationHandle {
         self.shared.channels.store(channels.get(), Ordering::Relaxed);
     }
 
-    /// A snapshot.
-    pub fn progress(&self) -> Progress {
-        self.shared.progress()
+    /// How far it is.
+    pub fn snapshot(&self) -> Snapshot {
+        self.shared.board.snapshot()
     }
 }
 
@@ -246,10 +208,7 @@ pub(crate) type EventSink = Box<dyn FnMut(&Event) + Send>;
 /// What the driver and the handles share.
 pub(crate) struct Shared {
     started: Instant,
-    phase: AtomicU8,
-    round: AtomicU32,
-    round_pages: AtomicU64,
-    gauges: OnceLock<Arc<Vec<CachePadded<ChannelGauge>>>>,
+    pub(crate) board: Board,
     limiter: Limiter,
     /// Whether the guest stands still, and nothing is limited.
     stands_still: AtomicBool,
@@ -270,10 +229,7 @@ impl Shared {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             started: Instant::now(),
-            phase: AtomicU8::new(0),
-            round: AtomicU32::new(0),
-            round_pages: AtomicU64::new(0),
-            gauges: OnceLock::new(),
+            board: Board::new(),
             limiter: Limiter::default(),
             stands_still: AtomicBool::new(false),
             settings: Mutex::new(Settings::default()),
@@ -427,36 +383,6 @@ impl Shared {
     }
 
     pub(crate) fn set_phase(&self, phase: Phase) {
-        let index = PHASES.iter().position(|known| *known == phase).unwrap_or(0);
-        self.phase.store(u8::try_from(index).unwrap_or(0), Ordering::Relaxed);
-    }
-
-    pub(crate) fn set_round(&self, round: u32, pages: u64) {
-        self.round_pages.store(pages, Ordering::Relaxed);
-        self.round.store(round, Ordering::Relaxed);
-    }
-
-    pub(crate) fn set_gauges(&self, gauges: Arc<Vec<CachePadded<ChannelGauge>>>) {
-        // Set once a migration; a handle has only one.
-        let _ = self.gauges.set(gauges);
-    }
-
-    fn progress(&self) -> Progress {
-        let mut pages = PageCounts::default();
-        let (mut landed_bytes, mut wire_bytes) = (0, 0);
-        for gauge in self.gauges.get().into_iter().flat_map(|gauges| gauges.iter()) {
-            pages.add(&gauge.pages());
-            landed_bytes += gauge.landed_bytes.load(Ordering::Relaxed);
-            wire_bytes += gauge.counters().wire_bytes;
-        }
-        Progress {
-            phase: PHASES[usize::from(self.phase.load(Ordering::Relaxed)) % PHASES.len()],
-            elapsed: self.started.elapsed(),
-            round: self.round.load(Ordering::Relaxed),
-            round_pages: self.round_pages.load(Ordering::Relaxed),
-            pages,
-            landed_bytes,
-            wire_bytes,
-        }
+        self.board.write(|written| written.phase = phase);
     }
 }

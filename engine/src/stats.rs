@@ -1,6 +1,6 @@
 //! What a migration did and what it cost.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
@@ -208,6 +208,8 @@ pub(crate) struct ChannelGauge {
     /// Stripes the channel has been through since they were dealt out, and all it was given.
     pub(crate) stripes_done: AtomicU64,
     pub(crate) stripes_given: AtomicU64,
+    /// Set by the driver: others do its work.
+    pub(crate) lost: AtomicBool,
     zero_copy: ZeroCopyGauge,
     work_requests: WorkRequestGauge,
     registered_bytes: AtomicU64,

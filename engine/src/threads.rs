@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
+use tracing::Span;
 
 /// What a thread of the engine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,7 +131,8 @@ impl Crew {
         self.handles = ended;
         self.join();
         self.handles = others;
-        self.handles.push(self.spawn.spawn(role, Box::new(body))?);
+        let span = Span::current();
+        self.handles.push(self.spawn.spawn(role, Box::new(move || span.in_scope(body)))?);
         Ok(())
     }
 

@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pageferry::memory::PAGE_BYTES;
-use pageferry::{Event, MigrationHandle, Progress};
+use pageferry::{Event, MigrationHandle, Snapshot};
 
 use crate::document::{Round, Sample, ms};
 use crate::heartbeat::realtime_ns;
@@ -90,10 +89,10 @@ fn watch(handle: &MigrationHandle, began: Instant, stop: &AtomicBool) -> Vec<Sam
     loop {
         let last = stop.load(Ordering::Relaxed);
         let before = began.elapsed();
-        let progress = handle.progress();
+        let snapshot = handle.snapshot();
         // The last one is right whenever it was: nothing changes any more.
         let after = if last { before } else { began.elapsed() };
-        series.add(before..=after, &progress);
+        series.add(before..=after, &snapshot);
         if last {
             return series.samples;
         }
@@ -140,27 +139,19 @@ impl Rounds {
 #[derive(Debug, Default)]
 struct Series {
     samples: Vec<Sample>,
-    /// The round, and the pages looked at before it.
-    round: (u32, u64),
 }
 
 impl Series {
     /// Adds what was seen at some moment of that time.
-    fn add(&mut self, time: RangeInclusive<Duration>, progress: &Progress) {
+    fn add(&mut self, time: RangeInclusive<Duration>, snapshot: &Snapshot) {
         let (at, end) = time.into_inner();
         if end.saturating_sub(at) > LONGEST_LOOK {
             return;
         }
-        let looked_at = progress.pages.total();
-        if progress.round != self.round.0 {
-            self.round = (progress.round, looked_at);
-        }
-        let remaining_pages =
-            progress.round_pages.saturating_sub(looked_at.saturating_sub(self.round.1));
         self.samples.push(Sample {
             ms: ms(at),
-            landed_bytes: progress.landed_bytes,
-            remaining_bytes: remaining_pages * PAGE_BYTES,
+            landed_bytes: snapshot.landed_bytes,
+            remaining_bytes: snapshot.left_bytes(),
         });
     }
 
@@ -181,7 +172,7 @@ mod tests {
     fn a_series_too_long_loses_every_second_sample() {
         let sample =
             |number: u32| Sample { ms: number.into(), landed_bytes: 0, remaining_bytes: 0 };
-        let mut series = Series { samples: (0..5).map(sample).collect(), round: (0, 0) };
+        let mut series = Series { samples: (0..5).map(sample).collect() };
         series.thin_out();
         assert_eq!(series.samples, [0, 2, 4].map(sample));
     }
@@ -206,11 +197,11 @@ mod tests {
 
     #[test]
     fn a_look_that_took_long_is_no_sample() {
-        let progress = pageferry::Source::new().handle().progress();
+        let snapshot = pageferry::Source::new().handle().snapshot();
         let mut series = Series::default();
         let [begin, end, late] = [10_000, 10_100, 14_000].map(Duration::from_micros);
-        series.add(begin..=late, &progress);
-        series.add(begin..=end, &progress);
+        series.add(begin..=late, &snapshot);
+        series.add(begin..=end, &snapshot);
         assert_eq!(series.samples.iter().map(|it| it.ms).collect::<Vec<_>>(), [10.0]);
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry::convergence::{Forecast, Policy, Throttling};
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::{Destination, Ending, Error, Event, Machine, Source};
+use pageferry::{Destination, Ending, Error, Event, Machine, Phase, Source};
 
 use crate::scene::{LIMIT, PAGES, Scene, Slow, WORKING_SET};
 use crate::support::{SoftwareLog, TestMachine};
@@ -151,6 +151,39 @@ fn a_guest_too_fast_is_slowed_down_step_by_step_and_gets_its_speed_back() {
     };
     assert_eq!([20, 50, 80, 99].map(told), [1, 1, 1, 1]);
     assert!(matches!(outcome.expect_kept(), Error::NotConverging { .. }));
+}
+
+/// What is polled is what is told.
+#[test]
+fn snapshots_say_what_is_done_about_a_guest_too_fast() {
+    let scene = too_fast(Policy::Throttle(Throttling { step_percent: 79, ..<_>::default() }));
+    let handle = scene.source.handle();
+    let polled = handle.clone();
+    let mut forecasts = 0;
+    let mut scene = scene.on_event(move |event| {
+        let snapshot = polled.snapshot();
+        match event {
+            Event::Throttled { percent } => assert_eq!(snapshot.throttle_percent, *percent),
+            Event::Forecast(forecast) => {
+                assert_eq!(snapshot.forecast, Some(*forecast));
+                forecasts += 1;
+            }
+            Event::RoundStarted { round, dirty_pages } => {
+                assert_eq!((snapshot.round, snapshot.round_pages), (*round, *dirty_pages));
+            }
+            Event::RoundFinished { verdict, .. } => {
+                assert_eq!(snapshot.expected_downtime, verdict.expected());
+                assert_eq!(snapshot.left_pages, 0);
+            }
+            Event::GuestKept => assert!(forecasts > 0 && snapshot.throttle_percent == 0),
+            _ => {}
+        }
+    });
+    scene.source = scene.source.deadline(Duration::from_secs(2));
+    let outcome = scene.play();
+    assert!(outcome.throttled.contains(&99), "{:?}", outcome.throttled);
+    assert!(matches!(outcome.expect_kept(), Error::NotConverging { .. }));
+    assert_eq!(handle.snapshot().phase, Phase::Ended);
 }
 
 /// Nothing is predicted of a guest that is slower, and nobody is told that it is.

@@ -31,7 +31,7 @@ fn a_bandwidth_limit_that_is_lifted_holds_nobody() {
     let (over, ended) = bounded::<()>(0);
     let outcome = thread::scope(|scope| {
         scope.spawn(|| {
-            while handle.progress().landed_bytes == 0 {
+            while handle.snapshot().landed_bytes == 0 {
                 thread::yield_now();
             }
             handle.limit_bandwidth(None);

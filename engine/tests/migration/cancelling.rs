@@ -26,7 +26,7 @@ fn cancelling_at_any_event_before_the_commit_keeps_the_guest() {
         let (error, theirs) = scene.play(|link| link).expect_kept();
         assert!(matches!(error, Error::Cancelled), "{error:?}");
         assert!(theirs.unwrap().to_string().contains("cancelled"));
-        assert_eq!(handle.progress().phase, Phase::Ended);
+        assert_eq!(handle.snapshot().phase, Phase::Ended);
     }
 }
 

@@ -65,7 +65,7 @@ fn a_guest_that_ends_in_the_middle_of_a_round_ends_it() {
     scene.source = scene.source.on_event(move |event| teller.lock().unwrap().push(event.clone()));
     let (outcome, raised) = thread::scope(|scope| {
         let raising = scope.spawn(|| {
-            while handle.progress().landed_bytes == 0 {
+            while handle.snapshot().landed_bytes == 0 {
                 thread::yield_now();
             }
             let alarm = alarm.lock().unwrap().clone().expect("it was given one");

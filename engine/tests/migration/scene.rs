@@ -112,11 +112,14 @@ impl Scene {
         let mut theirs = TestMachine::new(&there, &their_log, WORKING_SET, 43);
         theirs.refuse = destination_refuses;
         theirs.contend_with(&machine);
+        // A test that listens to spans hears both.
+        let listener = tracing::dispatcher::get_default(Clone::clone);
+        let receive = || {
+            let offer = destination.negotiate(destination_link)?;
+            Ok(offer.receive(theirs, there.memory()))
+        };
         let (source, destination) = thread::scope(|scope| {
-            let receiving = scope.spawn(|| {
-                let offer = destination.negotiate(destination_link)?;
-                Ok(offer.receive(theirs, there.memory()))
-            });
+            let receiving = scope.spawn(|| tracing::dispatcher::with_default(&listener, receive));
             let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&log)))]);
             let source = source.migrate(machine, here.memory(), dirty, source_link);
             (source, receiving.join().expect("the destination does not panic"))

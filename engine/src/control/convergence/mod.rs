@@ -93,6 +93,19 @@ pub enum Verdict {
     },
 }
 
+impl Verdict {
+    /// Downtime to expect, or that would be; `None` before anything was measured.
+    pub fn expected(self) -> Option<Duration> {
+        match self {
+            Self::Iterate { expected } => expected,
+            Self::Approach { expected }
+            | Self::SwitchOver { expected }
+            | Self::PostCopy { expected }
+            | Self::GiveUp { expected } => Some(expected),
+        }
+    }
+}
+
 /// How a decision is made. The engine has the default; others are there to be compared with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Method {

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
@@ -25,7 +26,8 @@ use crate::migration::receiver::{self, ReceiverReport};
 use crate::migration::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
 use crate::pages::digest::Digest;
 use crate::pages::memory::{GuestMemory, Layout};
-use crate::progress::{Event, EventSink, Phase, Shared};
+use crate::progress::{Event, EventSink, Shared};
+use crate::snapshot::Phase;
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{DestinationLink, TransportError};
@@ -96,7 +98,7 @@ pub(super) fn negotiate(
     match heard {
         Ok((hello, agreement, welcome)) => {
             let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
-            session.shared().set_gauges(Arc::clone(&gauges));
+            session.shared().board.set_gauges(Arc::clone(&gauges));
             Ok(Drive {
                 events,
                 timeouts: common.timeouts,
@@ -169,6 +171,7 @@ impl Drive {
         machine: M,
         memory: &Arc<GuestMemory>,
     ) -> Result<Arrived<M>, Box<DestinationFailure<M>>> {
+        let _span = tracing::info_span!("migration", side = "destination").entered();
         let mut machine = Guarded(machine);
         // What the host's code does is caught where it is called; this is for the engine's own defects.
         let result = caught("the engine", || self.run(&mut machine, memory)).flatten();
@@ -210,24 +213,15 @@ impl Drive {
         machine: &mut Guarded<M>,
         memory: &Arc<GuestMemory>,
     ) -> Result<(), Error> {
-        self.hello.check_layout(memory.layout())?;
-        machine
-            .check_state_schema(&self.hello.state_schema)?
-            .map_err(|cause| Incompatibility::DeviceState(Chain::of(&*cause).to_string()))?;
-        self.session.send(&Message::Welcome(self.welcome))?;
-        let patience = Patience::now("the source to agree", self.timeouts.handshake);
-        match self.session.next_message(patience)? {
-            Message::Agreed { .. } => {}
-            other => return Err(unexpected(&other, "waiting for the source to agree")),
-        }
-        self.emit(&Event::Agreed(self.agreement))?;
-        self.open_channels(memory)?;
+        tracing::info_span!("setup").in_scope(|| self.set_up(machine, memory))?;
         self.shared().set_phase(Phase::PreCopy);
         self.statistics.setup = self.started.elapsed();
 
         loop {
-            let (prepare, state) = self.take_in_pages(memory)?;
+            let (prepare, state) =
+                tracing::info_span!("pages").in_scope(|| self.take_in_pages(memory))?;
             let attempt = prepare.attempt;
+            let _span = tracing::info_span!("switchover", attempt).entered();
             let prepared = load(machine, prepare, &state, memory.layout())?;
             self.statistics.device_state.bytes = prepare.state_bytes;
             self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
@@ -243,13 +237,35 @@ impl Drive {
             self.emit(&Event::Loaded)?;
             self.paused = prepare.paused;
             match self.await_commit()? {
-                Answer::Commit => return self.take_over(machine),
+                Answer::Commit => {
+                    return tracing::info_span!("commit").in_scope(|| self.take_over(machine));
+                }
                 Answer::CalledOff => {
                     self.shared().set_phase(Phase::PreCopy);
                     machine.unload()?;
                 }
             }
         }
+    }
+
+    /// All that comes before the first page.
+    fn set_up<M: Machine>(
+        &mut self,
+        machine: &mut Guarded<M>,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<(), Error> {
+        self.hello.check_layout(memory.layout())?;
+        machine
+            .check_state_schema(&self.hello.state_schema)?
+            .map_err(|cause| Incompatibility::DeviceState(Chain::of(&*cause).to_string()))?;
+        self.session.send(&Message::Welcome(self.welcome))?;
+        let patience = Patience::now("the source to agree", self.timeouts.handshake);
+        match self.session.next_message(patience)? {
+            Message::Agreed { .. } => {}
+            other => return Err(unexpected(&other, "waiting for the source to agree")),
+        }
+        self.emit(&Event::Agreed(self.agreement))?;
+        self.open_channels(memory)
     }
 
     fn open_channels(&mut self, memory: &Arc<GuestMemory>) -> Result<(), Error> {
@@ -294,7 +310,7 @@ impl Drive {
             match item {
                 Item::Message(Message::Round { round, dirty_pages }) => {
                     self.first_round = None;
-                    self.shared().set_round(round, dirty_pages);
+                    self.shared().board.begin_round(round, dirty_pages);
                     self.emit(&Event::RoundStarted { round, dirty_pages })?;
                 }
                 Item::Message(Message::DataRanges(ranges)) => {
@@ -341,6 +357,7 @@ impl Drive {
                     }
                     tracing::warn!(channel, error = %error.chain(), "a data channel is lost");
                     self.statistics.lost_channels += 1;
+                    self.gauges[usize::from(channel)].lost.store(true, Ordering::Relaxed);
                     self.emit(&Event::ChannelLost { channel })?;
                 }
                 Item::Report(ReceiverReport::Ended) => {}
@@ -356,6 +373,7 @@ impl Drive {
             let state = "no such switchover was under way";
             return Err(unexpected(&Message::CalledOff { attempt }, state));
         }
+        self.shared().board.write(|written| written.called_off += 1);
         self.emit(&Event::CalledOff { attempt, stage: None, stood: Duration::ZERO })
     }
 

@@ -250,6 +250,7 @@ impl Channels {
     /// A channel is gone, and another is there: its stripes go to the others.
     pub(super) fn lose(&mut self, channel: u16) {
         self.commands[usize::from(channel)] = None;
+        self.gauges[usize::from(channel)].lost.store(true, Ordering::Relaxed);
     }
 
     /// Page bytes that have landed on each channel.

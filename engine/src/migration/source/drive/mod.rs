@@ -29,7 +29,8 @@ use crate::migration::sender::{self, SenderReport, SenderSetup};
 use crate::migration::session::{LIFE_SIGNS, Patience, Session, unexpected};
 use crate::pages::dirty::DirtySources;
 use crate::pages::memory::{GuestMemory, PageRange};
-use crate::progress::{Event, Phase};
+use crate::progress::Event;
+use crate::snapshot::Phase;
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{SourceLink, TransportError};
@@ -50,6 +51,7 @@ pub(super) fn migrate<M: Machine>(
     mut link: Box<dyn SourceLink>,
     started: Instant,
 ) -> Result<Departed<M>, Box<SourceFailure<M>>> {
+    let _span = tracing::info_span!("migration", side = "source").entered();
     let mut statistics = Statistics::default();
     let mut source = source;
     let mut machine = Guarded(machine);
@@ -97,7 +99,7 @@ pub(super) fn migrate<M: Machine>(
         statistics,
         source: &mut source,
     };
-    drive.source.shared.set_gauges(Arc::clone(&drive.channels.gauges));
+    drive.source.shared.board.set_gauges(Arc::clone(&drive.channels.gauges));
     // What the host's code does is caught where it is called; this is for the engine's own defects.
     let result = caught("the engine", || drive.run(&mut machine, started)).flatten();
     let outcome = drive.conclude(result, &mut machine);
@@ -156,14 +158,7 @@ impl Drive<'_> {
     fn run<M: Machine>(&mut self, machine: &mut Guarded<M>, started: Instant) -> Result<(), Error> {
         let shared = Arc::clone(&self.source.shared);
         machine.set_alarm(GuestAlarm::new(move |cause| shared.raise(cause)))?;
-        let (agreement, wants_data_ranges) = self.handshake(machine)?;
-        self.open_channels(agreement)?;
-        if wants_data_ranges {
-            let ranges = self.memory.data_ranges(MAX_DATA_RANGES / 4);
-            self.session.send(&Message::DataRanges(ranges))?;
-        }
-        caught(DIRTY_SOURCES, || self.dirty.start())??;
-        self.tracking = true;
+        let agreement = tracing::info_span!("setup").in_scope(|| self.set_up(machine))?;
         self.statistics.setup = started.elapsed();
         self.clock = Instant::now();
         self.harvested = self.clock;
@@ -178,6 +173,19 @@ impl Drive<'_> {
                 Switchover::CalledOff => {}
             }
         }
+    }
+
+    /// All that comes before the first page.
+    fn set_up<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<Agreement, Error> {
+        let (agreement, wants_data_ranges) = self.handshake(machine)?;
+        self.open_channels(agreement)?;
+        if wants_data_ranges {
+            let ranges = self.memory.data_ranges(MAX_DATA_RANGES / 4);
+            self.session.send(&Message::DataRanges(ranges))?;
+        }
+        caught(DIRTY_SOURCES, || self.dirty.start())??;
+        self.tracking = true;
+        Ok(agreement)
     }
 
     /// Since the transfer began: the time of all that is learned and decided.

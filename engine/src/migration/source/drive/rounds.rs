@@ -9,7 +9,8 @@ use crate::error::Error;
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::pages::memory::PAGE_BYTES;
-use crate::progress::{Event, Phase};
+use crate::progress::Event;
+use crate::snapshot::Phase;
 use crate::stats::RoundStatistics;
 
 /// A round with no more page bytes ends when all have landed. Buffers on the way could swallow all of
@@ -29,6 +30,8 @@ impl Drive<'_> {
     pub(super) fn pre_copy<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
         self.source.shared.set_phase(Phase::PreCopy);
         loop {
+            let number = self.number_of_rounds().saturating_add(1);
+            let _span = tracing::info_span!("round", number).entered();
             self.take_wishes();
             self.rehearse(machine)?;
             let settle = self.channels.dirty()?.count() * PAGE_BYTES <= SETTLED_BYTES;
@@ -46,7 +49,6 @@ impl Drive<'_> {
             }
             self.tell_outlook()?;
             self.throttle(machine)?;
-            let number = self.number_of_rounds();
             self.emit(&Event::RoundFinished { round: number, statistics, verdict })?;
             match verdict {
                 Verdict::SwitchOver { .. } => return Ok(()),
@@ -93,6 +95,13 @@ impl Drive<'_> {
         }
         self.statistics.bytes_per_second =
             self.convergence.bandwidth().bytes_per_second().unwrap_or(0.0);
+        self.source.shared.board.write(|written| {
+            written.dirty_pages_per_second =
+                self.convergence.dirty_rate().pages_per_second().unwrap_or(0.0);
+            written.bytes_per_second = self.statistics.bytes_per_second;
+            written.expected_downtime = verdict.expected();
+            written.forecast = self.convergence.outlook().copied();
+        });
         Ok((verdict, dirty_pages))
     }
 
@@ -123,7 +132,7 @@ impl Drive<'_> {
         self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
         self.convergence.round_began(self.now(), &landed, dirty_pages);
         self.channels.lend(settle)?;
-        self.source.shared.set_round(round, dirty_pages);
+        self.source.shared.board.begin_round(round, dirty_pages);
         self.session.send(&Message::Round { round, dirty_pages })?;
         self.emit(&Event::RoundStarted { round, dirty_pages })?;
         Ok(began)

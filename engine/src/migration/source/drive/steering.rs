@@ -90,6 +90,7 @@ impl Drive<'_> {
     fn throttled(&mut self, percent: u8) -> Result<(), Error> {
         if percent != self.steering.throttle_percent {
             self.steering.throttle_percent = percent;
+            self.source.shared.board.write(|written| written.throttle_percent = percent);
             self.statistics.throttle_max_percent =
                 self.statistics.throttle_max_percent.max(percent);
             self.emit(&Event::Throttled { percent })?;
@@ -99,6 +100,7 @@ impl Drive<'_> {
 
     /// The guest stays, at its own speed.
     pub(super) fn end_throttling<M: Machine>(&mut self, machine: &mut Guarded<M>) {
+        self.source.shared.board.write(|written| written.throttle_percent = 0);
         if std::mem::take(&mut self.steering.throttle_percent) > 0
             && let Err(panic) = machine.throttle(0)
         {

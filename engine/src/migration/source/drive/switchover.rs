@@ -19,7 +19,8 @@ use crate::host::Guarded;
 use crate::machine::Machine;
 use crate::migration::session::{Item, Patience, unexpected};
 use crate::pages::digest::Digest;
-use crate::progress::{Event, Phase, SwitchoverStage};
+use crate::progress::{Event, SwitchoverStage};
+use crate::snapshot::Phase;
 use crate::stats::Downtime;
 
 /// Device state up to here fits into any buffer on its way; more goes out by a thread of its own, whose
@@ -69,6 +70,7 @@ impl Drive<'_> {
     ) -> Result<Switchover, Error> {
         // The guest still runs: telling it costs no downtime.
         let number = self.handover.attempt() + 1;
+        let _span = tracing::info_span!("switchover", attempt = number).entered();
         self.session.send(&Message::Switchover { attempt: number })?;
         let settings = *self.convergence.settings();
         self.paused = machine.is_paused()?;
@@ -202,7 +204,7 @@ impl Drive<'_> {
                 None => break,
             }
         }
-        let resume = self.commit()?;
+        let resume = tracing::info_span!("commit").in_scope(|| self.commit())?;
         let lap = watch.lap();
         self.statistics.downtime.resume = resume.min(lap);
         self.statistics.downtime.commit = lap.saturating_sub(resume);
@@ -241,6 +243,7 @@ impl Drive<'_> {
         }
         self.session.send(&Message::CalledOff { attempt: number })?;
         let Overdue { stage, round } = overdue;
+        self.source.shared.board.write(|written| written.called_off += 1);
         self.emit(&Event::CalledOff { attempt: number, stage: Some(stage), stood })?;
         if let Some((began, mut waiting)) = round {
             self.await_round(&mut waiting, true, None)?;

@@ -9,7 +9,7 @@ use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::pages::dirty::{DirtyBitmap, DirtySources, WORD_PAGES};
 use crate::pages::memory::{Layout, RegionLayout};
-use crate::progress::Phase;
+use crate::snapshot::Phase;
 
 /// Of a round: 16 MiB, for which a link of 1 Gb/s takes an eighth of a second; and as many more of those that the
 /// guest has dirtied.
