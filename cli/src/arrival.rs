@@ -13,7 +13,9 @@ use pageferry::{
     Arrived, Blame, Destination, DestinationFailure, Event, GuestAtDestination, Machine, Offer,
 };
 
-use crate::events::{Events, Happening};
+use crate::events::Happening;
+use crate::metrics::Side;
+use crate::observers::Observers;
 use crate::outcome::{Failure, Outcome};
 use crate::report::{GuestAt, Report};
 use crate::transport::{Chosen, LinkArgs};
@@ -30,7 +32,7 @@ pub struct Reception<'a> {
     /// Threads that allocate the guest's memory ahead of the data.
     pub populate: u16,
     /// Who is told of it as it happens.
-    pub events: &'a Events,
+    pub observers: &'a Observers,
 }
 
 /// A guest that was on its way.
@@ -67,11 +69,8 @@ impl Reception<'_> {
     ) -> Result<Result<Box<Arrival<M>>, String>, Failure> {
         let come = self.await_anybody(chosen, address, wishes, home)?;
         match &come {
-            Ok(arrival) => {
-                let Report { outcome, guest_at, error, .. } = arrival.report();
-                self.events.ended(outcome, guest_at, error.as_deref());
-            }
-            Err(why) => self.events.ended(Outcome::Cancelled, GuestAt::Source, Some(why)),
+            Ok(arrival) => self.observers.ended(Side::Destination, &arrival.report()),
+            Err(why) => self.observers.events.ended(Outcome::Cancelled, GuestAt::Source, Some(why)),
         }
         Ok(come)
     }
@@ -94,7 +93,7 @@ impl Reception<'_> {
         // Scripts read the port from this line.
         let address = acceptor.local_addr();
         say!("listening on {address}");
-        self.events.tell(Happening::Listening { address: address.to_string() });
+        self.observers.events.tell(Happening::Listening { address: address.to_string() });
         // Strangers may be many.
         let lines = Warnings::default();
         // Others are refused at once when this returns, and do not wait for a guest's home that is taken.
@@ -108,7 +107,7 @@ impl Reception<'_> {
             };
             if let Some(others) = &told {
                 say!("a source connected from {peer}{others}");
-                self.events.tell(Happening::Connected { peer: peer.to_string() });
+                self.observers.events.tell(Happening::Connected { peer: peer.to_string() });
             }
             match self.take_in(link, chosen.name(), wishes, told.is_some(), &home)? {
                 Come::Stranger(why) if told.is_some() => {
@@ -135,7 +134,7 @@ impl Reception<'_> {
             .timeouts(self.link.timeouts())
             .populate_ahead(self.populate);
         let handle = destination.handle();
-        let watch = Watch::start(handle.clone(), self.events)?;
+        let watch = Watch::start(handle.clone(), self.observers, Side::Destination)?;
         let mut show = watch.sink();
         let begun = Arc::new(AtomicBool::new(false));
         let begins = Arc::clone(&begun);

@@ -16,8 +16,9 @@ use pageferry::{
 use pageferry_report::recorder::Recorder;
 
 use crate::cpu;
-use crate::events::Events;
+use crate::metrics::Side;
 use crate::migration::MigrationArgs;
+use crate::observers::Observers;
 use crate::outcome::{Failure, Outcome};
 use crate::report::{GuestAt, Report};
 use crate::transport::Chosen;
@@ -38,7 +39,7 @@ pub struct Departure<'a> {
     /// Whether what happens is recorded over time.
     pub record: bool,
     /// Who is told of it as it happens.
-    pub events: &'a Events,
+    pub observers: &'a Observers,
 }
 
 /// What came of it.
@@ -64,10 +65,10 @@ impl Departure<'_> {
         address: &str,
         wishes: &Receiver<Wish>,
     ) -> Result<Gone<M>, Failure> {
-        let Self { migration, description, memory_bytes, verify, record, events } = self;
+        let Self { migration, description, memory_bytes, verify, record, observers } = self;
         let source = migration.source().verify(verify).description(description);
         let handle = source.handle();
-        let watch = Watch::start(handle.clone(), events)?;
+        let watch = Watch::start(handle.clone(), observers, Side::Source)?;
         let recorder = record.then(|| Recorder::start(handle.clone())).transpose()?;
         let mut record = recorder.as_ref().map(Recorder::sink);
         let mut show = watch.sink();
@@ -128,8 +129,7 @@ impl Departure<'_> {
                 Gone { report, statistics, machine, recorder }
             }
         };
-        let Report { outcome, guest_at, error, .. } = &gone.report;
-        events.ended(*outcome, *guest_at, error.as_deref());
+        observers.ended(Side::Source, &gone.report);
         Ok(gone)
     }
 
@@ -143,10 +143,10 @@ impl Departure<'_> {
         wishes: &Receiver<Wish>,
         at_most: Duration,
     ) -> Result<Trial<M>, Failure> {
-        let Self { migration, description, events, .. } = self;
+        let Self { migration, description, observers, .. } = self;
         let source = migration.source().description(description);
         let handle = source.handle();
-        let watch = Watch::start(handle.clone(), events)?;
+        let watch = Watch::start(handle.clone(), observers, Side::Source)?;
         let mut show = watch.sink();
         let source = source.on_event(move |event| {
             // It was never to leave, and may be paused.

@@ -6,7 +6,8 @@
 //! - [`migration`]: options of a migration.
 //! - [`signals`]: what Ctrl-C and others mean to it.
 //! - [`wishes`]: what is wanted of it by signals and lines on stdin while it migrates.
-//! - [`watch`] and [`events`]: a migration shown while it runs, to people and to programs.
+//! - [`watch`], [`events`] and [`metrics`]: a migration shown while it runs, to people, to programs and to scrapers;
+//!   [`observers`]: the last two together.
 //! - [`departure`] and [`arrival`]: all of that together, at either side, for any machine.
 //! - [`report`]: what it did, as JSON, a table and a page of plots.
 //! - [`output`], [`say!`] and [`log`]: what it says.
@@ -32,7 +33,9 @@ pub mod cpu;
 pub mod departure;
 pub mod events;
 pub mod log;
+pub mod metrics;
 pub mod migration;
+pub mod observers;
 pub mod outcome;
 pub mod output;
 pub mod report;

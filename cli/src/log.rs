@@ -3,9 +3,10 @@
 use std::io;
 
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::prelude::*;
 
-/// Writes it to stderr: warnings, or what `RUST_LOG` says, in the form `LEVEL` or
+/// Writes it to stderr: warnings, spans with the time they took as they end, or what `RUST_LOG` says, in the form `LEVEL` or
 /// `TARGET=LEVEL,…` ([`Targets`]). If that is neither, it says so and writes warnings.
 ///
 /// # Panics
@@ -22,7 +23,9 @@ pub fn to_stderr() {
         .with_writer(io::stderr)
         .log_internal_errors(false)
         .with_target(false)
-        .without_time()
+        .with_span_events(FmtSpan::CLOSE)
+        // Of its own there is none, but spans have theirs.
+        .with_timer(())
         .with_filter(wanted);
     tracing_subscriber::registry().with(lines).init();
     if let Some(complaint) = complaint {

@@ -1,5 +1,6 @@
 //! How a program ended, for scripts.
 
+use std::fmt;
 use std::process::ExitCode;
 
 use pageferry::protocol::FailureReason;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// How it ended. The names are a contract: `outcome` in the JSON report.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// All was done, and every check that was made passed: of a migration, the guest runs at the destination.
@@ -21,6 +22,13 @@ pub enum Outcome {
     Failed,
     /// It is open which side owns the guest.
     Uncertain,
+}
+
+impl fmt::Display for Outcome {
+    /// As in the report.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 impl Outcome {

@@ -12,6 +12,8 @@ use pageferry::memory::PAGE_BYTES;
 use pageferry::{Event, MigrationHandle, Phase, Snapshot};
 
 use crate::events::{DAY, Events, Happening};
+use crate::metrics::Side;
+use crate::observers::Observers;
 
 const TICK: Duration = Duration::from_millis(50);
 /// How long a round goes on until it is said how fast, and again. So nothing is slow without a word.
@@ -31,7 +33,13 @@ pub struct Watch {
 
 impl Watch {
     /// Begins.
-    pub fn start(handle: MigrationHandle, events: &Events) -> std::io::Result<Self> {
+    pub fn start(
+        handle: MigrationHandle,
+        observers: &Observers,
+        side: Side,
+    ) -> std::io::Result<Self> {
+        observers.metrics.watch(side, handle.clone());
+        let events = &observers.events;
         let bar = if std::io::stderr().is_terminal() {
             ProgressBar::new(1)
         } else {

@@ -383,6 +383,6 @@ impl Shared {
     }
 
     pub(crate) fn set_phase(&self, phase: Phase) {
-        self.board.write(|written| written.phase = phase);
+        self.board.set_phase(phase);
     }
 }

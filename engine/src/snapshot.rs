@@ -55,7 +55,7 @@ impl fmt::Display for Phase {
 pub struct Snapshot {
     /// Where it stands.
     pub phase: Phase,
-    /// Since its [`Source`](crate::Source) or [`Destination`](crate::Destination) was made.
+    /// Since its [`Source`](crate::Source) or [`Destination`](crate::Destination) was made, until it ended.
     pub elapsed: Duration,
     /// The round, from 1; 0 before the first.
     pub round: u32,
@@ -129,17 +129,18 @@ pub(crate) struct Board {
 /// What the driver writes down, some times a round.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Written {
-    pub(crate) phase: Phase,
     pub(crate) dirty_pages_per_second: f64,
     pub(crate) bytes_per_second: f64,
     pub(crate) expected_downtime: Option<Duration>,
     pub(crate) forecast: Option<Forecast>,
     pub(crate) throttle_percent: u8,
     pub(crate) called_off: u32,
+    phase: Phase,
     round: u32,
     round_pages: u64,
     /// Pages looked at when the round began.
     looked_at: u64,
+    took: Option<Duration>,
 }
 
 impl Board {
@@ -149,6 +150,11 @@ impl Board {
 
     pub(crate) fn write(&self, change: impl FnOnce(&mut Written)) {
         change(&mut self.written.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        let took = (phase == Phase::Ended).then(|| self.began.elapsed());
+        self.write(|written| (written.phase, written.took) = (phase, took));
     }
 
     pub(crate) fn begin_round(&self, round: u32, pages: u64) {
@@ -184,7 +190,7 @@ impl Board {
         let looked_at = pages.total().saturating_sub(written.looked_at);
         Snapshot {
             phase: written.phase,
-            elapsed: self.began.elapsed(),
+            elapsed: written.took.unwrap_or_else(|| self.began.elapsed()),
             round: written.round,
             round_pages: written.round_pages,
             left_pages: written.round_pages.saturating_sub(looked_at),

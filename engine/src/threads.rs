@@ -113,12 +113,14 @@ fn bind_to(cpu: usize) -> io::Result<()> {
 /// Threads that are joined together.
 pub(crate) struct Crew {
     spawn: Arc<dyn Spawn>,
+    /// What they are part of.
+    span: Span,
     handles: Vec<JoinHandle<()>>,
 }
 
 impl Crew {
     pub(crate) fn new(spawn: Arc<dyn Spawn>) -> Self {
-        Self { spawn, handles: Vec::new() }
+        Self { spawn, span: Span::current(), handles: Vec::new() }
     }
 
     pub(crate) fn spawn(
@@ -131,7 +133,7 @@ impl Crew {
         self.handles = ended;
         self.join();
         self.handles = others;
-        let span = Span::current();
+        let span = self.span.clone();
         self.handles.push(self.spawn.spawn(role, Box::new(move || span.in_scope(body)))?);
         Ok(())
     }

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pageferry_cli::events::EventArgs;
 use pageferry_cli::migration::MigrationArgs;
+use pageferry_cli::observers::ObserverArgs;
 use pageferry_cli::transport::{LinkArgs, RdmaArgs, Transport};
 
 /// Moves the guest of a running QEMU, which is left as it is, to another host.
@@ -91,7 +91,7 @@ pub(crate) struct MigrateArgs {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) events: EventArgs,
+    pub(crate) observers: ObserverArgs,
     #[command(flatten)]
     pub(crate) migration: MigrationArgs,
 }
@@ -122,7 +122,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) events: EventArgs,
+    pub(crate) observers: ObserverArgs,
     #[command(flatten)]
     pub(crate) link: LinkArgs,
     #[command(flatten)]

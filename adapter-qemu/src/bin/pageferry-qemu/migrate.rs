@@ -22,7 +22,7 @@ pub(crate) fn migrate(args: &MigrateArgs, guest_at: &mut GuestAt) -> Result<Outc
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
-    let events = args.events.open()?;
+    let observers = args.observers.open()?;
     // Whoever is at work on the guest has its monitor too.
     let left = RecordFile::left(&args.qmp)?;
     let qmp = Arc::new(Qmp::connect(&args.qmp)?);
@@ -70,7 +70,7 @@ pub(crate) fn migrate(args: &MigrateArgs, guest_at: &mut GuestAt) -> Result<Outc
         memory_bytes: memory.layout().len_bytes(),
         verify: args.verify,
         record: false,
-        events: &events,
+        observers: &observers,
     };
     *guest_at = GuestAt::Unknown;
     let gone = departure.migrate(machine, |_| Ok((memory, sources)), &args.to, &wishes)?;

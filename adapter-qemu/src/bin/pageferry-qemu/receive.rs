@@ -27,10 +27,11 @@ use crate::args::ReceiveArgs;
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in)?;
-    let events = args.events.open()?;
+    let observers = args.observers.open()?;
     let chosen = args.transport.choose(args.link.tcp(ZeroCopy::default()), &args.rdma)?;
     let transport = chosen.name();
-    let reception = Reception { link: &args.link, pin: &args.pin, populate: 0, events: &events };
+    let reception =
+        Reception { link: &args.link, pin: &args.pin, populate: 0, observers: &observers };
     let monitor = monitor(args);
     check_free(args, &monitor)?;
     check_program(args.qemu.first().ok_or("no QEMU is given")?)?;

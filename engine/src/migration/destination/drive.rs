@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
+use tracing::Span;
 
 use super::closing::Closing;
 use super::loading::{load, nanoseconds};
@@ -40,6 +41,7 @@ const PATIENT: Duration = Duration::from_secs(365 * 86_400);
 const FINISH: Duration = Duration::from_secs(1);
 
 pub(super) struct Drive {
+    span: Span,
     events: EventSink,
     timeouts: Timeouts,
     // Dropped in this order: threads end before the link they use.
@@ -79,6 +81,8 @@ pub(super) fn negotiate(
     mut link: Box<dyn DestinationLink>,
 ) -> Result<Drive, Error> {
     let Destination { common, most_channels, populate_threads, events, shared } = destination;
+    let span = tracing::info_span!("migration", side = "destination");
+    let _span = span.clone().entered();
     let started = Instant::now();
     let (control, interrupter) =
         caught("the transport", || Ok::<_, Error>((link.control()?, link.interrupter())))??;
@@ -100,6 +104,7 @@ pub(super) fn negotiate(
             let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
             session.shared().board.set_gauges(Arc::clone(&gauges));
             Ok(Drive {
+                span,
                 events,
                 timeouts: common.timeouts,
                 session,
@@ -171,7 +176,7 @@ impl Drive {
         machine: M,
         memory: &Arc<GuestMemory>,
     ) -> Result<Arrived<M>, Box<DestinationFailure<M>>> {
-        let _span = tracing::info_span!("migration", side = "destination").entered();
+        let _span = self.span.clone().entered();
         let mut machine = Guarded(machine);
         // What the host's code does is caught where it is called; this is for the engine's own defects.
         let result = caught("the engine", || self.run(&mut machine, memory)).flatten();

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_cli::events::EventArgs;
 use pageferry_cli::migration::MigrationArgs;
+use pageferry_cli::observers::ObserverArgs;
 use pageferry_cli::units::{size, time};
 use pageferry_rust_vmm::time::Meanwhile;
 use pageferry_vmm::ram::Backing;
@@ -183,7 +183,7 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) events: EventArgs,
+    pub(crate) observers: ObserverArgs,
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,
@@ -247,7 +247,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) events: EventArgs,
+    pub(crate) observers: ObserverArgs,
     /// End when the parent process does.
     #[arg(long, hide = true)]
     pub(crate) with_parent: bool,

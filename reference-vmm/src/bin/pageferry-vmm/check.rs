@@ -5,8 +5,8 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, unbounded};
 use pageferry::convergence::Forecast;
 use pageferry_cli::departure::{Departure, Trial};
-use pageferry_cli::events::Events;
 use pageferry_cli::migration::MigrationArgs;
+use pageferry_cli::observers::Observers;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::output;
 use pageferry_cli::say;
@@ -88,7 +88,7 @@ pub(crate) fn ask(
         memory_bytes: config.memory_bytes(),
         verify: false,
         record: false,
-        events: &Events::default(),
+        observers: &Observers::default(),
     };
     let Trial { machine, transport, answer } =
         departure.try_out(machine, GuestMachine::described, address, wishes, time)?;

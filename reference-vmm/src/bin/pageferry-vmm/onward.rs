@@ -5,7 +5,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, after, never, select_biased};
 use pageferry::Statistics;
 use pageferry_cli::departure::{Departure, Gone};
-use pageferry_cli::events::Events;
+use pageferry_cli::observers::Observers;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report, Timeline};
 use pageferry_cli::say;
@@ -27,7 +27,7 @@ pub(crate) struct Onward<'a> {
     pub(crate) run_for: Option<Duration>,
     pub(crate) json: bool,
     pub(crate) timeline: bool,
-    pub(crate) events: &'a Events,
+    pub(crate) observers: &'a Observers,
     pub(crate) wishes: &'a Receiver<Wish>,
 }
 
@@ -137,7 +137,7 @@ impl Onward<'_> {
             memory_bytes: config.memory_bytes(),
             verify: self.args.verify,
             record: self.timeline,
-            events: self.events,
+            observers: self.observers,
         };
         machine.guest.reset_heartbeat_gap();
         let Gone { mut report, statistics, machine, recorder } =

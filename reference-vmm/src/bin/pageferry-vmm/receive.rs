@@ -31,12 +31,12 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
-    let events = args.events.open()?;
+    let observers = args.observers.open()?;
     let migration = &args.onward.migration;
     let chosen = migration.choose()?;
     let transport = chosen.name();
     let (link, pin, populate) = (&migration.link, &migration.pin, args.populate);
-    let reception = Reception { link, pin, populate, events: &events };
+    let reception = Reception { link, pin, populate, observers: &observers };
     let home = |offer: &Offer| machine_for(args, most.as_ref(), offer);
     let arrival = match reception.await_guest(chosen, &args.listen, &wishes, home)? {
         Ok(arrival) => arrival,
@@ -51,7 +51,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
                 run_for: args.run_for,
                 json: args.json,
                 timeline: args.timeline,
-                events: &events,
+                observers: &observers,
                 wishes: &wishes,
             };
             run_on(args, arrived.machine, report, &onward)

@@ -58,7 +58,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
     let (wishes_in, wishes) = unbounded();
     listen_to_signals(wishes_in.clone())?;
     listen_to_stdin(wishes_in)?;
-    let events = args.events.open()?;
+    let observers = args.observers.open()?;
     let guest = running(config, &args.guest)?;
     // Another virtual CPU may beat before the first one has printed that.
     let mut beats = 1;
@@ -74,7 +74,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Outcome, Failure> {
         run_for: args.run_for,
         json: args.json,
         timeline: args.timeline,
-        events: &events,
+        observers: &observers,
         wishes: &wishes,
     };
     onward.serve(GuestMachine { guest }, None)

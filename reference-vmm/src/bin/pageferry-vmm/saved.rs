@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
-use pageferry_cli::events::Events;
+use pageferry_cli::observers::Observers;
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::output;
 use pageferry_cli::say;
@@ -192,7 +192,7 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<Outcome, Failure> {
         run_for: (!args.onward.on_demand).then_some(args.run_for),
         json: args.json,
         timeline: false,
-        events: &Events::default(),
+        observers: &Observers::default(),
         wishes: &wishes,
     };
     onward.serve(GuestMachine { guest }, Some(report.outcome))
