@@ -6,6 +6,10 @@
 struct Embedding;
 
 #[cfg(doctest)]
+#[doc = include_str!("../async.md")]
+struct Async;
+
+#[cfg(doctest)]
 #[doc = include_str!("../transports.md")]
 struct Transports;
 

@@ -382,7 +382,21 @@ impl Shared {
         result
     }
 
+    /// From now on the migration is under way, until what this returns is dropped.
+    pub(crate) fn under_way(self: &Arc<Self>) -> UnderWay {
+        UnderWay(Arc::clone(self))
+    }
+
     pub(crate) fn set_phase(&self, phase: Phase) {
         self.board.set_phase(phase);
+    }
+}
+
+/// A migration that has not ended.
+pub(crate) struct UnderWay(Arc<Shared>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.set_phase(Phase::Ended);
     }
 }

@@ -45,8 +45,30 @@ pub type ThreadBody = Box<dyn FnOnce() + Send>;
 
 /// Starts the engine's threads; the engine joins every one before a migration returns.
 pub trait Spawn: Send + Sync {
-    /// Starts a thread that runs `body` to its end, after whatever the host wants done first.
-    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<JoinHandle<()>>;
+    /// Has a thread run `body` to its end, after whatever the host wants done first.
+    ///
+    /// It may be one of a pool. All bodies of a migration run at the same time: a pool in which one of them has to
+    /// wait for another to end holds the migration up until a time limit ends it.
+    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<Box<dyn Running>>;
+}
+
+/// A thread that runs a body.
+pub trait Running: Send {
+    /// Whether the body has ended.
+    fn is_finished(&self) -> bool;
+
+    /// Waits until it has: `Err` with what it panicked with. Called once, from the thread that runs the migration.
+    fn join(self: Box<Self>) -> thread::Result<()>;
+}
+
+impl Running for JoinHandle<()> {
+    fn is_finished(&self) -> bool {
+        Self::is_finished(self)
+    }
+
+    fn join(self: Box<Self>) -> thread::Result<()> {
+        Self::join(*self)
+    }
 }
 
 /// Plain `std` threads named after their role.
@@ -54,8 +76,8 @@ pub trait Spawn: Send + Sync {
 pub struct StdThreads;
 
 impl Spawn for StdThreads {
-    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<JoinHandle<()>> {
-        thread::Builder::new().name(role.to_string()).spawn(body)
+    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<Box<dyn Running>> {
+        Ok(Box::new(thread::Builder::new().name(role.to_string()).spawn(body)?))
     }
 }
 
@@ -88,7 +110,7 @@ impl PinnedThreads {
 }
 
 impl Spawn for PinnedThreads {
-    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<JoinHandle<()>> {
+    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<Box<dyn Running>> {
         let Some(cpu) = self.cpu(role) else { return StdThreads.spawn(role, body) };
         let bound = move || {
             if let Err(error) = bind_to(cpu) {
@@ -115,7 +137,7 @@ pub(crate) struct Crew {
     spawn: Arc<dyn Spawn>,
     /// What they are part of.
     span: Span,
-    handles: Vec<JoinHandle<()>>,
+    handles: Vec<Box<dyn Running>>,
 }
 
 impl Crew {
@@ -129,7 +151,7 @@ impl Crew {
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<()> {
         // Who has ended keeps its stack until it is joined.
-        let (ended, others) = self.handles.drain(..).partition(JoinHandle::is_finished);
+        let (ended, others) = self.handles.drain(..).partition(|thread| thread.is_finished());
         self.handles = ended;
         self.join();
         self.handles = others;

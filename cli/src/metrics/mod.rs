@@ -93,11 +93,11 @@ impl Metrics {
     /// One has ended, and its guest stood still for so long.
     pub(crate) fn ended(&self, side: Side, outcome: Outcome, downtime_ms: f64) {
         if let Some(shelf) = &self.shelf {
-            let mut shelf = shelf.lock();
-            *shelf.ended.entry((side, outcome)).or_default() += 1;
+            let mut kept = shelf.lock();
+            *kept.ended.entry((side, outcome)).or_default() += 1;
             // It is measured there.
             if (side, outcome) == (Side::Source, Outcome::Completed) {
-                shelf.downtime_seconds = Some(downtime_ms / 1e3);
+                kept.downtime_seconds = Some(downtime_ms / 1e3);
             }
         }
     }

@@ -1,10 +1,13 @@
 //! A migration is watched from outside: by snapshots, and by the spans of its phases.
 
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use pageferry::{Phase, Snapshot};
+use pageferry::dirty::DirtySources;
+use pageferry::testing::memory_transport;
+use pageferry::{Destination, Phase, Snapshot};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id};
 use tracing::{Level, Metadata, Subscriber};
@@ -12,6 +15,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::scene::Scene;
+use crate::support::{Refuse, SharedLog, SoftwareLog, TestMachine};
 
 /// Snapshots of both sides, some thousand, until both have ended.
 fn watched(scene: Scene) -> [Vec<Snapshot>; 2] {
@@ -43,7 +47,10 @@ fn differs(before: &Snapshot, then: &Snapshot) -> bool {
 
 #[test]
 fn counters_grow_and_what_is_left_shrinks() {
-    let [source, destination] = watched(Scene::new());
+    let scene = Scene::new();
+    // So that there is something to see on a busy machine too.
+    scene.source.handle().limit_bandwidth(NonZeroU64::new(16 << 20));
+    let [source, destination] = watched(scene);
     for seen in [&source, &destination] {
         for pair in seen.windows(2) {
             let [before, then] = pair else { unreachable!("two") };
@@ -68,6 +75,49 @@ fn counters_grow_and_what_is_left_shrinks() {
     assert!(last.expected_downtime > Some(Duration::ZERO), "{last:?}");
     assert!(last.bytes_per_second > 0.0 && last.dirty_pages_per_second > 0.0, "{last:?}");
     assert!(source.iter().any(|seen| seen.left_pages > 0 && seen.left_pages < seen.round_pages));
+}
+
+/// Also one that came to nothing: nobody polls for ever.
+#[test]
+fn whatever_becomes_of_it_it_ends() {
+    let broken = |spoil: fn(Scene) -> Scene| {
+        let scene = spoil(Scene::new());
+        let handles = [scene.source.handle(), scene.destination.handle()];
+        let outcome = scene.play(|link| link);
+        assert!(outcome.source.is_err());
+        assert_eq!(handles.map(|handle| handle.snapshot().phase), [Phase::Ended; 2]);
+    };
+    broken(|mut scene| {
+        scene.source = scene.source.channels(0);
+        scene
+    });
+    broken(|scene| {
+        scene.source.handle().cancel();
+        scene
+    });
+    broken(|mut scene| {
+        scene.destination_refuses = Refuse::Schema;
+        scene
+    });
+
+    // Who connected, and was not wanted.
+    let (source_link, destination_link) = memory_transport::pair();
+    let destination = Destination::new();
+    let handle = destination.handle();
+    let scene = Scene::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let offer = destination.negotiate(Box::new(destination_link)).expect("an offer");
+            assert_eq!(handle.snapshot().phase, Phase::Setup);
+            drop(offer);
+            assert_eq!(handle.snapshot().phase, Phase::Ended);
+        });
+        let log = SoftwareLog::new(&scene.here);
+        let machine = TestMachine::new(&scene.here, &log, 1, 1);
+        let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
+        let link = Box::new(source_link);
+        scene.source.migrate(machine, scene.here.memory(), dirty, link).expect_err("refused");
+    });
 }
 
 /// Who stands in whom, of spans: `migration(source) > round(1)`.

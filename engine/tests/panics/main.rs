@@ -6,7 +6,7 @@ mod support;
 
 use std::io;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
@@ -14,7 +14,7 @@ use pageferry::testing::{
     ChannelCall, LinkCall, TestMemory, WrappedChannel, WrappedDestination, WrappedLink,
     WrappedSource, memory_transport,
 };
-use pageferry::threads::{Spawn, StdThreads, ThreadBody, ThreadRole};
+use pageferry::threads::{Running, Spawn, StdThreads, ThreadBody, ThreadRole};
 use pageferry::transport::{ControlChannel, ControlReceiver, ControlSender, Link, TransportError};
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtDestination,
@@ -53,7 +53,7 @@ impl Spot {
 struct Hook(Spot);
 
 impl Spawn for Hook {
-    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<JoinHandle<()>> {
+    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<Box<dyn Running>> {
         self.0.reach(Spot::Hook(role));
         let spot = self.0;
         let body: ThreadBody = Box::new(move || {

@@ -6,7 +6,7 @@ mod support;
 
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
@@ -15,7 +15,7 @@ use pageferry::digest::Digest;
 use pageferry::dirty::DirtySources;
 use pageferry::memory::GuestMemory;
 use pageferry::testing::{TestMemory, WrappedSource, memory_transport, until_asleep};
-use pageferry::threads::{Spawn, StdThreads, ThreadBody, ThreadRole};
+use pageferry::threads::{Running, Spawn, StdThreads, ThreadBody, ThreadRole};
 use pageferry::transport::{ControlChannel, ControlSender, SourceLink, TransportError};
 use pageferry::{
     Arrived, Departed, Destination, Event, Machine, MachineError, Source, SwitchoverStage,
@@ -190,7 +190,7 @@ struct Lingering {
 }
 
 impl Spawn for Lingering {
-    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<JoinHandle<()>> {
+    fn spawn(&self, role: ThreadRole, body: ThreadBody) -> io::Result<Box<dyn Running>> {
         if role != ThreadRole::DeviceState {
             return StdThreads.spawn(role, body);
         }

@@ -27,7 +27,7 @@ use crate::migration::receiver::{self, ReceiverReport};
 use crate::migration::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
 use crate::pages::digest::Digest;
 use crate::pages::memory::{GuestMemory, Layout};
-use crate::progress::{Event, EventSink, Shared};
+use crate::progress::{Event, EventSink, Shared, UnderWay};
 use crate::snapshot::Phase;
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
@@ -41,6 +41,7 @@ const PATIENT: Duration = Duration::from_secs(365 * 86_400);
 const FINISH: Duration = Duration::from_secs(1);
 
 pub(super) struct Drive {
+    _under_way: UnderWay,
     span: Span,
     events: EventSink,
     timeouts: Timeouts,
@@ -81,6 +82,7 @@ pub(super) fn negotiate(
     mut link: Box<dyn DestinationLink>,
 ) -> Result<Drive, Error> {
     let Destination { common, most_channels, populate_threads, events, shared } = destination;
+    let under_way = shared.under_way();
     let span = tracing::info_span!("migration", side = "destination");
     let _span = span.clone().entered();
     let started = Instant::now();
@@ -104,6 +106,7 @@ pub(super) fn negotiate(
             let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
             session.shared().board.set_gauges(Arc::clone(&gauges));
             Ok(Drive {
+                _under_way: under_way,
                 span,
                 events,
                 timeouts: common.timeouts,
@@ -511,7 +514,6 @@ impl Drive {
     fn end(mut self) -> Statistics {
         self.populating.stop();
         self.session.close();
-        self.shared().set_phase(Phase::Ended);
         let mut statistics = std::mem::take(&mut self.statistics);
         statistics.total = self.started.elapsed();
         statistics.populated = self.populating.statistics(self.populate_threads);

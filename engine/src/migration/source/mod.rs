@@ -254,6 +254,7 @@ impl Source {
         link: Box<dyn SourceLink>,
     ) -> Result<Departed<M>, Box<SourceFailure<M>>> {
         let started = Instant::now();
+        let _under_way = self.shared.under_way();
         match self.check() {
             Ok(()) => drive::migrate(self, machine, memory, dirty, link, started),
             Err(error) => Err(Box::new(SourceFailure {

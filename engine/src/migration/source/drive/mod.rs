@@ -30,7 +30,6 @@ use crate::migration::session::{LIFE_SIGNS, Patience, Session, unexpected};
 use crate::pages::dirty::DirtySources;
 use crate::pages::memory::{GuestMemory, PageRange};
 use crate::progress::Event;
-use crate::snapshot::Phase;
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{SourceLink, TransportError};
@@ -108,7 +107,6 @@ pub(super) fn migrate<M: Machine>(
             tracing::error!(error = %panic.chain(), "not all was cleaned up");
             Statistics::default()
         });
-    source.shared.set_phase(Phase::Ended);
     statistics.total = started.elapsed();
     let machine = machine.0;
     match outcome {

@@ -131,8 +131,8 @@ impl Drive<'_> {
         let began = RoundBegan { at: Instant::now(), dirty_pages, landed_bytes };
         self.convergence.set_bandwidth_limit(self.source.shared.bandwidth_limit());
         self.convergence.round_began(self.now(), &landed, dirty_pages);
-        self.channels.lend(settle)?;
         self.source.shared.board.begin_round(round, dirty_pages);
+        self.channels.lend(settle)?;
         self.session.send(&Message::Round { round, dirty_pages })?;
         self.emit(&Event::RoundStarted { round, dirty_pages })?;
         Ok(began)
