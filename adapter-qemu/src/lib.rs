@@ -13,6 +13,9 @@
 //! - [`QemuSource`] and [`QemuDestination`] are the engine's [`Machine`](pageferry::machine::Machine) at either
 //!   side.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("this crate needs Linux: userfaultfd and /proc are Linux's");
+
 mod description;
 mod destination;
 mod device_state;

@@ -8,8 +8,8 @@
 //! - [`pagemap`] and [`uffd_wp`] track what anything in this process writes, by userfaultfd
 //!   write-protection; they need no KVM. [`process`] picks one of the two.
 //! - [`foreign`] tracks what *another* process writes, a VMM that is left as it is.
-//! - [`time`] reads and sets the time of a guest at one moment for all its vCPUs.
-//! - [`cpu`] says before anything moves whether a host's KVM has what the guest's virtual CPUs are made of.
+//! - `time` (x86-64) reads and sets the time of a guest at one moment for all its vCPUs.
+//! - `cpu` (x86-64) says before anything moves whether a host's KVM has what the guest's virtual CPUs are made of.
 //!
 //! # Which dirty source
 //!
@@ -30,10 +30,14 @@
 //! what other processes write to their own mappings of it (vhost-user): those have logs of their own, which
 //! a VMM makes a [`DirtySource`](pageferry::dirty::DirtySource) of.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("this crate needs Linux: KVM and userfaultfd are Linux's");
+
 mod addresses;
 pub mod bitmap;
 mod bits;
 mod carry;
+#[cfg(target_arch = "x86_64")]
 pub mod cpu;
 pub mod direct;
 pub mod foreign;
@@ -43,6 +47,7 @@ mod misuse;
 pub mod pagemap;
 mod pages;
 pub mod process;
+#[cfg(target_arch = "x86_64")]
 pub mod time;
 mod tracked;
 mod uffd;

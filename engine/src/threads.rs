@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use rustix::thread::{CpuSet, sched_setaffinity};
 use tracing::Span;
 
 /// What a thread of the engine does.
@@ -84,8 +83,8 @@ impl Spawn for StdThreads {
 /// [`StdThreads`], with the threads of data channels bound to CPUs: channel `i` to the `i`-th of
 /// the list, over again from its start when there are more channels.
 ///
-/// A thread that cannot be bound (the CPU does not exist, or is not allowed to this process) runs
-/// unbound, and a warning says so.
+/// A thread that cannot be bound (the CPU does not exist, or is not allowed to this process, or this is
+/// not Linux) runs unbound, and a warning says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PinnedThreads {
     cpus: Vec<usize>,
@@ -123,13 +122,21 @@ impl Spawn for PinnedThreads {
 }
 
 /// Binds the calling thread.
+#[cfg(target_os = "linux")]
 fn bind_to(cpu: usize) -> io::Result<()> {
+    use rustix::thread::{CpuSet, sched_setaffinity};
+
     if cpu >= CpuSet::MAX_CPU {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let mut set = CpuSet::new();
     set.set(cpu);
     Ok(sched_setaffinity(None, &set)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn bind_to(_cpu: usize) -> io::Result<()> {
+    Err(io::Error::new(io::ErrorKind::Unsupported, "threads are bound to CPUs on Linux only"))
 }
 
 /// Threads that are joined together.
@@ -174,7 +181,7 @@ impl Crew {
 #[cfg(test)]
 mod tests {
     use crossbeam_channel::bounded;
-    use rustix::thread::sched_getaffinity;
+    use rustix::thread::{CpuSet, sched_getaffinity};
 
     use super::*;
 

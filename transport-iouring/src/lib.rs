@@ -63,6 +63,9 @@
 //! what it has queued, and waits for a fifth of a second more. A page that a NIC still reads then
 //! is kept by the kernel's own reference, whatever becomes of the mapping.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("this crate needs Linux: io_uring is Linux's");
+
 mod chain;
 mod destination;
 mod end;

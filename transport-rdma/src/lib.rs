@@ -42,6 +42,9 @@
 //! threads while it lasts, and an acceptor has one of its own; otherwise the crate starts none, and
 //! installs no signal handler.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("this crate needs Linux: rdma-core is for Linux");
+
 mod acceptor;
 mod addresses;
 mod announce;

@@ -58,6 +58,9 @@
 //! queued, and its last reads are waited for, a fifth of a second at most. A page that a NIC still
 //! holds then is kept by the kernel's own reference, whatever happens to the mapping.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("this crate needs Linux: zero-copy sends and their notifications are Linux's");
+
 mod acceptor;
 mod channels;
 mod connection;

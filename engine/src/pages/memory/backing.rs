@@ -136,10 +136,10 @@ impl FileBacking {
 /// It is inside a mapping, whose page 0 is at this address.
 unsafe fn is_mapped(host_addr: *mut u8, page: u64) -> bool {
     let Ok(offset) = usize::try_from(page * PAGE_BYTES) else { return true };
-    let mut told = 0;
+    let mut told = 0_u8;
     let addr = host_addr.wrapping_add(offset).cast();
     // SAFETY: inside the mapping, says the caller; and there is a byte for the page.
-    let asked = unsafe { libc::mincore(addr, 1, &raw mut told) };
+    let asked = unsafe { libc::mincore(addr, 1, (&raw mut told).cast()) };
     asked != 0 || told & 1 != 0
 }
 
@@ -160,7 +160,7 @@ unsafe fn end_of_resident(host_addr: *mut u8, pages: Range<u64>) -> u64 {
         };
         let addr = host_addr.wrapping_add(offset).cast();
         // SAFETY: inside the mapping, says the caller; and there is a byte for each page.
-        if unsafe { libc::mincore(addr, len, resident.as_mut_ptr()) } != 0 {
+        if unsafe { libc::mincore(addr, len, resident.as_mut_ptr().cast()) } != 0 {
             return page;
         }
         if let Some(absent) = (page..page + piece).zip(resident).find(|(_, told)| told & 1 == 0) {

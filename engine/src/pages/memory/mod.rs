@@ -15,8 +15,6 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 
-use rustix::mm::{Advice, madvise};
-
 pub use backing::FileBacking;
 pub use layout::{
     Layout, LayoutError, MAX_REGION_PAGES, MAX_REGIONS, OutOfRange, PAGE_BYTES, PageRange,
@@ -165,14 +163,15 @@ impl GuestMemory {
     /// asked about, however far a run goes on.
     ///
     /// Known for regions with a file behind them (memfd), by `SEEK_DATA` (lseek(2)) and mincore(2), and of hugetlbfs
-    /// by mincore(2) and by reading what is not mapped here. Elsewhere all pages may hold something.
+    /// by mincore(2) and by reading what is not mapped here. Elsewhere all pages may hold something, and on hosts
+    /// whose own pages are not of [`PAGE_BYTES`].
     pub fn next_data(&self, region: u16, from_page: u64, before_page: u64) -> Option<Range<u64>> {
         let RawRegion { layout, host_addr, file } = self.regions.get(usize::from(region))?;
         let pages = from_page..before_page.min(layout.pages());
         if pages.is_empty() {
             return None;
         }
-        match file {
+        match file.as_ref().filter(|_| has_host_pages()) {
             // SAFETY: all of the region is one mapping, of this file.
             Some(file) if layout.backing_page_bytes > PAGE_BYTES => unsafe {
                 file.next_data_in_huge_pages(*host_addr, layout.backing_page_bytes, pages)
@@ -212,12 +211,26 @@ impl GuestMemory {
     }
 
     /// Has the kernel allocate pages for writing (`MADV_POPULATE_WRITE`). Their contents stay.
+    #[cfg(target_os = "linux")]
     pub(crate) fn populate(&self, range: PageRange) -> io::Result<()> {
+        use rustix::mm::{Advice, madvise};
+
+        if !has_host_pages() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this host's pages are not of 4096 bytes",
+            ));
+        }
         let span = self.span(range).map_err(io::Error::other)?;
         // SAFETY: inside a mapping that the guest may write to; this advice changes no contents
         // and unmaps nothing.
         unsafe { madvise(span.addr.cast(), span.len_bytes, Advice::LinuxPopulateWrite)? };
         Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn populate(&self, _range: PageRange) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this is not Linux"))
     }
 
     /// Fills pages with zero bytes.
@@ -277,6 +290,11 @@ impl GuestMemory {
         // MAX_REGIONS fits.
         0..u16::try_from(self.regions.len()).unwrap_or(u16::MAX)
     }
+}
+
+/// Whether this host's own pages are of [`PAGE_BYTES`]: the kernel is asked about whole pages only.
+fn has_host_pages() -> bool {
+    rustix::param::page_size() as u64 == PAGE_BYTES
 }
 
 /// Volatile loads of a span, word by word.
