@@ -187,6 +187,9 @@ pub enum Happening {
         channels: u16,
         verify: bool,
     },
+    Registering {
+        memory_bytes: u64,
+    },
     Registered {
         registered_bytes: u64,
         took_ms: f64,
@@ -279,6 +282,7 @@ impl Happening {
                 channels: agreement.channels,
                 verify: agreement.verify,
             },
+            &Event::Registering { bytes } => Self::Registering { memory_bytes: bytes },
             Event::Registered(registration) => Self::Registered {
                 registered_bytes: registration.registered_bytes,
                 took_ms: ms(registration.took),
@@ -355,7 +359,8 @@ mod tests {
             Some(match happening {
                 Listening { .. } => Connected { peer: text() },
                 Connected { .. } => Agreed { version: 1, channels: 2, verify: true },
-                Agreed { .. } => Registered { registered_bytes: 4096, took_ms: 1.0 },
+                Agreed { .. } => Registering { memory_bytes: 1 },
+                Registering { .. } => Registered { registered_bytes: 4096, took_ms: 1.0 },
                 Registered { .. } => RoundStarted { round: 1, dirty_pages: 1 },
                 RoundStarted { .. } => Progress {
                     phase: Phase::PreCopy.to_string(),

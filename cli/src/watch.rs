@@ -201,6 +201,10 @@ fn line(event: &Event) -> Option<String> {
                 limit.as_secs_f64() * 1e3,
             )
         }
+        Event::Registering { bytes } => format!(
+            "registering guest memory: up to {} are pinned, and so allocated, until the migration ends",
+            HumanBytes(*bytes)
+        ),
         Event::Throttled { percent } => format!("guest slowed down by {percent} %"),
         Event::CannotThrottle => {
             "the guest cannot be slowed down here, and is waited for".to_owned()

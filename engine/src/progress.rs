@@ -25,7 +25,14 @@ use crate::transport::{Interrupt, Registration, TransportError};
 pub enum Event {
     /// The handshake succeeded.
     Agreed(Agreement),
-    /// Guest memory was registered with the transport.
+    /// Guest memory is to be registered with the transport, which pins it: what of it is registered is allocated,
+    /// though it was never touched, and may not be discarded until the migration ends. Not where the transport
+    /// [needs none](crate::transport::Capabilities::needs_registration).
+    Registering {
+        /// All of it; the transport may do with less.
+        bytes: u64,
+    },
+    /// Guest memory was registered with the transport, as far as that comes before the first page.
     Registered(Registration),
     /// A round began.
     RoundStarted {

@@ -29,7 +29,7 @@ use crate::devices::Devices;
 use crate::error::{GuestError, StateError};
 use crate::heartbeat::{HeartbeatGap, HeartbeatSnapshot};
 use crate::kvm::{self, KvmMachine};
-use crate::layout::Layout;
+use crate::layout::{CLOCK, CLOCK_BEGAN, Layout};
 use crate::linear::LinearMemory;
 use crate::process::ProcessMachine;
 use crate::ram::GuestRam;
@@ -281,6 +281,15 @@ impl Guest {
     /// What the heartbeat saw.
     pub fn heartbeat(&self) -> HeartbeatSnapshot {
         self.devices.heartbeat.snapshot()
+    }
+
+    /// The time since the guest's first beat, by the time stamp counter as it read that at the last one. `None` where
+    /// it has none: a process guest, or a KVM that does not tell how fast the counter is.
+    pub fn clock(&self) -> Option<Duration> {
+        let khz = self.config.cpu.as_ref()?.tsc_khz()?;
+        let read = |address| self.memory.load_u64(address).ok();
+        let cycles = read(CLOCK)?.checked_sub(read(CLOCK_BEGAN).filter(|began| *began > 0)?)?;
+        Some(Duration::from_secs_f64(cycles as f64 / f64::from(khz) / 1e3))
     }
 
     /// Waits until it has beaten so often. If it does not: why, as far as that is known.

@@ -28,6 +28,10 @@ pub(crate) const CODE_MAX_BYTES: u64 = 0x1000;
 pub(crate) const GDT: u64 = 0x2000;
 /// Parameter block: what was booted, for the oracle to compare with what it expects.
 pub(crate) const PARAMETERS: u64 = 0x3000;
+/// The time stamp counter as any virtual CPU read it last (u64), behind the parameters.
+pub(crate) const CLOCK: u64 = PARAMETERS + 0x400;
+/// The same at the first beat (u64).
+pub(crate) const CLOCK_BEGAN: u64 = PARAMETERS + 0x408;
 /// Zero-terminated line the guest prints at boot.
 pub(crate) const BANNER: u64 = 0x3800;
 /// Room for it with its terminator.
@@ -65,6 +69,8 @@ pub(crate) mod slot {
     pub(crate) const BEATS_MEMORY: u64 = 16;
     /// A register that must never change (u64).
     pub(crate) const CANARY: u64 = 24;
+    /// How often the time stamp counter was less than any virtual CPU had read it before (u64).
+    pub(crate) const CLOCK_WENT_BACK: u64 = 32;
     /// XMM0 to XMM15.
     pub(crate) const XMM: u64 = 256;
     /// Its task state, which says where the stack for exceptions ends: with the slot.

@@ -278,6 +278,11 @@ fn failed(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> CpuError
 }
 
 impl CpuProfile {
+    /// How fast the guest's time stamp counter is, in kHz; `None` where KVM does not tell.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.tsc_khz
+    }
+
     /// All that KVM has for virtual CPUs here. Makes a virtual machine with one, and drops it.
     pub fn of_host(kvm: &Kvm) -> Result<Self, CpuError> {
         let vm = kvm.create_vm().map_err(failed("create a virtual machine"))?;

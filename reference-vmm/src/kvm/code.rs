@@ -20,7 +20,9 @@
 use std::arch::global_asm;
 
 use crate::devices::{HEARTBEAT_PORT, SERIAL_PORT};
-use crate::layout::{BANNER, CODE_MAX_BYTES, PAGE_BYTES, PAGE_COUNTER, checkpoint, slot};
+use crate::layout::{
+    BANNER, CLOCK, CLOCK_BEGAN, CODE_MAX_BYTES, PAGE_BYTES, PAGE_COUNTER, checkpoint, slot,
+};
 use crate::workload::{HOT_WRITES_IN_A_ROW, WorkloadKind, arithmetic};
 
 global_asm!(
@@ -75,8 +77,22 @@ global_asm!(
     "    movups [r11 + {xmm} + 0xd0], xmm13",
     "    movups [r11 + {xmm} + 0xe0], xmm14",
     "    movups [r11 + {xmm} + 0xf0], xmm15",
+    // What the clock was on any virtual CPU before, read before an exit that orders the two.
+    "    mov r9, [{clock}]",
     "    mov edx, {heartbeat}",
     "    in eax, dx",
+    "    mov ecx, eax",
+    "    rdtsc",
+    "    shl rdx, 32",
+    "    or rax, rdx",
+    "    cmp rax, r9",
+    "    jae 20f",
+    "    inc qword ptr [r11 + {clock_went_back}]",
+    "20: mov [{clock}], rax",
+    "    cmp qword ptr [{clock_began}], 0",
+    "    jne 30f",
+    "    mov [{clock_began}], rax",
+    "30: mov eax, ecx",
     "    test eax, eax",
     "    jz pageferry_guest_beat",
     "    jmp rbp",
@@ -228,6 +244,9 @@ global_asm!(
     beats_register = const slot::BEATS_REGISTER,
     beats_memory = const slot::BEATS_MEMORY,
     canary = const slot::CANARY,
+    clock = const CLOCK,
+    clock_began = const CLOCK_BEGAN,
+    clock_went_back = const slot::CLOCK_WENT_BACK,
     xmm = const slot::XMM,
     counter = const PAGE_COUNTER,
     page_bytes = const PAGE_BYTES,

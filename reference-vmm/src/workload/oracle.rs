@@ -108,6 +108,11 @@ fn check_slot(
         in_memory == in_register || in_memory == in_register.wrapping_add(1),
         "vcpu {vcpu} counted {in_register} beats in its register and {in_memory} in memory"
     );
+    let went_back = memory.load_u64(address + slot::CLOCK_WENT_BACK)?;
+    ensure!(
+        went_back == 0,
+        "vcpu {vcpu} saw the time stamp counter go back {went_back} times: {in_memory} beats"
+    );
     // The first beat's stores may be incomplete.
     if in_register >= 2 {
         let stored = memory.load_u64(address + slot::CANARY)?;

@@ -26,7 +26,9 @@ fn lines(path: &Path) -> Vec<Value> {
 fn names(lines: &[Value]) -> Vec<&str> {
     let names = lines.iter().map(|line| line["event"].as_str().expect("an event"));
     let mut names: Vec<_> = names
-        .filter(|name| !["progress", "forecast", "registered", "rebalanced"].contains(name))
+        .filter(|name| {
+            !["progress", "forecast", "registering", "registered", "rebalanced"].contains(name)
+        })
         .collect();
     names.dedup();
     names

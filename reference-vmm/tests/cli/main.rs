@@ -12,6 +12,7 @@ mod demo;
 mod events;
 mod floods;
 mod iouring;
+mod memory_use;
 mod metrics;
 mod onward;
 mod refused;

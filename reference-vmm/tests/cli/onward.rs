@@ -1,8 +1,10 @@
 //! Guests that move on where they came to, by commands alone; and some that are paused on the way.
 
+use std::time::{Duration, Instant};
+
 use rustix::process::Signal;
 
-use crate::support::host::guest_kind;
+use crate::support::host::{guest_kind, skipped};
 use crate::support::peer::closed_port;
 use crate::support::process::Process;
 use crate::support::sides::{
@@ -14,13 +16,16 @@ const MOVES: usize = 20;
 
 #[test]
 fn a_guest_moves_twenty_times() {
-    let mut here = source_that_stays(&["--verify", "--vcpus=2"]);
+    // In an emulated machine a switchover takes long.
+    let options = ["--verify", "--downtime-limit=10s"];
+    let mut here = source_that_stays(&[&options[..], &["--vcpus=2"]].concat());
     let mut beats = here.beats();
+    let began = Clock::of(&mut here);
     for number in 1..=MOVES {
         // The last one looks at its memory.
         let (mut there, address) = match number {
             MOVES => destination(&[]),
-            _ => destination_that_stays(&["--verify", "--on-demand"]),
+            _ => destination_that_stays(&[&options[..], &["--on-demand"]].concat()),
         };
         here.say(format!("migrate {address}"));
         let departed = here.await_report();
@@ -38,7 +43,45 @@ fn a_guest_moves_twenty_times() {
         assert!(arrived.count("heartbeats") > beats, "{beats} before: {arrived:?}");
         beats = arrived.count("heartbeats");
         there.await_beats_beyond(beats);
+        if let (Some(began), Some(now)) = (&began, Clock::of(&mut there)) {
+            now.assert_goes_with_ours_since(began);
+        }
         here = there;
+    }
+}
+
+/// What a guest's own clock showed at a moment.
+struct Clock {
+    shows: Duration,
+    /// Ours, before and after it was asked for.
+    between: [Instant; 2],
+}
+
+/// How long a guest that runs may not have looked at its clock, on a busy machine.
+const GLANCE: Duration = Duration::from_millis(300);
+
+impl Clock {
+    /// `None` of a guest that has none.
+    fn of(process: &mut Process) -> Option<Self> {
+        let before = Instant::now();
+        process.say("status");
+        let line = process.await_message("the guest runs here, ");
+        let between = [before, Instant::now()];
+        let Some((_, told)) = line.split_once("so far, ") else {
+            skipped("the guest has no clock: no KVM, or one that does not tell how fast it goes");
+            return None;
+        };
+        let seconds = told.split(' ').next().and_then(|word| word.parse().ok());
+        let shows = Duration::from_secs_f64(seconds.unwrap_or_else(|| panic!("{line}")));
+        Some(Self { shows, between })
+    }
+
+    /// As much time has gone by in the guest as here.
+    fn assert_goes_with_ours_since(&self, earlier: &Self) {
+        let passed = self.shows.checked_sub(earlier.shows).expect("it does not go back");
+        let most = self.between[1] - earlier.between[0] + GLANCE;
+        let least = (self.between[0] - earlier.between[1]).saturating_sub(GLANCE);
+        assert!((least..=most).contains(&passed), "{passed:?}, and {least:?} to {most:?} here");
     }
 }
 

@@ -277,6 +277,9 @@ impl Drive {
     }
 
     fn open_channels(&mut self, memory: &Arc<GuestMemory>) -> Result<(), Error> {
+        if self.link.capabilities().needs_registration {
+            self.emit(&Event::Registering { bytes: memory.layout().len_bytes() })?;
+        }
         let registration = self.session.wait_in(|| self.link.register(memory))?;
         self.statistics.registration = registration;
         self.emit(&Event::Registered(registration))?;

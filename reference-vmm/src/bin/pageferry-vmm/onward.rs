@@ -190,6 +190,9 @@ fn status(guest: &Guest) {
     } else if guest.is_paused() {
         say!("the guest is paused here, {beats} heartbeats so far; \"resume\" lets it run");
     } else {
-        say!("the guest runs here, {beats} heartbeats so far");
+        let clock = guest.clock().map_or_else(String::new, |time| {
+            format!(", {:.6} s since the first by its clock", time.as_secs_f64())
+        });
+        say!("the guest runs here, {beats} heartbeats so far{clock}");
     }
 }

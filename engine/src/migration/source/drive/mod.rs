@@ -245,6 +245,9 @@ impl Drive<'_> {
     }
 
     fn open_channels(&mut self, agreement: Agreement) -> Result<(), Error> {
+        if self.link.capabilities().needs_registration {
+            self.emit(&Event::Registering { bytes: self.memory.layout().len_bytes() })?;
+        }
         let registration = self.session.wait_in(|| self.link.register(&self.memory))?;
         self.statistics.registration = registration;
         self.emit(&Event::Registered(registration))?;
