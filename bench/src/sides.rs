@@ -80,7 +80,7 @@ impl<A: DeserializeOwned + std::fmt::Debug + Send + 'static> Sides<A> {
     /// Starts both, as `side MEASUREMENT source` and `destination`.
     pub(crate) fn start(measurement: &str) -> Result<Self, Failure> {
         let (interrupt, interrupted) = unbounded();
-        signals::listen(&signals::ENDING, interrupt, |_| ())
+        signals::listen(&signals::ending(), interrupt, |_| ())
             .map_err(|error| format!("failed to listen to signals: {error}"))?;
         let (hear, heard) = unbounded();
         Ok(Self {

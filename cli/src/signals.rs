@@ -5,11 +5,24 @@ use std::thread;
 
 use crossbeam_channel::Sender;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-pub use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+pub use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-/// Those that somebody sends who wants a program to end.
-pub const ENDING: [i32; 2] = [SIGINT, SIGTERM];
+/// Those that somebody sends who wants a program to end. The end of its terminal is one, unless whoever started the
+/// program has it ignored (nohup).
+pub fn ending() -> Vec<i32> {
+    let mut ending = vec![SIGINT, SIGTERM];
+    if !ignores(SIGHUP) {
+        ending.push(SIGHUP);
+    }
+    ending
+}
+
+/// Whether this process was started so that it does not hear that signal.
+fn ignores(signal: i32) -> bool {
+    let status = procfs::process::Process::myself().and_then(|process| process.status());
+    status.is_ok_and(|status| status.sigign >> (signal - 1) & 1 != 0)
+}
 
 /// Says what each signal means, from a thread of its own that lives as long as the process or somebody
 /// hears it.

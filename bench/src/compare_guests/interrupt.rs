@@ -24,7 +24,7 @@ impl Interrupt {
     pub(super) fn listen() -> Result<Self, Failure> {
         let interrupt = Self::default();
         let (tell, told) = unbounded();
-        signals::listen(&signals::ENDING, tell, |_| ())?;
+        signals::listen(&signals::ending(), tell, |_| ())?;
         let heard = interrupt.clone();
         thread::Builder::new().name("interrupt".into()).spawn(move || {
             for () in told {

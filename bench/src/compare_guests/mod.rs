@@ -40,9 +40,11 @@ pub(crate) fn run(args: &CompareGuestsArgs) -> Result<Outcome, Failure> {
                 None => Ok(Outcome::Completed),
             }
         }
-        Ok(None) => Ok(Outcome::Cancelled),
-        Err(_) if interrupt.came() => Ok(Outcome::Cancelled),
-        Err(error) => Err(error),
+        Err(error) if !interrupt.came() => Err(error),
+        Ok(None) | Err(_) => {
+            say!("cancelled");
+            Ok(Outcome::Cancelled)
+        }
     }
 }
 

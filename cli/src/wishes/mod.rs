@@ -58,8 +58,8 @@ pub enum Wish {
 
 /// Turns signals into wishes.
 pub fn listen_to_signals(wishes: Sender<Wish>) -> std::io::Result<()> {
-    let [interrupt, terminate] = signals::ENDING;
-    signals::listen(&[interrupt, terminate, SIGUSR1], wishes, |signal| match signal {
+    let heard = [signals::ending(), vec![SIGUSR1]].concat();
+    signals::listen(&heard, wishes, |signal| match signal {
         SIGUSR1 => Wish::Migrate(None),
         _ => Wish::Interrupt,
     })

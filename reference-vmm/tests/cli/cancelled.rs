@@ -13,7 +13,7 @@ use crate::support::peer::{
 };
 use crate::support::process::Process;
 use crate::support::sides::{
-    BUSY, SMALL, TIGHT, destination, source, source_that_stays, under_way,
+    BUSY, SMALL, TIGHT, destination, destination_by, source, source_that_stays, under_way,
 };
 
 #[test]
@@ -32,6 +32,27 @@ fn at_the_destination() {
     destination.signal(Signal::INT);
     destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
     source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+}
+
+/// The end of a terminal is an end in order too.
+#[test]
+fn by_the_end_of_the_terminal() {
+    let (mut source, mut destination, beats) = under_way(&[]);
+    source.signal(Signal::HUP);
+    source.finish().report(3).assert_kept("cancelled", &["cancelled"], beats);
+    destination.finish().report(3).assert_did_not_come("cancelled", &["cancelled"]);
+}
+
+/// Unless it was started so that it outlives that.
+#[test]
+fn not_by_the_end_of_a_terminal_that_is_of_no_matter() {
+    let program = ["nohup", env!("CARGO_BIN_EXE_pageferry-vmm")];
+    let (mut destination, address) = destination_by(&program, &[]);
+    destination.signal(Signal::HUP);
+    let mut source = source(&[]);
+    source.say(format!("migrate {address}"));
+    source.finish().report(0).assert_departed();
+    destination.finish().report(0).assert_arrived();
 }
 
 #[test]
