@@ -221,7 +221,10 @@ impl<M> Arrival<M> {
         let mut report =
             Report::new(outcome, at, self.transport, channels, memory_bytes, statistics);
         match &self.result {
-            Ok(arrived) => report.memory_match = arrived.verified.then_some(true),
+            Ok(arrived) => {
+                report.memory_match = arrived.verified.then_some(true);
+                report.guest_paused = arrived.paused;
+            }
             Err(failure) => report.error = Some(failure.error.chain().to_string()),
         }
         report

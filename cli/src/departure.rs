@@ -106,8 +106,9 @@ impl Departure<'_> {
             report
         };
         let gone = match result {
-            Ok(Departed { machine, statistics, .. }) => {
+            Ok(Departed { machine, paused, statistics }) => {
                 let mut report = report(Outcome::Completed, GuestAt::Destination, &statistics);
+                report.guest_paused = paused;
                 report.memory_match = verify.then_some(true);
                 Gone { report, statistics, machine, recorder }
             }
@@ -120,6 +121,7 @@ impl Departure<'_> {
                 };
                 let mut report = report(Outcome::of(&error, cancelled), at, &statistics);
                 report.error = Some(error.chain().to_string());
+                report.guest_paused = matches!(guest, GuestAtSource::StillPaused);
                 if matches!(error, Error::MemoryDiffers { .. }) {
                     report.memory_match = Some(false);
                 }

@@ -239,7 +239,7 @@ pub enum Happening {
     CalledOff {
         attempt: u32,
         stage: Option<String>,
-        stood_ms: f64,
+        stood_ms: Option<f64>,
     },
     Loaded,
     Committed,
@@ -313,7 +313,7 @@ impl Happening {
             &Event::CalledOff { attempt, stage, stood } => Self::CalledOff {
                 attempt,
                 stage: stage.map(|stage| stage.to_string()),
-                stood_ms: ms(stood),
+                stood_ms: stage.map(|_| ms(stood)),
             },
             Event::Loaded => Self::Loaded,
             Event::Committed => Self::Committed,
@@ -394,7 +394,7 @@ mod tests {
                 Rebalanced { .. } => Throttled { percent: 10 },
                 Throttled { .. } => CannotThrottle,
                 CannotThrottle => GuestPaused,
-                GuestPaused => CalledOff { attempt: 1, stage: None, stood_ms: 1.0 },
+                GuestPaused => CalledOff { attempt: 1, stage: None, stood_ms: None },
                 CalledOff { .. } => Loaded,
                 Loaded => Committed,
                 Committed => GuestRunsThere,

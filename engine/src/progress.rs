@@ -389,7 +389,7 @@ impl Shared {
         result
     }
 
-    /// From now on the migration is under way, until what this returns is dropped.
+    /// The migration has not ended, also where it never begins, until what this returns is dropped.
     pub(crate) fn under_way(self: &Arc<Self>) -> UnderWay {
         UnderWay(Arc::clone(self))
     }

@@ -70,7 +70,8 @@ pub struct Snapshot {
     pub landed_bytes: u64,
     /// Bytes on the wire of data channels.
     pub wire_bytes: u64,
-    /// At the source: unique pages that the guest dirtied a second, before the round.
+    /// At the source: unique pages that the guest dirtied a second, in the last round, or in the last quarter of a
+    /// second if that was shorter.
     pub dirty_pages_per_second: f64,
     /// At the source: page bytes that land a second, as decisions count on it.
     pub bytes_per_second: f64,

@@ -113,7 +113,8 @@ pub struct Statistics {
     pub registered_on_the_way: Registration,
     /// At the destination: memory populated ahead of the data.
     pub populated: Populated,
-    /// Pages the guest dirtied a second, between the last two harvests of a running guest.
+    /// Unique pages the guest dirtied a second, in the last round that it ran, or in the last quarter of a second if
+    /// that was shorter.
     pub dirty_pages_per_second: f64,
     /// Page bytes that landed a second, as the switchover was decided on it.
     pub bytes_per_second: f64,

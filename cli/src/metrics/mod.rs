@@ -50,7 +50,7 @@ pub enum Side {
 impl Side {
     fn name(self) -> &'static str {
         match self {
-            Self::Source => "source",
+            Self::Source => SOURCE,
             Self::Destination => "destination",
         }
     }
@@ -77,7 +77,11 @@ impl Metrics {
                 Err(fmt::Error) => String::new(),
             }
         };
-        let body = move || http::serve(&listener, CONTENT_TYPE, page);
+        let body = move || {
+            if let Err(error) = http::serve(&listener, CONTENT_TYPE, page) {
+                tracing::error!(%error, "metrics are no longer served");
+            }
+        };
         thread::Builder::new().name("metrics".into()).spawn(body)?;
         say!("metrics at http://{address}/metrics");
         Ok(Self { shelf: Some(shelf) })
@@ -125,60 +129,79 @@ impl Shelf {
 struct Figure {
     name: &'static str,
     help: &'static str,
+    /// Whether only the source knows it.
+    of_source: bool,
     of: fn(&Snapshot) -> Option<f64>,
 }
+
+const SOURCE: &str = "source";
 
 /// What each side's migration has one of.
 const FIGURES: [Figure; 11] = [
     Figure {
         name: "elapsed_seconds",
         help: "Since it began, until it ended",
+        of_source: false,
         of: |now| Some(now.elapsed.as_secs_f64()),
     },
-    Figure { name: "round", help: "The round, from 1", of: |now| Some(now.round.into()) },
+    Figure {
+        name: "round",
+        help: "The round, from 1",
+        of_source: false,
+        of: |now| Some(now.round.into()),
+    },
     Figure {
         name: "round_pages",
         help: "Pages to look at in this round",
+        of_source: false,
         of: |now| Some(now.round_pages as f64),
     },
     Figure {
         name: "left_pages",
         help: "Those of them that were not looked at yet",
+        of_source: true,
         of: |now| Some(now.left_pages as f64),
     },
     Figure {
         name: "left_bytes",
         help: "Bytes of guest memory that this round has not looked at yet",
+        of_source: true,
         of: |now| Some(now.left_bytes() as f64),
     },
     Figure {
         name: "dirty_pages_per_second",
-        help: "Unique pages that the guest dirtied a second, before this round",
-        of: |now| now.forecast.map(|_| now.dirty_pages_per_second),
+        help: "Unique pages that the guest dirties a second",
+        of_source: true,
+        of: |now| now.expected_downtime.map(|_| now.dirty_pages_per_second),
     },
     Figure {
         name: "bytes_per_second",
         help: "Page bytes that land a second, as decisions count on it",
+        of_source: true,
         of: |now| now.expected_downtime.map(|_| now.bytes_per_second),
     },
     Figure {
         name: "expected_downtime_seconds",
         help: "The downtime to expect if the guest were paused now",
+        of_source: true,
         of: |now| now.expected_downtime.map(|expected| expected.as_secs_f64()),
     },
     Figure {
         name: "least_downtime_seconds",
         help: "The downtime that further rounds lead to",
+        of_source: true,
         of: |now| now.forecast.map(|forecast| forecast.least.as_secs_f64()),
     },
     Figure {
         name: "throttle_ratio",
         help: "By how much the guest is slowed down, 0 to 1",
+        of_source: true,
         of: |now| Some(f64::from(now.throttle_percent) / 100.0),
     },
     Figure {
         name: "called_off",
         help: "Switchovers that were called off",
+        of_source: false,
         of: |now| Some(now.called_off.into()),
     },
 ];
@@ -190,10 +213,10 @@ impl Collector for Shelf {
             kept.watched.iter().map(|(side, handle)| (side.name(), handle.snapshot())).collect();
         let encoder = &mut encoder;
 
-        for Figure { name, help, of } in &FIGURES {
+        for Figure { name, help, of_source, of } in &FIGURES {
             let mut family = family(encoder, name, help, MetricType::Gauge)?;
             for (side, snapshot) in &migrations {
-                if let Some(value) = of(snapshot) {
+                if let Some(value) = of(snapshot).filter(|_| !of_source || *side == SOURCE) {
                     gauge(&mut family, &[("side", side)], value)?;
                 }
             }
@@ -333,7 +356,8 @@ mod tests {
     fn what_is_watched_is_served() {
         let metrics = Metrics::serve("127.0.0.1:0").expect("served");
         assert!(!page(&metrics).contains("side="), "nothing yet");
-        metrics.watch(Side::Source, pageferry::Source::new().handle());
+        let source = pageferry::Source::new();
+        metrics.watch(Side::Source, source.handle());
         let there = page(&metrics);
         assert!(there.contains("pageferry_phase{side=\"source\",phase=\"setup\"} 1"), "{there}");
         assert!(there.contains("pageferry_phase{side=\"source\",phase=\"ended\"} 0"), "{there}");

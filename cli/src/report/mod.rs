@@ -46,6 +46,8 @@ pub struct Report {
     pub error: Option<String>,
     /// Where the guest is.
     pub guest_at: GuestAt,
+    /// Whether it is paused there because it was paused before.
+    pub guest_paused: bool,
     /// "kvm" or "process".
     pub guest: Option<String>,
     /// What the guest does.
@@ -187,6 +189,7 @@ impl Report {
             outcome,
             error: None,
             guest_at,
+            guest_paused: false,
             guest: None,
             workload: None,
             vcpus: None,

@@ -17,8 +17,13 @@ impl Report {
             table.add_row(vec![Cell::new(name), value]);
         };
         let outcome = match self.outcome {
+            Outcome::Completed if self.guest_paused => "completed: the guest is at the destination",
             Outcome::Completed => "completed: the guest runs at the destination",
+            Outcome::Cancelled if self.guest_paused => "cancelled: the guest is at the source",
             Outcome::Cancelled => "cancelled: the guest runs on at the source",
+            Outcome::Failed if self.guest_at == GuestAt::Source && self.guest_paused => {
+                "failed: the guest is at the source"
+            }
             Outcome::Failed if self.guest_at == GuestAt::Source => {
                 "failed: the guest runs on at the source"
             }
@@ -28,7 +33,8 @@ impl Report {
             Outcome::Failed => "failed",
             Outcome::Uncertain => "uncertain: see below",
         };
-        row("outcome", outcome.to_owned());
+        let paused = if self.guest_paused { ", paused as it was" } else { "" };
+        row("outcome", format!("{outcome}{paused}"));
         if let Some(error) = &self.error {
             row("error", error.clone());
         }

@@ -6,7 +6,7 @@ use crossbeam_channel::Receiver;
 use pageferry::MigrationHandle;
 use pageferry::transport::{SourceLink, TransportError};
 
-use super::{Wish, cancels, steer, unless_given_up, until_interrupted};
+use super::{Wish, cancels, hearing, steer, unless_given_up};
 use crate::transport::{Acceptor, Caller, Chosen};
 
 /// Connects, on a thread of its own so that wishes are heard meanwhile.
@@ -32,7 +32,7 @@ pub(crate) fn connect(
     Err(pageferry::Error::Cancelled)
 }
 
-/// Waits for somebody who connects; `None` if a Ctrl-C came first.
+/// Waits for somebody who connects; `None` if somebody wants this to end first.
 pub(crate) fn accept(
     chosen: &Chosen,
     acceptor: &Acceptor,
@@ -40,9 +40,14 @@ pub(crate) fn accept(
 ) -> Result<Option<Caller>, TransportError> {
     let interrupt = acceptor.interrupter();
     let accept = || chosen.accept(acceptor);
-    let accepted = until_interrupted(wishes, accept, || interrupt.interrupt());
-    match accepted.map_err(|_| TransportError::Closed)? {
-        (_, true) => Ok(None),
-        (link, false) => Ok(Some(link?)),
-    }
+    let mut ended = false;
+    let accepted = hearing(wishes, accept, |wish| match wish {
+        Wish::Interrupt | Wish::Quit => {
+            ended = true;
+            interrupt.interrupt();
+        }
+        _ => say!("there is no guest here yet: it is waited for"),
+    });
+    let accepted = accepted.map_err(|_| TransportError::Closed)?;
+    if ended { Ok(None) } else { Ok(Some(accepted?)) }
 }

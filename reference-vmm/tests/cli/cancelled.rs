@@ -64,6 +64,16 @@ fn at_a_destination_that_nobody_came_to() {
 }
 
 #[test]
+fn by_quit_at_a_destination_that_nobody_came_to() {
+    let (mut destination, _) = destination(&[]);
+    destination.say("status");
+    destination.await_message("there is no guest here yet");
+    destination.say("quit");
+    let why = ["interrupted before a guest came"];
+    destination.finish().report(3).assert_did_not_come("cancelled", &why);
+}
+
+#[test]
 fn at_a_destination_whose_source_says_nothing() {
     let (mut destination, address) = destination(&[]);
     let _silent = welcomed(&address, 1);

@@ -26,6 +26,8 @@ fn it_could_go_and_does_not() {
         destination.await_message("it asks for a guest of 64.00 MiB");
         destination.await_message("the next is waited for");
     }
+    let said = destination.messages();
+    assert!(!said.contains("lost"), "nothing was: {said}");
     // Of a guest that runs already, which then goes.
     let mut source = source_that_stays(&[]);
     source.say(format!("check {address}"));
@@ -36,6 +38,15 @@ fn it_could_go_and_does_not() {
     source.say(format!("migrate {address}"));
     source.finish().report(0).assert_departed();
     destination.finish().report(0).assert_arrived();
+}
+
+/// It keeps others out.
+#[test]
+fn it_is_over_in_a_minute() {
+    let why = ["check", "127.0.0.1:1", "--for=61s"];
+    let mut process = Process::start("check", &why);
+    process.await_message("more than a minute");
+    assert_eq!(process.finish_for_people().0, Some(2));
 }
 
 #[test]

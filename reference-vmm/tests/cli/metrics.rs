@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use crate::support::peer::closed_port;
 use crate::support::process::Process;
 use crate::support::sides::{destination_that_stays, source_that_stays};
 
@@ -50,6 +51,15 @@ fn both_sides_are_scraped_before_during_and_after() {
     let [there, here] = [&mut destination, &mut source].map(address);
     assert_eq!(value(&scrape(&here), "pageferry_phase{side=\"source\",phase=\"setup\"}"), None);
 
+    // One that nobody waits for ends too.
+    let (_held, nowhere) = closed_port();
+    source.say(format!("migrate {nowhere}"));
+    let ended = "pageferry_phase{side=\"source\",phase=\"ended\"}";
+    await_more(&here, "pageferry_migrations_total{side=\"source\",outcome=\"failed\"}", 0.0);
+    let page = await_more(&here, ended, 0.0);
+    let elapsed = |page| value(page, "pageferry_elapsed_seconds{side=\"source\"}");
+    assert_eq!(elapsed(&scrape(&here)), elapsed(&page));
+
     source.say(format!("migrate {to}"));
     let page = await_more(&here, "pageferry_round{side=\"source\"}", 3.0);
     let of_source = |name: &str| value(&page, &format!("pageferry_{name}{{side=\"source\"}}"));
@@ -74,7 +84,9 @@ fn both_sides_are_scraped_before_during_and_after() {
         0.0,
     );
     assert_eq!(value(&page, "pageferry_phase{side=\"destination\",phase=\"ended\"}"), Some(1.0));
-    source.finish().report(0).assert_departed();
+    let ended = source.finish();
+    ended.assert_status(0);
+    ended.reports.last().expect("a report").assert_departed();
     destination.say("quit");
     destination.finish().assert_status(0);
 }

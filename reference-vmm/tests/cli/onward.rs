@@ -148,12 +148,16 @@ fn a_paused_guest_arrives_paused_and_moves_on_paused() {
         here.await_message("guest is at the destination, paused as it was");
         let ended = here.finish();
         ended.assert_status(0);
-        ended.reports.last().expect("a report").assert_departed();
+        let departed = ended.reports.last().expect("a report");
+        departed.assert_departed();
+        assert_eq!(departed.flag("guest_paused"), Some(true));
         there.await_message("the guest is paused here, as it was");
         there.say("status");
         // It has not beaten meanwhile.
         assert_eq!(there.await_message("the guest is paused here, "), paused);
-        assert_eq!(there.await_report().text("outcome"), "completed");
+        let arrived = there.await_report();
+        assert_eq!(arrived.text("outcome"), "completed");
+        assert_eq!(arrived.flag("guest_paused"), Some(true));
         here = there;
     }
     here.say("resume");

@@ -37,6 +37,9 @@ use crate::transport::{DestinationLink, TransportError};
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
 const PATIENT: Duration = Duration::from_secs(365 * 86_400);
 
+/// What a trial may take in all.
+const TRIAL: Duration = Duration::from_secs(120);
+
 /// How long the source has to end its channels in order once the guest runs here.
 const FINISH: Duration = Duration::from_secs(1);
 
@@ -61,6 +64,8 @@ pub(super) struct Drive {
     verified: bool,
     /// Whether the guest was paused at the source when it was saved, and stays so.
     paused: bool,
+    /// How long a trial may take: it keeps others out.
+    trial_ends: Option<Patience>,
     /// For how long its first round is waited for, as long as there was none.
     first_round: Option<Patience>,
     closing: Closing,
@@ -81,8 +86,8 @@ pub(super) fn negotiate(
     destination: Destination,
     mut link: Box<dyn DestinationLink>,
 ) -> Result<Drive, Error> {
-    let Destination { common, most_channels, populate_threads, events, shared } = destination;
-    let under_way = shared.under_way();
+    let Destination { common, most_channels, populate_threads, events, shared, under_way } =
+        destination;
     let span = tracing::info_span!("migration", side = "destination");
     let _span = span.clone().entered();
     let started = Instant::now();
@@ -103,6 +108,7 @@ pub(super) fn negotiate(
     let heard = hear(&mut session, most_channels, wants_data_ranges, patience);
     match heard {
         Ok((hello, agreement, welcome)) => {
+            let trial_ends = hello.trial.then(|| Patience::now("the end of a trial", TRIAL));
             let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
             session.shared().board.set_gauges(Arc::clone(&gauges));
             Ok(Drive {
@@ -122,6 +128,7 @@ pub(super) fn negotiate(
                 digest: None,
                 verified: false,
                 paused: false,
+                trial_ends,
                 first_round: None,
                 closing: Closing::default(),
                 late: VecDeque::new(),
@@ -315,7 +322,10 @@ impl Drive {
             let item = if let Some(report) = self.late.pop_front() {
                 Item::Report(report)
             } else {
-                let patient = || Patience::now("the source", PATIENT);
+                let patient = || match self.trial_ends {
+                    Some(ends) => ends,
+                    None => Patience::now("the source", PATIENT),
+                };
                 self.session.next(self.first_round.unwrap_or_else(patient))?
             };
             match item {
@@ -355,6 +365,10 @@ impl Drive {
                 Item::Message(Message::Compared { digest, .. }) => self.compare(digest)?,
                 Item::Message(Message::Prepare(prepare)) => return Ok((prepare, state)),
                 Item::Message(other) => return Err(unexpected(&other, "pages were coming in")),
+                Item::Report(ReceiverReport::Failed { error, .. }) if self.hello.trial => {
+                    // It is over, most likely, and that was said on the control channel.
+                    return Err(self.session.explain(error));
+                }
                 Item::Report(ReceiverReport::Failed { channel, error }) => {
                     let error = self.closing.explain(channel, error);
                     // The thread that placed what came on it is through, so nothing lands later.

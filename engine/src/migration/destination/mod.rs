@@ -12,7 +12,7 @@ use crate::config::{Common, MAX_CHANNELS, Timeouts, common_settings};
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::pages::memory::{GuestMemory, Layout};
-use crate::progress::{Event, EventSink, MigrationHandle, Shared};
+use crate::progress::{Event, EventSink, MigrationHandle, Shared, UnderWay};
 use crate::stats::Statistics;
 use crate::threads::Spawn;
 use crate::transport::DestinationLink;
@@ -38,6 +38,7 @@ pub struct Destination {
     populate_threads: u16,
     events: EventSink,
     shared: Arc<Shared>,
+    under_way: UnderWay,
 }
 
 impl fmt::Debug for Destination {
@@ -133,12 +134,14 @@ impl<M: fmt::Debug> std::error::Error for DestinationFailure<M> {
 impl Destination {
     /// With up to [`MAX_CHANNELS`] data channels, and no memory populated ahead.
     pub fn new() -> Self {
+        let shared = Shared::new();
         Self {
             common: Common::default(),
             most_channels: MAX_CHANNELS,
             populate_threads: 0,
             events: Box::new(|_| {}),
-            shared: Shared::new(),
+            under_way: shared.under_way(),
+            shared,
         }
     }
 

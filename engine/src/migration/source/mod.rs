@@ -16,7 +16,7 @@ use crate::machine::Machine;
 use crate::migration::sender::BATCH_BYTES;
 use crate::pages::dirty::DirtySources;
 use crate::pages::memory::GuestMemory;
-use crate::progress::{Event, EventSink, MigrationHandle, Shared, check_settings};
+use crate::progress::{Event, EventSink, MigrationHandle, Shared, UnderWay, check_settings};
 use crate::stats::Statistics;
 use crate::threads::Spawn;
 use crate::transport::SourceLink;
@@ -44,6 +44,7 @@ pub struct Source {
     description: Vec<u8>,
     events: EventSink,
     shared: Arc<Shared>,
+    _under_way: UnderWay,
     /// For how long it is tried out only.
     trial: Option<Duration>,
 }
@@ -95,6 +96,8 @@ impl GuestAtSource {
 pub struct Departed<M> {
     /// The machine, paused, its resources released. Never resume it.
     pub machine: M,
+    /// Whether the guest is paused there, as it was here.
+    pub paused: bool,
     /// What it took.
     pub statistics: Statistics,
 }
@@ -144,6 +147,7 @@ impl Source {
     /// With 2 data channels, a strict downtime limit of 300 ms, a guest that is slowed down if it
     /// does not converge, no verification.
     pub fn new() -> Self {
+        let shared = Shared::new();
         Self {
             common: Common::default(),
             channels: 2,
@@ -151,7 +155,8 @@ impl Source {
             verify: false,
             description: Vec::new(),
             events: Box::new(|_| {}),
-            shared: Shared::new(),
+            _under_way: shared.under_way(),
+            shared,
             trial: None,
         }
     }
@@ -254,7 +259,6 @@ impl Source {
         link: Box<dyn SourceLink>,
     ) -> Result<Departed<M>, Box<SourceFailure<M>>> {
         let started = Instant::now();
-        let _under_way = self.shared.under_way();
         match self.check() {
             Ok(()) => drive::migrate(self, machine, memory, dirty, link, started),
             Err(error) => Err(Box::new(SourceFailure {
@@ -283,7 +287,7 @@ impl Source {
         self.trial = Some(at_most);
         let failure = match self.migrate(machine, memory, dirty, link) {
             Err(failure) => failure,
-            Ok(Departed { machine, statistics }) => {
+            Ok(Departed { machine, statistics, .. }) => {
                 let (guest, error) =
                     (GuestAtSource::Uncertain, Error::Internal("a trial moved its guest"));
                 return Err(Box::new(SourceFailure { machine, guest, error, statistics }));

@@ -318,8 +318,9 @@ pub(crate) struct CheckArgs {
     /// Where a `pageferry-vmm receive` listens: HOST:PORT, [IPV6]:PORT, [IPV6%INTERFACE]:PORT.
     #[arg(value_name = "ADDR")]
     pub(crate) address: String,
-    /// For how long parts of the guest's memory are sent, which are thrown away there.
-    #[arg(long = "for", value_name = "TIME", default_value = "1s", value_parser = time)]
+    /// For how long parts of the guest's memory are sent, which are thrown away there, at most a minute. A destination
+    /// serves one at a time, and refuses guests meanwhile.
+    #[arg(long = "for", value_name = "TIME", default_value = "1s", value_parser = trial_time)]
     pub(crate) time: Duration,
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
@@ -328,6 +329,11 @@ pub(crate) struct CheckArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) migration: MigrationArgs,
+}
+
+fn trial_time(text: &str) -> Result<Duration, String> {
+    let time = time(text)?;
+    if time > Duration::from_secs(60) { Err("more than a minute".to_owned()) } else { Ok(time) }
 }
 
 #[derive(Debug, Args)]

@@ -102,6 +102,7 @@ pub(super) fn migrate<M: Machine>(
     // What the host's code does is caught where it is called; this is for the engine's own defects.
     let result = caught("the engine", || drive.run(&mut machine, started)).flatten();
     let outcome = drive.conclude(result, &mut machine);
+    let paused = drive.paused;
     let mut statistics =
         caught("the end of the migration", || drive.end()).unwrap_or_else(|panic| {
             tracing::error!(error = %panic.chain(), "not all was cleaned up");
@@ -110,7 +111,7 @@ pub(super) fn migrate<M: Machine>(
     statistics.total = started.elapsed();
     let machine = machine.0;
     match outcome {
-        Ok(()) => Ok(Departed { machine, statistics }),
+        Ok(()) => Ok(Departed { machine, paused, statistics }),
         Err(ended) => {
             let (error, guest) = *ended;
             Err(Box::new(SourceFailure { machine, guest, error, statistics }))

@@ -89,15 +89,12 @@ impl Drive<'_> {
             dirty_pages = self.harvest()?;
             verdict = self.convergence.decide(self.now(), dirty_pages);
         }
-        let dirtied_for = self.harvested.saturating_duration_since(since);
-        if !dirtied_for.is_zero() {
-            self.statistics.dirty_pages_per_second = dirty_pages as f64 / dirtied_for.as_secs_f64();
-        }
+        self.statistics.dirty_pages_per_second =
+            self.convergence.dirty_rate().pages_per_second().unwrap_or(0.0);
         self.statistics.bytes_per_second =
             self.convergence.bandwidth().bytes_per_second().unwrap_or(0.0);
         self.source.shared.board.write(|written| {
-            written.dirty_pages_per_second =
-                self.convergence.dirty_rate().pages_per_second().unwrap_or(0.0);
+            written.dirty_pages_per_second = self.statistics.dirty_pages_per_second;
             written.bytes_per_second = self.statistics.bytes_per_second;
             written.expected_downtime = verdict.expected();
             written.forecast = self.convergence.outlook().copied();
