@@ -17,7 +17,8 @@ pub struct Timeouts {
     /// [`handshake`](Self::handshake); and as long for the source to begin its first round. Counts by the
     /// size of the guest, a started GiB as a whole one.
     pub registration_per_gib: Duration,
-    /// For any page to land, while pages are being sent; and for the link to take a message.
+    /// For any page to land, while pages are being sent; and for the link to take a message. A
+    /// [trial](crate::Source::try_out) takes four times as long at the destination at most.
     pub stall: Duration,
     /// For the destination to load the device state.
     pub load: Duration,

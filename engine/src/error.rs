@@ -122,10 +122,10 @@ pub enum Error {
     /// A switchover takes longer than the downtime limit allows.
     #[error(
         "not converging after {rounds} rounds: {at_fault} takes {}, all of a switchover \
-         with the {dirty_pages} pages of the last round {}{} a downtime limit of \
+         with the {dirty_pages} pages of the last round {}{} against a downtime limit of \
          {limit:?}; raise the limit, or {}",
         about(*takes), about(*expected),
-        if expected < limit { ", too close to be relied on to" } else { " against" },
+        if expected < limit { ", and it varies by more than is left," } else { "" },
         at_fault.advice()
     )]
     NotConverging {

@@ -109,6 +109,9 @@ fn listen(address: SocketAddr, options: &TcpOptions) -> io::Result<(Socket, Sock
     // Accepted sockets inherit the sizes.
     options.apply_buffers(&socket)?;
     options.check_buffers(&socket)?;
+    options.apply_interface(&socket)?;
+    // Accepted sockets are set anew; what cannot be set is known before anybody comes.
+    options.apply(&socket)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(BACKLOG)?;

@@ -13,9 +13,10 @@ use pageferry::transport::{
 };
 
 use crate::channels::DataChannels;
-use crate::connection::{Connection, deadline_after};
+use crate::connection::{Connection, LinkState, deadline_after};
 use crate::data_socket::DataSocket;
 use crate::end::End;
+use crate::hearing::GivenChannels;
 use crate::inbox::{Inbox, Side};
 use crate::newcomer::Newcomer;
 use crate::receiver::TcpPageReceiver;
@@ -32,7 +33,16 @@ use crate::{CAPABILITIES, NAME};
 pub struct TcpDestinationLink {
     end: End,
     /// Given up after the connections are closed.
-    seat: Seat<Newcomer, DataChannels>,
+    data: Data,
+}
+
+/// Where the data channels' connections come from.
+#[derive(Debug)]
+enum Data {
+    /// They are accepted.
+    Seat(Seat<Newcomer, DataChannels>),
+    /// They are there.
+    Given(GivenChannels),
 }
 
 impl TcpDestinationLink {
@@ -43,7 +53,17 @@ impl TcpDestinationLink {
         let Newcomer { id, incoming, greeting, state, .. } = newcomer;
         let control = state.adopt(incoming.socket, incoming.peer)?;
         let inbox = Arc::new(Inbox::new(&control, Side::Destination, greeting));
-        Ok(Self { end: End::new(id, state, &inbox), seat })
+        Ok(Self { end: End::new(id, state, &inbox), data: Data::Seat(seat) })
+    }
+
+    pub(crate) fn given(
+        id: MigrationId,
+        state: Arc<LinkState>,
+        control: &Arc<Connection>,
+        data: GivenChannels,
+    ) -> Self {
+        let inbox = Arc::new(Inbox::new(control, Side::Destination, None));
+        Self { end: End::new(id, state, &inbox), data: Data::Given(data) }
     }
 
     /// The migration, as the acceptor's logs call it.
@@ -77,8 +97,12 @@ impl TcpDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Arc<Connection>>, TransportError> {
-        let Self { end, seat } = self;
+        let Self { end, data } = self;
         end.open(channels, |end| {
+            let seat = match data {
+                Data::Seat(seat) => seat,
+                Data::Given(given) => return given.open(end.migration_id(), channels, timeout),
+            };
             let deadline = deadline_after(Some(timeout));
             seat.connections(|came| came.set(channels));
             let sockets = seat.take(deadline, || end.check(), DataChannels::take_all)?;

@@ -13,6 +13,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::connection::{Connection, LinkState, deadline_after, is_past};
+use crate::hearing::Given;
 use crate::options::TcpOptions;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 
@@ -125,6 +126,18 @@ impl Dialled {
         Connected::after(dialling)?.greet(preamble, options)
     }
 
+    /// On a connection that there is.
+    pub(crate) fn over(
+        given: Given,
+        preamble: &Preamble,
+        options: &TcpOptions,
+        state: &Arc<LinkState>,
+    ) -> Result<Self, TransportError> {
+        let connection = state.adopt(given.socket, given.peer)?;
+        let deadline = deadline_after(Some(options.connect_timeout));
+        Connected(Dialling { connection, deadline }).greet(preamble, options)
+    }
+
     pub(crate) fn await_answer(self) -> Result<Arc<Connection>, TransportError> {
         let Self { connection, kind, deadline } = self;
         let address = || connection.peer().to_string();
@@ -178,6 +191,7 @@ fn start(peer: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(peer), Type::STREAM, Some(Protocol::TCP))?;
     options.apply_buffers(&socket)?;
     options.apply(&socket)?;
+    options.apply_source(&socket, peer)?;
     socket.set_nonblocking(true)?;
     match socket.connect(&SockAddr::from(peer)) {
         Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => Err(error),

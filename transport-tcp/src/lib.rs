@@ -32,6 +32,8 @@
 //! # }
 //! ```
 //!
+//! A host that has connected sockets already, of TCP, unix or vsock, makes a link of them: [`GivenSockets`].
+//!
 //! # Who is let in
 //!
 //! Whoever reaches the port and speaks pageferry's protocol may start a migration, and whoever knows the
@@ -71,8 +73,10 @@ mod destination;
 mod dial;
 mod end;
 mod framing;
+mod given;
 mod greeting;
 mod half_open;
+mod hearing;
 mod inbox;
 mod incoming;
 mod newcomer;
@@ -92,6 +96,7 @@ pub use acceptor::TcpAcceptor;
 pub use connector::{TcpConnector, connect};
 pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
+pub use given::GivenSockets;
 pub use options::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
 pub use source::TcpSourceLink;
 

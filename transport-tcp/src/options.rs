@@ -1,10 +1,11 @@
 //! Settings of the sockets.
 
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use pageferry::transport::Admission;
-use socket2::{SockAddr, Socket, TcpKeepalive};
+use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
 
 /// The send buffer of a connection within one host, unless told otherwise. Such a path holds no
 /// bytes itself, and wakes a waiting thread within microseconds; what the kernel's tuning would
@@ -23,6 +24,8 @@ const MOST_BUFFER_BYTES: usize = i32::MAX as usize;
 /// What the kernel can count in probes, and in seconds of silence between them.
 const MOST_PROBES: u32 = 127;
 const MOST_PROBE_TIME: Duration = Duration::from_secs(32_767);
+/// Code points have six bits.
+const MOST_DSCP: u8 = 63;
 /// The longest user timeout: 24 days.
 const MOST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
 
@@ -110,6 +113,15 @@ pub struct TcpOptions {
     pub receive_buffer_bytes: Option<usize>,
     /// At the source: zero-copy sends on data connections.
     pub zero_copy: ZeroCopy,
+    /// At the source: this host's address that connections come from. `None` leaves it to the kernel's routes.
+    pub source_address: Option<IpAddr>,
+    /// The interface that connections are bound to (`SO_BINDTODEVICE`), by its name.
+    pub interface: Option<String>,
+    /// Differentiated services code point of all packets that go out, 0 to 63 (RFC 2474).
+    pub dscp: Option<u8>,
+    /// Congestion control, by the kernel's name of it (`TCP_CONGESTION`); `None` for
+    /// `net.ipv4.tcp_congestion_control`.
+    pub congestion_control: Option<String>,
 }
 
 impl Default for TcpOptions {
@@ -123,6 +135,10 @@ impl Default for TcpOptions {
             send_buffer_bytes: None,
             receive_buffer_bytes: None,
             zero_copy: ZeroCopy::default(),
+            source_address: None,
+            interface: None,
+            dscp: None,
+            congestion_control: None,
         }
     }
 }
@@ -175,6 +191,27 @@ impl TcpOptions {
         Ok(())
     }
 
+    /// Has connections go in and out by one interface. Before `connect` and `listen`.
+    pub(crate) fn apply_interface(&self, socket: &Socket) -> io::Result<()> {
+        let Some(name) = &self.interface else { return Ok(()) };
+        socket
+            .bind_device(Some(name.as_bytes()))
+            .map_err(|error| io::Error::new(error.kind(), format!("interface {name}: {error}")))
+    }
+
+    /// Has a connection to this address come from where it is to.
+    pub(crate) fn apply_source(&self, socket: &Socket, peer: SocketAddr) -> io::Result<()> {
+        self.apply_interface(socket)?;
+        let Some(address) = self.source_address else { return Ok(()) };
+        if address.is_ipv4() != peer.is_ipv4() {
+            let why = format!("{address}, which it is to come from, is an address of another kind");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        socket
+            .bind(&SocketAddr::new(address, 0).into())
+            .map_err(|error| io::Error::new(error.kind(), format!("from {address}: {error}")))
+    }
+
     /// Sets everything else.
     pub(crate) fn apply(&self, socket: &Socket) -> io::Result<()> {
         // Batches and frames are whole when they are handed over: nothing to wait for.
@@ -191,7 +228,27 @@ impl TcpOptions {
             let limit = counted(limit, Duration::from_millis(1)).min(MOST_USER_TIMEOUT);
             socket.set_tcp_user_timeout(Some(limit))?;
         }
-        Ok(())
+        if let Some(name) = &self.congestion_control {
+            socket.set_tcp_congestion(name.as_bytes()).map_err(|error| {
+                let why = format!("congestion control {name}: {error}");
+                io::Error::new(error.kind(), why)
+            })?;
+        }
+        self.dscp.map_or(Ok(()), |code_point| mark(socket, code_point))
+    }
+}
+
+/// Marks the packets of a socket.
+fn mark(socket: &Socket, code_point: u8) -> io::Result<()> {
+    if code_point > MOST_DSCP {
+        let why = format!("{code_point} is no code point, 0 to {MOST_DSCP}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    // Two bits below it are for congestion (RFC 3168).
+    let class = u32::from(code_point) << 2;
+    match socket.domain()? {
+        Domain::IPV6 => socket.set_tclass_v6(class),
+        _ => socket.set_tos_v4(class),
     }
 }
 
@@ -204,7 +261,7 @@ fn counted(time: Duration, unit: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use socket2::{Domain, Type};
+    use socket2::Type;
 
     use super::*;
 

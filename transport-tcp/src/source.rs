@@ -13,6 +13,7 @@ use crate::connection::{Connection, LinkState};
 use crate::data_socket::DataSocket;
 use crate::dial::Dialled;
 use crate::end::End;
+use crate::hearing::{Given, enough};
 use crate::inbox::{Inbox, Side};
 use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{Kind, Preamble};
@@ -31,6 +32,8 @@ pub struct TcpSourceLink {
     end: End,
     options: TcpOptions,
     inbox: Arc<Inbox>,
+    /// Where the data channels' connections are there already.
+    given: Option<Vec<Given>>,
 }
 
 impl TcpSourceLink {
@@ -41,7 +44,17 @@ impl TcpSourceLink {
         control: &Arc<Connection>,
     ) -> Self {
         let inbox = Arc::new(Inbox::new(control, Side::Source, None));
-        Self { end: End::new(id, state, &inbox), options, inbox }
+        Self { end: End::new(id, state, &inbox), options, inbox, given: None }
+    }
+
+    pub(crate) fn given(
+        id: MigrationId,
+        options: TcpOptions,
+        state: Arc<LinkState>,
+        control: &Arc<Connection>,
+        data: Vec<Given>,
+    ) -> Self {
+        Self { given: Some(data), ..Self::new(id, options, state, control) }
     }
 
     /// The migration, as the destination's logs call it.
@@ -67,15 +80,34 @@ impl TcpSourceLink {
     }
 
     fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
-        let Self { end, options, inbox } = self;
+        let Self { end, options, inbox, given } = self;
         end.open(channels, |end| {
-            dial(end, channels, options).map_err(|error| {
+            let connected = match given {
+                None => dial(end, channels, options),
+                Some(sockets) => enough(sockets, channels)
+                    .and_then(|()| greet(end, std::mem::take(sockets), options)),
+            };
+            connected.map_err(|error| {
                 // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
                 inbox.look_for_the_end();
                 end.check().err().unwrap_or(error)
             })
         })
     }
+}
+
+/// On connections that there are.
+fn greet(
+    end: &End,
+    sockets: Vec<Given>,
+    options: &TcpOptions,
+) -> Result<Vec<Arc<Connection>>, TransportError> {
+    let begun = (0..).zip(sockets).map(|(channel, socket)| {
+        let preamble = Preamble { id: end.migration_id(), kind: Kind::Data { channel } };
+        Dialled::over(socket, &preamble, options, end.state())
+    });
+    let begun = begun.collect::<Result<Vec<_>, _>>()?;
+    begun.into_iter().map(Dialled::await_answer).collect()
 }
 
 fn dial(

@@ -1,12 +1,18 @@
 //! TCP passes the conformance suite: on IPv4, on IPv6, with and without zero-copy sends, and with
-//! socket buffers so small that nothing ever fits in one piece.
+//! socket buffers so small that nothing ever fits in one piece. So do sockets that the host has connected, of any kind.
 
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::Duration;
 
 use pageferry::testing::conformance::Pair;
 use pageferry::testing::conformance::acceptors::Venue;
 use pageferry::transport::{Admission, DestinationLink, SourceLink, TransportError};
-use pageferry_tcp::{TcpAcceptor, TcpOptions, ZeroCopy, connect};
+use pageferry_tcp::{GivenSockets, TcpAcceptor, TcpOptions, ZeroCopy, connect};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 fn pair(address: &str, options: TcpOptions) -> Pair {
     let there = TcpOptions { admission: Admission::Anyone, ..options.clone() };
@@ -59,12 +65,73 @@ mod with_small_buffers {
 
 #[test]
 fn over_ipv6() {
-    if let Err(error) = std::net::TcpListener::bind("[::1]:0") {
+    if let Err(error) = TcpListener::bind("[::1]:0") {
         eprintln!("skipped, because there is no IPv6 loopback: {error}");
         return;
     }
     let ipv6 = || pair("[::1]:0", TcpOptions::default());
     pageferry::testing::conformance::run_all(&ipv6);
+}
+
+/// A link over such sockets: as many as any case has channels.
+fn given<S: Into<OwnedFd>>(pair: impl Fn() -> io::Result<(S, S)>) -> Pair {
+    const CHANNELS: usize = 8;
+    let pair = || -> (OwnedFd, OwnedFd) {
+        let (here, there) = pair().expect("two sockets");
+        (here.into(), there.into())
+    };
+    let (control, their_control) = pair();
+    let (data, their_data) = (0..CHANNELS).map(|_| pair()).unzip();
+    let ends = [(control, data), (their_control, their_data)];
+    let [here, there] = ends.map(|(control, data)| {
+        GivenSockets::new(control, data, TcpOptions::default()).expect("connected streams")
+    });
+    thread::scope(|scope| {
+        let destination = scope.spawn(|| there.destination().expect("the source's end is there"));
+        let source = here.source().expect("the destination's end is there");
+        (Box::new(source) as _, Box::new(destination.join().expect("no panic")) as _)
+    })
+}
+
+fn unix() -> Pair {
+    given(UnixStream::pair)
+}
+
+mod over_unix_sockets {
+    use super::*;
+    pageferry::conformance_suite!(unix);
+}
+
+#[test]
+fn over_connections_of_tcp_that_were_given() {
+    let pair = || {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let here = TcpStream::connect(listener.local_addr()?)?;
+        Ok((here, listener.accept()?.0))
+    };
+    pageferry::testing::conformance::run_all(&|| given(pair));
+}
+
+#[test]
+fn over_vsock() {
+    let listen = || {
+        let listener = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+        // Any port, of this machine.
+        listener.bind(&SockAddr::vsock(libc::VMADDR_CID_LOCAL, libc::VMADDR_PORT_ANY))?;
+        listener.listen(1)?;
+        Ok::<_, io::Error>(listener)
+    };
+    if let Err(error) = listen() {
+        eprintln!("over_vsock skipped, because there is no vsock loopback: {error}");
+        return;
+    }
+    let pair = || {
+        let listener = listen()?;
+        let here = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+        here.connect(&listener.local_addr()?)?;
+        Ok((here, listener.accept()?.0))
+    };
+    pageferry::testing::conformance::run_all(&|| given(pair));
 }
 
 struct Port(TcpAcceptor);

@@ -1,5 +1,6 @@
 //! Time limits, and what the sockets are set to.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::Args;
@@ -52,6 +53,18 @@ pub struct LinkArgs {
     /// Receive buffer of each connection, 64K to net.core.rmem_max [default: as the kernel tunes it].
     #[arg(long, value_name = "SIZE", value_parser = buffer)]
     pub receive_buffer: Option<usize>,
+    /// This host's address that connections come from [default: by the kernel's routes].
+    #[arg(long, value_name = "IP")]
+    pub source_address: Option<IpAddr>,
+    /// Interface that connections are bound to, at either side: eth1 [default: any].
+    #[arg(long, value_name = "NAME")]
+    pub interface: Option<String>,
+    /// Differentiated services code point of packets that go out, 0 to 63.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=63))]
+    pub dscp: Option<u8>,
+    /// Congestion control, by the kernel's name of it: bbr [default: net.ipv4.tcp_congestion_control].
+    #[arg(long, value_name = "NAME")]
+    pub congestion_control: Option<String>,
 }
 
 /// A value, or the word "off".
@@ -164,6 +177,10 @@ impl LinkArgs {
             send_buffer_bytes: self.send_buffer.or(defaults.send_buffer_bytes),
             receive_buffer_bytes: self.receive_buffer.or(defaults.receive_buffer_bytes),
             zero_copy,
+            source_address: self.source_address,
+            interface: self.interface.clone(),
+            dscp: self.dscp,
+            congestion_control: self.congestion_control.clone(),
         }
     }
 
@@ -188,6 +205,10 @@ impl LinkArgs {
             ("keepalive", self.keepalive.map(|keepalive| keepalive.to_text(probes))),
             ("send-buffer", self.send_buffer.map(|bytes| bytes.to_string())),
             ("receive-buffer", self.receive_buffer.map(|bytes| bytes.to_string())),
+            ("source-address", self.source_address.map(|address| address.to_string())),
+            ("interface", self.interface.clone()),
+            ("dscp", self.dscp.map(|code_point| code_point.to_string())),
+            ("congestion-control", self.congestion_control.clone()),
         ])
     }
 }
@@ -221,7 +242,8 @@ mod tests {
     fn every_setting_arrives_also_by_way_of_a_demo() {
         let given = "--handshake-timeout 1s --registration-timeout-per-gib 11s --stall-timeout 2s --load-timeout 3s --release-timeout 12s --commit-timeout \
                      4s500ms --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
-                     --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M";
+                     --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M \
+                     --source-address 192.0.2.7 --interface eth1 --dscp 10 --congestion-control bbr";
         let given: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
         for args in [parsed(&given), parsed(&parsed(&given).to_command_line())] {
             let commit = Duration::from_millis(4500);
@@ -241,6 +263,10 @@ mod tests {
                 send_buffer_bytes: Some(1 << 20),
                 receive_buffer_bytes: Some(2 << 20),
                 zero_copy: ZeroCopy::Off,
+                source_address: Some(IpAddr::from([192, 0, 2, 7])),
+                interface: Some("eth1".to_owned()),
+                dscp: Some(10),
+                congestion_control: Some("bbr".to_owned()),
             };
             assert_eq!(args.tcp(ZeroCopy::Off), tcp);
         }

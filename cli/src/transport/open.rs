@@ -65,7 +65,20 @@ impl Transport {
     pub fn choose(self, tcp: TcpOptions, rdma: &RdmaArgs) -> Result<Chosen, TransportError> {
         let asked_for = match self.meant(rdma) {
             Self::Tcp => return Ok(Chosen::Tcp(tcp)),
-            Self::Rdma => return with_rdma(rdma),
+            Self::Rdma => {
+                let TcpOptions { source_address, interface, dscp, congestion_control, .. } = &tcp;
+                if source_address.is_some()
+                    || interface.is_some()
+                    || dscp.is_some()
+                    || congestion_control.is_some()
+                {
+                    return Err(TransportError::Unsupported(
+                        "--source-address, --interface, --dscp or --congestion-control; it has --rdma-device, \
+                         --rdma-port and --rdma-traffic-class",
+                    ));
+                }
+                return with_rdma(rdma);
+            }
             Self::IoUring => true,
             Self::Auto => false,
         };

@@ -8,9 +8,11 @@ use std::time::Duration;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::SourceLink;
-use pageferry::{Error, Event, GuestAtDestination, GuestAtSource, Machine, SourceFailure, Tried};
+use pageferry::{
+    Error, Event, GuestAtDestination, GuestAtSource, Machine, SourceFailure, Timeouts, Tried,
+};
 
-use crate::scene::{Scene, WORKING_SET};
+use crate::scene::{Scene, WORKING_SET, timeouts};
 use crate::support::{Refuse, SharedLog, SoftwareLog, TestMachine};
 
 type Answer = Result<Tried<TestMachine>, Box<SourceFailure<TestMachine>>>;
@@ -120,6 +122,20 @@ fn what_does_not_fit_is_an_error() {
     let failure = answer.expect_err("it could not go");
     assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
     assert!(failure.error.to_string().contains("Schema refused by the test"), "{failure:?}");
+    failure.machine.await_writes();
+}
+
+/// The destination serves one at a time.
+#[test]
+fn a_trial_without_end_is_ended_by_the_destination() {
+    let mut scene = Scene::new();
+    let stall = Duration::from_millis(100);
+    scene.destination = scene.destination.timeouts(Timeouts { stall, ..timeouts() });
+    let (answer, theirs) = try_out(scene, Duration::from_secs(600));
+    let failure = answer.expect_err("it was ended");
+    assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
+    assert!(failure.error.to_string().contains("the end of a trial"), "{failure:?}");
+    assert!(matches!(theirs, Error::TimedOut { .. }), "{theirs}");
     failure.machine.await_writes();
 }
 

@@ -37,14 +37,13 @@ use crate::transport::{DestinationLink, TransportError};
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
 const PATIENT: Duration = Duration::from_secs(365 * 86_400);
 
-/// What a trial may take in all.
-const TRIAL: Duration = Duration::from_secs(120);
+/// What a trial may take in all, as a multiple of the time for any page to land: it keeps others out.
+const TRIAL_STALLS: u32 = 4;
 
 /// How long the source has to end its channels in order once the guest runs here.
 const FINISH: Duration = Duration::from_secs(1);
 
 pub(super) struct Drive {
-    _under_way: UnderWay,
     span: Span,
     events: EventSink,
     timeouts: Timeouts,
@@ -64,7 +63,7 @@ pub(super) struct Drive {
     verified: bool,
     /// Whether the guest was paused at the source when it was saved, and stays so.
     paused: bool,
-    /// How long a trial may take: it keeps others out.
+    /// When a trial is over, if this is one.
     trial_ends: Option<Patience>,
     /// For how long its first round is waited for, as long as there was none.
     first_round: Option<Patience>,
@@ -73,6 +72,8 @@ pub(super) struct Drive {
     late: VecDeque<ReceiverReport>,
     started: Instant,
     statistics: Statistics,
+    // Last: it has ended when all that is gone.
+    _under_way: UnderWay,
 }
 
 /// What the source said when all was loaded.
@@ -108,7 +109,8 @@ pub(super) fn negotiate(
     let heard = hear(&mut session, most_channels, wants_data_ranges, patience);
     match heard {
         Ok((hello, agreement, welcome)) => {
-            let trial_ends = hello.trial.then(|| Patience::now("the end of a trial", TRIAL));
+            let at_most = common.timeouts.stall.saturating_mul(TRIAL_STALLS);
+            let trial_ends = hello.trial.then(|| Patience::now("the end of a trial", at_most));
             let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
             session.shared().board.set_gauges(Arc::clone(&gauges));
             Ok(Drive {

@@ -164,7 +164,25 @@ impl VcpuState {
         let set = counters.set.load(Ordering::Relaxed);
         let msrs = self.msrs.iter().filter(|msr| !(set && msr.index == IA32_TSC));
         write_msrs(vcpu, &msrs.copied().collect::<Vec<_>>())?;
+        if !set {
+            self.check_counter(vcpu, counters)?;
+        }
         vcpu.set_vcpu_events(&self.events).map_err(failed("restore pending events"))
+    }
+
+    /// Says so where KVM took what was written to the time stamp counter and keeps its own all the same.
+    fn check_counter(&self, vcpu: &VcpuFd, counters: &Counters) -> Result<(), GuestError> {
+        let wanted = self.msrs.iter().find(|msr| msr.index == IA32_TSC);
+        let (Some(wanted), Some(khz)) = (wanted, self.tsc_khz) else { return Ok(()) };
+        let now = read_msrs(vcpu, &[IA32_TSC])?.first().map_or(wanted.data, |msr| msr.data);
+        let seconds = now.abs_diff(wanted.data) / (u64::from(khz).max(1) * 1000);
+        if seconds > 0 && !counters.told.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                seconds,
+                "this KVM does not set time stamp counters: the guest's is not where it was"
+            );
+        }
+        Ok(())
     }
 
     fn restore_tsc_frequency(

@@ -118,6 +118,8 @@ pub(crate) struct Counters {
     pub(crate) set: AtomicBool,
     /// They run at another frequency than the host's.
     pub(crate) scaled: AtomicBool,
+    /// It was said that KVM keeps its own.
+    pub(crate) told: AtomicBool,
 }
 
 /// It, to be saved and loaded.
