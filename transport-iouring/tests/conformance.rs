@@ -2,13 +2,18 @@
 //! features masked, with socket buffers so small that nothing ever fits in one piece, and with
 //! tcp at either end.
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::Duration;
 
 use pageferry::testing::conformance::acceptors::{self, Venue};
 use pageferry::testing::conformance::{Pair, run_all};
 use pageferry::transport::{Admission, DestinationLink, SourceLink, TransportError};
 use pageferry_iouring::{Feature, Features, IoUringOptions, Rings, ZeroCopy};
-use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
+use pageferry_tcp::{
+    GivenSockets, TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect,
+};
 
 fn connected(tcp: &TcpOptions) -> (TcpSourceLink, TcpDestinationLink) {
     let there = TcpOptions { admission: Admission::Anyone, ..tcp.clone() };
@@ -53,6 +58,35 @@ fn always() -> IoUringOptions {
         register_destination: true,
         ..IoUringOptions::default()
     }
+}
+
+/// Over sockets that the host has connected: as many as any case has channels.
+#[test]
+fn over_unix_sockets() {
+    let pair = || {
+        let [here, there] = unix_sockets(1 + 8).map(|mut sockets| {
+            let control = sockets.remove(0);
+            GivenSockets::new(control, sockets, TcpOptions::default()).expect("connected streams")
+        });
+        let (source, destination) = thread::scope(|scope| {
+            let destination = scope.spawn(|| there.destination().expect("a source"));
+            (here.source().expect("a destination"), destination.join().expect("no panic"))
+        });
+        let rings = rings(IoUringOptions::default());
+        let source: Box<dyn SourceLink> = Box::new(rings.source_link(source));
+        let destination: Box<dyn DestinationLink> = Box::new(rings.destination_link(destination));
+        (source, destination)
+    };
+    run_all(&pair);
+}
+
+fn unix_sockets(count: usize) -> [Vec<OwnedFd>; 2] {
+    let pair = |_| {
+        let (here, there) = UnixStream::pair().expect("two sockets");
+        (OwnedFd::from(here), OwnedFd::from(there))
+    };
+    let (here, there) = (0..count).map(pair).unzip();
+    [here, there]
 }
 
 mod with_all_features {

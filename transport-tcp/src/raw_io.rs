@@ -128,7 +128,7 @@ impl GuestVectors {
     }
 
     /// Receives what is left, then into `head`, with one system call that waits for all of it.
-    /// Gets less only when the connection ends or a signal comes.
+    /// Gets less only when the connection ends or a signal comes, and from a vsock.
     pub(crate) fn receive_with_head(
         &mut self,
         socket: impl AsFd,
@@ -179,7 +179,7 @@ unsafe fn send_vectors(
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Receives into iovecs until they are full.
+/// Receives into iovecs until they are full, or as much as a socket of another kind gives at a time.
 ///
 /// # Safety
 ///
@@ -187,10 +187,22 @@ unsafe fn send_vectors(
 /// to it may be in use meanwhile.
 unsafe fn receive_vectors(socket: impl AsFd, vectors: &mut [iovec]) -> io::Result<usize> {
     let mut message = message_of(vectors);
-    let (socket, flags) = (socket.as_fd().as_raw_fd(), libc::MSG_WAITALL);
-    // SAFETY: the caller vouches for the iovecs; the message outlives the call.
-    let received = unsafe { libc::recvmsg(socket, &raw mut message, flags) };
-    usize::try_from(received).map_err(|_| io::Error::last_os_error())
+    let mut flags = libc::MSG_WAITALL;
+    loop {
+        let socket = socket.as_fd().as_raw_fd();
+        // SAFETY: the caller vouches for the iovecs; the message outlives the call.
+        let received = unsafe { libc::recvmsg(socket, &raw mut message, flags) };
+        if let Ok(received) = usize::try_from(received) {
+            return Ok(received);
+        }
+        let error = io::Error::last_os_error();
+        // A vsock waits for no more than its own buffer holds, and takes nothing then (net/vmw_vsock/af_vsock.c):
+        // what there is will do.
+        if flags == 0 || error.raw_os_error() != Some(libc::ENOMEM) {
+            return Err(error);
+        }
+        flags = 0;
+    }
 }
 
 /// Lets a socket take zero-copy sends (`SO_ZEROCOPY`).
