@@ -286,7 +286,7 @@ impl Guest {
     /// The time since the guest's first beat, by the time stamp counter as it read that at the last one. `None` where
     /// it has none: a process guest, or a KVM that does not tell how fast the counter is.
     pub fn clock(&self) -> Option<Duration> {
-        let khz = self.config.cpu.as_ref()?.tsc_khz()?;
+        let khz = self.config.cpu.as_ref()?.tsc_khz?;
         let read = |address| self.memory.load_u64(address).ok();
         let cycles = read(CLOCK)?.checked_sub(read(CLOCK_BEGAN).filter(|began| *began > 0)?)?;
         Some(Duration::from_secs_f64(cycles as f64 / f64::from(khz) / 1e3))

@@ -218,8 +218,8 @@ pub struct CpuProfile {
     /// In order.
     msrs: Vec<u32>,
     xsave_bytes: u32,
-    /// None where KVM does not say.
-    tsc_khz: Option<u32>,
+    /// How fast the guest's time stamp counter is, in kHz. None where KVM does not say.
+    pub tsc_khz: Option<u32>,
     tsc_scaling: bool,
     /// What KVM keeps, by the names of [`KEPT`].
     kept: Vec<String>,
@@ -278,11 +278,6 @@ fn failed(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> CpuError
 }
 
 impl CpuProfile {
-    /// How fast the guest's time stamp counter is, in kHz; `None` where KVM does not tell.
-    pub fn tsc_khz(&self) -> Option<u32> {
-        self.tsc_khz
-    }
-
     /// All that KVM has for virtual CPUs here. Makes a virtual machine with one, and drops it.
     pub fn of_host(kvm: &Kvm) -> Result<Self, CpuError> {
         let vm = kvm.create_vm().map_err(failed("create a virtual machine"))?;

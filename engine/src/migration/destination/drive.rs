@@ -1,5 +1,7 @@
 //! The destination's driver.
 
+mod taking_over;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,7 +11,7 @@ use crossbeam_utils::CachePadded;
 use tracing::Span;
 
 use super::closing::Closing;
-use super::loading::{load, nanoseconds};
+use super::loading::load;
 use super::populate::Populating;
 use super::{Arrived, Destination, DestinationFailure, GuestAtDestination};
 use crate::config::Timeouts;
@@ -24,7 +26,7 @@ use crate::error::{Chain, Error};
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::migration::receiver::{self, ReceiverReport};
-use crate::migration::session::{Item, MEANT_SILENCE, Patience, Session, unexpected};
+use crate::migration::session::{Item, Patience, Session, unexpected};
 use crate::pages::digest::Digest;
 use crate::pages::memory::{GuestMemory, Layout};
 use crate::progress::{Event, EventSink, Shared, UnderWay};
@@ -416,77 +418,6 @@ impl Drive {
             }
             None => Err(Error::Internal("memory was compared before it was asked for")),
         }
-    }
-
-    /// Waits for the commit, or for the source to call the switchover off.
-    fn await_commit(&mut self) -> Result<Answer, Error> {
-        let Timeouts { commit, release, .. } = self.timeouts;
-        let commit = commit.max(MEANT_SILENCE);
-        let mut patience = Patience::now("the commit", commit);
-        let whole = Patience::now("the source to release its resources", release.max(commit));
-        loop {
-            let sooner = if whole.left() < patience.left() { whole } else { patience };
-            match self.session.next_committed(sooner)? {
-                Item::Message(Message::Commit) => return Ok(Answer::Commit),
-                Item::Message(Message::Releasing) => {
-                    patience = Patience::now("the commit", commit);
-                }
-                Item::Message(Message::CalledOff { attempt }) => {
-                    self.called_off(attempt)?;
-                    return Ok(Answer::CalledOff);
-                }
-                Item::Message(other) => return Err(unexpected(&other, "waiting for the commit")),
-                // Everything has landed; how the data channels end matters no more, unless more
-                // pages come after all.
-                Item::Report(report) => self.late.push_back(report),
-            }
-        }
-    }
-
-    /// Runs the guest, which is ours.
-    fn take_over<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
-        let began = Instant::now();
-        self.handover.handle(DestinationInput::Commit);
-        self.shared().set_phase(Phase::Committed);
-        if let Err(error) = machine.reacquire_resources() {
-            return Err(self.give_back(machine, error));
-        }
-        let resumed = if self.paused { Ok(()) } else { machine.resume() };
-        match resumed {
-            Ok(()) => {}
-            // It may have run: the guest is ours, and not for the source to resume.
-            Err(panic @ Error::Panicked { .. }) => {
-                self.session.tell(&panic);
-                return Err(panic);
-            }
-            Err(error) => return Err(self.give_back(machine, error)),
-        }
-        self.handover.handle(DestinationInput::Resumed);
-        // The guest is ours, whether the source hears of it or not.
-        let resume_ns = nanoseconds(began.elapsed());
-        if let Err(unheard) = self.session.send_committed(&Message::Resumed { resume_ns }) {
-            tracing::warn!(error = %unheard.chain(), "the source could not be told that the guest runs");
-        }
-        self.statistics.downtime.resume = Duration::from_nanos(resume_ns);
-        self.tell(&Event::Committed);
-        self.tell(&Event::there(self.paused));
-        Ok(())
-    }
-
-    /// Gives the guest back, which has not run here, and all that the source needs to run it.
-    fn give_back<M: Machine>(&mut self, machine: &mut Guarded<M>, error: Error) -> Error {
-        let error = match machine.release_resources() {
-            Ok(()) => error,
-            Err(cause) => {
-                Error::StillHeld { why: error.chain().to_string(), cause: Box::new(cause) }
-            }
-        };
-        self.handover.handle(DestinationInput::ResumeFailed);
-        let told = Message::GaveBack { text: error.chain().to_string() };
-        if let Err(unheard) = self.session.send_committed(&told) {
-            tracing::warn!(error = %unheard.chain(), "the source does not know that it has the guest back");
-        }
-        error
     }
 
     fn conclude(&mut self, result: Result<(), Error>) -> Result<(), (Error, GuestAtDestination)> {
