@@ -1,13 +1,13 @@
 # How ci/test runs its steps, and what it says of them: sourced by it, after ci/lib.sh.
 
-# run_steps STEP...: one after the other. A+B+C is A beside B and then C, for what leaves a CPU idle. However it
-# ends, $out/summary.json and a table say what ran, for how long, and what was skipped and why.
+# run_steps STEP...: one after the other. A/B+C+D is A and then B, beside C and then D, for what leaves a CPU idle.
+# However it ends, $out/summary.json and a table say what ran, for how long, and what was skipped and why.
 run_steps() {
     local step each began
     # Words, as they come from the command line or the default.
     # shellcheck disable=SC2068
     for step in $@; do
-        for each in ${step//+/ }; do
+        for each in ${step//[+\/]/ }; do
             declare -F "step_$each" >/dev/null || fail "there is no step $each"
         done
     done
@@ -18,6 +18,7 @@ run_steps() {
         echo "ci: $step"
         case $step in
         *+*) at_once ${step//+/ } ;;
+        */*) fail "$step: nothing is beside them" ;;
         *) one "$step" ;;
         esac
         echo "ci: $step done in $((SECONDS - began)) s"
@@ -51,24 +52,26 @@ one() {
     ran+=("$1 $((SECONDS - began)) $((cpu - cpu_before)) $((passed - passed_before)) $((${#skips[@]} - skipped_before))")
 }
 
-# at_once STEP...: the first, and beside it the others one after the other, with what it leaves of the CPUs.
+# at_once A/B STEP...: A and then B, and beside them the others one after the other, with what they leave of the CPUs.
 at_once() {
-    local step failed=() counted processes=()
-    running=("$@")
-    for step; do
+    local step failed=() counted processes=() first
+    IFS=/ read -ra first <<<"$1"
+    shift
+    running=("${first[@]}" "$@")
+    for step in "${running[@]}"; do
         rm -f "$out/$step.counted"
     done
     # Each is a process group, so that a signal ends all of it.
     set -m
     trap 'kill -- "${processes[@]/#/-}" 2>/dev/null || true; exit 130' INT TERM
-    count_steps "$1" </dev/null &
+    count_steps "${first[@]}" </dev/null &
     processes+=($!)
-    nice_steps "${@:2}" </dev/null &
+    nice_steps "$@" </dev/null &
     processes+=($!)
     set +m
     wait
     trap - INT TERM
-    for step; do
+    for step in "${running[@]}"; do
         [ -e "$out/$step.counted" ] || { failed+=("$step") && continue; }
         mapfile -t counted <"$out/$step.counted"
         count_passed "${counted[0]##* }"
