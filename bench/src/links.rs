@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use pageferry::transport::{
-    Admission, Capabilities, DestinationLink, Interrupt, MAX_BATCH_RUNS, SourceLink,
+    Admission, Capabilities, DestinationLink, Interrupt, LinkPurpose, MAX_BATCH_RUNS, SourceLink,
 };
 use pageferry_cli::outcome::Failure;
 #[cfg(not(feature = "rdma"))]
@@ -89,7 +89,7 @@ pub(crate) fn connect(
     zero_copy: ZeroCopyChoice,
     address: SocketAddr,
 ) -> Result<Box<dyn SourceLink>, Failure> {
-    Ok(way.choose(zero_copy)?.connector()?.connect(&address.to_string())?)
+    Ok(way.choose(zero_copy)?.dialler(&address.to_string()).connect(LinkPurpose::Begin)?)
 }
 
 #[cfg(feature = "rdma")]

@@ -8,7 +8,7 @@ use crossbeam_channel::Receiver;
 use indicatif::HumanBytes;
 use pageferry::memory::GuestMemory;
 use pageferry::threads::PinnedThreads;
-use pageferry::transport::{DestinationLink, Warnings};
+use pageferry::transport::{Rendezvous, Warnings};
 use pageferry::{
     Arrived, Blame, Destination, DestinationFailure, Event, GuestAtDestination, Machine, Offer,
 };
@@ -18,7 +18,7 @@ use crate::metrics::Side;
 use crate::observers::Observers;
 use crate::outcome::{Failure, Outcome};
 use crate::report::{GuestAt, Report};
-use crate::transport::{Chosen, LinkArgs};
+use crate::transport::{Begun, Chosen, LinkArgs};
 use crate::watch::Watch;
 use crate::wishes::{Wish, accept, unless_interrupted, until_interrupted};
 
@@ -109,7 +109,8 @@ impl Reception<'_> {
                 say!("a source connected from {peer}{others}");
                 self.observers.events.tell(Happening::Connected { peer: peer.to_string() });
             }
-            match self.take_in(link, chosen.name(), wishes, told.is_some(), &home)? {
+            let rendezvous = Box::new(Begun::with(link, chosen.rendezvous(&acceptor)));
+            match self.take_in(rendezvous, chosen.name(), wishes, told.is_some(), &home)? {
                 Come::Stranger(why) if told.is_some() => {
                     say!("no guest came from {peer}: {why}; the next is waited for");
                 }
@@ -123,7 +124,7 @@ impl Reception<'_> {
     /// Takes in the guest of somebody who connected, if there is one.
     fn take_in<M: Machine + Send>(
         &self,
-        link: Box<dyn DestinationLink>,
+        rendezvous: Box<dyn Rendezvous>,
         transport: &'static str,
         wishes: &Receiver<Wish>,
         tell: bool,
@@ -147,7 +148,8 @@ impl Reception<'_> {
                 show(event);
             }
         });
-        let migrate = || take_in_uninterrupted(destination, link, transport, &begun, tell, home);
+        let migrate =
+            || take_in_uninterrupted(destination, rendezvous, transport, &begun, tell, home);
         let (come, cancelled) = until_interrupted(wishes, migrate, || handle.cancel())?;
         Ok(match come {
             Come::Guest(arrival) => Come::Guest(Box::new(Arrival { cancelled, ..*arrival })),
@@ -160,13 +162,13 @@ impl Reception<'_> {
 /// As [`Reception::take_in`], and hears nobody. `begun` is set once the guest is on its way.
 fn take_in_uninterrupted<M: Machine>(
     destination: Destination,
-    link: Box<dyn DestinationLink>,
+    rendezvous: Box<dyn Rendezvous>,
     transport: &'static str,
     begun: &AtomicBool,
     tell: bool,
     home: &impl Fn(&Offer) -> Result<(M, Arc<GuestMemory>), Failure>,
 ) -> Come<M> {
-    let offer = match destination.negotiate(link) {
+    let offer = match destination.negotiate(rendezvous) {
         Ok(offer) => offer,
         Err(error) => return Come::Stranger(error.chain().to_string()),
     };

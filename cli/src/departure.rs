@@ -8,7 +8,7 @@ use pageferry::convergence::Forecast;
 use pageferry::dirty::DirtySources;
 use pageferry::machine::MachineOperation;
 use pageferry::memory::GuestMemory;
-use pageferry::transport::SourceLink;
+use pageferry::transport::Connector;
 use pageferry::{
     Departed, Error, Event, GuestAtSource, Machine, MachineError, MigrationHandle, SourceFailure,
     Statistics, Tried,
@@ -78,14 +78,14 @@ impl Departure<'_> {
                 record(event);
             }
         });
-        let (transport, link) = link_to(address, migration, &handle, wishes);
+        let (transport, connector) = link_to(address, migration, &handle, wishes);
         let cpu = cpu::time_of_process();
         let mut cancelled = false;
         let result = hearing(
             wishes,
             || {
-                hand_over(machine, describe, link, |machine, memory, dirty, link| {
-                    source.migrate(machine, memory, dirty, link)
+                hand_over(machine, describe, connector, |machine, memory, dirty, connector| {
+                    source.migrate(machine, memory, dirty, connector)
                 })
             },
             |wish| {
@@ -156,12 +156,12 @@ impl Departure<'_> {
                 show(event);
             }
         });
-        let (transport, link) = link_to(address, migration, &handle, wishes);
+        let (transport, connector) = link_to(address, migration, &handle, wishes);
         let tried = hearing(
             wishes,
             || {
-                hand_over(machine, describe, link, |machine, memory, dirty, link| {
-                    source.try_out(machine, memory, dirty, link, at_most)
+                hand_over(machine, describe, connector, |machine, memory, dirty, connector| {
+                    source.try_out(machine, memory, dirty, connector, at_most)
                 })
             },
             |wish| steer(&handle, &wish),
@@ -190,38 +190,38 @@ pub struct Trial<M> {
     pub answer: Result<Option<Forecast>, Error>,
 }
 
-/// Connects. The name of what moves the pages, and the link.
+/// Connects. The name of what moves the pages, and what makes links, of which it has the first.
 fn link_to(
     address: &str,
     migration: &MigrationArgs,
     handle: &MigrationHandle,
     wishes: &Receiver<Wish>,
-) -> (&'static str, Result<Box<dyn SourceLink>, Error>) {
+) -> (&'static str, Result<Box<dyn Connector>, Error>) {
     let chosen = migration.choose();
     let transport = chosen.as_ref().map_or(migration.transport.name(), Chosen::name);
-    let link = match chosen {
-        Ok(chosen) => connect(address, chosen, handle, wishes),
+    let connector = match chosen {
+        Ok(chosen) => connect(address, &chosen, handle, wishes),
         Err(error) => Err(error.into()),
     };
-    (transport, link)
+    (transport, connector)
 }
 
 /// Hands the guest to the engine.
 fn hand_over<M: Machine, T>(
     machine: M,
     describe: impl FnOnce(&M) -> Result<(Arc<GuestMemory>, DirtySources), MachineError>,
-    link: Result<Box<dyn SourceLink>, Error>,
+    connector: Result<Box<dyn Connector>, Error>,
     engine: impl FnOnce(
         M,
         &Arc<GuestMemory>,
         DirtySources,
-        Box<dyn SourceLink>,
+        Box<dyn Connector>,
     ) -> Result<T, Box<SourceFailure<M>>>,
 ) -> Result<T, Box<SourceFailure<M>>> {
     let refused = |cause| Error::Machine { operation: MachineOperation::Describe, cause };
     let described = describe(&machine).map_err(refused);
-    match described.and_then(|described| Ok((described, link?))) {
-        Ok(((memory, dirty), link)) => engine(machine, &memory, dirty, link),
+    match described.and_then(|described| Ok((described, connector?))) {
+        Ok(((memory, dirty), connector)) => engine(machine, &memory, dirty, connector),
         // Nothing has touched the guest yet.
         Err(error) => Err(Box::new(SourceFailure {
             guest: GuestAtSource::untouched(&machine),

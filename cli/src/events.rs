@@ -236,6 +236,14 @@ pub enum Happening {
     },
     CannotThrottle,
     GuestPaused,
+    LinkLost {
+        why: String,
+        at_most_ms: f64,
+    },
+    Rejoined {
+        epoch: u32,
+        after_ms: f64,
+    },
     CalledOff {
         attempt: u32,
         stage: Option<String>,
@@ -315,6 +323,10 @@ impl Happening {
                 stage: stage.map(|stage| stage.to_string()),
                 stood_ms: stage.map(|_| ms(stood)),
             },
+            Event::LinkLost { why, at_most } => {
+                Self::LinkLost { why: why.clone(), at_most_ms: ms(*at_most) }
+            }
+            &Event::Rejoined { epoch, after } => Self::Rejoined { epoch, after_ms: ms(after) },
             Event::Loaded => Self::Loaded,
             Event::Committed => Self::Committed,
             Event::GuestRunsThere => Self::GuestRunsThere,
@@ -395,7 +407,9 @@ mod tests {
                 Throttled { .. } => CannotThrottle,
                 CannotThrottle => GuestPaused,
                 GuestPaused => CalledOff { attempt: 1, stage: None, stood_ms: None },
-                CalledOff { .. } => Loaded,
+                CalledOff { .. } => LinkLost { why: text(), at_most_ms: 1.0 },
+                LinkLost { .. } => Rejoined { epoch: 1, after_ms: 1.0 },
+                Rejoined { .. } => Loaded,
                 Loaded => Committed,
                 Committed => GuestRunsThere,
                 GuestRunsThere => GuestPausedThere,

@@ -14,6 +14,7 @@ use pageferry::{Event, MigrationHandle, Phase, Snapshot};
 use crate::events::{DAY, Events, Happening};
 use crate::metrics::Side;
 use crate::observers::Observers;
+use crate::units::time_text;
 
 const TICK: Duration = Duration::from_millis(50);
 /// How long a round goes on until it is said how fast, and again. So nothing is slow without a word.
@@ -139,6 +140,7 @@ fn draw(bar: &ProgressBar, events: &Events, handle: &MigrationHandle, stop: &Ato
             Phase::Setup => "connecting".to_owned(),
             Phase::PreCopy => format!("round {}", snapshot.round),
             Phase::Switchover => "switchover".to_owned(),
+            Phase::LinkLost => "link lost".to_owned(),
             Phase::Committed => "commit".to_owned(),
             _ => "done".to_owned(),
         });
@@ -216,6 +218,12 @@ fn line(event: &Event) -> Option<String> {
         ),
         Event::CalledOff { attempt, .. } => {
             format!("switchover {attempt} called off by the source; more pages come")
+        }
+        Event::LinkLost { why, at_most } => {
+            format!("the link is lost ({why}); for up to {} it may come back", time_text(at_most))
+        }
+        Event::Rejoined { after, .. } => {
+            format!("the link is back after {:.1} ms", after.as_secs_f64() * 1e3)
         }
         Event::GuestPaused => "guest paused at the source".to_owned(),
         Event::Loaded => "guest loaded at the destination".to_owned(),

@@ -25,6 +25,10 @@ pub struct Timeouts {
     /// At the destination, with the device state loaded: for the source to release what only one host
     /// may hold, as long as it says that it is at that.
     pub release: Duration,
+    /// For a link that was lost to come back, as often as that happens; then the migration fails, or is uncertain if the
+    /// source has committed. None of it where the two sides have
+    /// [one link](crate::transport::OneLink) only, or one of them has 0 here.
+    pub rejoin: Duration,
     /// For the commit and its answer. When it is over the migration is uncertain. At the destination two
     /// seconds at least: a source that is at its release says so twenty times in that, whatever its own
     /// limits are.
@@ -39,6 +43,7 @@ impl Default for Timeouts {
             stall: Duration::from_secs(30),
             load: Duration::from_secs(60),
             release: Duration::from_secs(300),
+            rejoin: Duration::from_secs(30),
             commit: Duration::from_secs(30),
         }
     }

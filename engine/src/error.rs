@@ -48,6 +48,17 @@ pub enum Error {
     /// The link broke or could not be set up.
     #[error("the transport failed")]
     Transport(#[from] TransportError),
+    /// The link was lost, and did not come back.
+    #[error("the link was lost ({why}) and did not come back within {after:?}")]
+    LinkLost {
+        /// How it was lost: an error and its causes.
+        why: String,
+        /// For how long it was tried.
+        after: Duration,
+        /// What the last attempt failed with.
+        #[source]
+        cause: Box<Error>,
+    },
     /// Tracking of dirty pages failed.
     #[error("dirty tracking failed")]
     Dirty(#[from] DirtyError),
@@ -213,7 +224,7 @@ impl Error {
             }
             Self::Incompatible(_) => Blame::PeerIncompatible,
             Self::PeerFailed { .. } | Self::GivenBack { .. } => Blame::PeerFailed,
-            Self::Transport(_) => Blame::Transport,
+            Self::Transport(_) | Self::LinkLost { .. } => Blame::Transport,
             Self::Dirty(_) | Self::Layout(_) | Self::OutOfRange(_) | Self::MemoryDiffers { .. } => {
                 Blame::GuestMemory
             }

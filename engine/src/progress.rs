@@ -73,12 +73,26 @@ pub enum Event {
     CannotThrottle,
     /// At the source: the guest was paused.
     GuestPaused,
+    /// The link is lost. At the source the guest runs on, unless it is committed; the link is made anew.
+    LinkLost {
+        /// The error, with its causes.
+        why: String,
+        /// For how long it may be lost ([`Timeouts::rejoin`](crate::Timeouts::rejoin)).
+        at_most: Duration,
+    },
+    /// The migration goes on, on another link.
+    Rejoined {
+        /// Number of the link; the first one of the migration was 0.
+        epoch: u32,
+        /// For how long there was none.
+        after: Duration,
+    },
     /// A switchover would have taken too long: the guest goes on at the source, and so does the
     /// migration.
     CalledOff {
         /// Its number.
         attempt: u32,
-        /// What was being done when time was up; known at the source.
+        /// What was being done when time was up; known at the source. None where the link was lost.
         stage: Option<SwitchoverStage>,
         /// How long the guest stood still; known at the source.
         stood: Duration,
@@ -289,6 +303,11 @@ impl Shared {
         self.blocking.end(word);
     }
 
+    /// Another link: who is at the other end of it has said nothing yet.
+    pub(crate) fn begin_link(&self) {
+        self.peer_ended.store(false, Ordering::SeqCst);
+    }
+
     pub(crate) fn has_peer_ended(&self) -> bool {
         self.peer_ended.load(Ordering::SeqCst)
     }
@@ -370,6 +389,28 @@ impl Shared {
         result
     }
 
+    /// Makes a link, so that cancelling ends that, also if somebody has cancelled before. Where a link is there all the
+    /// same the other side is told on it.
+    pub(crate) fn while_dialling<T>(
+        &self,
+        interrupt: &Arc<dyn Interrupt>,
+        call: impl FnOnce() -> Result<T, TransportError>,
+    ) -> Result<T, Error> {
+        // There is nobody to say anything to.
+        let say = Box::new(|_: &Message, _| Ok(()));
+        let blocked = Blocked::Waiting(Arc::clone(interrupt), say);
+        let result = self.blocking.during(blocked, || {
+            if self.is_cancelled() || self.alarmed.load(Ordering::SeqCst) {
+                interrupt.interrupt();
+            }
+            Ok(caught("the transport", call)??)
+        });
+        if matches!(result, Err(Error::Transport(TransportError::Interrupted))) {
+            self.check()?;
+        }
+        result
+    }
+
     /// Runs a send, so that cancelling ends it if it does not end by itself, and the peer's end does.
     pub(crate) fn while_sending(
         &self,
@@ -394,8 +435,21 @@ impl Shared {
         UnderWay(Arc::clone(self))
     }
 
-    pub(crate) fn set_phase(&self, phase: Phase) {
-        self.board.set_phase(phase);
+    /// Returns the phase before.
+    pub(crate) fn set_phase(&self, phase: Phase) -> Phase {
+        self.board.set_phase(phase)
+    }
+
+    /// Lets some time pass, unless somebody ends the migration.
+    pub(crate) fn rest(&self, time: Duration) -> Result<(), Error> {
+        // Raised long ago, perhaps.
+        let until = Instant::now() + time;
+        loop {
+            self.check()?;
+            if self.wake().recv_deadline(until).is_err() {
+                return self.check();
+            }
+        }
     }
 }
 

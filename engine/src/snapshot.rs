@@ -23,6 +23,8 @@ pub enum Phase {
     PreCopy,
     /// The guest is paused, the last pages are on their way.
     Switchover,
+    /// The link is lost, and another one is being made.
+    LinkLost,
     /// The point of no return is behind.
     Committed,
     /// Over, well or not.
@@ -30,9 +32,16 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// All, in their order. A switchover that is called off leads back to pre-copy.
-    pub const ALL: [Self; 5] =
-        [Self::Setup, Self::PreCopy, Self::Switchover, Self::Committed, Self::Ended];
+    /// All, in their order. A switchover that is called off leads back to pre-copy, and a link may be lost, and found
+    /// again, in each.
+    pub const ALL: [Self; 6] = [
+        Self::Setup,
+        Self::PreCopy,
+        Self::Switchover,
+        Self::LinkLost,
+        Self::Committed,
+        Self::Ended,
+    ];
 }
 
 impl fmt::Display for Phase {
@@ -42,6 +51,7 @@ impl fmt::Display for Phase {
             Self::Setup => "setup",
             Self::PreCopy => "pre_copy",
             Self::Switchover => "switchover",
+            Self::LinkLost => "link_lost",
             Self::Committed => "committed",
             Self::Ended => "ended",
         })
@@ -153,9 +163,15 @@ impl Board {
         change(&mut self.written.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    pub(crate) fn set_phase(&self, phase: Phase) {
+    /// Returns the phase before.
+    pub(crate) fn set_phase(&self, phase: Phase) -> Phase {
         let took = (phase == Phase::Ended).then(|| self.began.elapsed());
-        self.write(|written| (written.phase, written.took) = (phase, took));
+        let mut before = phase;
+        self.write(|written| {
+            before = std::mem::replace(&mut written.phase, phase);
+            written.took = took;
+        });
+        before
     }
 
     pub(crate) fn begin_round(&self, round: u32, pages: u64) {
@@ -181,7 +197,7 @@ impl Board {
             let snapshot = ChannelSnapshot {
                 pages: gauge.pages(),
                 landed_bytes: gauge.landed_bytes.load(Relaxed),
-                wire_bytes: gauge.wire_bytes.load(Relaxed),
+                wire_bytes: gauge.counters().wire_bytes,
                 lost: gauge.lost.load(Relaxed),
             };
             pages.add(&snapshot.pages);

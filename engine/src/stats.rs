@@ -1,6 +1,7 @@
 //! What a migration did and what it cost.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
@@ -118,6 +119,8 @@ pub struct Statistics {
     pub dirty_pages_per_second: f64,
     /// Page bytes that landed a second, as the switchover was decided on it.
     pub bytes_per_second: f64,
+    /// How often the link was lost and came back.
+    pub rejoins: u32,
     /// Data channels that were lost on the way; others took over.
     pub lost_channels: u16,
     /// How often pages were dealt out anew since a channel lagged.
@@ -215,6 +218,8 @@ pub(crate) struct ChannelGauge {
     work_requests: WorkRequestGauge,
     registered_bytes: AtomicU64,
     registering_nanoseconds: AtomicU64,
+    /// What the channels of earlier links did.
+    earlier: Mutex<ChannelCounters>,
 }
 
 #[derive(Debug, Default)]
@@ -260,7 +265,26 @@ impl ChannelGauge {
         self.registering_nanoseconds.store(nanoseconds, Relaxed);
     }
 
+    fn earlier(&self) -> MutexGuard<'_, ChannelCounters> {
+        self.earlier.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The link is lost, and the channel with it: another one goes on counting.
+    pub(crate) fn begin_epoch(&self) {
+        let mut earlier = self.earlier();
+        earlier.add(&self.since_epoch());
+        self.publish_counters(&ChannelCounters::default());
+        self.lost.store(false, Relaxed);
+    }
+
+    /// Of all links.
     pub(crate) fn counters(&self) -> ChannelCounters {
+        let mut counters = *self.earlier();
+        counters.add(&self.since_epoch());
+        counters
+    }
+
+    fn since_epoch(&self) -> ChannelCounters {
         ChannelCounters {
             wire_bytes: self.wire_bytes.load(Relaxed),
             user_copied_bytes: self.user_copied_bytes.load(Relaxed),

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReceiver,
-    Registration, TransportError,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReceiver,
+    Registration, Returning, TransportError,
 };
 use pageferry_tcp::TcpDestinationLink;
 
@@ -35,8 +35,8 @@ impl Rings {
 
 impl IoUringDestinationLink {
     /// The migration, as the acceptor's logs call it.
-    pub fn migration_id(&self) -> MigrationId {
-        self.0.tcp.migration_id()
+    pub fn link_id(&self) -> LinkId {
+        self.0.tcp.link_id()
     }
 
     /// The source's address.
@@ -78,6 +78,10 @@ impl Link for IoUringDestinationLink {
 }
 
 impl DestinationLink for IoUringDestinationLink {
+    fn expect_return(&mut self, returning: Returning) {
+        self.0.tcp.expect_return(returning);
+    }
+
     fn open_receivers(
         &mut self,
         channels: u16,

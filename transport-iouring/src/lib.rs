@@ -81,6 +81,7 @@ mod ring;
 mod rings;
 mod sender;
 mod setup;
+mod several;
 mod source;
 mod table;
 mod trial;
@@ -94,6 +95,7 @@ pub use features::{Feature, Features, Unavailable};
 pub use options::IoUringOptions;
 pub use pageferry_tcp::ZeroCopy;
 pub use rings::Rings;
+pub use several::{IoUringDialler, IoUringRendezvous};
 pub use source::{IoUringSourceLink, connect};
 
 const NAME: &str = "iouring";

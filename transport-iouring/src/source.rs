@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, Registration,
-    SourceLink, TransportError,
+    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, Registration, SourceLink,
+    TransportError,
 };
 use pageferry_tcp::{TcpOptions, TcpSourceLink, ZeroCopy};
 
@@ -49,8 +49,8 @@ impl Rings {
 
 impl IoUringSourceLink {
     /// The migration, as the destination's logs call it.
-    pub fn migration_id(&self) -> MigrationId {
-        self.0.tcp.migration_id()
+    pub fn link_id(&self) -> LinkId {
+        self.0.tcp.link_id()
     }
 
     /// The destination's address.

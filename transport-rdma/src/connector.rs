@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry::transport::race::{Attempt, Progress, Race};
-use pageferry::transport::{Interrupt, MigrationId, TransportError, addresses};
+use pageferry::transport::{Interrupt, LinkId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -168,8 +168,8 @@ fn ask(
     options: &RdmaOptions,
     state: &Arc<LinkState>,
 ) -> Result<Connected, TransportError> {
-    let migration = MigrationId::random()
-        .map_err(|cause| TransportError::Io { operation: "make a migration id", cause })?;
+    let migration = LinkId::random()
+        .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
     let workshop = Workshop::at(&id, address, options.clone(), Arc::clone(state))?;
     let say = workshop.preamble(Purpose::Control, migration);
     let outlet = workshop.ask_for_outlet(id, &say, RemoteAccess::Nothing)?;

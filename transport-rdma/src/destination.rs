@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use pageferry::memory::GuestMemory;
 use pageferry::transport::reception::Seat;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReader,
-    PageReceiver, Registration, TransportError,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReader,
+    PageReceiver, Registration, Returning, TransportError,
 };
 
 use crate::announce::{Announcer, hear_all};
@@ -58,7 +58,7 @@ impl RdmaDestinationLink {
     }
 
     /// What this migration is called on the wire.
-    pub fn migration_id(&self) -> MigrationId {
+    pub fn link_id(&self) -> LinkId {
         self.end.migration
     }
 
@@ -106,6 +106,10 @@ impl Link for RdmaDestinationLink {
 }
 
 impl DestinationLink for RdmaDestinationLink {
+    fn expect_return(&mut self, returning: Returning) {
+        self.seat.expect_return(returning);
+    }
+
     fn open_receivers(
         &mut self,
         channels: u16,

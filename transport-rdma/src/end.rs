@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    ControlChannel, Interrupt, MigrationId, Registration, Stages, TransportError,
+    ControlChannel, Interrupt, LinkId, Registration, Stages, TransportError,
 };
 
 use crate::dial::Workshop;
@@ -16,7 +16,7 @@ use crate::verbs::Access;
 #[derive(Debug)]
 pub(crate) struct End {
     stages: Stages<Arc<Registered>>,
-    pub(crate) migration: MigrationId,
+    pub(crate) migration: LinkId,
     /// Of the control connection, as verbs encode it.
     mtu: u32,
     pub(crate) workshop: Workshop,
@@ -25,7 +25,7 @@ pub(crate) struct End {
 impl End {
     /// Of a link of which there are the control connections.
     pub(crate) fn new(
-        migration: MigrationId,
+        migration: LinkId,
         control: ControlChannel,
         mtu: u32,
         workshop: Workshop,

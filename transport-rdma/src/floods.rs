@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::protocol;
-use pageferry::transport::{Admission, Link, MigrationId, TransportError};
+use pageferry::transport::{Admission, Link, LinkId, TransportError};
 
 use crate::RdmaAcceptor;
 use crate::cm::RemoteAccess;
@@ -97,7 +97,7 @@ fn greet(connection: &mut Connection, pd: &Arc<ProtectionDomain>, mut greeting: 
 }
 
 /// A source's half of a control channel, which has no room for a word.
-fn deaf_half(workshop: &Workshop, migration: MigrationId) -> Result<Connection, TransportError> {
+fn deaf_half(workshop: &Workshop, migration: LinkId) -> Result<Connection, TransportError> {
     let path = workshop.path(RemoteAccess::Nothing, workshop.mtu);
     let depths = (u32::try_from(UNDER_WAY).unwrap_or(1) + RECEIVES, ACKS);
     let mut connection = workshop.prepare(workshop.way()?, depths, path)?;
@@ -108,7 +108,7 @@ fn deaf_half(workshop: &Workshop, migration: MigrationId) -> Result<Connection, 
 }
 
 /// Somebody who connects as a source does; `None` if it is turned away.
-fn connect_deaf(to: SocketAddr, migration: MigrationId) -> Option<(Connection, Inlet, Workshop)> {
+fn connect_deaf(to: SocketAddr, migration: LinkId) -> Option<(Connection, Inlet, Workshop)> {
     let workshop = stranger(to);
     let outlet = deaf_half(&workshop, migration).ok()?;
     let inlet = workshop.dial_inlet(&workshop.preamble(Purpose::ControlBack, migration)).ok()?;
@@ -249,7 +249,7 @@ impl Drop for Stop<'_> {
 fn a_source_that_floods_is_told_off_and_costs_no_more_than_its_credits() {
     let Some(acceptor) = acceptor() else { return };
     let to = acceptor.local_addr();
-    let migration = MigrationId([3; 16]);
+    let migration = LinkId([3; 16]);
     let workshop = stranger(to);
     let mut outlet = deaf_half(&workshop, migration).expect("it is let in");
     let _inlet = other_half(to, migration);
@@ -300,7 +300,7 @@ fn messages_without_receives_at_a_destination() {
         while !over.load(Ordering::Relaxed) {
             let number = next.fetch_add(1, Ordering::Relaxed);
             let (greeting, flood) = floods[usize::from(number) % floods.len()];
-            let Some((mut outlet, _inlet, workshop)) = connect_deaf(to, MigrationId([number; 16]))
+            let Some((mut outlet, _inlet, workshop)) = connect_deaf(to, LinkId([number; 16]))
             else {
                 continue;
             };

@@ -71,6 +71,7 @@ mod receiver;
 mod reception;
 mod requests;
 mod sender;
+mod several;
 mod source;
 mod state;
 #[cfg(test)]
@@ -90,6 +91,7 @@ pub use addresses::{DeviceAddress, addresses};
 pub use connector::{RdmaConnector, connect};
 pub use destination::RdmaDestinationLink;
 pub use options::{Mtu, RdmaOptions, RegistrationMode};
+pub use several::{RdmaDialler, RdmaRendezvous};
 pub use source::RdmaSourceLink;
 
 const NAME: &str = "rdma";

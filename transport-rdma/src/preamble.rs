@@ -3,7 +3,7 @@
 //! ```text
 //! 0        4  5  6       8                 24  25        28
 //! +--------+--+--+-------+-----------------+---+---------+
-//! | "PFRD" |v |k |channel| migration id    |mtu| zero    |
+//! | "PFRD" |v |k |channel| id of the link  |mtu| zero    |
 //! +--------+--+--+-------+-----------------+---+---------+
 //! ```
 //!
@@ -25,7 +25,7 @@
 
 use std::fmt;
 
-use pageferry::transport::MigrationId;
+use pageferry::transport::LinkId;
 
 use crate::cm::MAX_REQUEST_BYTES;
 
@@ -66,7 +66,7 @@ impl fmt::Display for Purpose {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Preamble {
     pub(crate) purpose: Purpose,
-    pub(crate) migration: MigrationId,
+    pub(crate) migration: LinkId,
     /// As verbs encode it.
     pub(crate) mtu: u8,
 }
@@ -114,7 +114,7 @@ impl Preamble {
         };
         let mut id = [0; 16];
         id.copy_from_slice(&bytes[8..24]);
-        Ok(Self { purpose, migration: MigrationId(id), mtu: bytes[24] })
+        Ok(Self { purpose, migration: LinkId(id), mtu: bytes[24] })
     }
 }
 
@@ -160,7 +160,7 @@ mod tests {
             Purpose::Pages { channel: 0x1234 },
             Purpose::Reads,
         ] {
-            let preamble = Preamble { purpose, migration: MigrationId([7; 16]), mtu: 5 };
+            let preamble = Preamble { purpose, migration: LinkId([7; 16]), mtu: 5 };
             let mut bytes = preamble.encode().to_vec();
             assert_eq!(Preamble::decode(&bytes), Ok(preamble));
             bytes.resize(MAX_REQUEST_BYTES, 0);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::transport::reception::{Arrived, Bell, Board, Served, TurnedAway};
 use pageferry::transport::{
-    Admission, Greeted, MAX_GREETING_BYTES, MigrationId, Standing, TransportError, WaitingRoom,
+    Admission, Greeted, LinkId, MAX_GREETING_BYTES, Standing, TransportError, WaitingRoom,
     Warnings, check_greeting, first_of_the_most,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -45,7 +45,7 @@ pub(crate) type RdmaBoard = Board<Arrival, Requests<Request>>;
 /// A source, and its control connections as far as they are there.
 #[derive(Debug)]
 pub(crate) struct Arrival {
-    pub(crate) migration: MigrationId,
+    pub(crate) migration: LinkId,
     pub(crate) inlet: Inlet,
     pub(crate) outlet: Option<Outlet>,
     /// When the second connection was accepted.
@@ -160,12 +160,16 @@ impl Arrival {
 }
 
 impl Arrived for Arrival {
-    fn migration(&self) -> MigrationId {
+    fn link(&self) -> LinkId {
         self.migration
     }
 
     fn peer(&self) -> SocketAddr {
         self.workshop.peer
+    }
+
+    fn greeting(&self) -> Option<&[u8]> {
+        self.greeting.as_deref()
     }
 
     fn has_left(&mut self) -> bool {
@@ -270,6 +274,13 @@ impl Reception {
             left.refuse("it left while it waited", &board.warnings);
         }
         for arrival in greeted {
+            if board.is_returning(&arrival) {
+                // Its own place.
+                if let Some((arrival, _)) = board.admit(arrival) {
+                    arrival.refuse(&TurnedAway::Busy.to_string(), &board.warnings);
+                }
+                continue;
+            }
             let bytes = arrival.greeting.as_ref().map_or(0, Vec::len);
             let (from, round_trip) = (arrival.workshop.peer, arrival.round_trip);
             for crowded in self.waiting.enter(now, arrival, Greeted { from, bytes, round_trip }) {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, ReadGrant,
-    Registration, SourceLink, TransportError,
+    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, ReadGrant, Registration,
+    SourceLink, TransportError,
 };
 
 use crate::announce::{Directory, tell_all};
@@ -47,7 +47,7 @@ impl RdmaSourceLink {
     }
 
     /// What this migration is called on the wire.
-    pub fn migration_id(&self) -> MigrationId {
+    pub fn link_id(&self) -> LinkId {
         self.end.migration
     }
 

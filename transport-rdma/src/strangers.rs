@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry::testing::greeting;
 use pageferry::transport::reception::TurnedAway;
 use pageferry::transport::{
-    Admission, ControlChannel, ControlReceiver, Link, MigrationId, TransportError,
+    Admission, ControlChannel, ControlReceiver, Link, LinkId, TransportError,
 };
 
 use crate::cm::{Id, RemoteAccess};
@@ -60,18 +60,18 @@ fn refused(to: SocketAddr, say: impl Fn(&Workshop) -> Vec<u8>) -> String {
     }
 }
 
-fn preamble(purpose: Purpose, migration: MigrationId) -> impl Fn(&Workshop) -> Vec<u8> {
+fn preamble(purpose: Purpose, migration: LinkId) -> impl Fn(&Workshop) -> Vec<u8> {
     move |workshop| workshop.preamble(purpose, migration).to_vec()
 }
 
 /// One half of a control channel, and nobody behind it.
-fn half(to: SocketAddr, migration: MigrationId) -> Outlet {
+fn half(to: SocketAddr, migration: LinkId) -> Outlet {
     let workshop = stranger(to);
     let say = workshop.preamble(Purpose::Control, migration);
     workshop.dial_outlet(&say, RemoteAccess::Nothing).expect("accepted")
 }
 
-pub(crate) fn other_half(to: SocketAddr, migration: MigrationId) -> Inlet {
+pub(crate) fn other_half(to: SocketAddr, migration: LinkId) -> Inlet {
     let workshop = stranger(to);
     let say = workshop.preamble(Purpose::ControlBack, migration);
     workshop.dial_inlet(&say).expect("accepted")
@@ -120,7 +120,7 @@ fn assert_gets_in(acceptor: &RdmaAcceptor) {
     let began = Instant::now();
     let (source, _from) = greet(acceptor);
     let (link, mut to) = accept(acceptor);
-    assert_eq!(link.migration_id(), source.migration_id());
+    assert_eq!(link.link_id(), source.link_id());
     to.sender.send(b"welcome", SOON).expect("it goes out");
     assert!(began.elapsed() < GETS_IN, "it took {:?}", began.elapsed());
 }
@@ -136,7 +136,7 @@ fn assert_turned_away(receiver: &mut dyn ControlReceiver, why: &str) {
 
 /// What a stranger says, and hears.
 fn says(to: SocketAddr, migration: u8, messages: &[&[u8]]) -> (Outlet, Inlet) {
-    let migration = MigrationId([migration; 16]);
+    let migration = LinkId([migration; 16]);
     let (mut outlet, inlet) = (half(to, migration), other_half(to, migration));
     for message in messages {
         outlet.message(message, Some(Instant::now() + SOON)).expect("it goes out");
@@ -212,18 +212,18 @@ fn many_sources_of_one_address_keep_none_of_another_out() {
         assert_turned_away(&mut *control.receiver, &TurnedAway::Crowded.to_string());
     }
     let (link, to) = accept(&acceptor);
-    assert_eq!(link.migration_id(), holder.migration_id());
+    assert_eq!(link.link_id(), holder.link_id());
     drop((link, to));
     let (link, _to) = accept(&acceptor);
     assert_ne!(link.peer_addr().ip(), acceptor.local_addr().ip());
-    assert_eq!(link.migration_id(), source.migration_id());
+    assert_eq!(link.link_id(), source.link_id());
 }
 
 #[test]
 fn garbage_is_refused_at_once_and_another_version_told_so() {
     let Some(acceptor) = acceptor() else { return };
     let to = acceptor.local_addr();
-    let id = MigrationId([1; 16]);
+    let id = LinkId([1; 16]);
     assert_eq!(
         refused(to, |_| b"GET / HTTP/1.1\r\n\r\n".to_vec()),
         "a request that is not pageferry's"
@@ -255,7 +255,7 @@ fn requests_of_migrations_that_nobody_serves_are_refused_at_once() {
             1 => Purpose::Table,
             _ => Purpose::Pages { channel: 0 },
         };
-        let reason = refused(to, preamble(purpose, MigrationId([stranger; 16])));
+        let reason = refused(to, preamble(purpose, LinkId([stranger; 16])));
         assert_eq!(reason, "no migration with this id is being served");
     }
     serve(&acceptor);
@@ -267,7 +267,7 @@ fn many_silent_sources_lock_nobody_out() {
     let to = acceptor.local_addr();
     let mut kept = Vec::new();
     for stranger in 0..20 {
-        kept.push(half(to, MigrationId([stranger; 16])));
+        kept.push(half(to, LinkId([stranger; 16])));
     }
     serve(&acceptor);
 }
@@ -278,11 +278,11 @@ fn a_source_that_leaves_half_way_ends_nothing() {
     let to = acceptor.local_addr();
     thread::scope(|scope| {
         let accepting = scope.spawn(|| acceptor.accept(Some(SOON)));
-        drop(half(to, MigrationId([1; 16])));
+        drop(half(to, LinkId([1; 16])));
         // This one comes to the end of connecting.
-        let _kept = (half(to, MigrationId([2; 16])), other_half(to, MigrationId([2; 16])));
-        let first = accepting.join().expect("no panic").expect("one who came").migration_id();
-        assert_eq!(first, MigrationId([2; 16]));
+        let _kept = (half(to, LinkId([2; 16])), other_half(to, LinkId([2; 16])));
+        let first = accepting.join().expect("no panic").expect("one who came").link_id();
+        assert_eq!(first, LinkId([2; 16]));
     });
     serve(&acceptor);
 }
@@ -291,16 +291,16 @@ fn a_source_that_leaves_half_way_ends_nothing() {
 fn a_source_that_gave_up_before_it_was_accepted_is_forgotten() {
     let Some(acceptor) = acceptor() else { return };
     let to = acceptor.local_addr();
-    let migration = MigrationId([1; 16]);
+    let migration = LinkId([1; 16]);
     drop((half(to, migration), other_half(to, migration)));
     let source = connect(to, RdmaOptions::default()).expect("it is let in");
     let mut accepted = acceptor.accept(Some(SOON)).expect("one of them");
-    if accepted.migration_id() == migration {
+    if accepted.link_id() == migration {
         // Before it was known that it has left.
         drop(accepted);
         accepted = acceptor.accept(Some(SOON)).expect("the other one");
     }
-    assert_eq!(accepted.migration_id(), source.migration_id());
+    assert_eq!(accepted.link_id(), source.link_id());
 }
 
 #[test]
@@ -311,8 +311,8 @@ fn a_second_source_is_told_to_come_later_and_data_channels_must_be_free() {
     let mut second = connect(to, RdmaOptions::default()).expect("it may wait");
     let mut control = second.control().expect("once");
     assert_turned_away(&mut *control.receiver, "another migration is being served");
-    let ours = destination.migration_id();
-    assert_eq!(ours, source.migration_id());
+    let ours = destination.link_id();
+    assert_eq!(ours, source.link_id());
     let workshop = stranger(to);
     let channel = workshop.preamble(Purpose::Pages { channel: 0 }, ours);
     thread::scope(|scope| {
@@ -347,7 +347,7 @@ fn a_second_source_is_told_to_come_later_and_data_channels_must_be_free() {
 fn who_only_receives_frames_answers_when_asked_whether_anybody_is_there() {
     let Some(acceptor) = acceptor() else { return };
     let to = acceptor.local_addr();
-    let migration = MigrationId([4; 16]);
+    let migration = LinkId([4; 16]);
     let (outlet, mut inlet) = (half(to, migration), other_half(to, migration));
     let mut link = acceptor.accept(Some(SOON)).expect("it came");
     let mut control = link.control().expect("once");

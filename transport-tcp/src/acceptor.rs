@@ -38,7 +38,7 @@ const BACKLOG: i32 = 128;
 /// thread and frees the port.
 #[derive(Debug)]
 pub struct TcpAcceptor {
-    desk: Arc<Desk<Newcomer, DataChannels>>,
+    pub(crate) desk: Arc<Desk<Newcomer, DataChannels>>,
     local_addr: SocketAddr,
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry::transport::race::Race;
-use pageferry::transport::{Interrupt, MigrationId, TransportError, addresses};
+use pageferry::transport::{Interrupt, LinkId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -71,8 +71,8 @@ impl TcpConnector {
         let unreachable =
             |cause| TransportError::Connect { address: addresses::text(&addr), cause };
         let found = addresses::resolve(&addr).map_err(unreachable)?;
-        let id = MigrationId::random()
-            .map_err(|cause| TransportError::Io { operation: "make a migration id", cause })?;
+        let id = LinkId::random()
+            .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
         let preamble = Preamble { id, kind: Kind::Control };
         let mut race = Race::new(found, unreachable(io::ErrorKind::NotFound.into()));
         let begin = |peer| Dialling::begin(peer, &options, &state);

@@ -8,8 +8,8 @@ use std::time::Duration;
 use pageferry::memory::GuestMemory;
 use pageferry::transport::reception::Seat;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MigrationId, PageReceiver,
-    Registration, TransportError,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReceiver,
+    Registration, Returning, TransportError,
 };
 
 use crate::channels::DataChannels;
@@ -57,7 +57,7 @@ impl TcpDestinationLink {
     }
 
     pub(crate) fn given(
-        id: MigrationId,
+        id: LinkId,
         state: Arc<LinkState>,
         control: &Arc<Connection>,
         data: GivenChannels,
@@ -67,8 +67,8 @@ impl TcpDestinationLink {
     }
 
     /// The migration, as the acceptor's logs call it.
-    pub fn migration_id(&self) -> MigrationId {
-        self.end.migration_id()
+    pub fn link_id(&self) -> LinkId {
+        self.end.link_id()
     }
 
     /// The source's address.
@@ -101,7 +101,7 @@ impl TcpDestinationLink {
         end.open(channels, |end| {
             let seat = match data {
                 Data::Seat(seat) => seat,
-                Data::Given(given) => return given.open(end.migration_id(), channels, timeout),
+                Data::Given(given) => return given.open(end.link_id(), channels, timeout),
             };
             let deadline = deadline_after(Some(timeout));
             seat.connections(|came| came.set(channels));
@@ -143,6 +143,14 @@ impl Link for TcpDestinationLink {
 }
 
 impl DestinationLink for TcpDestinationLink {
+    fn expect_return(&mut self, returning: Returning) {
+        match &self.data {
+            Data::Seat(seat) => seat.expect_return(returning),
+            // Nobody else can come.
+            Data::Given(_) => {}
+        }
+    }
+
     fn open_receivers(
         &mut self,
         channels: u16,

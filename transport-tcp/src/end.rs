@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry::memory::GuestMemory;
-use pageferry::transport::{ControlChannel, Interrupt, MigrationId, Stages, TransportError};
+use pageferry::transport::{ControlChannel, Interrupt, LinkId, Stages, TransportError};
 
 use crate::connection::{Connection, LINGER, LinkState};
 use crate::inbox::Inbox;
@@ -13,7 +13,7 @@ use crate::{MAX_CHANNELS, control};
 
 #[derive(Debug)]
 pub(crate) struct End {
-    id: MigrationId,
+    id: LinkId,
     state: Arc<LinkState>,
     /// Control first, then data. Held open here, so that dropping a channel sends no reset
     /// after what was sent last.
@@ -23,13 +23,13 @@ pub(crate) struct End {
 
 impl End {
     /// Of a link of which there is the control connection.
-    pub(crate) fn new(id: MigrationId, state: Arc<LinkState>, inbox: &Arc<Inbox>) -> Self {
+    pub(crate) fn new(id: LinkId, state: Arc<LinkState>, inbox: &Arc<Inbox>) -> Self {
         let connections = vec![Arc::clone(inbox.connection())];
         let stages = Stages::new(control::channel(Arc::clone(inbox)));
         Self { id, state, connections, stages }
     }
 
-    pub(crate) fn migration_id(&self) -> MigrationId {
+    pub(crate) fn link_id(&self) -> LinkId {
         self.id
     }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use pageferry::transport::{MigrationId, TransportError};
+use pageferry::transport::{LinkId, TransportError};
 
 use crate::connection::{LinkState, deadline_after};
 use crate::destination::TcpDestinationLink;
@@ -66,8 +66,8 @@ impl GivenSockets {
     /// The source's end. Waits for the destination's.
     pub fn source(self) -> Result<TcpSourceLink, TransportError> {
         let Self { control, data, options } = self;
-        let id = MigrationId::random()
-            .map_err(|cause| TransportError::Io { operation: "make a migration id", cause })?;
+        let id = LinkId::random()
+            .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
         let state = LinkState::new(|| {});
         let preamble = Preamble { id, kind: Kind::Control };
         let control = Dialled::over(control, &preamble, &options, &state)?.await_answer()?;

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::{MigrationId, TransportError};
+use pageferry::transport::{LinkId, TransportError};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -64,7 +64,7 @@ impl GivenChannels {
     /// Waits until the source has opened them all, in their order.
     pub(crate) fn open(
         &mut self,
-        id: MigrationId,
+        id: LinkId,
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Arc<Connection>>, TransportError> {

@@ -4,7 +4,7 @@
 //!
 //! The destination [binds](TcpAcceptor::bind) and [accepts](TcpAcceptor::accept), the source
 //! [connects](connect()). A link is one control connection and any number of data connections to
-//! the same port, found by a random migration id; how each begins is in [`preamble`]. Both ends
+//! the same port, found by the random id of the link; how each begins is in [`preamble`]. Both ends
 //! then speak pageferry's stream codec ([`pageferry::transport::stream`]). IPv4 and IPv6.
 //!
 //! ```
@@ -37,7 +37,7 @@
 //! # Who is let in
 //!
 //! Whoever reaches the port and speaks pageferry's protocol may start a migration, and whoever knows the
-//! migration id may join one; nothing is encrypted. Listen on a network that only hosts can reach.
+//! id of a link may join it; nothing is encrypted. Listen on a network that only hosts can reach.
 //!
 //! # Thread safety
 //!
@@ -87,6 +87,7 @@ mod raw_io;
 mod receiver;
 mod reception;
 mod sender;
+mod several;
 mod source;
 mod zero_copy;
 
@@ -98,6 +99,7 @@ pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
 pub use given::GivenSockets;
 pub use options::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
+pub use several::{TcpDialler, TcpRendezvous};
 pub use source::TcpSourceLink;
 
 /// Most data channels of a link; bounds how many connections a peer can make us hold.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::transport::reception::{Arrived, Board, Served};
-use pageferry::transport::{Greeted, MigrationId, Standing};
+use pageferry::transport::{Greeted, LinkId, Standing};
 
 use crate::channels::DataChannels;
 use crate::connection::LinkState;
@@ -17,7 +17,7 @@ pub(crate) type TcpBoard = Board<Newcomer, DataChannels>;
 
 #[derive(Debug)]
 pub(crate) struct Newcomer {
-    pub(crate) id: MigrationId,
+    pub(crate) id: LinkId,
     pub(crate) incoming: Incoming,
     /// Its first control frame, where one had to come.
     pub(crate) greeting: Option<Vec<u8>>,
@@ -29,7 +29,7 @@ pub(crate) struct Newcomer {
 impl Newcomer {
     /// It has greeted, so long after it was let in.
     pub(crate) fn greeted(
-        id: MigrationId,
+        id: LinkId,
         incoming: Incoming,
         greeting: Vec<u8>,
         round_trip: Duration,
@@ -41,7 +41,7 @@ impl Newcomer {
     }
 
     /// It needs no greeting; its preamble is answered when it has its place.
-    pub(crate) fn stranger(id: MigrationId, incoming: Incoming, board: &Arc<TcpBoard>) -> Self {
+    pub(crate) fn stranger(id: LinkId, incoming: Incoming, board: &Arc<TcpBoard>) -> Self {
         let (round_trip, state) = (Duration::ZERO, LinkState::new(board.waker()));
         Self { id, incoming, greeting: None, round_trip, state }
     }
@@ -54,12 +54,16 @@ impl Newcomer {
 }
 
 impl Arrived for Newcomer {
-    fn migration(&self) -> MigrationId {
+    fn link(&self) -> LinkId {
         self.id
     }
 
     fn peer(&self) -> SocketAddr {
         self.incoming.peer
+    }
+
+    fn greeting(&self) -> Option<&[u8]> {
+        self.greeting.as_deref()
     }
 
     fn has_left(&mut self) -> bool {

@@ -12,7 +12,7 @@
 //! |      8 |     2 | version, 1                                                |
 //! |     10 |     1 | kind: 1 control channel, 2 data channel                   |
 //! |     11 |     1 | reserved, 0                                               |
-//! |     12 |    16 | migration id: random, made by the source                  |
+//! |     12 |    16 | id of the link: random, made by the source                |
 //! |     28 |     2 | index of the data channel, from 0; 0 for a control channel |
 //! |     30 |     2 | reserved, 0                                               |
 //!
@@ -29,7 +29,7 @@
 //! Magic, version and status keep their places in every version, and so does the whole answer:
 //! a source can always read why it was refused.
 
-use pageferry::transport::MigrationId;
+use pageferry::transport::LinkId;
 use thiserror::Error;
 
 /// Version of the preamble that this side speaks.
@@ -64,7 +64,7 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Preamble {
     /// The migration the connection belongs to.
-    pub id: MigrationId,
+    pub id: LinkId,
     /// What it is for.
     pub kind: Kind,
 }
@@ -179,7 +179,7 @@ impl Preamble {
         }
         let mut id = [0; 16];
         id.copy_from_slice(&bytes[12..28]);
-        Ok(Self { id: MigrationId(id), kind })
+        Ok(Self { id: LinkId(id), kind })
     }
 }
 
@@ -288,7 +288,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_preamble_survives(id: [u8; 16], kind in a_kind()) {
-            let preamble = Preamble { id: MigrationId(id), kind };
+            let preamble = Preamble { id: LinkId(id), kind };
             prop_assert_eq!(Preamble::decode(&preamble.encode()), Ok(preamble));
         }
 
@@ -325,7 +325,7 @@ mod tests {
 
         #[test]
         fn a_bad_start_is_seen_at_its_first_bad_byte(at in 0..8_usize, flip in 1..=255_u8) {
-            let preamble = Preamble { id: MigrationId([7; 16]), kind: Kind::Control };
+            let preamble = Preamble { id: LinkId([7; 16]), kind: Kind::Control };
             let mut bytes = preamble.encode();
             bytes[at] ^= flip;
             prop_assert!(check_start(&bytes[..at]).is_ok());
@@ -335,7 +335,7 @@ mod tests {
 
     #[test]
     fn another_version_is_named() {
-        let mut bytes = Preamble { id: MigrationId([7; 16]), kind: Kind::Control }.encode();
+        let mut bytes = Preamble { id: LinkId([7; 16]), kind: Kind::Control }.encode();
         bytes[VERSION_AT] = 9;
         assert_eq!(check_start(&bytes[..9]), Ok(()));
         assert_eq!(check_start(&bytes[..10]), Err(PreambleError::Version(9)));

@@ -166,6 +166,13 @@ impl Reception {
             board.warnings.warn(peer, "closed a connection: it left while it waited");
         }
         for newcomer in greeted {
+            if board.is_returning(&newcomer) {
+                // Its own place.
+                if let Some((newcomer, _)) = board.admit(newcomer) {
+                    self.turn_away(Unwanted::busy(newcomer.incoming));
+                }
+                continue;
+            }
             let how = newcomer.how();
             for crowded in self.waiting.enter(now, newcomer, how) {
                 self.turn_away(Unwanted::crowded(crowded.incoming));

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, MigrationId, PageSender, Registration,
-    SourceLink, TransportError,
+    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, Registration, SourceLink,
+    TransportError,
 };
 
 use crate::connection::{Connection, LinkState};
@@ -38,7 +38,7 @@ pub struct TcpSourceLink {
 
 impl TcpSourceLink {
     pub(crate) fn new(
-        id: MigrationId,
+        id: LinkId,
         options: TcpOptions,
         state: Arc<LinkState>,
         control: &Arc<Connection>,
@@ -48,7 +48,7 @@ impl TcpSourceLink {
     }
 
     pub(crate) fn given(
-        id: MigrationId,
+        id: LinkId,
         options: TcpOptions,
         state: Arc<LinkState>,
         control: &Arc<Connection>,
@@ -58,8 +58,8 @@ impl TcpSourceLink {
     }
 
     /// The migration, as the destination's logs call it.
-    pub fn migration_id(&self) -> MigrationId {
-        self.end.migration_id()
+    pub fn link_id(&self) -> LinkId {
+        self.end.link_id()
     }
 
     /// The destination's address.
@@ -103,7 +103,7 @@ fn greet(
     options: &TcpOptions,
 ) -> Result<Vec<Arc<Connection>>, TransportError> {
     let begun = (0..).zip(sockets).map(|(channel, socket)| {
-        let preamble = Preamble { id: end.migration_id(), kind: Kind::Data { channel } };
+        let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
         Dialled::over(socket, &preamble, options, end.state())
     });
     let begun = begun.collect::<Result<Vec<_>, _>>()?;
@@ -118,7 +118,7 @@ fn dial(
     // All preambles go out before the first answer is waited for.
     let dialled = (0..channels)
         .map(|channel| {
-            let preamble = Preamble { id: end.migration_id(), kind: Kind::Data { channel } };
+            let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
             Dialled::begin(end.peer_addr(), &preamble, options, end.state())
         })
         .collect::<Result<Vec<_>, _>>()?;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use pageferry::transport::MigrationId;
+use pageferry::transport::LinkId;
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpOptions};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -47,7 +47,7 @@ fn greeting() -> Vec<u8> {
 /// A crowd has them all, whether it has greeted or not: who comes from another address gets in.
 #[test]
 fn who_has_least_claim_gives_its_descriptor_to_who_comes() {
-    let id = |last| MigrationId([last; 16]);
+    let id = |last| LinkId([last; 16]);
     for says in ["nothing", "a preamble", "a greeting"] {
         let options = TcpOptions { preamble_timeout: 3 * SOON, ..TcpOptions::default() };
         let acceptor = TcpAcceptor::bind("127.0.0.1:0", options).unwrap();
@@ -75,7 +75,7 @@ fn who_has_least_claim_gives_its_descriptor_to_who_comes() {
         assert_eq!(read_answer(&mut source).status, Status::Ok, "a crowd that says {says}");
         source.write_all(&greeting()).unwrap();
         // One of the crowd may have its place before.
-        let next = || acceptor.accept(Some(SOON)).unwrap().migration_id();
+        let next = || acceptor.accept(Some(SOON)).unwrap().link_id();
         let mut before = 0;
         while next() != id(1) {
             before += 1;

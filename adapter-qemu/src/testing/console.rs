@@ -2,11 +2,14 @@
 
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
 
 use super::guests::Guests;
+use crate::qmp::{Qmp, QmpError};
 
 /// How long the guest may take to come up, or to say its next line.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -32,6 +35,8 @@ pub enum Word {
 #[derive(Debug)]
 pub struct Console {
     listener: UnixListener,
+    /// Of the same QEMU.
+    monitor: PathBuf,
     lines: Option<BufReader<UnixStream>>,
 }
 
@@ -42,8 +47,9 @@ impl Console {
     ///
     /// If there can be none at that place.
     pub fn of(guests: &Guests, host: &str) -> Self {
-        let at = guests.path(&format!("{host}.console"));
-        Self { listener: UnixListener::bind(at).expect("a socket for the console"), lines: None }
+        let [at, monitor] = ["console", "qmp"].map(|what| guests.path(&format!("{host}.{what}")));
+        let listener = UnixListener::bind(at).expect("a socket for the console");
+        Self { listener, monitor, lines: None }
     }
 
     /// What it says next; `None` when its QEMU is gone. Then the next call waits for another QEMU. An error of the
@@ -83,12 +89,32 @@ impl Console {
     /// If it has found one, or says nothing.
     pub fn pass_of(&mut self, of: &str) -> u64 {
         loop {
-            match self.hear().expect("the guest says something") {
+            let word = self.hear().unwrap_or_else(|error| {
+                panic!("the guest says nothing: {error}; {}", self.state())
+            });
+            match word {
                 Some(Word::Pass { process, pass }) if process == of => return pass,
                 Some(Word::Wrong(said)) => panic!("the guest says: {said}"),
                 Some(Word::Beat | Word::Pass { .. }) | None => {}
             }
         }
+    }
+}
+
+impl Console {
+    /// What its QEMU says of a guest that is silent: whether it runs, and where its virtual CPU is.
+    fn state(&self) -> String {
+        let ask = || {
+            let monitor = Qmp::connect(&self.monitor)?;
+            let status = monitor.execute("query-status", Value::Null)?;
+            let ask = |line: &str| {
+                monitor.execute("human-monitor-command", json!({ "command-line": line }))
+            };
+            // Twice: does it move?
+            let [then, now] = [ask("info registers")?, ask("info registers")?];
+            Ok::<_, QmpError>(format!("its QEMU says: {status}, {then}, and then {now}"))
+        };
+        ask().unwrap_or_else(|error| format!("its QEMU says nothing: {error}"))
     }
 }
 

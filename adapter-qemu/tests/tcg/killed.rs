@@ -51,9 +51,15 @@ impl Scene {
 
     /// Pages have moved, and go on so slowly that the first round does not end until the limit is lifted.
     fn attempt(&self) -> Attempt {
-        let (mut receive, address) = Receiving::start(&self.guests, "b", &[]);
-        let options =
-            ["--bandwidth-limit=1M", "--downtime-bound=best-effort", "--downtime-limit=10s"];
+        // Whoever is killed does not come back.
+        let for_good = "--rejoin-timeout=1s";
+        let (mut receive, address) = Receiving::start(&self.guests, "b", &[for_good]);
+        let options = [
+            "--bandwidth-limit=1M",
+            "--downtime-bound=best-effort",
+            "--downtime-limit=10s",
+            for_good,
+        ];
         let migrate = migrating(&self.guests, "a", &address, &options);
         let ram = self.guests.path("b.ram");
         // QEMU itself writes nothing there before it loads.

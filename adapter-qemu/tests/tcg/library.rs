@@ -8,6 +8,7 @@ use std::time::Duration;
 use pageferry::convergence::Bound;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::{GuestMemory, PageRange};
+use pageferry::transport::OneLink;
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtDestination,
     GuestAtSource, Machine, MachineError, Source, SourceFailure,
@@ -77,7 +78,8 @@ impl Scene {
         thread::scope(|scope| {
             let receiving = scope.spawn(|| {
                 let link = acceptor.accept(None).unwrap();
-                let offer = Destination::new().negotiate(Box::new(link)).unwrap();
+                let offer =
+                    Destination::new().negotiate(OneLink::destination(Box::new(link))).unwrap();
                 let made = Made::create(&[self.guests.path("b.ram")]).unwrap();
                 let mut machine = QemuDestination::start(command, made).unwrap();
                 let backends = ram::backends_of(machine.qmp().unwrap()).unwrap();
@@ -87,7 +89,7 @@ impl Scene {
             let link = connect(address, TcpOptions::default()).unwrap();
             let source = source.verify(true).downtime_limit(LIMIT);
             let sources = DirtySources::new(sources);
-            let sent = source.migrate(machine, &memory, sources, Box::new(link));
+            let sent = source.migrate(machine, &memory, sources, OneLink::source(Box::new(link)));
             (sent, receiving.join().unwrap())
         })
     }

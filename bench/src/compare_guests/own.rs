@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::dirty::DirtySources;
+use pageferry::transport::OneLink;
 use pageferry::{Destination, Source};
 use pageferry_cli::outcome::Failure;
 use pageferry_cli::transport::ZeroCopyChoice;
@@ -56,11 +57,12 @@ impl Mover for Own {
         let cpu = stage.cpu(&qmp_there)?;
         let (sent, received) = thread::scope(|scope| {
             let receiving = scope.spawn(|| -> Result<_, Failure> {
-                let offer = Destination::new().negotiate(listener.accept()?)?;
+                let offer =
+                    Destination::new().negotiate(OneLink::destination(listener.accept()?))?;
                 Ok(offer.receive(home, &memory_there).map_err(|failed| failed.error)?)
             });
             let sent = connect(self.way, ZeroCopyChoice::Auto, address).and_then(|link| {
-                let departed = source.migrate(machine, &memory, sources, link);
+                let departed = source.migrate(machine, &memory, sources, OneLink::source(link));
                 Ok(departed.map_err(|failed| failed.error)?.statistics)
             });
             (sent, receiving.join())

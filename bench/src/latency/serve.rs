@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry::transport::{DestinationLink, Received, TransportError};
+use pageferry::transport::{DestinationLink, OneLink, Received, TransportError};
 use pageferry::{Destination, Machine, MachineError};
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_rust_vmm::guest_memory;
@@ -57,7 +57,7 @@ fn obey(what: Serve) -> Result<(), Failure> {
         Serve::Migration { memory_bytes, backing, .. } => {
             let ram = Ram::allocate(&[(0, memory_bytes)], backing)?;
             let memory = Arc::new(guest_memory(Arc::clone(ram.memory()))?);
-            let offer = Destination::new().negotiate(link)?;
+            let offer = Destination::new().negotiate(OneLink::destination(link))?;
             offer.receive(NoMachine, &memory).map_err(|failure| failure.error)?;
         }
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::unbounded;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::PageRange;
-use pageferry::transport::{Run, RunKind};
+use pageferry::transport::{OneLink, Run, RunKind};
 use pageferry::{Source, Statistics};
 use pageferry_cli::outcome::Failure;
 use pageferry_cli::transport::ZeroCopyChoice;
@@ -118,7 +118,7 @@ pub(super) fn migration(
     }
     let departed = Source::new()
         .channels(args.channels)
-        .migrate(NoMachine, &memory, DirtySources::new(trackers), link)
+        .migrate(NoMachine, &memory, DirtySources::new(trackers), OneLink::source(link))
         .map_err(|failure| failure.error)?;
     // Threads have ended, so each has handed over what it measured.
     let batches = recorded.then(|| {

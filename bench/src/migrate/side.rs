@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use pageferry::transport::OneLink;
 use pageferry::{Destination, Machine, Source};
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::transport::ZeroCopyChoice;
@@ -51,7 +52,9 @@ fn send(plan: &Plan, address: SocketAddr) -> Result<Departed, Failure> {
     let source = source.on_event(recorder.sink());
     let link = connect(plan.way, ZeroCopyChoice::Auto, address)?;
     let cpu = process_cpu_nanoseconds();
-    let departed = source.migrate(guest, &memory, dirty, link).map_err(|failure| failure.error)?;
+    let departed = source
+        .migrate(guest, &memory, dirty, OneLink::source(link))
+        .map_err(|failure| failure.error)?;
     let cpu = process_cpu_nanoseconds() - cpu;
     let load = departed.machine.used;
     let mut migration = Migration::of(plan.setting(), &departed.statistics);
@@ -71,7 +74,7 @@ fn receive(plan: &Plan) -> Result<Arrived, Failure> {
     let listener = Listener::bind(plan.way)?;
     answer(&Answer::Listening(listener.address()))?;
     let link = listener.accept()?;
-    let offer = Destination::new().negotiate(link)?;
+    let offer = Destination::new().negotiate(OneLink::destination(link))?;
     let config: GuestConfig = serde_json::from_slice(offer.description())?;
     let guest = LoadedGuest::new(Guest::create(config)?, plan.guest_load);
     let memory = guest.machine.memory()?;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use pageferry::digest::Digest;
 use pageferry::dirty::{DirtySource, DirtySources};
+use pageferry::transport::OneLink;
 use pageferry::{Destination, Event, Source, Statistics};
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_rust_vmm::PagemapScan;
@@ -95,7 +96,7 @@ fn send_by_engine(ram: &Ram, setup: &Setup, address: SocketAddr) -> Result<Measu
     let growth = Growth::watch(&memory);
     let link = links::connect(setup.way, setup.zero_copy, address)?;
     let departed = source
-        .migrate(machine, &memory, DirtySources::new(trackers), link)
+        .migrate(machine, &memory, DirtySources::new(trackers), OneLink::source(link))
         .map_err(|failure| failure.error)?;
     let statistics = &departed.statistics;
     let machine = departed.machine;
@@ -124,7 +125,7 @@ fn receive_by_engine(ram: &Ram, setup: &Setup) -> Result<Measured, Failure> {
             window.begin();
         }
     });
-    let offer = destination.negotiate(link)?;
+    let offer = destination.negotiate(OneLink::destination(link))?;
     let arrived = offer.receive(machine, &memory).map_err(|failure| failure.error)?;
     Ok(Measured {
         cpu_nanoseconds: arrived.machine.window.nanoseconds(),

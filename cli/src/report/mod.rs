@@ -104,6 +104,8 @@ pub struct Report {
     pub zero_copy: ZeroCopy,
     /// System calls that moved data.
     pub system_calls: u64,
+    /// How often the link was lost and came back.
+    pub rejoins: u32,
     /// Data channels lost on the way; others took over.
     pub lost_channels: u16,
     /// How often pages were dealt out anew since a channel lagged.
@@ -222,6 +224,7 @@ impl Report {
             user_copied_bytes: statistics.user_copied_bytes,
             zero_copy: statistics.zero_copy.into(),
             system_calls: statistics.system_calls,
+            rejoins: statistics.rejoins,
             lost_channels: statistics.lost_channels,
             rebalances: statistics.rebalances,
             populated: PopulatedReport {

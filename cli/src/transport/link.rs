@@ -33,6 +33,9 @@ pub struct LinkArgs {
     /// [default: 30s].
     #[arg(long, value_name = "TIME", value_parser = round_trip)]
     pub commit_timeout: Option<Duration>,
+    /// For a link that is lost to come back, or off to end the migration then [default: 30s].
+    #[arg(long, value_name = "TIME|off", value_parser = limit_or_off)]
+    pub rejoin_timeout: Option<OrOff<Duration>>,
     /// At the source: for one address to accept a connection and to answer [default: 10s].
     #[arg(long, value_name = "TIME", value_parser = limit)]
     pub connect_timeout: Option<Duration>,
@@ -120,6 +123,10 @@ fn round_trip(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn limit_or_off(text: &str) -> Result<OrOff<Duration>, String> {
+    OrOff::parse(text, limit)
+}
+
 fn round_trip_or_off(text: &str) -> Result<OrOff<Duration>, String> {
     OrOff::parse(text, round_trip)
 }
@@ -161,6 +168,9 @@ impl LinkArgs {
             stall: self.stall_timeout.unwrap_or(defaults.stall),
             load: self.load_timeout.unwrap_or(defaults.load),
             release: self.release_timeout.unwrap_or(defaults.release),
+            rejoin: self
+                .rejoin_timeout
+                .map_or(defaults.rejoin, |limit| limit.on().unwrap_or(Duration::ZERO)),
             commit: self.commit_timeout.unwrap_or(defaults.commit),
         }
     }
@@ -199,6 +209,7 @@ impl LinkArgs {
             ("load-timeout", self.load_timeout.as_ref().map(time_text)),
             ("release-timeout", self.release_timeout.as_ref().map(time_text)),
             ("commit-timeout", self.commit_timeout.as_ref().map(time_text)),
+            ("rejoin-timeout", self.rejoin_timeout.map(|limit| limit.to_text(time_text))),
             ("connect-timeout", self.connect_timeout.as_ref().map(time_text)),
             ("preamble-timeout", self.preamble_timeout.as_ref().map(time_text)),
             ("tcp-user-timeout", self.tcp_user_timeout.map(|limit| limit.to_text(time_text))),
@@ -241,7 +252,7 @@ mod tests {
     #[test]
     fn every_setting_arrives_also_by_way_of_a_demo() {
         let given = "--handshake-timeout 1s --registration-timeout-per-gib 11s --stall-timeout 2s --load-timeout 3s --release-timeout 12s --commit-timeout \
-                     4s500ms --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
+                     4s500ms --rejoin-timeout 13s --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
                      --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M \
                      --source-address 192.0.2.7 --interface eth1 --dscp 10 --congestion-control bbr";
         let given: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
@@ -249,9 +260,10 @@ mod tests {
             let commit = Duration::from_millis(4500);
             let (handshake, stall, load) = (seconds(1), seconds(2), seconds(3));
             let (registration_per_gib, release) = (seconds(11), seconds(12));
+            let rejoin = seconds(13);
             assert_eq!(
                 args.timeouts(),
-                Timeouts { handshake, registration_per_gib, stall, load, release, commit }
+                Timeouts { handshake, registration_per_gib, stall, load, release, rejoin, commit }
             );
             let (idle, interval, probes) = (seconds(8), seconds(9), 10);
             let tcp = TcpOptions {

@@ -1,5 +1,6 @@
 //! Transports by name, with their options; what opens and awaits links by them.
 
+mod begun;
 pub mod facts;
 mod link;
 mod open;
@@ -9,8 +10,9 @@ use clap::ValueEnum;
 use pageferry_tcp::ZeroCopy;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use begun::Begun;
 pub use link::{LinkArgs, OrOff};
-pub use open::{Acceptor, Caller, Chosen, Connector};
+pub use open::{Acceptor, Caller, Chosen};
 pub use rdma::{RdmaArgs, RdmaRegistration, WITHOUT_RDMA};
 
 /// What moves the pages.

@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use pageferry::transport::{DestinationLink, Interrupt, SourceLink, TransportError};
+use pageferry::transport::{Connector, DestinationLink, Interrupt, Rendezvous, TransportError};
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
-use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaConnector, RdmaOptions, RegistrationMode};
-use pageferry_tcp::{TcpAcceptor, TcpConnector, TcpOptions};
+use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode};
+use pageferry_tcp::{TcpAcceptor, TcpDialler, TcpOptions};
 
 #[cfg(feature = "rdma")]
 use super::RdmaRegistration;
@@ -39,18 +39,6 @@ pub enum Acceptor {
 
 /// Somebody who connected, and from where.
 pub type Caller = (SocketAddr, Box<dyn DestinationLink>);
-
-/// A link that is to be made.
-#[derive(Debug)]
-pub enum Connector {
-    /// By TCP.
-    Tcp(TcpConnector),
-    /// By TCP, and moved by io_uring.
-    IoUring(Rings, TcpConnector),
-    /// By RDMA.
-    #[cfg(feature = "rdma")]
-    Rdma(RdmaConnector),
-}
 
 impl Transport {
     /// Where a destination on this host can be reached from this host; a port of its choice.
@@ -167,14 +155,28 @@ impl Chosen {
         }
     }
 
-    /// What makes one link, and can be told to stop.
-    pub fn connector(self) -> Result<Connector, TransportError> {
-        Ok(match self {
-            Self::Tcp(options) => Connector::Tcp(TcpConnector::new(options)),
-            Self::IoUring(rings, options) => Connector::IoUring(rings, TcpConnector::new(options)),
+    /// What makes links to a destination, as often as its migration needs one.
+    pub fn dialler(&self, address: &str) -> Box<dyn Connector> {
+        match self {
+            Self::Tcp(options) => Box::new(TcpDialler::new(address, options.clone())),
+            Self::IoUring(rings, options) => {
+                Box::new(rings.dialler(TcpDialler::new(address, options.clone())))
+            }
             #[cfg(feature = "rdma")]
-            Self::Rdma(options) => Connector::Rdma(RdmaConnector::new(options)?),
-        })
+            Self::Rdma(options) => Box::new(RdmaDialler::new(address, options.clone())),
+        }
+    }
+
+    /// What waits for the links of one migration.
+    pub fn rendezvous(&self, acceptor: &Acceptor) -> Box<dyn Rendezvous> {
+        match acceptor {
+            Acceptor::Tcp(acceptor) => match self {
+                Self::IoUring(rings, _) => Box::new(rings.rendezvous(acceptor.rendezvous())),
+                _ => Box::new(acceptor.rendezvous()),
+            },
+            #[cfg(feature = "rdma")]
+            Acceptor::Rdma(acceptor) => Box::new(acceptor.rendezvous()),
+        }
     }
 
     /// Listens for sources.
@@ -206,27 +208,6 @@ impl Chosen {
                 (link.peer_addr(), Box::new(link))
             }
         })
-    }
-}
-
-impl Connector {
-    /// Makes it.
-    pub fn connect(self, address: &str) -> Result<Box<dyn SourceLink>, TransportError> {
-        Ok(match self {
-            Self::Tcp(tcp) => Box::new(tcp.connect(address)?),
-            Self::IoUring(rings, tcp) => Box::new(rings.source_link(tcp.connect(address)?)),
-            #[cfg(feature = "rdma")]
-            Self::Rdma(rdma) => Box::new(rdma.connect(address)?),
-        })
-    }
-
-    /// Ends the attempt, or the link that came of it.
-    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
-        match self {
-            Self::Tcp(tcp) | Self::IoUring(_, tcp) => tcp.interrupter(),
-            #[cfg(feature = "rdma")]
-            Self::Rdma(rdma) => rdma.interrupter(),
-        }
     }
 }
 

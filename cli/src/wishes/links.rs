@@ -4,29 +4,31 @@ use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 use pageferry::MigrationHandle;
-use pageferry::transport::{SourceLink, TransportError};
+use pageferry::transport::{Connector, LinkPurpose, TransportError};
 
 use super::{Wish, cancels, hearing, steer, unless_given_up};
-use crate::transport::{Acceptor, Caller, Chosen};
+use crate::transport::{Acceptor, Begun, Caller, Chosen};
 
-/// Connects, on a thread of its own so that wishes are heard meanwhile.
+/// Connects, on a thread of its own so that wishes are heard meanwhile. What makes further links has the first one.
 pub(crate) fn connect(
     address: &str,
-    chosen: Chosen,
+    chosen: &Chosen,
     handle: &MigrationHandle,
     wishes: &Receiver<Wish>,
-) -> Result<Box<dyn SourceLink>, pageferry::Error> {
-    let connector = chosen.connector()?;
-    let interrupter = connector.interrupter();
-    let address = address.to_owned();
+) -> Result<Box<dyn Connector>, pageferry::Error> {
+    let mut dialler = chosen.dialler(address);
+    let interrupter = dialler.interrupter();
     // It is not waited for after a cancellation: it may be looking up a name.
-    let connect = move || connector.connect(&address);
+    let connect = move || {
+        let first = dialler.connect(LinkPurpose::Begin)?;
+        Ok::<Box<dyn Connector>, TransportError>(Box::new(Begun::with(first, dialler)))
+    };
     let connected = unless_given_up(wishes, Duration::ZERO, connect, |wish| {
         steer(handle, &wish);
         cancels(&wish)
     });
-    if let (Some(link), false) = connected.map_err(|_| TransportError::Closed)? {
-        return Ok(link?);
+    if let (Some(connector), false) = connected.map_err(|_| TransportError::Closed)? {
+        return Ok(connector?);
     }
     interrupter.interrupt();
     Err(pageferry::Error::Cancelled)

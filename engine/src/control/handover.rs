@@ -19,8 +19,19 @@
 //!
 //! Before the point of no return any failure leaves the guest to the source. After it the
 //! destination owns it. If the link is lost in between, so that one side cannot know, nobody
-//! resumes by himself: both are *uncertain* and keep their copy. The tests of this module
-//! explore every interleaving of both machines with a link that may break at any point.
+//! resumes by himself: both are *uncertain* and keep their copy.
+//!
+//! A link that is lost may be made anew. A source that has not committed has called off what was under way by then, and
+//! says so; one that has committed asks what became of the guest, which is the commit too if that never came:
+//!
+//! ```text
+//!   source                                     destination
+//!   Running    ── rejoin ───▶                  Receiving, or Prepared ── unload ──▶ Receiving
+//!   Committed  ── rejoin, committed ───▶       Prepared ──▶ Owner;  Running ── resumed ──▶;  GaveBack ── gave back ──▶
+//! ```
+//!
+//! The tests of this module explore every interleaving of both machines, with a link that may break at any point and be
+//! made anew, and a crash of either side and the end of its patience at every step.
 
 mod destination;
 mod source;

@@ -2,6 +2,7 @@
 //! channel's thread, the data channels' threads and whoever cancels.
 
 mod control;
+mod loss;
 mod outlet;
 mod patience;
 
@@ -10,15 +11,16 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select_biased, unbounded};
 
-use crate::control::protocol::{Message, Side};
+use crate::control::protocol::{Conversation, Message, Side};
 use crate::error::{Blame, Error};
 use crate::host::caught;
 use crate::progress::Shared;
 use crate::threads::{Crew, Spawn, ThreadRole};
-use crate::transport::{ControlChannel, ControlReceiver, Interrupt, TransportError};
+use crate::transport::{ControlChannel, ControlReceiver, Interrupt, Link, TransportError};
 use control::Control;
+pub(crate) use loss::is_of_the_link;
 use outlet::Outlet;
-pub(crate) use patience::Patience;
+pub(crate) use patience::{COMMIT, FATE, HEARD, LANDINGS, PONG, Patience};
 
 /// How long a side that lost its link waits for the peer's own account of why: the last words
 /// come on the control channel, and data channels break at the same time.
@@ -55,6 +57,19 @@ pub(crate) enum Item<R> {
     Report(R),
 }
 
+/// What is the same on every link of a migration.
+#[derive(Clone)]
+pub(crate) struct SessionSettings {
+    pub(crate) side: Side,
+    pub(crate) spawn: Arc<dyn Spawn>,
+    pub(crate) shared: Arc<Shared>,
+    /// How long a link may take to take a message.
+    pub(crate) send_timeout: Duration,
+    /// How often the control thread gives signs of life while the [driver is busy](Session::be_busy).
+    pub(crate) life_signs: Option<Duration>,
+}
+
+/// All that goes on over one link.
 pub(crate) struct Session<R> {
     outlet: Outlet,
     /// What this side's own threads say; never much.
@@ -73,20 +88,28 @@ pub(crate) struct Session<R> {
 }
 
 impl<R: Send + 'static> Session<R> {
-    /// Starts the control thread, which gives signs of life in such intervals while the
-    /// [driver is busy](Self::be_busy).
-    pub(crate) fn open(
-        side: Side,
+    /// On a link whose control channel was not taken yet. Starts the control thread.
+    pub(crate) fn on<L: Link + ?Sized>(
+        link: &mut L,
+        settings: SessionSettings,
+        conversation: Conversation,
+    ) -> Result<Self, Error> {
+        let (control, interrupt) =
+            caught("the transport", || Ok::<_, Error>((link.control()?, link.interrupter())))??;
+        Self::open(control, interrupt, settings, conversation)
+    }
+
+    fn open(
         control: ControlChannel,
         interrupt: Arc<dyn Interrupt>,
-        spawn: Arc<dyn Spawn>,
-        shared: Arc<Shared>,
-        send_timeout: Duration,
-        life_signs: Option<Duration>,
+        settings: SessionSettings,
+        conversation: Conversation,
     ) -> Result<Self, Error> {
+        let SessionSettings { side, spawn, shared, send_timeout, life_signs } = settings;
+        shared.begin_link();
         let (feed, inputs) = unbounded();
         let (heard, messages) = bounded(WAITING_MESSAGES);
-        let talk = Arc::new(Control::new(side, control.sender, send_timeout));
+        let talk = Arc::new(Control::new(side, control.sender, conversation, send_timeout));
         let mut session = Self {
             outlet: Outlet::Here,
             inputs,
@@ -125,6 +148,16 @@ impl<R: Send + 'static> Session<R> {
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// What the next link of the same migration begins with.
+    pub(crate) fn conversation_on_next_link(&self) -> Conversation {
+        self.control.conversation_on_next_link()
+    }
+
+    /// It is agreed that the source comes back: what is lost with the link is no reason for a last word.
+    pub(crate) fn outlives_its_link(&self) {
+        self.control.outlives_its_link();
     }
 
     /// Bytes of control messages so far, both ways.
@@ -329,6 +362,12 @@ impl<R: Send + 'static> Session<R> {
         }
     }
 
+    /// The link is lost: ends all threads that use it. Bytes of control messages on it, once.
+    pub(crate) fn end(&mut self) -> u64 {
+        self.close();
+        self.control.end()
+    }
+
     /// Ends all threads of this migration.
     pub(crate) fn close(&mut self) {
         self.interrupt.interrupt();
@@ -415,7 +454,7 @@ fn listen<R>(
             Err(error) => Input::ControlEnded(Error::Transport(error)),
         };
         let word = match &input {
-            Input::ControlEnded(error) => error.last_word(),
+            Input::ControlEnded(error) if !talk.is_survived(error) => error.last_word(),
             _ => None,
         };
         let ended = matches!(input, Input::ControlEnded(_));

@@ -11,9 +11,10 @@ use crossbeam_channel::{
 
 use crate::pages::memory::GuestMemory;
 use crate::transport::{
-    Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
-    Interrupt, Link, MAX_BATCH_RUNS, PageCounts, PageReceiver, PageSender, Received, Registration,
-    Run, RunKind, SourceLink, Stages, Ticket, TransportError, Watermarks, check_frame,
+    Attempts, Capabilities, ChannelCounters, Connector, ControlChannel, ControlReceiver,
+    ControlSender, DestinationLink, Interrupt, Link, LinkPurpose, MAX_BATCH_RUNS, PageCounts,
+    PageReceiver, PageSender, Received, Registration, Rendezvous, Run, RunKind, SourceLink, Stages,
+    Ticket, TransportError, Watermarks, check_frame,
 };
 
 /// Batches and frames that may wait on a channel before its sender does.
@@ -40,6 +41,116 @@ pub fn pair() -> (MemorySource, MemoryDestination) {
         MemorySource { end: source, lanes: lanes_out },
         MemoryDestination { end: destination, lanes: lanes_in },
     )
+}
+
+/// Where one source and one destination find each other, as often as they like.
+pub fn meeting() -> (MemoryDialler, MemoryRendezvous) {
+    let (there, links) = unbounded();
+    let dial = Box::new(
+        |_: LinkPurpose, here: MemorySource| -> Result<Box<dyn SourceLink>, TransportError> {
+            Ok(Box::new(here))
+        },
+    );
+    (
+        MemoryDialler { there, dial, attempts: Arc::default() },
+        MemoryRendezvous { links, stop: Stop::new() },
+    )
+}
+
+type Dial =
+    dyn FnMut(LinkPurpose, MemorySource) -> Result<Box<dyn SourceLink>, TransportError> + Send;
+
+/// What a source dials by.
+pub struct MemoryDialler {
+    there: Sender<MemoryDestination>,
+    dial: Box<Dial>,
+    attempts: Arc<Attempts>,
+}
+
+impl MemoryDialler {
+    /// Makes something else of each link, or an error: then the destination hears nothing of it.
+    #[must_use]
+    pub fn wrapped(
+        mut self,
+        dial: impl FnMut(LinkPurpose, MemorySource) -> Result<Box<dyn SourceLink>, TransportError>
+        + Send
+        + 'static,
+    ) -> Self {
+        self.dial = Box::new(dial);
+        self
+    }
+
+    /// For somebody else who dials the same destination.
+    pub fn of_another(&self) -> impl Fn() -> MemorySource + Send + 'static {
+        let there = self.there.clone();
+        move || {
+            let (here, link) = pair();
+            // A destination that is gone is of no matter to it.
+            let _ = there.send(link);
+            here
+        }
+    }
+}
+
+impl std::fmt::Debug for MemoryDialler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MemoryDialler").finish_non_exhaustive()
+    }
+}
+
+impl Connector for MemoryDialler {
+    fn connect(&mut self, purpose: LinkPurpose) -> Result<Box<dyn SourceLink>, TransportError> {
+        let (here, there) = pair();
+        let link =
+            self.attempts.make(Arc::new(Attempts::default()), || (self.dial)(purpose, here))?;
+        self.there.send(there).map_err(|_| lost("reach the destination"))?;
+        Ok(link)
+    }
+
+    fn redials(&self) -> bool {
+        true
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.attempts) as Arc<dyn Interrupt>
+    }
+}
+
+/// Where a destination waits.
+#[derive(Debug)]
+pub struct MemoryRendezvous {
+    links: Receiver<MemoryDestination>,
+    stop: Arc<Stop>,
+}
+
+impl Rendezvous for MemoryRendezvous {
+    fn accept(
+        &mut self,
+        _: LinkPurpose,
+        timeout: Option<Duration>,
+    ) -> Result<Box<dyn DestinationLink>, TransportError> {
+        self.stop.check()?;
+        let deadline = timeout.map_or_else(never, after);
+        select! {
+            recv(self.links) -> link => match link {
+                Ok(link) => Ok(Box::new(link)),
+                Err(_) => Err(lost("wait for a source")),
+            },
+            recv(self.stop.stopped) -> _ => Err(TransportError::Interrupted),
+            recv(deadline) -> _ => Err(TransportError::TimedOut {
+                operation: "wait for a source",
+                after: timeout.unwrap_or_default(),
+            }),
+        }
+    }
+
+    fn waits_again(&self) -> bool {
+        true
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.stop) as Arc<dyn Interrupt>
+    }
 }
 
 /// The source's end.

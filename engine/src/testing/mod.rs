@@ -28,10 +28,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
-use crate::control::protocol::{Hello, Message};
+use crate::control::protocol::{Hello, Message, MigrationKey};
 use crate::pages::memory::{Layout, PageRange, RegionLayout};
 use crate::transport::{
-    ControlChannel, DestinationLink, MigrationId, PageReceiver, PageSender, Received, Run, RunKind,
+    ControlChannel, DestinationLink, LinkId, PageReceiver, PageSender, Received, Run, RunKind,
     SourceLink, Ticket,
 };
 
@@ -134,7 +134,7 @@ pub fn hear(control: &mut ControlChannel) -> Message {
 pub fn greeting(description: Vec<u8>) -> Vec<u8> {
     let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
     let layout = Layout::new(vec![region]).expect("a layout");
-    Message::Hello(Hello::new(layout, 1, false, description)).encode()
+    Message::Hello(Hello::new(MigrationKey::of_a_test(), layout, 1, false, description)).encode()
 }
 
 /// Waits until a thread of this process sleeps in the kernel (state `S` in proc_pid_stat(5)).
@@ -170,7 +170,7 @@ impl Random {
     pub fn seeded(what: &str) -> Self {
         let told = std::env::var("PAGEFERRY_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
         let seed = told.unwrap_or_else(|| {
-            let MigrationId(fresh) = MigrationId::random().expect("random numbers");
+            let LinkId(fresh) = LinkId::random().expect("random numbers");
             fresh.iter().fold(0, |seed, byte| seed << 8 | u64::from(*byte))
         });
         eprintln!("{what}: PAGEFERRY_TEST_SEED={seed}");

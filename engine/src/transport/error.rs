@@ -64,8 +64,10 @@ pub enum TransportError {
         /// How long it was tried.
         after: Duration,
     },
-    /// At the destination: the source has lost its place to another one.
-    #[error("displaced: it did not answer its welcome, and another source waited")]
+    /// At the destination: the source has lost its place to another one, or has come back on another link.
+    #[error(
+        "displaced: its source came back, or did not answer its welcome while another one waited"
+    )]
     Displaced,
     /// [`Interrupt::interrupt`](super::Interrupt::interrupt) was called.
     #[error("interrupted")]

@@ -4,7 +4,8 @@
 //! of page runs, never a single page. One migration goes through these stages, each a value that
 //! the one before it gives:
 //!
-//! 1. a **link** ([`SourceLink`], [`DestinationLink`]): the two sides found each other. Its
+//! 1. a **link** ([`SourceLink`], [`DestinationLink`]): the two sides found each other, by what dials
+//!    ([`Connector`]) and what waits ([`Rendezvous`]). A migration may have several, one after the other. Its
 //!    [control channel](ControlChannel) is reliable, ordered, framed and works both ways. The
 //!    handshake runs over it; only after it may the destination allocate memory;
 //! 2. **registration** of guest memory ([`Link::register`]): pinning, memory regions,
@@ -21,6 +22,7 @@ mod batch;
 pub mod byte_stream;
 mod error;
 mod fate;
+mod links;
 pub mod race;
 pub mod reception;
 mod stages;
@@ -34,24 +36,25 @@ use std::time::Duration;
 pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
 pub use error::TransportError;
 pub use fate::{Ending, Fate};
+pub use links::{Attempts, Connector, LinkPurpose, OneLink, Rendezvous, Returning};
 pub use reception::{
     Admission, Greeted, Holder, MAX_GREETING_BYTES, Place, Standing, Turn, WaitingRoom, Warnings,
     check_greeting, first_of_the_most,
 };
 pub use stages::Stages;
 
+pub use crate::control::protocol::MigrationId;
 use crate::pages::memory::{GuestMemory, PageRange};
 
 /// Largest control frame in bytes. A sender may not pass more, a receiver refuses more before
 /// it allocates.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
 
-/// Names one migration: random, made by the source. Data channels find their control channel
-/// by it.
+/// Names one link: random, made by the source. Data channels find their control channel by it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct MigrationId(pub [u8; 16]);
+pub struct LinkId(pub [u8; 16]);
 
-impl MigrationId {
+impl LinkId {
     /// A fresh random id from the operating system.
     pub fn random() -> io::Result<Self> {
         let mut bytes = [0; 16];
@@ -60,15 +63,15 @@ impl MigrationId {
     }
 }
 
-impl fmt::Display for MigrationId {
+impl fmt::Display for LinkId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
-impl fmt::Debug for MigrationId {
+impl fmt::Debug for LinkId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "MigrationId({self})")
+        write!(f, "LinkId({self})")
     }
 }
 
@@ -237,6 +240,12 @@ pub trait DestinationLink: Link {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError>;
+
+    /// From now on a source that comes back ([`Returning`]) displaces this link, which may seem to live while its
+    /// source has lost it. Nothing to do where nobody can come before this link is gone.
+    fn expect_return(&mut self, returning: Returning) {
+        let _ = returning;
+    }
 
     /// A way to read the source's memory, which the source [grants](SourceLink::grant_reads)
     /// meanwhile; gives up after `timeout`. Each has its own connection, so that several threads

@@ -9,6 +9,7 @@ use pageferry::dirty::DirtySources;
 use pageferry::memory::{PAGE_BYTES, PageRange};
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::transport::OneLink;
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtSource, Machine,
     MachineError, Rehearsal, Source, SourceFailure, SwitchoverStage,
@@ -226,12 +227,19 @@ impl Scene {
             self.destination.on_event(move |event| hear_there.lock().unwrap().push(event.clone()));
         let (source, destination) = thread::scope(|scope| {
             let receiving = scope.spawn(|| {
-                let offer = destination.negotiate(Box::new(destination_link)).unwrap();
+                let offer = destination
+                    .negotiate(OneLink::destination(Box::new(destination_link)))
+                    .unwrap();
                 offer.receive(theirs, there.memory())
             });
             let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&self.log)))]);
             let link = FaultySource::new(Box::new(source_link), self.faults, 1);
-            let source = self.source.migrate(mine, self.here.memory(), dirty, Box::new(link));
+            let source = self.source.migrate(
+                mine,
+                self.here.memory(),
+                dirty,
+                OneLink::source(Box::new(link)),
+            );
             (source, receiving.join().expect("the destination does not panic"))
         });
         Outcome {

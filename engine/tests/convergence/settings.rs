@@ -5,6 +5,7 @@ use std::num::{NonZeroU16, NonZeroU64};
 use pageferry::convergence::Policy;
 use pageferry::dirty::DirtySources;
 use pageferry::testing::memory_transport;
+use pageferry::transport::OneLink;
 use pageferry::{Error, Event, GuestAtSource, Machine};
 
 use crate::scene::{Scene, Slow, WORKING_SET};
@@ -50,7 +51,7 @@ fn post_copy_is_refused_before_anything_moves() {
     let sources = DirtySources::new(vec![]);
     let failure = scene
         .source
-        .migrate(machine, scene.here.memory(), sources, Box::new(source_link))
+        .migrate(machine, scene.here.memory(), sources, OneLink::source(Box::new(source_link)))
         .map(drop)
         .expect_err("refused");
     assert!(matches!(failure.error, Error::Unsupported("post-copy")), "{}", failure.error);

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry::convergence::{Forecast, Policy, Throttling};
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::transport::OneLink;
 use pageferry::{Destination, Ending, Error, Event, Machine, Phase, Source};
 
 use crate::scene::{LIMIT, PAGES, Scene, Slow, WORKING_SET};
@@ -73,7 +74,8 @@ fn a_guest_is_not_faster_than_it_is_because_rounds_are_short() {
     let log = SoftwareLog::new(&memory);
     let failure = thread::scope(|scope| {
         scope.spawn(|| {
-            let offer = Destination::new().negotiate(Box::new(there_link)).unwrap();
+            let offer =
+                Destination::new().negotiate(OneLink::destination(Box::new(there_link))).unwrap();
             let log = SoftwareLog::new(&there);
             let result = offer.receive(TestMachine::new(&there, &log, 1, 1), there.memory());
             assert!(result.is_err());
@@ -85,7 +87,7 @@ fn a_guest_is_not_faster_than_it_is_because_rounds_are_short() {
             .downtime_limit(Duration::ZERO)
             .policy(Policy::KeepTrying)
             .deadline(Duration::from_millis(300))
-            .migrate(machine, memory.memory(), dirty, Box::new(here_link))
+            .migrate(machine, memory.memory(), dirty, OneLink::source(Box::new(here_link)))
             .unwrap_err()
     });
     assert!(matches!(failure.error, Error::NotConverging { .. }), "{:?}", failure.error);

@@ -4,10 +4,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pageferry::protocol::{FailureReason, Hello, Message};
+use pageferry::protocol::{FailureReason, Hello, Message, MigrationKey};
 use pageferry::testing::memory_transport::{self, MemorySource};
 use pageferry::testing::{TestMemory, hear, say};
-use pageferry::transport::{ControlChannel, Link, SourceLink, TransportError};
+use pageferry::transport::{ControlChannel, Link, OneLink, SourceLink, TransportError};
 use pageferry::{
     Destination, DestinationFailure, Error, GuestAtDestination, Machine, MachineError, Timeouts,
 };
@@ -59,11 +59,19 @@ fn destination_by(
     let there = TestMemory::new(&[64]);
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = Destination::new().timeouts(timeouts).negotiate(Box::new(destination));
+            let offer = Destination::new()
+                .timeouts(timeouts)
+                .negotiate(OneLink::destination(Box::new(destination)));
             offer.expect("an offer").receive(Vacant, there.memory())
         });
         let mut control = link.control().expect("the control channel");
-        let hello = Hello::new(there.memory().layout().clone(), 2, false, Vec::new());
+        let hello = Hello::new(
+            MigrationKey::of_a_test(),
+            there.memory().layout().clone(),
+            2,
+            false,
+            Vec::new(),
+        );
         say(&mut control, &Message::Hello(hello.clone()));
         let Message::Welcome(welcome) = hear(&mut control) else { panic!("not welcome") };
         go_on(Welcomed { link, control, agreed: welcome.agreed(&hello) });

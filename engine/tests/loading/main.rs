@@ -14,7 +14,7 @@ use pageferry::convergence::Policy;
 use pageferry::dirty::DirtySources;
 use pageferry::memory::PageRange;
 use pageferry::testing::{TestMemory, WrappedChannel, WrappedSource, memory_transport};
-use pageferry::transport::SourceLink;
+use pageferry::transport::{OneLink, SourceLink};
 use pageferry::{
     Arrived, Departed, Destination, Event, Machine, MachineError, Source, SwitchoverStage, Timeouts,
 };
@@ -115,12 +115,14 @@ fn called_off_once() -> (Departed<TestMachine>, Arrived<Loading>) {
     });
     let (departed, arrived) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = Destination::new().negotiate(Box::new(destination_link)).unwrap();
+            let offer = Destination::new()
+                .negotiate(OneLink::destination(Box::new(destination_link)))
+                .unwrap();
             offer.receive(theirs, there.memory())
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
         let link = Box::new(unlucky(Box::new(source_link), lost));
-        let departed = source.migrate(mine, here.memory(), dirty, link);
+        let departed = source.migrate(mine, here.memory(), dirty, OneLink::source(link));
         (departed, receiving.join().expect("the destination does not panic"))
     });
     (departed.expect("the source hands over"), arrived.expect("the guest arrives"))

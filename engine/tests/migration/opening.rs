@@ -8,12 +8,12 @@ use std::time::Duration;
 use crate::support::{self, SharedLog, SoftwareLog, TestMachine};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use pageferry::dirty::DirtySources;
-use pageferry::protocol::{FailureReason, Hello, Message, negotiate};
+use pageferry::protocol::{FailureReason, Hello, Message, MigrationKey, negotiate};
 use pageferry::testing::{
     LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, hear, memory_transport,
     say,
 };
-use pageferry::transport::{ControlChannel, Interrupt, Link, TransportError};
+use pageferry::transport::{ControlChannel, Interrupt, Link, OneLink, TransportError};
 use pageferry::{Blame, Destination, Error, GuestAlarm, GuestAtSource, Source};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -74,11 +74,11 @@ fn source_that_opens(source: Source, then: impl FnOnce(&mut ControlChannel, &Gue
     thread::scope(|scope| {
         let migrating = scope.spawn(|| {
             let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&log)))]);
-            source.migrate(machine, memory.memory(), dirty, Box::new(link))
+            source.migrate(machine, memory.memory(), dirty, OneLink::source(Box::new(link)))
         });
         let mut control = there.control().expect("the control channel");
         let Message::Hello(hello) = hear(&mut control) else { panic!("no greeting") };
-        let (_, welcome) = negotiate(&hello, 1, false).expect("it fits");
+        let (_, welcome) = negotiate(&hello, 1, false, false).expect("it fits");
         say(&mut control, &Message::Welcome(welcome));
         assert!(matches!(hear(&mut control), Message::Agreed { .. }));
         assert_eq!(hear(&mut control), Message::Registered);
@@ -104,12 +104,18 @@ fn destination_that_opens(
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             destination
-                .negotiate(Box::new(link))
+                .negotiate(OneLink::destination(Box::new(link)))
                 .expect("an offer")
                 .receive(machine, memory.memory())
         });
         let mut control = here.control().expect("the control channel");
-        let hello = Hello::new(memory.memory().layout().clone(), 1, false, Vec::new());
+        let hello = Hello::new(
+            MigrationKey::of_a_test(),
+            memory.memory().layout().clone(),
+            1,
+            false,
+            Vec::new(),
+        );
         let hello = Hello { state_schema: support::SCHEMA.to_vec(), ..hello };
         say(&mut control, &Message::Hello(hello.clone()));
         let Message::Welcome(welcome) = hear(&mut control) else { panic!("no welcome") };

@@ -4,6 +4,7 @@ use std::thread;
 
 use pageferry::dirty::DirtySources;
 use pageferry::testing::{TestMemory, memory_transport};
+use pageferry::transport::OneLink;
 use pageferry::{Blame, Source};
 
 use crate::scene::{Scene, WORKING_SET};
@@ -43,14 +44,20 @@ fn a_declined_offer_leaves_the_guest_at_the_source() {
     let machine = TestMachine::new(&here, &log, WORKING_SET, 1);
     let failure = thread::scope(|scope| {
         scope.spawn(|| {
-            let offer = destination.negotiate(Box::new(destination_link)).unwrap();
+            let offer =
+                destination.negotiate(OneLink::destination(Box::new(destination_link))).unwrap();
             assert_eq!(offer.description(), b"a machine");
             assert_eq!(offer.layout(), here.memory().layout());
             offer.decline("no room");
         });
         let source = source.description(b"a machine".to_vec());
         source
-            .migrate(machine, here.memory(), DirtySources::new(vec![]), Box::new(source_link))
+            .migrate(
+                machine,
+                here.memory(),
+                DirtySources::new(vec![]),
+                OneLink::source(Box::new(source_link)),
+            )
             .expect_err("declined")
     });
     assert!(failure.error.to_string().contains("no room"), "{}", failure.error);

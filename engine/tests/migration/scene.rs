@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pageferry::dirty::DirtySources;
 use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::transport::{DestinationLink, SourceLink};
+use pageferry::transport::{Connector, DestinationLink, OneLink, Rendezvous, SourceLink};
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, GuestAlarm, GuestAtDestination,
     GuestAtSource, Source, SourceFailure, Timeouts,
@@ -86,6 +86,15 @@ impl Scene {
         source_link: Box<dyn SourceLink>,
         destination_link: Box<dyn DestinationLink>,
     ) -> Outcome {
+        self.play_by(OneLink::source(source_link), OneLink::destination(destination_link))
+    }
+
+    /// Over as many links as it takes.
+    pub(crate) fn play_by(
+        self,
+        connector: Box<dyn Connector>,
+        rendezvous: Box<dyn Rendezvous>,
+    ) -> Outcome {
         let Self {
             here,
             there,
@@ -115,13 +124,13 @@ impl Scene {
         // A test that listens to spans hears both.
         let listener = tracing::dispatcher::get_default(Clone::clone);
         let receive = || {
-            let offer = destination.negotiate(destination_link)?;
+            let offer = destination.negotiate(rendezvous)?;
             Ok(offer.receive(theirs, there.memory()))
         };
         let (source, destination) = thread::scope(|scope| {
             let receiving = scope.spawn(|| tracing::dispatcher::with_default(&listener, receive));
             let dirty = DirtySources::new(vec![Box::new(SharedLog(Arc::clone(&log)))]);
-            let source = source.migrate(machine, here.memory(), dirty, source_link);
+            let source = source.migrate(machine, here.memory(), dirty, connector);
             (source, receiving.join().expect("the destination does not panic"))
         });
         Outcome { source, destination, here, there, log }

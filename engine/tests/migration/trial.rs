@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::transport::SourceLink;
+use pageferry::transport::{OneLink, SourceLink};
 use pageferry::{
     Error, Event, GuestAtDestination, GuestAtSource, Machine, SourceFailure, Timeouts, Tried,
 };
@@ -75,7 +75,8 @@ fn try_out(scene: Scene, at_most: Duration) -> (Answer, Error) {
     thread::scope(|scope| {
         let destination = scene.destination;
         let receiving = scope.spawn(move || {
-            let offer = destination.negotiate(Box::new(destination_link)).unwrap();
+            let offer =
+                destination.negotiate(OneLink::destination(Box::new(destination_link))).unwrap();
             assert!(offer.is_trial());
             let failure = offer.receive(theirs, there).expect_err("no guest comes");
             assert_eq!(failure.guest, GuestAtDestination::AtSource);
@@ -84,7 +85,7 @@ fn try_out(scene: Scene, at_most: Duration) -> (Answer, Error) {
         });
         let armed = Mutex::new(Some(DirtyBitmap::new(here.layout())));
         let dirty = DirtySources::new(vec![Box::new(AllSet { inner: SharedLog(log), armed })]);
-        let answer = scene.source.try_out(machine, here, dirty, link, at_most);
+        let answer = scene.source.try_out(machine, here, dirty, OneLink::source(link), at_most);
         (answer, receiving.join().expect("the destination does not panic"))
     })
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pageferry::dirty::DirtySources;
 use pageferry::testing::memory_transport;
+use pageferry::transport::OneLink;
 use pageferry::{Destination, Phase, Snapshot};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id};
@@ -107,7 +108,9 @@ fn whatever_becomes_of_it_it_ends() {
     let scene = Scene::new();
     thread::scope(|scope| {
         scope.spawn(|| {
-            let offer = destination.negotiate(Box::new(destination_link)).expect("an offer");
+            let offer = destination
+                .negotiate(OneLink::destination(Box::new(destination_link)))
+                .expect("an offer");
             assert_eq!(handle.snapshot().phase, Phase::Setup);
             drop(offer);
             assert_eq!(handle.snapshot().phase, Phase::Ended);
@@ -116,7 +119,10 @@ fn whatever_becomes_of_it_it_ends() {
         let machine = TestMachine::new(&scene.here, &log, 1, 1);
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
         let link = Box::new(source_link);
-        scene.source.migrate(machine, scene.here.memory(), dirty, link).expect_err("refused");
+        scene
+            .source
+            .migrate(machine, scene.here.memory(), dirty, OneLink::source(link))
+            .expect_err("refused");
     });
 }
 

@@ -11,13 +11,13 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
 use pageferry::dirty::DirtySources;
 use pageferry::protocol::{
-    FailureReason, Hello, Message, Prepare, Refusal, Welcome, Why, negotiate,
+    FailureReason, Hello, Message, MigrationKey, Prepare, Refusal, Welcome, Why, negotiate,
 };
 use pageferry::testing::{
     LinkCall, TestMemory, WrappedDestination, WrappedLink, WrappedSource, hear, memory_transport,
     say,
 };
-use pageferry::transport::{ControlChannel, Link, Registration, SourceLink};
+use pageferry::transport::{ControlChannel, Link, OneLink, Registration, SourceLink};
 use pageferry::{
     Destination, DestinationFailure, Error, Event, GuestAtDestination, Offer, Source, Timeouts,
 };
@@ -32,7 +32,13 @@ const FLOOD: u32 = 10_000;
 const FEW: usize = 64;
 
 fn hello(memory: &TestMemory, verify: bool) -> Hello {
-    let hello = Hello::new(memory.memory().layout().clone(), 1, verify, Vec::new());
+    let hello = Hello::new(
+        MigrationKey::of_a_test(),
+        memory.memory().layout().clone(),
+        1,
+        verify,
+        Vec::new(),
+    );
     Hello { state_schema: support::SCHEMA.to_vec(), ..hello }
 }
 
@@ -47,7 +53,8 @@ fn destination_of(
     let machine = TestMachine::new(&there, &SoftwareLog::new(&there), 1, 1);
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = destination.negotiate(Box::new(theirs)).expect("an offer");
+            let offer =
+                destination.negotiate(OneLink::destination(Box::new(theirs))).expect("an offer");
             offer.receive(machine, there.memory())
         });
         let mut control = link.control().expect("the control channel");
@@ -78,7 +85,9 @@ fn a_source_that_nobody_has_accepted_can_say_nothing_more() {
     let memory = TestMemory::new(&[64]);
     let mut control = source.control().expect("the control channel");
     say(&mut control, &Message::Hello(hello(&memory, false)));
-    let offer: Offer = Destination::new().negotiate(Box::new(destination)).expect("an offer");
+    let offer: Offer = Destination::new()
+        .negotiate(OneLink::destination(Box::new(destination)))
+        .expect("an offer");
     let frame = Message::Ping { number: 1 }.encode();
     let taken = (0..FLOOD).take_while(|_| control.sender.send(&frame, PATIENCE).is_ok()).count();
     assert!(taken < FEW, "{taken} frames were taken");
@@ -139,14 +148,14 @@ fn a_greeting_that_the_destination_heard_otherwise_ends_the_migration_at_once() 
                 machine,
                 here.memory(),
                 dirty,
-                source_link,
+                OneLink::source(source_link),
             )
         });
         let mut control = theirs.control().expect("the control channel");
         let Message::Hello(hello) = hear(&mut control) else { panic!("no greeting") };
         // A bit was flipped on its way.
         let hello = Hello { verify: false, ..hello };
-        let (_, welcome) = negotiate(&hello, 1, false).expect("it fits");
+        let (_, welcome) = negotiate(&hello, 1, false, false).expect("it fits");
         say(&mut control, &Message::Welcome(welcome));
         let Message::Failed { reason, text } = hear(&mut control) else { panic!("it goes on") };
         assert_eq!(reason, FailureReason::PeerMisbehaved, "{text}");
@@ -162,7 +171,9 @@ fn an_answer_that_the_source_heard_otherwise_ends_the_migration_at_once() {
     let machine = TestMachine::new(&there, &SoftwareLog::new(&there), 1, 1);
     let failure = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = Destination::new().negotiate(Box::new(destination)).expect("an offer");
+            let offer = Destination::new()
+                .negotiate(OneLink::destination(Box::new(destination)))
+                .expect("an offer");
             offer.receive(machine, there.memory())
         });
         let mut control = source.control().expect("the control channel");
@@ -239,7 +250,7 @@ fn registration_has_a_time_of_its_own_on_either_side() {
                 let link: WrappedDestination = slow(Box::new(destination), destination_takes);
                 let offer = Destination::new()
                     .timeouts(timeouts)
-                    .negotiate(Box::new(link))
+                    .negotiate(OneLink::destination(Box::new(link)))
                     .expect("an offer");
                 offer.receive(theirs, there.memory())
             });
@@ -248,7 +259,7 @@ fn registration_has_a_time_of_its_own_on_either_side() {
             Source::new()
                 .timeouts(timeouts)
                 .downtime_limit(PATIENCE)
-                .migrate(machine, here.memory(), dirty, Box::new(link))
+                .migrate(machine, here.memory(), dirty, OneLink::source(Box::new(link)))
                 .unwrap_or_else(|failure| panic!("{}", failure.error.chain()));
             receiving.join().expect("no panic").expect("the guest arrives");
         });

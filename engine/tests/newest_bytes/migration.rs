@@ -9,7 +9,7 @@ use pageferry::convergence::Bound;
 use pageferry::dirty::DirtySources;
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
-use pageferry::transport::DestinationLink;
+use pageferry::transport::{DestinationLink, OneLink};
 use pageferry::{Destination, Error, GuestAtSource, Source, Timeouts};
 
 use crate::guest::{
@@ -72,7 +72,7 @@ pub(crate) fn play(migration: Migration) -> Result<(Option<(u16, u64)>, bool), E
     };
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = Destination::new().negotiate(there_link).unwrap();
+            let offer = Destination::new().negotiate(OneLink::destination(there_link)).unwrap();
             offer.receive(Arriving::new(&there), there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(Tracker(Arc::clone(&guest)))]);
@@ -87,7 +87,7 @@ pub(crate) fn play(migration: Migration) -> Result<(Option<(u16, u64)>, bool), E
             Scripted(Arc::clone(&guest)),
             guest.memory.memory(),
             dirty,
-            Box::new(stepping),
+            OneLink::source(Box::new(stepping)),
         );
         let arrived = receiving.join().unwrap();
         let departed = match outcome {

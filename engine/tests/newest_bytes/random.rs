@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::Error;
-use pageferry::transport::MigrationId;
+use pageferry::transport::LinkId;
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 
@@ -78,7 +78,7 @@ fn the_destination_ends_with_the_newest_bytes() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
     let cases = number("PAGEFERRY_CASES").unwrap_or(1000);
     let seed = number("PAGEFERRY_TEST_SEED").unwrap_or_else(|| {
-        let id = MigrationId::random().expect("random bytes");
+        let id = LinkId::random().expect("random bytes");
         u64::from_le_bytes(id.0[..8].try_into().expect("eight bytes"))
     });
     eprintln!("newest bytes: {cases} cases, PAGEFERRY_TEST_SEED={seed}");

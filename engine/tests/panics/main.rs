@@ -15,7 +15,9 @@ use pageferry::testing::{
     WrappedSource, memory_transport,
 };
 use pageferry::threads::{Running, Spawn, StdThreads, ThreadBody, ThreadRole};
-use pageferry::transport::{ControlChannel, ControlReceiver, ControlSender, Link, TransportError};
+use pageferry::transport::{
+    ControlChannel, ControlReceiver, ControlSender, Link, OneLink, TransportError,
+};
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, Event, GuestAtDestination,
     GuestAtSource, Machine, Source, SourceFailure,
@@ -194,14 +196,17 @@ fn play(at_source: Spot, at_destination: Spot) -> Outcome {
         let receiving = scope.spawn(|| {
             let link: WrappedDestination =
                 panicky(at_destination, Box::new(destination_link), |channel| Box::new(channel));
-            let offer = destination.negotiate(Box::new(link))?;
+            let offer = destination.negotiate(OneLink::destination(Box::new(link)))?;
             Ok(offer.receive(theirs, there.memory()))
         });
         let log = Log(SharedLog(log), at_source);
         let dirty = DirtySources::new(vec![Box::new(log)]);
         let link: WrappedSource =
             panicky(at_source, Box::new(source_link), |channel| Box::new(channel));
-        (source.migrate(mine, here.memory(), dirty, Box::new(link)), receiving.join().unwrap())
+        (
+            source.migrate(mine, here.memory(), dirty, OneLink::source(Box::new(link))),
+            receiving.join().unwrap(),
+        )
     });
     Outcome { source, destination, here }
 }

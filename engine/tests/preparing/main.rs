@@ -16,7 +16,7 @@ use pageferry::dirty::DirtySources;
 use pageferry::memory::GuestMemory;
 use pageferry::testing::{TestMemory, WrappedSource, memory_transport, until_asleep};
 use pageferry::threads::{Running, Spawn, StdThreads, ThreadBody, ThreadRole};
-use pageferry::transport::{ControlChannel, ControlSender, SourceLink, TransportError};
+use pageferry::transport::{ControlChannel, ControlSender, OneLink, SourceLink, TransportError};
 use pageferry::{
     Arrived, Departed, Destination, Event, Machine, MachineError, Source, SwitchoverStage,
 };
@@ -159,12 +159,14 @@ fn called_off_meanwhile(threads: Arc<dyn Spawn>, told: Option<Sender<()>>) {
     });
     let (departed, arrived) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = Destination::new().negotiate(Box::new(destination_link)).unwrap();
+            let offer = Destination::new()
+                .negotiate(OneLink::destination(Box::new(destination_link)))
+                .unwrap();
             offer.receive(theirs, there.memory())
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
         let link = Box::new(holding(Box::new(source_link), resumed));
-        let departed = source.migrate(mine, here.memory(), dirty, link);
+        let departed = source.migrate(mine, here.memory(), dirty, OneLink::source(link));
         (departed, receiving.join().expect("the destination does not panic"))
     });
     let Arrived { machine, verified, .. } =

@@ -81,13 +81,14 @@ fn duration() -> impl Strategy<Value = Duration> {
 /// Mostly what lets a migration come to its end.
 fn timeouts() -> impl Strategy<Value = Timeouts> {
     let one = || prop_oneof![8 => (1_u64..100).prop_map(Duration::from_secs), 3 => duration()];
-    (one(), one(), one(), one(), one(), one()).prop_map(
-        |(handshake, registration_per_gib, stall, load, release, commit)| Timeouts {
+    (one(), one(), one(), one(), one(), one(), one()).prop_map(
+        |(handshake, registration_per_gib, stall, load, release, rejoin, commit)| Timeouts {
             registration_per_gib,
             handshake,
             stall,
             load,
             release,
+            rejoin,
             commit,
         },
     )
@@ -156,7 +157,7 @@ fn setup() -> impl Strategy<Value = Setup> {
 fn check(setup: Setup) -> Result<(), TestCaseError> {
     let (here, there) = (TestMemory::new(&[PAGES]), TestMemory::new(&[PAGES]));
     (0..PAGES / 2).for_each(|page| here.fill_page(0, page, 1));
-    let (source_link, destination_link) = memory_transport::pair();
+    let (dialler, rendezvous) = memory_transport::meeting();
     let log = SoftwareLog::new(&here);
     let mut mine = TestMachine::new(&here, &log, WORKING_SET, 42);
     mine.resume().unwrap();
@@ -185,7 +186,7 @@ fn check(setup: Setup) -> Result<(), TestCaseError> {
     let (over, ended) = bounded::<()>(0);
     let (source, destination) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let offer = destination.negotiate(Box::new(destination_link))?;
+            let offer = destination.negotiate(Box::new(rendezvous))?;
             Ok::<_, Error>(offer.receive(theirs, there.memory()))
         });
         scope.spawn(move || {
@@ -194,7 +195,7 @@ fn check(setup: Setup) -> Result<(), TestCaseError> {
             }
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
-        let left = source.migrate(mine, here.memory(), dirty, Box::new(source_link));
+        let left = source.migrate(mine, here.memory(), dirty, Box::new(dialler));
         drop(over);
         (left, receiving.join().expect("the destination does not panic"))
     });
@@ -243,6 +244,7 @@ fn limits_without_an_end_are_kept() {
         stall: longest,
         load: longest,
         release: longest,
+        rejoin: longest,
         commit: longest,
     };
     for bound in [Bound::Strict, Bound::BestEffort] {

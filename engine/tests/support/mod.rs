@@ -14,6 +14,8 @@ use pageferry::{GuestAlarm, Machine, MachineError, Rehearsal};
 /// Dirty bits that are forgotten when harvested, as a bitmap that is swapped out would.
 pub(crate) struct SoftwareLog {
     bits: Mutex<DirtyBitmap>,
+    /// How often the guest has written.
+    pub(crate) marks: AtomicU64,
     pub(crate) tracking: AtomicBool,
     pub(crate) put_back: Mutex<DirtyBitmap>,
 }
@@ -23,6 +25,7 @@ impl SoftwareLog {
         let clean = DirtyBitmap::new(memory.memory().layout());
         Arc::new(Self {
             bits: Mutex::new(clean.clone()),
+            marks: AtomicU64::new(0),
             tracking: AtomicBool::new(false),
             put_back: Mutex::new(clean),
         })
@@ -30,6 +33,7 @@ impl SoftwareLog {
 
     pub(crate) fn mark(&self, region: u16, page: u64) {
         self.bits.lock().unwrap().set(region, page);
+        self.marks.fetch_add(1, Ordering::SeqCst);
     }
 }
 

@@ -13,8 +13,8 @@ use pageferry::dirty::DirtySources;
 use pageferry::protocol::Message;
 use pageferry::testing::{TestMemory, WrappedChannel, WrappedSource, memory_transport};
 use pageferry::transport::{
-    ChannelCounters, ControlChannel, ControlReceiver, Interrupt, PageSender, Run, SourceLink,
-    Ticket, TransportError, Watermarks,
+    ChannelCounters, ControlChannel, ControlReceiver, Interrupt, OneLink, PageSender, Run,
+    SourceLink, Ticket, TransportError, Watermarks,
 };
 use pageferry::{Blame, Destination, Event, GuestAtSource, Machine, Source, Timeouts};
 use support::{SharedLog, SoftwareLog, TestMachine};
@@ -144,12 +144,16 @@ fn lose_the_link_of(channels: u16) {
     });
     let (failure, took) = thread::scope(|scope| {
         scope.spawn(|| {
-            let offer = Destination::new().negotiate(Box::new(destination_link)).unwrap();
+            let offer = Destination::new()
+                .negotiate(OneLink::destination(Box::new(destination_link)))
+                .unwrap();
             offer.receive(theirs, there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
         let link = Box::new(deaf(Box::new(source_link), &broken));
-        let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("it broke");
+        let failure = source
+            .migrate(mine, here.memory(), dirty, OneLink::source(link))
+            .expect_err("it broke");
         (failure, Instant::now())
     });
     assert!(matches!(failure.guest, GuestAtSource::Running), "{failure:?}");
@@ -235,12 +239,16 @@ fn migrate_over(link: fn(Box<dyn SourceLink>) -> WrappedSource) -> (String, Dura
             }
         });
         scope.spawn(|| {
-            let offer = Destination::new().negotiate(Box::new(destination_link)).unwrap();
+            let offer = Destination::new()
+                .negotiate(OneLink::destination(Box::new(destination_link)))
+                .unwrap();
             offer.receive(theirs, there.memory()).map(drop)
         });
         let dirty = DirtySources::new(vec![Box::new(SharedLog(log))]);
         let link = Box::new(link(Box::new(source_link)));
-        let failure = source.migrate(mine, here.memory(), dirty, link).expect_err("it is useless");
+        let failure = source
+            .migrate(mine, here.memory(), dirty, OneLink::source(link))
+            .expect_err("it is useless");
         drop(over);
         failure
     });

@@ -6,7 +6,9 @@ use rustix::process::Signal;
 
 use crate::support::proxy::{Gate, Trouble, gated, proxy};
 use crate::support::report::Report;
-use crate::support::sides::{BUSY, destination, source, source_of, under_way, under_way_to};
+use crate::support::sides::{
+    BUSY, LOST_FOR_GOOD, destination, source, source_of, under_way, under_way_to,
+};
 
 /// A side that has lost its link waits so long for the other one's word why: longer than a guest
 /// may stand still for a peer that does not do its part.
@@ -23,8 +25,8 @@ fn stood_still_ms(report: &Report) -> f64 {
 /// The link of a guest that stands still has trouble: it goes on at once, and not once the source has given
 /// the link up, which is after `gives_up_ms`.
 fn assert_goes_on(trouble: Trouble, more: &[&str], why: &[&str], gives_up_ms: f64) {
-    let (_destination, address) = destination(&[]);
-    let mut source = source(&[&["--dirty-rate=20000"], more].concat());
+    let (_destination, address) = destination(&[LOST_FOR_GOOD]);
+    let mut source = source(&[&["--dirty-rate=20000", LOST_FOR_GOOD], more].concat());
     let beats = source.beats();
     source.say(format!("migrate {}", proxy(&address, trouble)));
     source.await_message("guest paused at the source");

@@ -16,6 +16,7 @@ mod memory_use;
 mod metrics;
 mod onward;
 mod refused;
+mod rejoining;
 mod saved;
 mod settings;
 mod strangers;

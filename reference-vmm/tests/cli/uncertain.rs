@@ -6,7 +6,7 @@ use std::thread;
 
 use pageferry::memory::GuestMemory;
 use pageferry::protocol::{Message, Prepare, Prepared, negotiate};
-use pageferry::transport::{ControlChannel, DestinationLink, Interrupt, Link, Received};
+use pageferry::transport::{ControlChannel, DestinationLink, Interrupt, Link, OneLink, Received};
 use pageferry::{Error, GuestAtSource, Machine, MachineError, Source};
 use pageferry_rust_vmm::guest_memory;
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, connect};
@@ -40,7 +40,7 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
     let memory: Arc<GuestMemory> =
         Arc::new(guest_memory(Arc::clone(ram.memory())).expect("a layout"));
     let channels = hello.channels;
-    let (_, welcome) = negotiate(&hello, channels, false).expect("it fits");
+    let (_, welcome) = negotiate(&hello, channels, false, false).expect("it fits");
     say(&mut control, &Message::Welcome(welcome));
     assert_eq!(hear(&mut control), welcome.agreed(&hello));
     link.register(&memory).expect("register");
@@ -177,7 +177,7 @@ fn a_destination_that_waits_for_a_commit() {
     let description = serde_json::to_vec(&config).expect("a description");
     let failure = Source::new()
         .description(description)
-        .migrate(machine, &memory, dirty, Box::new(link))
+        .migrate(machine, &memory, dirty, OneLink::source(Box::new(link)))
         .err()
         .expect("a broken link");
     assert!(matches!(failure.guest, GuestAtSource::Running), "{:?}", failure.error);

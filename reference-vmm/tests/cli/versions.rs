@@ -3,7 +3,9 @@
 use std::io::Write;
 
 use pageferry::memory::{Layout, RegionLayout};
-use pageferry::protocol::{FailureReason, Hello, Message, PROTOCOL_VERSION, Welcome, negotiate};
+use pageferry::protocol::{
+    FailureReason, Hello, Message, MigrationKey, PROTOCOL_VERSION, Welcome, negotiate,
+};
 use pageferry_tcp::preamble::{Answer, Status, VERSION};
 use rustix::process::Signal;
 
@@ -17,7 +19,7 @@ use crate::support::sides::{destination, source};
 fn hello(oldest_version: u16, newest_version: u16) -> Vec<u8> {
     let region = RegionLayout { guest_addr: 0, len_bytes: 1 << 20, backing_page_bytes: 4096 };
     let layout = Layout::new(vec![region]).expect("a layout");
-    let hello = Hello::new(layout, 1, false, Vec::new());
+    let hello = Hello::new(MigrationKey::random().unwrap(), layout, 1, false, Vec::new());
     Message::Hello(Hello { oldest_version, newest_version, ..hello }).encode()
 }
 
@@ -84,7 +86,7 @@ fn a_source_whose_device_state_is_another() {
         assert_eq!(read_answer(&mut source).status, Status::Ok);
         let region = RegionLayout { guest_addr: 0, len_bytes: 16 << 20, backing_page_bytes: 4096 };
         let layout = Layout::new(vec![region]).expect("a layout");
-        let mut hello = Hello::new(layout, 1, false, GUEST.into());
+        let mut hello = Hello::new(MigrationKey::random().unwrap(), layout, 1, false, GUEST.into());
         hello.state_schema = said.into();
         send(&mut source, &Message::Hello(hello).encode());
         // Instead of a welcome: no page was asked for.
@@ -119,7 +121,7 @@ fn a_destination_that_chooses_a_version_nobody_offered() {
         stream.write_all(&ok_answer()).expect("write");
         let Message::Hello(hello) = receive(&mut stream) else { panic!("no greeting") };
         let version = PROTOCOL_VERSION + 1;
-        let (_, welcome) = negotiate(&hello, hello.channels, false).expect("it fits");
+        let (_, welcome) = negotiate(&hello, hello.channels, false, false).expect("it fits");
         let welcome = Welcome { version, ..welcome }.to(&hello);
         send(&mut stream, &Message::Welcome(welcome).encode());
         let Message::Failed { reason, text } = receive(&mut stream) else { panic!("no failure") };

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{booted, config, kinds, wait_for_beats};
+use pageferry::transport::OneLink;
 use pageferry::{Destination, Event, Source};
 use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 use pageferry_vmm::embed::GuestMachine;
@@ -43,13 +44,15 @@ fn a_triple_fault_ends_the_migration_in_the_middle_of_a_round() {
     let failure = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let link = acceptor.accept(Some(Duration::from_secs(30))).unwrap();
-            let offer = Destination::new().negotiate(Box::new(link)).unwrap();
+            let offer = Destination::new().negotiate(OneLink::destination(Box::new(link))).unwrap();
             let machine = GuestMachine { guest: Guest::create(config).unwrap() };
             let memory = machine.memory().unwrap();
             offer.receive(machine, &memory).map(drop)
         });
         let link = connect(address, TcpOptions::default()).unwrap();
-        let failure = source.migrate(source_machine, &memory, dirty, Box::new(link)).unwrap_err();
+        let failure = source
+            .migrate(source_machine, &memory, dirty, OneLink::source(Box::new(link)))
+            .unwrap_err();
         assert!(receiving.join().unwrap().is_err());
         failure
     });

@@ -9,7 +9,7 @@ mod workshop;
 
 use std::time::Duration;
 
-use pageferry::transport::MigrationId;
+use pageferry::transport::LinkId;
 
 use crate::cm::Id;
 use crate::pipe::Outlet;
@@ -32,7 +32,7 @@ pub(crate) struct Request {
 #[derive(Debug)]
 pub(crate) struct Connected {
     pub(crate) workshop: Workshop,
-    pub(crate) migration: MigrationId,
+    pub(crate) migration: LinkId,
     pub(crate) outlet: Outlet,
 }
 

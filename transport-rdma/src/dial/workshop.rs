@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
-use pageferry::transport::{MigrationId, Registration, TransportError};
+use pageferry::transport::{LinkId, Registration, TransportError};
 
 use super::device::check_port;
 use crate::cm::{Id, PathSettings, READS_AT_ONCE, RemoteAccess};
@@ -51,11 +51,7 @@ impl Workshop {
     }
 
     /// What a connection of this purpose says.
-    pub(crate) fn preamble(
-        &self,
-        purpose: Purpose,
-        migration: MigrationId,
-    ) -> [u8; PREAMBLE_BYTES] {
+    pub(crate) fn preamble(&self, purpose: Purpose, migration: LinkId) -> [u8; PREAMBLE_BYTES] {
         let mtu = u8::try_from(self.mtu).unwrap_or(0);
         Preamble { purpose, migration, mtu }.encode()
     }

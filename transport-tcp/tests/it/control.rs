@@ -19,7 +19,7 @@ fn with_raw_source() -> (TcpStream, TcpDestinationLink, Box<dyn ControlReceiver>
     let acceptor = acceptor(&TcpOptions::default());
     let stream = raw::dial(acceptor.local_addr(), Kind::Control);
     let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
-    assert_eq!(link.migration_id(), raw::ID);
+    assert_eq!(link.link_id(), raw::ID);
     let receiver = link.control().unwrap().receiver;
     (stream, link, receiver)
 }

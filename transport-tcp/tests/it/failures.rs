@@ -112,7 +112,7 @@ fn sending() -> (TcpSourceLink, TcpListener, TcpStream) {
         let (control, preamble) = raw::welcome(&listener);
         assert_eq!(preamble.kind, Kind::Control);
         let mut source = source.join().unwrap();
-        assert_eq!(source.migration_id(), preamble.id);
+        assert_eq!(source.link_id(), preamble.id);
         source.register(&guest_memory(&[1024])).unwrap();
         (source, listener, control)
     })

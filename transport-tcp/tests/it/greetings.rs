@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::protocol::Message;
 use pageferry::testing::greeting;
-use pageferry::transport::{ControlChannel, Link, MAX_GREETING_BYTES, MigrationId, TransportError};
+use pageferry::transport::{ControlChannel, Link, LinkId, MAX_GREETING_BYTES, TransportError};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 use socket2::{Domain, Socket, Type};
@@ -47,7 +47,7 @@ fn accept(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlChannel) {
 fn assert_serves(acceptor: &TcpAcceptor) {
     let (source, _from) = greet(acceptor);
     let (link, mut to) = accept(acceptor);
-    assert_eq!(link.migration_id(), source.migration_id());
+    assert_eq!(link.link_id(), source.link_id());
     to.sender.send(b"welcome", PATIENCE).unwrap();
 }
 
@@ -97,7 +97,7 @@ fn nonsense_is_told_so_at_once_and_costs_nobody_else_anything() {
     magic[8] ^= 1;
     let long = u32::try_from(MAX_GREETING_BYTES + 1).unwrap().to_le_bytes();
     let mut layout = frame(&hello(0));
-    layout[4 + 14 + 11] = 1;
+    layout[4 + 14 + 7 + 48 + 4] = 1;
     for (said, told) in [
         (&[0xff; 44][..], "no greeting: field hello has length"),
         (&long[..], "no greeting: field hello has length"),
@@ -147,7 +147,7 @@ fn a_greeting_that_goes_on_arriving_is_heard() {
     }
     assert!(began.elapsed() > silence);
     let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
-    assert_eq!(link.migration_id(), raw::ID);
+    assert_eq!(link.link_id(), raw::ID);
     // What follows it is the link's.
     slow.write_all(&frame(b"more")).unwrap();
     let mut control = link.control().unwrap();
@@ -274,10 +274,10 @@ fn who_comes_last_of_many_waits_and_is_served() {
     for _ in 0..MANY {
         drop((link, to));
         (link, to) = accept(&acceptor);
-        assert_eq!(link.migration_id(), raw::ID);
+        assert_eq!(link.link_id(), raw::ID);
     }
     drop((link, to));
-    assert_eq!(accept(&acceptor).0.migration_id(), last.migration_id());
+    assert_eq!(accept(&acceptor).0.link_id(), last.link_id());
 }
 
 /// What they have said beyond their greeting hides nothing.
@@ -291,7 +291,7 @@ fn strangers_that_greet_and_leave_keep_nobody_out() {
     }
     let (source, _control) = greet(&acceptor);
     drop((link, to));
-    assert_eq!(accept(&acceptor).0.migration_id(), source.migration_id());
+    assert_eq!(accept(&acceptor).0.link_id(), source.link_id());
 }
 
 /// Also where IPv4 addresses are written as IPv6, all in one network.
@@ -314,18 +314,18 @@ fn a_crowd_from_one_address_costs_who_comes_from_another_nothing() {
             stream.write_all(&frame(&hello(0))).unwrap();
             stream
         };
-        let holder = MigrationId([1; 16]);
+        let holder = LinkId([1; 16]);
         let _holder = greets(holder, raw::stream(to));
         let (link, control) = accept(&acceptor);
-        assert_eq!(link.migration_id(), holder);
+        assert_eq!(link.link_id(), holder);
         let mut crowd: Vec<_> = (0..ROOM).map(|_| greets(raw::ID, raw::stream(to))).collect();
-        let id = MigrationId([77; 16]);
+        let id = LinkId([77; 16]);
         let _elsewhere = greets(id, from_elsewhere(to));
         let answer = read_refusal(&mut crowd[0]);
         assert_eq!(answer.status, Status::Busy);
         assert_eq!(answer.reason, "another migration is being served, and too many wait");
         drop((link, control));
-        assert_eq!(accept(&acceptor).0.migration_id(), id);
+        assert_eq!(accept(&acceptor).0.link_id(), id);
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use pageferry::transport::{DestinationLink, Link, MigrationId, SourceLink, TransportError};
+use pageferry::transport::{DestinationLink, Link, LinkId, SourceLink, TransportError};
 use pageferry_tcp::preamble::{Kind, PREAMBLE_BYTES, Preamble, Status};
 use pageferry_tcp::{MAX_CHANNELS, TcpAcceptor, TcpOptions, connect};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -19,7 +19,7 @@ use crate::support::{PATIENCE, acceptor, log, raw};
 fn assert_serves(acceptor: &TcpAcceptor) {
     let mut source = connect(acceptor.local_addr(), TcpOptions::default()).unwrap();
     let mut destination = acceptor.accept(Some(PATIENCE)).unwrap();
-    assert_eq!(source.migration_id(), destination.migration_id());
+    assert_eq!(source.link_id(), destination.link_id());
     source.control().unwrap().sender.send(b"hello", PATIENCE).unwrap();
     let mut control = destination.control().unwrap();
     assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"hello");
@@ -223,7 +223,7 @@ fn data_connections_must_name_the_migration_and_a_free_channel() {
     assert_eq!(status(raw::ID, data(0)), Status::UnknownMigration);
     let _control = raw::dial(address, Kind::Control);
     let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
-    assert_eq!(status(MigrationId([1; 16]), data(0)), Status::UnknownMigration);
+    assert_eq!(status(LinkId([1; 16]), data(0)), Status::UnknownMigration);
     assert_eq!(status(raw::ID, data(MAX_CHANNELS)), Status::ChannelOutOfRange);
 
     // Out of order, and one too many.

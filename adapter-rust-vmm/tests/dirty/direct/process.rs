@@ -8,6 +8,7 @@ use pageferry::convergence::Bound;
 use pageferry::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use pageferry::memory::GuestMemory;
 use pageferry::testing::memory_transport;
+use pageferry::transport::OneLink;
 use pageferry::{Destination, Error, Machine, MachineError, Source};
 use pageferry_rust_vmm::{DirectWrites, PagemapScan};
 
@@ -171,7 +172,8 @@ fn migrate(disk: Disk, told: bool) -> Result<(), Error> {
             reading.read_all();
         });
         let receiving = scope.spawn(|| {
-            let offer = Destination::new().negotiate(Box::new(there_link)).unwrap();
+            let offer =
+                Destination::new().negotiate(OneLink::destination(Box::new(there_link))).unwrap();
             offer.receive(Vm(None), &there).is_ok()
         });
         let migrated = Source::new()
@@ -183,7 +185,7 @@ fn migrate(disk: Disk, told: bool) -> Result<(), Error> {
                 Vm(Some(Arc::clone(&process))),
                 &process.memory,
                 DirtySources::new(sources),
-                Box::new(here_link),
+                OneLink::source(Box::new(here_link)),
             );
         assert_eq!(receiving.join().unwrap(), migrated.is_ok());
         migrated.map(drop).map_err(|failed| failed.error)

@@ -36,6 +36,13 @@ pub enum DestinationInput {
     },
     /// The source commits.
     Commit,
+    /// The source is back on another link.
+    Returned {
+        /// How many switchovers it has begun.
+        attempt: u32,
+        /// Whether it has committed by the last of them. If not, all are called off.
+        committed: bool,
+    },
     /// The guest runs.
     Resumed,
     /// The guest could not be made to run, and executed no instruction.
@@ -60,6 +67,8 @@ pub enum DestinationAction {
     SendResumed,
     /// Tell the source that the guest is its own again, and never run it.
     SendGaveBack,
+    /// Forget the device state that was loaded: the guest goes on at the source.
+    Unload,
     /// Drop the copy.
     Discard,
     /// Keep the copy paused, and tell the operator.
@@ -104,6 +113,25 @@ impl DestinationHandover {
             }
             (S::Prepared, I::CalledOff { attempt }) if attempt == self.attempt => {
                 (S::Receiving, A::Nothing)
+            }
+            (S::Receiving, I::Returned { attempt, committed: false })
+                if attempt >= self.attempt =>
+            {
+                self.attempt = attempt;
+                (S::Receiving, A::Nothing)
+            }
+            (S::Prepared, I::Returned { attempt, committed: false }) if attempt >= self.attempt => {
+                self.attempt = attempt;
+                (S::Receiving, A::Unload)
+            }
+            (S::Prepared, I::Returned { attempt, committed: true }) if attempt == self.attempt => {
+                (S::Owner, A::ResumeGuest)
+            }
+            (S::Running, I::Returned { attempt, committed: true }) if attempt == self.attempt => {
+                (S::Running, A::SendResumed)
+            }
+            (S::GaveBack, I::Returned { attempt, committed: true }) if attempt == self.attempt => {
+                (S::GaveBack, A::SendGaveBack)
             }
             (S::Receiving, I::SourceFailed | I::Failed) => (S::Discarded, A::Discard),
             (S::Prepared, I::Commit) => (S::Owner, A::ResumeGuest),

@@ -93,6 +93,23 @@ pub enum Why {
     /// The greeting was heard otherwise than it was said.
     #[error("the greeting was heard otherwise than it was said")]
     Greeting,
+    /// A migration begins on a link after its first.
+    #[error("the migration has begun on another link")]
+    NotFirst,
+    /// A source comes back, and its migration did not begin here.
+    #[error("no migration is known here that it could come back to")]
+    Unknown,
+    /// A source has committed, and gives up.
+    #[error("it has committed")]
+    Committed,
+    /// An answer to the return of another epoch.
+    #[error("epoch {epoch} where {asked} was asked for")]
+    Epoch {
+        /// What it says.
+        epoch: u32,
+        /// What the source said.
+        asked: u32,
+    },
 }
 
 /// What the destination owes an answer to.
@@ -109,6 +126,9 @@ pub struct Conversation {
     stage: Stage,
     /// What the greeting settled, once there is one.
     greeting: Option<Greeting>,
+    /// Number of the link, and whether the source had committed when it came back on it.
+    epoch: u32,
+    committed: bool,
     rounds: u32,
     pings: u32,
     switchovers: u32,
@@ -138,6 +158,8 @@ impl Default for Conversation {
         Self {
             stage: Stage::Silence,
             greeting: None,
+            epoch: 0,
+            committed: false,
             rounds: 0,
             pings: 0,
             switchovers: 0,
@@ -152,6 +174,15 @@ impl Default for Conversation {
 }
 
 impl Conversation {
+    /// One on the next link of the same migration, where nothing was said yet.
+    #[must_use]
+    pub fn on_next_link(&self) -> Self {
+        let greeting = self.greeting.clone();
+        // They were said, or do without.
+        let greeting = greeting.map(|greeting| Greeting { wants_data_ranges: false, ..greeting });
+        Self { greeting, ..Self::default() }
+    }
+
     /// Where it stands.
     pub fn stage(&self) -> Stage {
         self.stage
@@ -173,6 +204,9 @@ impl Conversation {
             return Err(refusal(Why::Ended));
         }
         let next = follows(kind, by, stage).ok_or_else(|| refusal(Why::Stage))?;
+        if self.committed && (kind, by) == (Kind::Failed, Side::Source) {
+            return Err(refusal(Why::Committed));
+        }
         self.check(message).map_err(refusal)?;
         self.stage = next;
         self.note(by, message, stage);
@@ -189,6 +223,11 @@ impl Conversation {
             Message::Agreed { greeting } => {
                 let digest = self.greeting.as_ref().map(|greeting| greeting.digest);
                 require(digest == Some(*greeting), Why::Greeting)
+            }
+            Message::Rejoined(rejoined) => {
+                let (epoch, asked) = (rejoined.epoch, self.epoch);
+                require(epoch == asked, Why::Epoch { epoch, asked })?;
+                require(self.are_in_order(&rejoined.written), Why::Ranges)
             }
             Message::DataRanges(ranges) => require(self.are_in_order(ranges), Why::Ranges),
             Message::Round { round, dirty_pages } => {
@@ -233,13 +272,15 @@ impl Conversation {
                 self.answers(Question::Prepare(prepared.attempt))?;
                 require(self.are_in_order(&prepared.written), Why::Ranges)
             }
-            Message::Hello(_)
-            | Message::Registered
+            Message::Hello(_) => require(self.greeting.is_none(), Why::NotFirst),
+            Message::Rejoin(_) => require(self.greeting.is_some(), Why::Unknown),
+            Message::Registered
             | Message::Ready
             | Message::Releasing
             | Message::Commit
             | Message::Resumed { .. }
             | Message::GaveBack { .. }
+            | Message::Heard
             | Message::Failed { .. } => Ok(()),
         }
     }
@@ -262,6 +303,13 @@ impl Conversation {
                     greeting.digest = welcome.confirmation(greeting.digest);
                 }
             }
+            Message::Rejoin(rejoin) => {
+                self.epoch = rejoin.epoch;
+                self.committed = rejoin.committed;
+                self.rounds = rejoin.rounds;
+                self.switchovers = rejoin.switchovers;
+            }
+            Message::Rejoined(_) if self.committed => self.stage = Stage::Committed,
             Message::Ready => {
                 if self.greeting.as_ref().is_some_and(|greeting| greeting.wants_data_ranges) {
                     self.stage = Stage::Mapping;
@@ -302,8 +350,10 @@ impl Conversation {
             | Message::CalledOff { .. }
             | Message::Releasing
             | Message::Commit
+            | Message::Rejoined(_)
             | Message::Resumed { .. }
-            | Message::GaveBack { .. } => {}
+            | Message::GaveBack { .. }
+            | Message::Heard => {}
         }
     }
 

@@ -1,10 +1,10 @@
-//! The greeting: what the two sides say of themselves. Whether they fit is decided by
-//! [`negotiate`](super::negotiate).
+//! The greeting: what the two sides say of themselves, and what a source says that comes back. Whether they fit is
+//! decided by [`negotiate`](super::negotiate).
 
 use super::codec::{Reader, Writer};
-use super::{DecodeError, speaks_ours};
+use super::{DecodeError, MigrationKey, speaks_ours};
 use crate::pages::digest::Digest;
-use crate::pages::memory::{Layout, MAX_REGIONS, RegionLayout};
+use crate::pages::memory::{Layout, MAX_REGIONS, PageRange, RegionLayout};
 
 /// Most bytes of the description a host may send along with the greeting.
 pub const MAX_DESCRIPTION_BYTES: usize = 64 << 10;
@@ -15,8 +15,8 @@ const MAGIC: [u8; 8] = *b"PGFERRY\n";
 
 /// Type, magic and version range, which every hello begins with.
 pub(super) const START_BYTES: usize = 2 + MAGIC.len() + 2 + 2;
-/// Page size, channels, flags and the number of regions.
-const FIXED_BYTES: usize = 4 + 2 + 1 + 4;
+/// Page size, channels, flags, key and the number of regions.
+const FIXED_BYTES: usize = 4 + 2 + 1 + 16 + 32 + 4;
 const REGION_BYTES: usize = 3 * 8;
 
 /// Most bytes of a hello, as a message.
@@ -30,6 +30,7 @@ pub const MAX_HELLO_BYTES: usize = START_BYTES
 
 const FLAG_VERIFY: u8 = 1;
 const FLAG_TRIAL: u8 = 2;
+const FLAG_REJOINS: u8 = 4;
 
 /// The source's greeting.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +48,10 @@ pub struct Hello {
     /// Whether the guest stays at the source: it is only asked whether it could come, and what that would be
     /// like. What is sent is of no use.
     pub trial: bool,
+    /// Whether the source comes back when the link is lost.
+    pub rejoins: bool,
+    /// By which it is known then.
+    pub key: MigrationKey,
     /// The guest's memory map.
     pub layout: Layout,
     /// What the source's VMM tells the destination's: how to build the machine. Opaque here.
@@ -66,20 +71,73 @@ pub struct Welcome {
     pub memory_zeroed: bool,
     /// Whether the source is to say where there may be data ([`Message::DataRanges`](super::Message::DataRanges)).
     pub wants_data_ranges: bool,
+    /// Whether the destination waits for a source whose link is lost.
+    pub rejoins: bool,
     /// The digest of the greeting as the destination knows it: of the hello it heard, and of this
     /// answer, in which this digest itself is zero ([`Welcome::to`]).
     pub greeting: Digest,
 }
 
+/// The source's first word on each link after the first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejoin {
+    /// Oldest protocol version it speaks.
+    pub oldest_version: u16,
+    /// Newest protocol version it speaks.
+    pub newest_version: u16,
+    /// Of the greeting.
+    pub key: MigrationKey,
+    /// Number of the link, from 1; the first one of the migration is 0. It only grows.
+    pub epoch: u32,
+    /// Rounds that came to their end.
+    pub rounds: u32,
+    /// Switchovers so far. All of them are called off, unless the source has committed: then all but the last.
+    pub switchovers: u32,
+    /// Whether the source has committed: what became of the guest?
+    pub committed: bool,
+}
+
+/// The destination's answer: nothing that came on an earlier link lands any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejoined {
+    /// As asked.
+    pub epoch: u32,
+    /// Pages that a load of device state may have written, of a switchover that is called off by the source's return.
+    /// At most [`MAX_DATA_RANGES`](super::MAX_DATA_RANGES).
+    pub written: Vec<PageRange>,
+}
+
+/// What every first word of a source begins with. Magic and version range stay where they are in every version to
+/// come.
+fn encode_start(oldest_version: u16, newest_version: u16, w: &mut Writer) {
+    w.array(&MAGIC);
+    w.u16(oldest_version);
+    w.u16(newest_version);
+}
+
+/// The version range.
+fn decode_start(r: &mut Reader<'_>) -> Result<(u16, u16), DecodeError> {
+    let magic = r.array("magic")?;
+    if magic != MAGIC {
+        return Err(DecodeError::BadMagic(magic));
+    }
+    let (oldest, newest) = (r.u16("oldest_version")?, r.u16("newest_version")?);
+    if !speaks_ours(oldest, newest) {
+        // What follows is laid out in a way we do not know.
+        return Err(DecodeError::Version { oldest, newest });
+    }
+    Ok((oldest, newest))
+}
+
 impl Hello {
     pub(super) fn encode(&self, w: &mut Writer) {
-        // Magic and version range stay where they are in every version to come.
-        w.array(&MAGIC);
-        w.u16(self.oldest_version);
-        w.u16(self.newest_version);
+        encode_start(self.oldest_version, self.newest_version, w);
         w.u32(self.page_bytes);
         w.u16(self.channels);
-        w.u8((u8::from(self.verify) * FLAG_VERIFY) | (u8::from(self.trial) * FLAG_TRIAL));
+        w.u8((u8::from(self.verify) * FLAG_VERIFY)
+            | (u8::from(self.trial) * FLAG_TRIAL)
+            | (u8::from(self.rejoins) * FLAG_REJOINS));
+        self.key.encode(w);
         let regions = self.layout.regions();
         w.u32(u32::try_from(regions.len()).unwrap_or(u32::MAX));
         for region in regions {
@@ -92,22 +150,14 @@ impl Hello {
     }
 
     pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let magic = r.array("magic")?;
-        if magic != MAGIC {
-            return Err(DecodeError::BadMagic(magic));
-        }
-        let oldest_version = r.u16("oldest_version")?;
-        let newest_version = r.u16("newest_version")?;
-        if !speaks_ours(oldest_version, newest_version) {
-            // What follows is laid out in a way we do not know.
-            return Err(DecodeError::Version { oldest: oldest_version, newest: newest_version });
-        }
+        let (oldest_version, newest_version) = decode_start(r)?;
         let page_bytes = r.u32("page_bytes")?;
         let channels = r.u16("channels")?;
         let flags = r.u8("flags")?;
-        if flags & !(FLAG_VERIFY | FLAG_TRIAL) != 0 {
+        if flags & !(FLAG_VERIFY | FLAG_TRIAL | FLAG_REJOINS) != 0 {
             return Err(DecodeError::UnknownValue { field: "flags", value: u64::from(flags) });
         }
+        let key = MigrationKey::decode(r)?;
         let regions = (0..r.count(MAX_REGIONS, "regions")?)
             .map(|_| {
                 Ok(RegionLayout {
@@ -126,9 +176,35 @@ impl Hello {
             channels,
             verify: flags & FLAG_VERIFY != 0,
             trial: flags & FLAG_TRIAL != 0,
+            rejoins: flags & FLAG_REJOINS != 0,
+            key,
             layout: Layout::new(regions)?,
             description,
             state_schema,
+        })
+    }
+}
+
+impl Rejoin {
+    pub(super) fn encode(&self, w: &mut Writer) {
+        encode_start(self.oldest_version, self.newest_version, w);
+        self.key.encode(w);
+        w.u32(self.epoch);
+        w.u32(self.rounds);
+        w.u32(self.switchovers);
+        w.u8(u8::from(self.committed));
+    }
+
+    pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let (oldest_version, newest_version) = decode_start(r)?;
+        Ok(Self {
+            oldest_version,
+            newest_version,
+            key: MigrationKey::decode(r)?,
+            epoch: r.u32("epoch")?,
+            rounds: r.u32("rounds")?,
+            switchovers: r.u32("switchovers")?,
+            committed: r.bool("committed")?,
         })
     }
 }
@@ -139,6 +215,7 @@ impl Welcome {
         w.u16(self.channels);
         w.u8(u8::from(self.memory_zeroed));
         w.u8(u8::from(self.wants_data_ranges));
+        w.u8(u8::from(self.rejoins));
         w.array(&self.greeting.0);
     }
 
@@ -148,6 +225,7 @@ impl Welcome {
             channels: r.u16("channels")?,
             memory_zeroed: r.bool("memory_zeroed")?,
             wants_data_ranges: r.bool("wants_data_ranges")?,
+            rejoins: r.bool("rejoins")?,
             greeting: Digest(r.array("greeting")?),
         })
     }

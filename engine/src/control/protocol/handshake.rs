@@ -3,7 +3,7 @@
 
 use thiserror::Error;
 
-use super::{Hello, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Welcome, speaks_ours};
+use super::{Hello, MigrationKey, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Welcome, speaks_ours};
 use crate::pages::digest::Digest;
 use crate::pages::memory::{Layout, PAGE_BYTES};
 
@@ -89,13 +89,18 @@ pub struct Agreement {
     pub channels: u16,
     /// Whether memory is compared by digest before the commit.
     pub verify: bool,
+    /// Whether the source comes back when the link is lost, and the destination waits for it.
+    pub rejoins: bool,
 }
 
 /// The destination's side: looks at a greeting and answers.
+///
+/// It waits for a source whose link is lost, if it can and the source comes back: `rejoins`.
 pub fn negotiate(
     hello: &Hello,
     most_channels: u16,
     wants_data_ranges: bool,
+    rejoins: bool,
 ) -> Result<(Agreement, Welcome), Incompatibility> {
     if !speaks_ours(hello.oldest_version, hello.newest_version) {
         return Err(Incompatibility::Version {
@@ -113,20 +118,28 @@ pub fn negotiate(
         return Err(Incompatibility::Channels { wanted: hello.channels, most: most_channels });
     }
     let version = hello.newest_version.min(PROTOCOL_VERSION);
-    let agreement = Agreement { version, channels: hello.channels, verify: hello.verify };
+    let rejoins = rejoins && hello.rejoins;
+    let agreement = Agreement { version, channels: hello.channels, verify: hello.verify, rejoins };
     let welcome = Welcome {
         version,
         channels: hello.channels,
         memory_zeroed: true,
         wants_data_ranges,
+        rejoins,
         greeting: Digest::default(),
     };
     Ok((agreement, welcome.to(hello)))
 }
 
 impl Hello {
-    /// The greeting of this engine, without a schema of device state.
-    pub fn new(layout: Layout, channels: u16, verify: bool, description: Vec<u8>) -> Self {
+    /// The greeting of this engine, without a schema of device state, of a source that does not come back.
+    pub fn new(
+        key: MigrationKey,
+        layout: Layout,
+        channels: u16,
+        verify: bool,
+        description: Vec<u8>,
+    ) -> Self {
         Self {
             oldest_version: OLDEST_PROTOCOL_VERSION,
             newest_version: PROTOCOL_VERSION,
@@ -134,6 +147,8 @@ impl Hello {
             channels,
             verify,
             trial: false,
+            rejoins: false,
+            key,
             layout,
             description,
             state_schema: Vec::new(),
@@ -154,7 +169,12 @@ impl Hello {
         if !welcome.memory_zeroed {
             return Err(Incompatibility::MemoryNotZeroed);
         }
-        Ok(Agreement { version: welcome.version, channels: self.channels, verify: self.verify })
+        Ok(Agreement {
+            version: welcome.version,
+            channels: self.channels,
+            verify: self.verify,
+            rejoins: self.rejoins && welcome.rejoins,
+        })
     }
 
     /// The destination's side, later: does the memory its host made fit the source's?
@@ -179,38 +199,58 @@ mod tests {
     fn hello() -> Hello {
         let region =
             RegionLayout { guest_addr: 0, len_bytes: PAGE_BYTES, backing_page_bytes: PAGE_BYTES };
-        Hello::new(Layout::new(vec![region]).unwrap(), 2, true, Vec::new())
+        Hello::new(
+            MigrationKey::of_a_test(),
+            Layout::new(vec![region]).unwrap(),
+            2,
+            true,
+            Vec::new(),
+        )
     }
 
     #[test]
     fn two_of_this_version_agree() {
         let hello = hello();
-        let (agreement, welcome) = negotiate(&hello, 8, false).unwrap();
+        let (agreement, welcome) = negotiate(&hello, 8, false, false).unwrap();
         assert_eq!(hello.check(&welcome), Ok(agreement));
-        assert_eq!(agreement, Agreement { version: 1, channels: 2, verify: true });
+        let expected = Agreement { version: 1, channels: 2, verify: true, rejoins: false };
+        assert_eq!(agreement, expected);
+    }
+
+    #[test]
+    fn a_source_comes_back_only_where_both_want_that() {
+        for (here, there) in [(false, false), (false, true), (true, false), (true, true)] {
+            let hello = Hello { rejoins: here, ..hello() };
+            let (agreement, welcome) = negotiate(&hello, 8, false, there).unwrap();
+            assert_eq!((agreement.rejoins, welcome.rejoins), (here && there, here && there));
+            assert_eq!(hello.check(&welcome), Ok(agreement));
+        }
     }
 
     #[test]
     fn a_newer_source_that_still_speaks_ours_is_welcome() {
         let newer = Hello { newest_version: 9, ..hello() };
-        assert_eq!(negotiate(&newer, 8, false).unwrap().0.version, PROTOCOL_VERSION);
+        assert_eq!(negotiate(&newer, 8, false, false).unwrap().0.version, PROTOCOL_VERSION);
     }
 
     #[test]
     fn each_misfit_is_named() {
         let too_new = Hello { oldest_version: 8, newest_version: 9, ..hello() };
         let refused = Incompatibility::Version { source_oldest: 8, source_newest: 9 };
-        assert_eq!(negotiate(&too_new, 8, false), Err(refused));
+        assert_eq!(negotiate(&too_new, 8, false, false), Err(refused));
         let pages = Hello { page_bytes: 16384, ..hello() };
-        assert!(matches!(negotiate(&pages, 8, false), Err(Incompatibility::PageSize { .. })));
+        assert!(matches!(
+            negotiate(&pages, 8, false, false),
+            Err(Incompatibility::PageSize { .. })
+        ));
         for channels in [0, 9] {
             let channels = Hello { channels, ..hello() };
             assert!(matches!(
-                negotiate(&channels, 8, false),
+                negotiate(&channels, 8, false, false),
                 Err(Incompatibility::Channels { .. })
             ));
         }
-        let (_, welcome) = negotiate(&hello(), 8, false).unwrap();
+        let (_, welcome) = negotiate(&hello(), 8, false, false).unwrap();
         assert!(hello().check(&Welcome { version: 2, ..welcome }).is_err());
         assert!(hello().check(&Welcome { channels: 1, ..welcome }).is_err());
         assert!(hello().check(&Welcome { memory_zeroed: false, ..welcome }).is_err());

@@ -49,11 +49,14 @@ pub enum Kind {
     Verified = 24,
     Switchover = 25,
     Compared = 26,
+    Rejoin = 27,
+    Rejoined = 28,
+    Heard = 29,
 }
 
 impl Kind {
     /// All of them, by their numbers.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 27] = [
         Self::Hello,
         Self::Welcome,
         Self::Ready,
@@ -78,6 +81,9 @@ impl Kind {
         Self::Verified,
         Self::Switchover,
         Self::Compared,
+        Self::Rejoin,
+        Self::Rejoined,
+        Self::Heard,
     ];
 
     /// The kind of that number.
@@ -113,6 +119,9 @@ impl fmt::Display for Kind {
             Self::Verified => "verified",
             Self::Switchover => "switchover",
             Self::Compared => "compared",
+            Self::Rejoin => "rejoin",
+            Self::Rejoined => "rejoined",
+            Self::Heard => "heard",
         })
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::codec::{Reader, Writer};
-use super::{DecodeError, Hello, Kind, Welcome};
+use super::{DecodeError, Hello, Kind, Rejoin, Rejoined, Welcome};
 use crate::pages::digest::Digest;
 use crate::pages::memory::PageRange;
 
@@ -28,6 +28,10 @@ pub enum Message {
         /// Of hello and welcome as the source knows them ([`Welcome::agreed`]).
         greeting: Digest,
     },
+    /// S→D, first on a link in place of one that was lost: it is me again, and so far I came.
+    Rejoin(Rejoin),
+    /// D→S: the answer. What the source has under way on earlier links is lost, and sent again.
+    Rejoined(Rejoined),
     /// Both ways: guest memory is registered with the transport. Data channels are opened when both
     /// have said so.
     Registered,
@@ -116,6 +120,8 @@ pub enum Message {
         /// Why.
         text: String,
     },
+    /// S→D, last: it is known here what became of the guest.
+    Heard,
     /// Both ways, last: this side gives up.
     Failed {
         /// Classification.
@@ -214,6 +220,8 @@ impl Message {
             Self::Hello(_) => Kind::Hello,
             Self::Welcome(_) => Kind::Welcome,
             Self::Agreed { .. } => Kind::Agreed,
+            Self::Rejoin(_) => Kind::Rejoin,
+            Self::Rejoined(_) => Kind::Rejoined,
             Self::Registered => Kind::Registered,
             Self::Ready => Kind::Ready,
             Self::DataRanges(_) => Kind::DataRanges,
@@ -234,6 +242,7 @@ impl Message {
             Self::Commit => Kind::Commit,
             Self::Resumed { .. } => Kind::Resumed,
             Self::GaveBack { .. } => Kind::GaveBack,
+            Self::Heard => Kind::Heard,
             Self::Failed { .. } => Kind::Failed,
         }
     }
@@ -246,7 +255,12 @@ impl Message {
             Self::Hello(hello) => hello.encode(&mut w),
             Self::Welcome(welcome) => welcome.encode(&mut w),
             Self::Agreed { greeting } => w.array(&greeting.0),
-            Self::Registered | Self::Ready | Self::Releasing | Self::Commit => {}
+            Self::Rejoin(rejoin) => rejoin.encode(&mut w),
+            Self::Rejoined(rejoined) => {
+                w.u32(rejoined.epoch);
+                encode_ranges(&rejoined.written, &mut w);
+            }
+            Self::Registered | Self::Ready | Self::Releasing | Self::Commit | Self::Heard => {}
             Self::DataRanges(ranges) => encode_ranges(ranges, &mut w),
             Self::Round { round, dirty_pages } => {
                 w.u32(*round);
@@ -290,6 +304,10 @@ impl Message {
             Kind::Hello => Self::Hello(Hello::decode(&mut r)?),
             Kind::Welcome => Self::Welcome(Welcome::decode(&mut r)?),
             Kind::Agreed => Self::Agreed { greeting: Digest(r.array("greeting")?) },
+            Kind::Rejoin => Self::Rejoin(Rejoin::decode(&mut r)?),
+            Kind::Rejoined => {
+                Self::Rejoined(Rejoined { epoch: r.u32("epoch")?, written: decode_ranges(&mut r)? })
+            }
             Kind::Registered => Self::Registered,
             Kind::Ready => Self::Ready,
             Kind::DataRanges => Self::DataRanges(decode_ranges(&mut r)?),
@@ -325,6 +343,7 @@ impl Message {
             Kind::Releasing => Self::Releasing,
             Kind::Commit => Self::Commit,
             Kind::Resumed => Self::Resumed { resume_ns: r.u64("resume_ns")? },
+            Kind::Heard => Self::Heard,
             Kind::GaveBack => Self::GaveBack { text: decode_text(&mut r)? },
             Kind::Failed => {
                 let reason = r.u16("reason")?;

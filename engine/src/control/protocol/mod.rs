@@ -10,17 +10,21 @@ mod confirmation;
 mod conversation;
 mod greeting;
 mod handshake;
+mod key;
 mod kind;
 mod message;
 mod table;
 
 use thiserror::Error;
 
+pub use confirmation::check_arriving;
 pub use conversation::{Conversation, Refusal, Why};
 pub use greeting::{
-    Hello, MAX_DESCRIPTION_BYTES, MAX_HELLO_BYTES, MAX_STATE_SCHEMA_BYTES, Welcome,
+    Hello, MAX_DESCRIPTION_BYTES, MAX_HELLO_BYTES, MAX_STATE_SCHEMA_BYTES, Rejoin, Rejoined,
+    Welcome,
 };
 pub use handshake::{Agreement, Incompatibility, negotiate};
+pub use key::{MigrationId, MigrationKey};
 pub use kind::{Kind, Side};
 pub use message::{
     FailureReason, MAX_DATA_RANGES, MAX_DEVICE_STATE_BYTES, MAX_STATE_CHUNK_BYTES, MAX_TEXT_BYTES,

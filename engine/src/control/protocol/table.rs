@@ -17,6 +17,8 @@ pub enum Stage {
     Silence,
     /// The source has greeted.
     Greeted,
+    /// The source has come back, on a link after the first.
+    Returned,
     /// The destination has answered.
     Welcomed,
     /// Both register guest memory.
@@ -47,15 +49,18 @@ pub enum Stage {
     Prepared,
     /// The guest is the destination's.
     Committed,
+    /// The destination has said what became of the guest.
+    Told,
     /// All was said.
     Over,
 }
 
 impl Stage {
     /// All of them, in the order of a migration without trouble.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::Silence,
         Self::Greeted,
+        Self::Returned,
         Self::Welcomed,
         Self::Registering,
         Self::SourceRegistered,
@@ -71,6 +76,7 @@ impl Stage {
         Self::Loading,
         Self::Prepared,
         Self::Committed,
+        Self::Told,
         Self::Over,
     ];
 }
@@ -80,6 +86,7 @@ impl fmt::Display for Stage {
         f.write_str(match self {
             Self::Silence => "silence",
             Self::Greeted => "greeted",
+            Self::Returned => "returned",
             Self::Welcomed => "welcomed",
             Self::Registering => "registering",
             Self::SourceRegistered => "source registered",
@@ -95,6 +102,7 @@ impl fmt::Display for Stage {
             Self::Loading => "loading",
             Self::Prepared => "prepared",
             Self::Committed => "committed",
+            Self::Told => "told",
             Self::Over => "over",
         })
     }
@@ -123,7 +131,10 @@ macro_rules! row {
 /// The protocol.
 #[rustfmt::skip]
 pub(super) const TABLE: &[Row] = &[
-    row!(Hello, Source, [Silence => Greeted], ""),
+    row!(Hello, Source, [Silence => Greeted], "on the first link of a migration"),
+    row!(Rejoin, Source, [Silence => Returned], "on a later link"),
+    row!(Rejoined, Destination, [Returned => Registering],
+        "of that epoch; *committed* follows if the source has committed; ranges as in *data ranges*"),
     row!(Welcome, Destination, [Greeted => Welcomed],
         "the digest of the greeting is the source's own"),
     row!(Agreed, Source, [Welcomed => Registering],
@@ -173,17 +184,18 @@ pub(super) const TABLE: &[Row] = &[
         "of this switchover"),
     row!(Releasing, Source, [Prepared => Prepared], ""),
     row!(Commit, Source, [Prepared => Committed], ""),
-    row!(Resumed, Destination, [Committed => Over], ""),
-    row!(GaveBack, Destination, [Committed => Over], ""),
+    row!(Resumed, Destination, [Committed => Told], ""),
+    row!(GaveBack, Destination, [Committed => Told], ""),
+    row!(Heard, Source, [Told => Over], ""),
     row!(Failed, Source,
-        [Silence => Silence, Greeted => Greeted, Welcomed => Welcomed, Registering => Registering,
+        [Silence => Silence, Greeted => Greeted, Returned => Returned, Welcomed => Welcomed, Registering => Registering,
          SourceRegistered => SourceRegistered, DestinationRegistered => DestinationRegistered,
          Opening => Opening, Mapping => Mapping, Copying => Copying, Switching => Switching,
          Comparing => Comparing, Answered => Answered, Compared => Compared, Saving => Saving,
          Loading => Loading, Prepared => Prepared],
-        "its last word"),
+        "its last word; not if it came back and has committed"),
     row!(Failed, Destination,
-        [Silence => Silence, Greeted => Greeted, Welcomed => Welcomed, Registering => Registering,
+        [Silence => Silence, Greeted => Greeted, Returned => Returned, Welcomed => Welcomed, Registering => Registering,
          SourceRegistered => SourceRegistered, DestinationRegistered => DestinationRegistered,
          Opening => Opening, Mapping => Mapping, Copying => Copying, Switching => Switching,
          Comparing => Comparing, Answered => Answered, Compared => Compared, Saving => Saving,

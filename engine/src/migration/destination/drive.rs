@@ -1,5 +1,6 @@
 //! The destination's driver.
 
+mod returning;
 mod taking_over;
 
 use std::collections::VecDeque;
@@ -19,21 +20,22 @@ use crate::control::handover::{
     DestinationAction, DestinationHandover, DestinationInput, DestinationState,
 };
 use crate::control::protocol::{
-    Agreement, FailureReason, Hello, Incompatibility, Message, Prepare, Side, Welcome,
-    negotiate as negotiate_hello,
+    Agreement, Conversation, FailureReason, Hello, Incompatibility, Message, Prepare, Side,
+    Welcome, negotiate as negotiate_hello,
 };
 use crate::error::{Chain, Error};
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::migration::receiver::{self, ReceiverReport};
-use crate::migration::session::{Item, Patience, Session, unexpected};
+use crate::migration::session::{Item, Patience, Session, SessionSettings, unexpected};
 use crate::pages::digest::Digest;
-use crate::pages::memory::{GuestMemory, Layout};
+use crate::pages::memory::{GuestMemory, Layout, PageRange};
 use crate::progress::{Event, EventSink, Shared, UnderWay};
 use crate::snapshot::Phase;
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{DestinationLink, TransportError};
+use crate::transport::{DestinationLink, LinkPurpose, Rendezvous, Returning, TransportError};
+use returning::{Back, Epoch};
 
 /// Waiting for the source once it sends pages: it decides how long that takes, and a dead link
 /// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
@@ -51,7 +53,11 @@ pub(super) struct Drive {
     timeouts: Timeouts,
     // Dropped in this order: threads end before the link they use.
     session: Session<ReceiverReport>,
-    link: Box<dyn DestinationLink>,
+    /// `None` while it is lost.
+    link: Option<Box<dyn DestinationLink>>,
+    rendezvous: Box<dyn Rendezvous>,
+    settings: SessionSettings,
+    epoch: Epoch,
     hello: Hello,
     welcome: Welcome,
     agreement: Agreement,
@@ -70,6 +76,10 @@ pub(super) struct Drive {
     /// For how long its first round is waited for, as long as there was none.
     first_round: Option<Patience>,
     closing: Closing,
+    /// Pages that the load for the last switchover wrote.
+    written: Vec<PageRange>,
+    /// What became of the guest, once that is settled.
+    fate: Option<Message>,
     /// Reports that came when they did not matter. They do once a switchover is called off.
     late: VecDeque<ReceiverReport>,
     started: Instant,
@@ -87,41 +97,51 @@ enum Answer {
 /// Hears the greeting and answers if it does not fit.
 pub(super) fn negotiate(
     destination: Destination,
-    mut link: Box<dyn DestinationLink>,
+    mut rendezvous: Box<dyn Rendezvous>,
 ) -> Result<Drive, Error> {
     let Destination { common, most_channels, populate_threads, events, shared, under_way } =
         destination;
     let span = tracing::info_span!("migration", side = "destination");
     let _span = span.clone().entered();
-    let started = Instant::now();
-    let (control, interrupter) =
-        caught("the transport", || Ok::<_, Error>((link.control()?, link.interrupter())))??;
-    let send_timeout = common.timeouts.stall;
-    let mut session = Session::open(
-        Side::Destination,
-        control,
-        interrupter,
-        common.spawn,
+    let settings = SessionSettings {
+        side: Side::Destination,
+        spawn: common.spawn,
         shared,
-        send_timeout,
-        None,
-    )?;
-    let wants_data_ranges = populate_threads > 0;
+        send_timeout: common.timeouts.stall,
+        life_signs: None,
+    };
+    let mut link = accept(&mut *rendezvous, LinkPurpose::Begin, None, &settings)?;
+    let started = Instant::now();
+    let mut session = Session::on(&mut *link, settings.clone(), Conversation::default())?;
+    let rejoins = caught("the rendezvous", || rendezvous.waits_again())?;
+    let wishes = Wishes {
+        most_channels,
+        wants_data_ranges: populate_threads > 0,
+        rejoins: rejoins && !common.timeouts.rejoin.is_zero(),
+    };
     let patience = Patience::now("the source's greeting", common.timeouts.handshake);
-    let heard = hear(&mut session, most_channels, wants_data_ranges, patience);
+    let heard = hear(&mut session, &wishes, patience);
     match heard {
         Ok((hello, agreement, welcome)) => {
             let at_most = common.timeouts.stall.saturating_mul(TRIAL_STALLS);
             let trial_ends = hello.trial.then(|| Patience::now("the end of a trial", at_most));
             let gauges = Arc::new(ChannelGauge::for_channels(agreement.channels));
             session.shared().board.set_gauges(Arc::clone(&gauges));
+            if agreement.rejoins {
+                session.outlives_its_link();
+                let returning = Returning::by(hello.key.clone());
+                caught("the transport", || link.expect_return(returning))?;
+            }
             Ok(Drive {
                 _under_way: under_way,
                 span,
                 events,
                 timeouts: common.timeouts,
                 session,
-                link,
+                link: Some(link),
+                rendezvous,
+                settings,
+                epoch: Epoch::default(),
                 hello,
                 welcome,
                 agreement,
@@ -135,6 +155,8 @@ pub(super) fn negotiate(
                 trial_ends,
                 first_round: None,
                 closing: Closing::default(),
+                written: Vec::new(),
+                fate: None,
                 late: VecDeque::new(),
                 started,
                 statistics: Statistics::default(),
@@ -148,17 +170,35 @@ pub(super) fn negotiate(
     }
 }
 
-fn hear(
-    session: &mut Session<ReceiverReport>,
+/// Waits for somebody.
+fn accept(
+    rendezvous: &mut dyn Rendezvous,
+    purpose: LinkPurpose,
+    timeout: Option<Duration>,
+    settings: &SessionSettings,
+) -> Result<Box<dyn DestinationLink>, Error> {
+    let interrupter = caught("the rendezvous", || rendezvous.interrupter())?;
+    settings.shared.while_dialling(&interrupter, || rendezvous.accept(purpose, timeout))
+}
+
+/// What this side wants of a migration.
+struct Wishes {
     most_channels: u16,
     wants_data_ranges: bool,
+    rejoins: bool,
+}
+
+fn hear(
+    session: &mut Session<ReceiverReport>,
+    wishes: &Wishes,
     patience: Patience,
 ) -> Result<(Hello, Agreement, Welcome), Error> {
     let hello = match session.next_message(patience)? {
         Message::Hello(hello) => hello,
         other => return Err(unexpected(&other, "waiting for a greeting")),
     };
-    let (agreement, welcome) = negotiate_hello(&hello, most_channels, wants_data_ranges)?;
+    let &Wishes { most_channels, wants_data_ranges, rejoins } = wishes;
+    let (agreement, welcome) = negotiate_hello(&hello, most_channels, wants_data_ranges, rejoins)?;
     Ok((hello, agreement, welcome))
 }
 
@@ -236,11 +276,33 @@ impl Drive {
         self.shared().set_phase(Phase::PreCopy);
         self.statistics.setup = self.started.elapsed();
 
+        let span = loop {
+            let error = match self.take_in(machine, memory) {
+                Ok(span) => break span,
+                Err(error) => error,
+            };
+            match self.await_return(memory, || machine.unload(), error)? {
+                Back::Copying => {}
+                Back::Committed => break Span::current(),
+            }
+        };
+        let outcome =
+            span.in_scope(|| tracing::info_span!("commit").in_scope(|| self.take_over(machine)));
+        self.tell_fate(memory);
+        outcome
+    }
+
+    /// Pages and device state over one link, until the source commits. The span of that switchover.
+    fn take_in<M: Machine>(
+        &mut self,
+        machine: &mut Guarded<M>,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Span, Error> {
         loop {
             let (prepare, state) =
                 tracing::info_span!("pages").in_scope(|| self.take_in_pages(memory))?;
             let attempt = prepare.attempt;
-            let _span = tracing::info_span!("switchover", attempt).entered();
+            let span = tracing::info_span!("switchover", attempt).entered();
             let prepared = load(machine, prepare, &state, memory.layout())?;
             self.statistics.device_state.bytes = prepare.state_bytes;
             self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
@@ -252,12 +314,14 @@ impl Drive {
                     "that switchover was called off",
                 ));
             }
+            self.written.clone_from(&prepared.written);
             self.session.send_committed(&Message::Prepared(prepared))?;
             self.emit(&Event::Loaded)?;
             self.paused = prepare.paused;
             match self.await_commit()? {
                 Answer::Commit => {
-                    return tracing::info_span!("commit").in_scope(|| self.take_over(machine));
+                    self.handover.handle(DestinationInput::Commit);
+                    return Ok(span.exit());
                 }
                 Answer::CalledOff => {
                     self.shared().set_phase(Phase::PreCopy);
@@ -288,11 +352,13 @@ impl Drive {
     }
 
     fn open_channels(&mut self, memory: &Arc<GuestMemory>) -> Result<(), Error> {
-        if self.link.capabilities().needs_registration {
+        if self.link()?.capabilities().needs_registration {
             self.emit(&Event::Registering { bytes: memory.layout().len_bytes() })?;
         }
-        let registration = self.session.wait_in(|| self.link.register(memory))?;
-        self.statistics.registration = registration;
+        let Self { session, link, .. } = self;
+        let link = link.as_deref_mut().ok_or(TransportError::Closed)?;
+        let registration = session.wait_in(|| link.register(memory))?;
+        self.statistics.registration.add(&registration);
         self.emit(&Event::Registered(registration))?;
         self.session.send(&Message::Registered)?;
         let at_most = self.timeouts.registration(memory.layout().len_bytes());
@@ -301,9 +367,10 @@ impl Drive {
             Message::Registered => {}
             other => return Err(unexpected(&other, "waiting for the source's registration")),
         }
-        let channels = self.session.wait_in(|| {
-            self.link.open_receivers(self.agreement.channels, self.timeouts.handshake)
-        })?;
+        let Self { session, link, agreement, timeouts, .. } = self;
+        let link = link.as_deref_mut().ok_or(TransportError::Closed)?;
+        let channels =
+            session.wait_in(|| link.open_receivers(agreement.channels, timeouts.handshake))?;
         for (channel, pages) in (0..).zip(channels) {
             self.closing.add(caught("the transport", || pages.interrupter())?);
             let gauges = Arc::clone(&self.gauges);
@@ -316,6 +383,10 @@ impl Drive {
         // It looks at all of its memory first, which is no more than registering it was.
         self.first_round = Some(Patience::now("the source's first round", at_most));
         Ok(())
+    }
+
+    fn link(&mut self) -> Result<&mut (dyn DestinationLink + 'static), TransportError> {
+        self.link.as_deref_mut().ok_or(TransportError::Closed)
     }
 
     /// Until the source says that everything is here: pages land by themselves, device state
@@ -377,7 +448,7 @@ impl Drive {
                     let error = self.closing.explain(channel, error);
                     // The thread that placed what came on it is through, so nothing lands later.
                     let closed = Message::ChannelClosed { channel };
-                    let others = self.agreement.channels - self.statistics.lost_channels - 1;
+                    let others = self.agreement.channels - self.epoch.lost_channels - 1;
                     let survived = matches!(error, Error::Transport(TransportError::Lost { .. }))
                         && others > 0
                         && self.session.send(&closed).is_ok();
@@ -386,6 +457,7 @@ impl Drive {
                     }
                     tracing::warn!(channel, error = %error.chain(), "a data channel is lost");
                     self.statistics.lost_channels += 1;
+                    self.epoch.lost_channels += 1;
                     self.gauges[usize::from(channel)].lost.store(true, Ordering::Relaxed);
                     self.emit(&Event::ChannelLost { channel })?;
                 }
@@ -450,7 +522,7 @@ impl Drive {
     /// break them.
     fn await_finish(&mut self) {
         let patience = Patience::now("channels to end", FINISH);
-        let ended = usize::from(self.statistics.lost_channels) + self.late.len();
+        let ended = usize::from(self.epoch.lost_channels) + self.late.len();
         let mut missing = usize::from(self.agreement.channels).saturating_sub(ended);
         while missing > 0 {
             match self.session.next_committed(patience) {
@@ -467,7 +539,8 @@ impl Drive {
         let mut statistics = std::mem::take(&mut self.statistics);
         statistics.total = self.started.elapsed();
         statistics.populated = self.populating.statistics(self.populate_threads);
-        statistics.take_from(&self.gauges, self.session.control_bytes());
+        let control_bytes = self.epoch.control_bytes + self.session.control_bytes();
+        statistics.take_from(&self.gauges, control_bytes);
         statistics
     }
 }

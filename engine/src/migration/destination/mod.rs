@@ -15,7 +15,7 @@ use crate::pages::memory::{GuestMemory, Layout};
 use crate::progress::{Event, EventSink, MigrationHandle, Shared, UnderWay};
 use crate::stats::Statistics;
 use crate::threads::Spawn;
-use crate::transport::DestinationLink;
+use crate::transport::Rendezvous;
 
 /// Takes in a guest that comes from another host.
 ///
@@ -168,9 +168,12 @@ impl Destination {
         MigrationHandle { shared: Arc::clone(&self.shared) }
     }
 
-    /// Hears the source's greeting. Nothing is allocated for the guest yet.
-    pub fn negotiate(self, link: Box<dyn DestinationLink>) -> Result<Offer, Error> {
-        Ok(Offer { drive: drive::negotiate(self, link)? })
+    /// Waits for a source, for as long as it takes, and hears its greeting. Nothing is allocated for the guest yet.
+    ///
+    /// The rendezvous is kept: where a link is lost the source comes back by it, as often as that happens. It is
+    /// waited for up to [`Timeouts::rejoin`] each time.
+    pub fn negotiate(self, rendezvous: Box<dyn Rendezvous>) -> Result<Offer, Error> {
+        Ok(Offer { drive: drive::negotiate(self, rendezvous)? })
     }
 }
 
@@ -205,7 +208,9 @@ impl Offer {
         self.drive.agreement().channels
     }
 
-    /// Takes the guest in. Blocks until it runs here or the migration failed.
+    /// Takes the guest in. Blocks until it runs here and the source knows that, or the migration failed. Where the
+    /// source does not hear it, because the link is lost, it may ask for up to [`Timeouts::rejoin`]: that long this
+    /// goes on after the guest was resumed ([`Event::GuestRunsThere`] tells at once).
     ///
     /// `machine` is paused and stays so until the engine resumes it. All of `memory` must be
     /// zero: pages that are zero at the source are never sent.

@@ -4,6 +4,14 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 
+/// What is waited for, and may not come because the link is dead.
+pub(crate) const LANDINGS: &str = "pages to land";
+pub(crate) const PONG: &str = "the destination to answer a ping";
+pub(crate) const COMMIT: &str = "the commit";
+pub(crate) const FATE: &str = "the answer to the commit";
+pub(crate) const HEARD: &str = "the source to know what became of the guest";
+pub(super) const OF_THE_LINK: [&str; 5] = [LANDINGS, PONG, COMMIT, FATE, HEARD];
+
 /// What came in time may be looked at for so much longer: a driver that was held up takes what is there,
 /// and a peer that never stops talking does not hold it.
 const OVERTIME: Duration = Duration::from_secs(1);

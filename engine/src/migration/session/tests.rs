@@ -8,15 +8,14 @@ type Wait = fn(&mut Session<u32>, Patience) -> Result<Item<u32>, Error>;
 /// A session, and the other end of its link.
 fn session() -> (Session<u32>, ControlChannel, impl Sized) {
     let (mut source, mut destination) = memory_transport::pair();
-    let opened = Session::open(
-        Side::Source,
-        source.control().unwrap(),
-        source.interrupter(),
-        Arc::new(StdThreads),
-        Shared::new(),
-        Duration::from_secs(9),
-        None,
-    );
+    let settings = SessionSettings {
+        side: Side::Source,
+        spawn: Arc::new(StdThreads),
+        shared: Shared::new(),
+        send_timeout: Duration::from_secs(9),
+        life_signs: None,
+    };
+    let opened = Session::on(&mut source, settings, Conversation::default());
     (opened.unwrap(), destination.control().unwrap(), destination)
 }
 

@@ -19,7 +19,7 @@ use crate::pages::memory::GuestMemory;
 use crate::progress::{Event, EventSink, MigrationHandle, Shared, UnderWay, check_settings};
 use crate::stats::Statistics;
 use crate::threads::Spawn;
-use crate::transport::SourceLink;
+use crate::transport::Connector;
 
 /// Moves a running guest away.
 ///
@@ -251,16 +251,20 @@ impl Source {
     /// `machine` is running, or [says](Machine::is_paused) that it is not. `memory` is all of its memory, and
     /// `dirty` reports every write to it. Before the point of no return any failure leaves the guest here as it
     /// was.
+    ///
+    /// A link that is lost is made anew by the connector, as often as that happens and for up to
+    /// [`Timeouts::rejoin`] each time. Until then the guest runs on; after the commit it stands still, and
+    /// the destination is asked what became of it.
     pub fn migrate<M: Machine>(
         self,
         machine: M,
         memory: &Arc<GuestMemory>,
         dirty: DirtySources,
-        link: Box<dyn SourceLink>,
+        connector: Box<dyn Connector>,
     ) -> Result<Departed<M>, Box<SourceFailure<M>>> {
         let started = Instant::now();
         match self.check() {
-            Ok(()) => drive::migrate(self, machine, memory, dirty, link, started),
+            Ok(()) => drive::migrate(self, machine, memory, dirty, connector, started),
             Err(error) => Err(Box::new(SourceFailure {
                 guest: GuestAtSource::untouched(&machine),
                 machine,
@@ -281,11 +285,11 @@ impl Source {
         machine: M,
         memory: &Arc<GuestMemory>,
         dirty: DirtySources,
-        link: Box<dyn SourceLink>,
+        connector: Box<dyn Connector>,
         at_most: Duration,
     ) -> Result<Tried<M>, Box<SourceFailure<M>>> {
         self.trial = Some(at_most);
-        let failure = match self.migrate(machine, memory, dirty, link) {
+        let failure = match self.migrate(machine, memory, dirty, connector) {
             Err(failure) => failure,
             Ok(Departed { machine, statistics, .. }) => {
                 let (guest, error) =

@@ -7,7 +7,7 @@ use super::{PROMPT, Trial};
 use crate::control::protocol::{Message, negotiate};
 use crate::pages::dirty::{DirtyBitmap, DirtyError, DirtySource, DirtySources};
 use crate::testing::TestMemory;
-use crate::transport::{ControlChannel, Received};
+use crate::transport::{ControlChannel, OneLink, Received};
 use crate::{Error, GuestAtSource, Machine, MachineError, Source, Timeouts};
 
 /// More than any system keeps for a connection.
@@ -95,11 +95,11 @@ pub(super) fn cancelling_ends_a_migration_whose_device_state_nobody_takes(trial:
         let memory = Arc::clone(here.memory());
         let migrating = crew.spawn(move || {
             let dirty = DirtySources::new(vec![Box::new(Clean)]);
-            source.migrate(Idle { runs: true }, &memory, dirty, link)
+            source.migrate(Idle { runs: true }, &memory, dirty, OneLink::source(link))
         });
         let mut control = theirs.control().expect("the control channel");
         let Message::Hello(hello) = heard(&mut control) else { panic!("no greeting") };
-        let (_, welcome) = negotiate(&hello, 1, false).expect("it fits");
+        let (_, welcome) = negotiate(&hello, 1, false, false).expect("it fits");
         told(&mut control, &Message::Welcome(welcome));
         assert_eq!(heard(&mut control), welcome.agreed(&hello));
         theirs.register(there.memory()).expect("register");

@@ -1,13 +1,13 @@
 //! What a source must have said for an acceptor to serve it.
 
-use crate::control::protocol::{DecodeError, Hello};
+use crate::control::protocol::{DecodeError, check_arriving};
 
 pub use crate::control::protocol::MAX_HELLO_BYTES as MAX_GREETING_BYTES;
 
 /// Whom an acceptor serves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Admission {
-    /// Who has greeted: the first control frame is a whole *hello*, of whatever version.
+    /// Who has greeted: the first control frame is a whole *hello*, of whatever version, or a whole *rejoin*.
     /// Whoever has not keeps nobody out.
     #[default]
     Greeted,
@@ -19,5 +19,5 @@ pub enum Admission {
 /// Looks at the first bytes of a source's first control frame, which will have `frame_bytes` in all: they
 /// may become a greeting, or are one if they are all there. Else it is no use to wait for more.
 pub fn check_greeting(bytes: &[u8], frame_bytes: usize) -> Result<(), DecodeError> {
-    Hello::check_arriving(bytes, frame_bytes)
+    check_arriving(bytes, frame_bytes)
 }

@@ -8,15 +8,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Holder, Place, Warnings};
-use crate::transport::{Interrupt, MigrationId, TransportError};
+use crate::transport::{Interrupt, LinkId, Returning, TransportError};
 
 /// A source that has greeted, or needs not.
 pub trait Arrived {
-    /// Its migration.
-    fn migration(&self) -> MigrationId;
+    /// Its link.
+    fn link(&self) -> LinkId;
 
     /// Where it comes from.
     fn peer(&self) -> SocketAddr;
+
+    /// Its first control frame, if it has greeted.
+    fn greeting(&self) -> Option<&[u8]>;
 
     /// Whether it has left, as far as is known.
     fn has_left(&mut self) -> bool;
@@ -66,10 +69,12 @@ struct Stopped {
 /// The one migration that is being served, until its link is gone.
 #[derive(Debug)]
 struct Migration<A, C> {
-    id: MigrationId,
+    id: LinkId,
     /// Until somebody accepts it.
     arrived: Option<A>,
     served: Arc<dyn Served>,
+    /// Its own source, should that come back.
+    returning: Option<Returning>,
     connections: C,
 }
 
@@ -157,9 +162,15 @@ impl<A: Arrived, C: Default> Board<A, C> {
     pub fn admit(&self, mut arrived: A) -> Option<(A, Holder)> {
         let mut state = self.state();
         state.forget_who_has_left();
-        let mut displaced = None;
+        let (mut displaced, returns) = (None, state.is_returning(&arrived));
         if let Some(current) = &state.current {
-            let place = if state.next.is_some() { Place::Open } else { current.served.place() };
+            let place = if state.next.is_some() {
+                Place::Open
+            } else if returns {
+                Place::Forfeited
+            } else {
+                current.served.place()
+            };
             if place != Place::Forfeited {
                 return Some((arrived, Holder { id: current.id, place }));
             }
@@ -171,7 +182,7 @@ impl<A: Arrived, C: Default> Board<A, C> {
             return None;
         }
         let migration = Migration::new(arrived);
-        tracing::debug!(%peer, migration = %migration.id, "has its place");
+        tracing::debug!(%peer, link = %migration.id, "has its place");
         match displaced {
             None => {
                 state.current = Some(migration);
@@ -180,21 +191,45 @@ impl<A: Arrived, C: Default> Board<A, C> {
             Some(displaced) => {
                 state.next = Some(migration);
                 drop(state);
-                self.warnings.warn(peer, "displaces a source that does not answer its welcome");
+                let whom = if returns {
+                    "its own link, which seemed to live"
+                } else {
+                    "a source that does not answer its welcome"
+                };
+                self.warnings.warn(peer, format_args!("displaces {whom}"));
                 displaced.displace();
             }
         }
         None
     }
 
-    /// Waits for a source, and hands it to whoever makes a link of it.
-    pub fn next_migration(&self, timeout: Option<Duration>) -> Result<A, TransportError> {
+    /// Whether a source is the one that has the place, and has come back.
+    pub fn is_returning(&self, arrived: &A) -> bool {
+        self.state().is_returning(arrived)
+    }
+
+    /// From now on the source of that link may displace it, when it comes back.
+    pub fn expect_return(&self, link: LinkId, returning: Returning) {
+        let mut state = self.state();
+        if let Some(current) = state.current.as_mut().filter(|current| current.id == link) {
+            current.returning = Some(returning);
+        }
+    }
+
+    /// Waits for a source, and hands it to whoever makes a link of it. Fails once `check` does, which is asked again at
+    /// each [wake-up](Self::wake_all).
+    pub fn next_migration(
+        &self,
+        timeout: Option<Duration>,
+        check: impl Fn() -> Result<(), TransportError>,
+    ) -> Result<A, TransportError> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.state();
         loop {
             if state.accept_interrupted {
                 return Err(TransportError::Interrupted);
             }
+            check()?;
             state.check_running()?;
             state.forget_who_has_left();
             if let Some(arrived) = state.current.as_mut().and_then(|current| current.arrived.take())
@@ -210,14 +245,10 @@ impl<A: Arrived, C: Default> Board<A, C> {
 
     /// Changes what waits for the link of a migration, which looks again after it; there is none if that
     /// migration is not the one that is served. Must not wait.
-    pub fn connections<T>(
-        &self,
-        migration: MigrationId,
-        change: impl FnOnce(Option<&mut C>) -> T,
-    ) -> T {
+    pub fn connections<T>(&self, link: LinkId, change: impl FnOnce(Option<&mut C>) -> T) -> T {
         let mut state = self.state();
         state.forget_who_has_left();
-        let current = state.current.as_mut().filter(|current| current.id == migration);
+        let current = state.current.as_mut().filter(|current| current.id == link);
         let changed = change(current.map(|current| &mut current.connections));
         self.changed.notify_all();
         changed
@@ -227,7 +258,7 @@ impl<A: Arrived, C: Default> Board<A, C> {
     /// there was not. Fails once `check` does.
     pub fn take<T>(
         &self,
-        migration: MigrationId,
+        link: LinkId,
         deadline: Option<Instant>,
         check: impl Fn() -> Result<(), TransportError>,
         mut take: impl FnMut(&mut C) -> Option<T>,
@@ -236,7 +267,7 @@ impl<A: Arrived, C: Default> Board<A, C> {
         loop {
             check()?;
             state.check_running()?;
-            let current = state.current.as_mut().filter(|current| current.id == migration);
+            let current = state.current.as_mut().filter(|current| current.id == link);
             let Some(current) = current else {
                 return Err(TransportError::OutOfOrder("connections of no migration"));
             };
@@ -260,6 +291,11 @@ impl<A: Send, C: Send> Interrupt for Board<A, C> {
 }
 
 impl<A: Arrived, C> State<A, C> {
+    fn is_returning(&self, arrived: &A) -> bool {
+        let returning = self.current.as_ref().and_then(|current| current.returning.as_ref());
+        returning.zip(arrived.greeting()).is_some_and(|(returning, frame)| returning.is_back(frame))
+    }
+
     /// A source that nobody has accepted, and nobody will, keeps no place.
     fn forget_who_has_left(&mut self) {
         let left =
@@ -284,8 +320,8 @@ impl<A, C> State<A, C> {
 
 impl<A: Arrived, C: Default> Migration<A, C> {
     fn new(arrived: A) -> Self {
-        let (id, served) = (arrived.migration(), arrived.served());
-        Self { id, arrived: Some(arrived), served, connections: C::default() }
+        let (id, served) = (arrived.link(), arrived.served());
+        Self { id, arrived: Some(arrived), served, returning: None, connections: C::default() }
     }
 }
 

@@ -1,12 +1,13 @@
 //! What an acceptor and the links that came from it share.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::{Arrived, Bell, Board};
-use crate::transport::{MigrationId, TransportError};
+use crate::transport::{Interrupt, LinkId, Returning, TransportError};
 
 /// An acceptor's thread, shared by the acceptor and its links. Ends with the last of them.
 #[derive(Debug)]
@@ -40,9 +41,64 @@ impl<A: Arrived, C: Default> Desk<A, C> {
         self: &Arc<Self>,
         timeout: Option<Duration>,
     ) -> Result<(A, Seat<A, C>), TransportError> {
-        let arrived = self.board.next_migration(timeout)?;
-        let (desk, migration) = (Arc::clone(self), arrived.migration());
-        Ok((arrived, Seat { desk, migration }))
+        self.accept_while(timeout, || Ok(()))
+    }
+
+    fn accept_while(
+        self: &Arc<Self>,
+        timeout: Option<Duration>,
+        check: impl Fn() -> Result<(), TransportError>,
+    ) -> Result<(A, Seat<A, C>), TransportError> {
+        let arrived = self.board.next_migration(timeout, check)?;
+        let (desk, link) = (Arc::clone(self), arrived.link());
+        Ok((arrived, Seat { desk, link }))
+    }
+}
+
+/// Where the links of one migration come in: may be closed, and the desk stays open for others.
+#[derive(Debug)]
+pub struct Entrance<A, C> {
+    desk: Arc<Desk<A, C>>,
+    door: Arc<Door<A, C>>,
+}
+
+#[derive(Debug)]
+struct Door<A, C> {
+    closed: AtomicBool,
+    board: Weak<Board<A, C>>,
+}
+
+impl<A, C> Entrance<A, C> {
+    /// An entrance of its own.
+    pub fn of(desk: &Arc<Desk<A, C>>) -> Self {
+        let door = Door { closed: AtomicBool::new(false), board: Arc::downgrade(&desk.board) };
+        Self { desk: Arc::clone(desk), door: Arc::new(door) }
+    }
+}
+
+impl<A: Arrived + Send + 'static, C: Default + Send + 'static> Entrance<A, C> {
+    /// As [`Desk::accept`].
+    pub fn accept(&self, timeout: Option<Duration>) -> Result<(A, Seat<A, C>), TransportError> {
+        self.desk.accept_while(timeout, || {
+            if self.door.closed.load(Ordering::SeqCst) {
+                return Err(TransportError::Interrupted);
+            }
+            Ok(())
+        })
+    }
+
+    /// A handle that closes it.
+    pub fn interrupter(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.door) as Arc<dyn Interrupt>
+    }
+}
+
+impl<A: Send, C: Send> Interrupt for Door<A, C> {
+    fn interrupt(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        if let Some(board) = self.board.upgrade() {
+            board.wake_all();
+        }
     }
 }
 
@@ -50,20 +106,25 @@ impl<A: Arrived, C: Default> Desk<A, C> {
 #[derive(Debug)]
 pub struct Seat<A, C> {
     desk: Arc<Desk<A, C>>,
-    migration: MigrationId,
+    link: LinkId,
 }
 
 impl<A, C> Seat<A, C> {
     /// Whose it is.
-    pub fn migration(&self) -> MigrationId {
-        self.migration
+    pub fn link(&self) -> LinkId {
+        self.link
     }
 }
 
 impl<A: Arrived, C: Default> Seat<A, C> {
+    /// From now on the source of this link may displace it, when it comes back.
+    pub fn expect_return(&self, returning: Returning) {
+        self.desk.board.expect_return(self.link, returning);
+    }
+
     /// Changes what waits for the link.
     pub fn connections<T>(&self, change: impl FnOnce(&mut C) -> T) -> Option<T> {
-        self.desk.board.connections(self.migration, |connections| connections.map(change))
+        self.desk.board.connections(self.link, |connections| connections.map(change))
     }
 
     /// Waits until there is something to take of what waits for the link, at most until `deadline`; `None` if
@@ -74,7 +135,7 @@ impl<A: Arrived, C: Default> Seat<A, C> {
         check: impl Fn() -> Result<(), TransportError>,
         take: impl FnMut(&mut C) -> Option<T>,
     ) -> Result<Option<T>, TransportError> {
-        self.desk.board.take(self.migration, deadline, check, take)
+        self.desk.board.take(self.link, deadline, check, take)
     }
 }
 

@@ -19,7 +19,7 @@ mod warnings;
 pub use admission::{Admission, MAX_GREETING_BYTES, check_greeting};
 pub use bell::Bell;
 pub use board::{Arrived, Board, Served};
-pub use desk::{Desk, Seat, spawn_named};
+pub use desk::{Desk, Entrance, Seat, spawn_named};
 pub use standing::{Holder, Place, Standing, Turn};
 pub use turned_away::TurnedAway;
 pub use waiting::{Greeted, WaitingRoom, first_of_the_most};

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::transport::MigrationId;
+use crate::transport::LinkId;
 
 /// How long a source that was answered may take for its next word while another one waits, beyond the
 /// round trip.
@@ -39,7 +39,7 @@ pub enum Place {
 #[derive(Debug, Clone, Copy)]
 pub struct Holder {
     /// Its migration.
-    pub id: MigrationId,
+    pub id: LinkId,
     /// Whether it keeps the place.
     pub place: Place,
 }
@@ -99,7 +99,7 @@ impl Standing {
 /// The wait of a source that has greeted, for the place that another one has.
 #[derive(Debug, Clone, Copy)]
 pub struct Turn {
-    behind: Option<MigrationId>,
+    behind: Option<LinkId>,
     /// Of the one that has the place, if that keeps it.
     until: Instant,
     /// Whoever has it.
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_turn_lasts_as_long_as_one_keeps_the_place_and_not_for_ever() {
-        let (first, second) = (MigrationId([1; 16]), MigrationId([2; 16]));
+        let (first, second) = (LinkId([1; 16]), LinkId([2; 16]));
         let now = Instant::now();
         let mut turn = Turn::new(now, Duration::ZERO);
         let by = |id, place| Holder { id, place };
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn who_is_far_away_hears_in_time_that_it_is_to_come_later() {
         let waits = Timeouts::default().handshake;
-        let holder = Holder { id: MigrationId([1; 16]), place: Place::Open };
+        let holder = Holder { id: LinkId([1; 16]), place: Place::Open };
         let let_in = Instant::now();
         for way in (0..=8).map(|step| step * Duration::from_millis(500)) {
             let (greeted, began) = (let_in + 2 * way, let_in + way);

@@ -144,14 +144,14 @@ impl<T> WaitingRoom<T> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::transport::{MigrationId, Place};
+    use crate::transport::{LinkId, Place};
 
     fn greeted(last: u8, bytes: usize) -> Greeted {
         Greeted { from: ([10, 0, 0, last], 7400).into(), bytes, round_trip: Duration::ZERO }
     }
 
     fn holder(place: Place) -> Holder {
-        Holder { id: MigrationId([1; 16]), place }
+        Holder { id: LinkId([1; 16]), place }
     }
 
     /// In the order in which they get the place.

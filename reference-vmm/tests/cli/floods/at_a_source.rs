@@ -36,7 +36,7 @@ fn acknowledgements_over(transport: &str) {
     source.say(format!("migrate {address}"));
     let mut control = take_next(&listener);
     let Message::Hello(hello) = receive(&mut control) else { panic!("no greeting") };
-    let (_, welcome) = negotiate(&hello, 1, false).expect("it fits");
+    let (_, welcome) = negotiate(&hello, 1, false, false).expect("it fits");
     send(&mut control, &Message::Welcome(welcome).encode());
     assert_eq!(receive(&mut control), welcome.agreed(&hello));
     send(&mut control, &Message::Registered.encode());

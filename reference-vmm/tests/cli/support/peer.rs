@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pageferry::memory::{Layout, RegionLayout};
-use pageferry::protocol::{Hello, Message};
-use pageferry::transport::MigrationId;
+use pageferry::protocol::{Hello, Message, MigrationKey};
+use pageferry::transport::LinkId;
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, PREAMBLE_BYTES, Preamble, Status};
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
 use pageferry_vmm::ram::{Backing, Ram};
@@ -24,7 +24,7 @@ pub(crate) fn dial(address: &str) -> TcpStream {
 }
 
 const ID_BYTE: u8 = 7;
-const ID: MigrationId = MigrationId([ID_BYTE; 16]);
+const ID: LinkId = LinkId([ID_BYTE; 16]);
 
 /// The preamble of a control connection.
 pub(crate) fn control_preamble() -> [u8; PREAMBLE_BYTES] {
@@ -131,7 +131,8 @@ pub(crate) fn hello_of(config: GuestConfig, channels: u16) -> Hello {
     });
     let layout = Layout::new(regions.collect()).expect("a layout");
     let description = serde_json::to_vec(guest.config()).expect("a description");
-    let mut hello = Hello::new(layout, channels, false, description);
+    let mut hello =
+        Hello::new(MigrationKey::random().unwrap(), layout, channels, false, description);
     hello.state_schema = guest.schema().expect("a schema").to_json().into();
     hello
 }
@@ -161,7 +162,7 @@ pub(crate) fn try_open(address: &str, hello: &Hello) -> io::Result<Opened> {
     /// Several at once are different migrations.
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let id = MigrationId((u128::from(ID_BYTE) << 120 | u128::from(number)).to_be_bytes());
+    let id = LinkId((u128::from(ID_BYTE) << 120 | u128::from(number)).to_be_bytes());
     let connect = |kind| {
         let mut stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(PATIENCE))?;

@@ -3,7 +3,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 
@@ -121,6 +121,8 @@ impl Link {
 pub(crate) struct Gate {
     shut: Mutex<bool>,
     changed: Condvar,
+    /// How often it was shut for good, for the connections that were there.
+    walls: AtomicU64,
 }
 
 impl Gate {
@@ -133,11 +135,23 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Nothing passes on the connections that are there any more; on others it does.
+    pub(crate) fn shut_for_those_that_are_there(&self) {
+        self.walls.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// Passes on what comes, and its end.
     fn pass(&self, mut from: TcpStream, mut to: TcpStream) {
+        let walls = self.walls.load(Ordering::SeqCst);
         let mut bytes = vec![0; 64 << 10];
         loop {
             let read = from.read(&mut bytes).unwrap_or(0);
+            if self.walls.load(Ordering::SeqCst) != walls {
+                // Nobody is told: both ends stay open.
+                loop {
+                    thread::park();
+                }
+            }
             let shut = self.shut.lock().unwrap_or_else(PoisonError::into_inner);
             drop(self.changed.wait_while(shut, |shut| *shut));
             if read == 0 || to.write_all(&bytes[..read]).is_err() {
@@ -162,6 +176,60 @@ pub(crate) fn gated(destination: &str, gate: &Arc<Gate>) -> String {
                 let gate = Arc::clone(&gate);
                 thread::spawn(move || gate.pass(from, to));
             }
+        }
+    });
+    address
+}
+
+/// A link that a test cuts as often as it likes: all its connections, and others are let through.
+#[derive(Default)]
+pub(crate) struct Relay {
+    connections: Mutex<Vec<TcpStream>>,
+    passed_bytes: AtomicU64,
+}
+
+impl Relay {
+    /// Waits until so many bytes more have gone through, and cuts it then.
+    pub(crate) fn cut_after(&self, bytes: u64) {
+        let until = self.passed_bytes.load(Ordering::Relaxed) + bytes;
+        while self.passed_bytes.load(Ordering::Relaxed) < until {
+            thread::yield_now();
+        }
+        for end in self.connections.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // It may be gone already.
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn pass(&self, mut from: TcpStream, mut to: TcpStream) {
+        let mut bytes = vec![0; 64 << 10];
+        loop {
+            let read = from.read(&mut bytes).unwrap_or(0);
+            self.passed_bytes.fetch_add(read as u64, Ordering::Relaxed);
+            if read == 0 || to.write_all(&bytes[..read]).is_err() {
+                // Fails if it is gone altogether.
+                let _ = to.shutdown(Shutdown::Write);
+                return;
+            }
+        }
+    }
+}
+
+/// Listens for a source on its way to `destination`. With its own address.
+pub(crate) fn relayed(destination: &str, relay: &Arc<Relay>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let address = listener.local_addr().expect("an address").to_string();
+    let (destination, relay) = (destination.to_owned(), Arc::clone(relay));
+    thread::spawn(move || {
+        for source in listener.incoming().map_while(Result::ok) {
+            let Ok(there) = TcpStream::connect(&destination) else { continue };
+            for (from, to) in [(&source, &there), (&there, &source)] {
+                let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) else { continue };
+                let relay = Arc::clone(&relay);
+                thread::spawn(move || relay.pass(from, to));
+            }
+            let mut connections = relay.connections.lock().unwrap_or_else(PoisonError::into_inner);
+            connections.extend([source, there]);
         }
     });
     address

@@ -31,6 +31,7 @@ const COUNTS: &[&str] = &[
     "bytes_on_wire",
     "user_copied_bytes",
     "system_calls",
+    "rejoins",
     "lost_channels",
     "rebalances",
     "device_state_bytes",

@@ -15,6 +15,9 @@ pub(crate) const BUSY: &[&str] = &["--memory=256M", "--working-set=192M", "--bac
 /// A downtime limit that is not met as long as anything is dirty.
 pub(crate) const TIGHT: &[&str] = &["--downtime-limit=1us"];
 
+/// For tests of links that do not come back.
+pub(crate) const LOST_FOR_GOOD: &str = "--rejoin-timeout=1s";
+
 /// Arguments of what runs what arrives for a moment.
 const FOR_A_MOMENT: &[&str] = &["--run-for", "100ms"];
 
@@ -62,10 +65,11 @@ pub(crate) fn source_of(guest: &[&str]) -> Process {
 }
 
 /// A source in the second round of a migration, which takes a while, its destination, and the
-/// heartbeats before.
+/// heartbeats before. A link that they lose is soon given up.
 pub(crate) fn under_way(more: &[&str]) -> (Process, Process, u64) {
-    let (mut destination, address) = destination(&[]);
-    let (source, beats) = under_way_to(&mut destination, &address, more);
+    let (mut destination, address) = destination(&[LOST_FOR_GOOD]);
+    let more = [&[LOST_FOR_GOOD], more].concat();
+    let (source, beats) = under_way_to(&mut destination, &address, &more);
     (source, destination, beats)
 }
 

@@ -3,12 +3,12 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
-use pageferry::transport::MigrationId;
+use pageferry::transport::LinkId;
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, PREAMBLE_BYTES, Preamble, Status};
 
 use super::PATIENCE;
 
-pub(crate) const ID: MigrationId = MigrationId([42; 16]);
+pub(crate) const ID: LinkId = LinkId([42; 16]);
 
 /// Connects, and fails instead of hanging.
 pub(crate) fn stream(to: SocketAddr) -> TcpStream {
@@ -25,7 +25,7 @@ pub(crate) fn read_answer(mut stream: &TcpStream) -> Answer {
 }
 
 /// Connects as a source would; what the acceptor said to it.
-pub(crate) fn try_dial(to: SocketAddr, id: MigrationId, kind: Kind) -> (TcpStream, Answer) {
+pub(crate) fn try_dial(to: SocketAddr, id: LinkId, kind: Kind) -> (TcpStream, Answer) {
     let mut stream = stream(to);
     stream.write_all(&Preamble { id, kind }.encode()).unwrap();
     let answer = read_answer(&stream);

@@ -1,7 +1,10 @@
 use proptest::prelude::*;
 
 use super::super::table::TABLE;
-use super::super::{FailureReason, Hello, Prepare, Welcome, negotiate, table};
+use super::super::{
+    FailureReason, Hello, MigrationKey, PROTOCOL_VERSION, Prepare, Rejoin, Rejoined, Welcome,
+    negotiate, table,
+};
 use super::*;
 use crate::control::protocol::MAX_STATE_CHUNK_BYTES;
 use crate::pages::memory::PAGE_BYTES;
@@ -16,11 +19,28 @@ fn hello(verify: bool) -> Hello {
         backing_page_bytes: PAGE_BYTES,
     };
     let layout = Layout::new((0..).zip(PAGES).map(region).collect()).unwrap();
-    Hello::new(layout, CHANNELS, verify, b"a machine".to_vec())
+    Hello::new(MigrationKey::of_a_test(), layout, CHANNELS, verify, b"a machine".to_vec())
 }
 
 fn welcome(hello: &Hello, wants_data_ranges: bool) -> Welcome {
-    negotiate(hello, CHANNELS, wants_data_ranges).unwrap().1
+    negotiate(hello, CHANNELS, wants_data_ranges, false).unwrap().1
+}
+
+/// On the next link, after a round and a switchover.
+fn rejoin(committed: bool) -> Message {
+    Message::Rejoin(Rejoin {
+        oldest_version: PROTOCOL_VERSION,
+        newest_version: PROTOCOL_VERSION,
+        key: MigrationKey::of_a_test(),
+        epoch: 1,
+        rounds: 1,
+        switchovers: 1,
+        committed,
+    })
+}
+
+fn rejoined(epoch: u32, written: Vec<PageRange>) -> Message {
+    Message::Rejoined(Rejoined { epoch, written })
 }
 
 fn range(region: u16, first_page: u64, pages: u32) -> PageRange {
@@ -102,13 +122,18 @@ fn at(stage: Stage) -> Conversation {
         to_compared.to_vec(),
         to_loading.to_vec(),
         to_committed.to_vec(),
-        vec![(D, Message::Resumed { resume_ns: 1 })],
+        vec![(D, Message::Resumed { resume_ns: 1 }), (S, Message::Heard)],
     ]
     .concat();
     let mut conversation = Conversation::default();
     if stage == Stage::SourceRegistered {
         conversation = after(&greeting(true, true));
         conversation.take(S, &Message::Registered).unwrap();
+        return conversation;
+    }
+    if stage == Stage::Returned {
+        conversation = after(&greeting(true, true)).on_next_link();
+        conversation.take(S, &rejoin(false)).unwrap();
         return conversation;
     }
     for (by, message) in &whole {
@@ -132,6 +157,9 @@ fn fitting(kind: Kind, conversation: &Conversation) -> Message {
     match kind {
         Kind::Hello => Message::Hello(hello),
         Kind::Welcome => Message::Welcome(welcome(&hello, wants)),
+        Kind::Rejoin => rejoin(false),
+        Kind::Rejoined => rejoined(conversation.epoch, vec![range(0, 0, 100)]),
+        Kind::Heard => Message::Heard,
         Kind::Agreed => welcome(&hello, wants).agreed(&hello),
         Kind::Registered => Message::Registered,
         Kind::Ready => Message::Ready,
@@ -186,6 +214,10 @@ fn every_cell_is_as_the_table_says() {
                     // Verification was agreed on.
                     expected = None;
                 }
+                if stage == Stage::Silence && kind == Kind::Rejoin {
+                    // It is the first link.
+                    expected = None;
+                }
                 let message = fitting(kind, &conversation);
                 let before = conversation.clone();
                 match (conversation.take(by, &message), expected) {
@@ -206,8 +238,8 @@ fn every_cell_is_as_the_table_says() {
         }
     }
     let cells: usize = TABLE.iter().map(|row| row.moves.len()).sum();
-    // All but the two that verification forbids.
-    assert_eq!(moves, cells - 2);
+    // All but the two that verification forbids, and a return to what has not begun.
+    assert_eq!(moves, cells - 3);
 }
 
 #[test]
@@ -274,6 +306,47 @@ fn what_was_never_sensible_is_refused() {
 
     let failing = [opening(false, false), vec![(S, failed())]].concat();
     refused(&failing, S, round(2), Why::Ended);
+}
+
+#[test]
+fn each_link_begins_as_it_should_and_goes_on_from_where_the_source_is() {
+    let first = after(&opening(true, true));
+    let refusal = first.on_next_link().take(S, &Message::Hello(hello(true))).unwrap_err();
+    assert_eq!(refusal.why, Why::NotFirst);
+    let refusal = Conversation::default().take(S, &rejoin(false)).unwrap_err();
+    assert_eq!(refusal.why, Why::Unknown);
+
+    let mut again = first.on_next_link();
+    again.take(S, &rejoin(false)).unwrap();
+    for epoch in [0, 2, u32::MAX] {
+        let refusal = again.take(D, &rejoined(epoch, Vec::new())).unwrap_err();
+        assert_eq!(refusal.why, Why::Epoch { epoch, asked: 1 });
+    }
+    let outside = vec![range(2, 0, 1)];
+    assert_eq!(again.take(D, &rejoined(1, outside)).unwrap_err().why, Why::Ranges);
+    for (by, message) in [
+        (D, rejoined(1, vec![range(1, 0, 7)])),
+        (S, Message::Registered),
+        (D, Message::Registered),
+        (D, Message::Ready),
+        // No data ranges, which were said or do without; and numbers go on.
+        (S, round(2)),
+        (S, Message::Switchover { attempt: 2 }),
+        (S, Message::Verify { attempt: 2 }),
+    ] {
+        again.take(by, &message).unwrap_or_else(|refusal| panic!("{refusal}"));
+    }
+
+    let mut committed = first.on_next_link();
+    for (by, message) in [
+        (S, rejoin(true)),
+        (D, rejoined(1, Vec::new())),
+        (D, Message::GaveBack { text: String::new() }),
+        (S, Message::Heard),
+    ] {
+        committed.take(by, &message).unwrap_or_else(|refusal| panic!("{refusal}"));
+    }
+    assert_eq!(committed.stage(), Stage::Over);
 }
 
 #[test]

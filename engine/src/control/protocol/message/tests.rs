@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::control::protocol::MAX_HELLO_BYTES;
+use crate::control::protocol::{MAX_HELLO_BYTES, MigrationKey, check_arriving};
 use crate::pages::memory::{Layout, PAGE_BYTES, RegionLayout};
 
 fn a_layout() -> impl Strategy<Value = Layout> {
@@ -28,8 +28,9 @@ fn ranges() -> impl Strategy<Value = Vec<PageRange>> {
 fn a_message() -> impl Strategy<Value = Message> {
     let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
     prop_oneof![
-        (1_u16.., any::<(u16, u32, bool, bool)>(), a_layout(), bytes(100), bytes(100)).prop_map(
-            |(newest_version, (channels, page_bytes, verify, trial), layout, d, state_schema)| {
+        (1_u16.., any::<(u16, u32, [bool; 3])>(), a_layout(), bytes(100), bytes(100)).prop_map(
+            |(newest_version, (channels, page_bytes, flags), layout, d, state_schema)| {
+                let [verify, trial, rejoins] = flags;
                 Message::Hello(Hello {
                     oldest_version: 1,
                     newest_version,
@@ -37,24 +38,43 @@ fn a_message() -> impl Strategy<Value = Message> {
                     channels,
                     verify,
                     trial,
+                    rejoins,
+                    key: MigrationKey::random().unwrap(),
                     layout,
                     description: d,
                     state_schema,
                 })
             }
         ),
-        any::<(u16, u16, bool, bool, [u8; 16])>().prop_map(
-            |(version, channels, memory_zeroed, wants_data_ranges, greeting)| {
+        any::<(u16, u16, [bool; 3], [u8; 16])>().prop_map(
+            |(version, channels, [memory_zeroed, wants_data_ranges, rejoins], greeting)| {
                 Message::Welcome(Welcome {
                     version,
                     channels,
                     memory_zeroed,
                     wants_data_ranges,
+                    rejoins,
                     greeting: Digest(greeting),
                 })
             }
         ),
         any::<[u8; 16]>().prop_map(|greeting| Message::Agreed { greeting: Digest(greeting) }),
+        (1_u16.., any::<[u32; 3]>(), any::<bool>()).prop_map(
+            |(newest_version, [epoch, rounds, switchovers], committed)| {
+                Message::Rejoin(Rejoin {
+                    oldest_version: 1,
+                    newest_version,
+                    key: MigrationKey::random().unwrap(),
+                    epoch,
+                    rounds,
+                    switchovers,
+                    committed,
+                })
+            }
+        ),
+        (any::<u32>(), ranges())
+            .prop_map(|(epoch, written)| Message::Rejoined(Rejoined { epoch, written })),
+        Just(Message::Heard),
         Just(Message::Registered),
         Just(Message::Ready),
         ranges().prop_map(Message::DataRanges),
@@ -96,7 +116,7 @@ proptest! {
 
     #[test]
     fn any_bytes_are_a_message_or_an_error(
-        kind in 0_u16..28,
+        kind in 0_u16..31,
         rest in prop::collection::vec(any::<u8>(), 0..200),
     ) {
         let mut bytes = kind.to_le_bytes().to_vec();
@@ -111,12 +131,12 @@ proptest! {
 
     /// However it is cut into pieces; and nothing else is one.
     #[test]
-    fn a_hello_may_become_one_at_every_byte(message in a_message(), at: prop::sample::Index) {
+    fn a_greeting_may_become_one_at_every_byte(message in a_message(), at: prop::sample::Index) {
         let bytes = message.encode();
         let at = at.index(bytes.len());
-        let arriving = Hello::check_arriving(&bytes[..at], bytes.len());
-        let arrived = Hello::check_arriving(&bytes, bytes.len());
-        if matches!(message, Message::Hello(_)) {
+        let arriving = check_arriving(&bytes[..at], bytes.len());
+        let arrived = check_arriving(&bytes, bytes.len());
+        if matches!(message, Message::Hello(_) | Message::Rejoin(_)) {
             prop_assert_eq!((arriving, arrived), (Ok(()), Ok(())));
         } else {
             let number = message.kind() as u16;
@@ -127,16 +147,19 @@ proptest! {
 
     /// At the first byte of its start that shows it, or once all is there.
     #[test]
-    fn what_is_no_hello_is_not_waited_for(at in 0..10_usize, flip in 1_u8..) {
+    fn what_is_no_greeting_is_not_waited_for(at in 0..10_usize, flip in 1_u8..) {
         let region = RegionLayout { guest_addr: 0, len_bytes: 4096, backing_page_bytes: 4096 };
-        let hello = Hello::new(Layout::new(vec![region]).unwrap(), 1, false, vec![7; 100]);
+        let layout = Layout::new(vec![region]).unwrap();
+        let hello = Hello::new(MigrationKey::of_a_test(), layout, 1, false, vec![7; 100]);
         let mut bytes = Message::Hello(hello).encode();
         bytes[at] ^= flip;
+        // The other greeting.
+        prop_assume!(at > 0 || u16::from(bytes[0]) != Kind::Rejoin as u16);
         let seen_at = [2, 10].into_iter().find(|end| at < *end).unwrap();
-        let judged = |end| Hello::check_arriving(&bytes[..end], bytes.len());
+        let judged = |end| check_arriving(&bytes[..end], bytes.len());
         prop_assert_eq!(judged(seen_at - 1), Ok(()));
         prop_assert!(judged(seen_at).is_err() && judged(bytes.len()).is_err());
-        prop_assert!(Hello::check_arriving(&[], MAX_HELLO_BYTES + 1).is_err());
+        prop_assert!(check_arriving(&[], MAX_HELLO_BYTES + 1).is_err());
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! From the last page to the guest's first step here: the point of no return, and what follows it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Answer, Drive};
+use super::{Answer, Drive, FINISH};
 use crate::config::Timeouts;
 use crate::control::handover::DestinationInput;
 use crate::control::protocol::Message;
@@ -10,7 +11,8 @@ use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::Machine;
 use crate::migration::destination::loading::nanoseconds;
-use crate::migration::session::{Item, MEANT_SILENCE, Patience, unexpected};
+use crate::migration::session::{COMMIT, HEARD, Item, MEANT_SILENCE, Patience, unexpected};
+use crate::pages::memory::GuestMemory;
 use crate::progress::Event;
 use crate::snapshot::Phase;
 
@@ -19,14 +21,14 @@ impl Drive {
     pub(super) fn await_commit(&mut self) -> Result<Answer, Error> {
         let Timeouts { commit, release, .. } = self.timeouts;
         let commit = commit.max(MEANT_SILENCE);
-        let mut patience = Patience::now("the commit", commit);
+        let mut patience = Patience::now(COMMIT, commit);
         let whole = Patience::now("the source to release its resources", release.max(commit));
         loop {
             let sooner = if whole.left() < patience.left() { whole } else { patience };
             match self.session.next_committed(sooner)? {
                 Item::Message(Message::Commit) => return Ok(Answer::Commit),
                 Item::Message(Message::Releasing) => {
-                    patience = Patience::now("the commit", commit);
+                    patience = Patience::now(COMMIT, commit);
                 }
                 Item::Message(Message::CalledOff { attempt }) => {
                     self.called_off(attempt)?;
@@ -43,7 +45,6 @@ impl Drive {
     /// Runs the guest, which is ours.
     pub(super) fn take_over<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
         let began = Instant::now();
-        self.handover.handle(DestinationInput::Commit);
         self.shared().set_phase(Phase::Committed);
         if let Err(error) = machine.reacquire_resources() {
             return Err(self.give_back(machine, error));
@@ -59,15 +60,52 @@ impl Drive {
             Err(error) => return Err(self.give_back(machine, error)),
         }
         self.handover.handle(DestinationInput::Resumed);
-        // The guest is ours, whether the source hears of it or not.
         let resume_ns = nanoseconds(began.elapsed());
-        if let Err(unheard) = self.session.send_committed(&Message::Resumed { resume_ns }) {
-            tracing::warn!(error = %unheard.chain(), "the source could not be told that the guest runs");
-        }
+        self.fate = Some(Message::Resumed { resume_ns });
         self.statistics.downtime.resume = Duration::from_nanos(resume_ns);
-        self.tell(&Event::Committed);
-        self.tell(&Event::there(self.paused));
         Ok(())
+    }
+
+    /// Tells the source what became of the guest, again if it comes back and asks. That is so, whether the source
+    /// hears of it or not.
+    pub(super) fn tell_fate(&mut self, memory: &Arc<GuestMemory>) {
+        let Some(fate) = self.fate.clone() else { return };
+        let mut said = self.session.send_committed(&fate);
+        if matches!(fate, Message::Resumed { .. }) {
+            self.tell(&Event::Committed);
+            self.tell(&Event::there(self.paused));
+        }
+        loop {
+            let Err(unheard) = said.and_then(|()| self.await_heard()) else { return };
+            let nothing = || Err(Error::Internal("a guest was to be unloaded that has its fate"));
+            match self.await_return(memory, nothing, unheard) {
+                Ok(_) => said = self.session.send_committed(&fate),
+                Err(unheard) => {
+                    let what = if self.agreement.rejoins {
+                        "the source does not know"
+                    } else {
+                        "the source may not know"
+                    };
+                    tracing::warn!(error = %unheard.chain(), "{what} what became of the guest");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Waits until the source says that it knows.
+    fn await_heard(&mut self) -> Result<(), Error> {
+        let at_most =
+            if self.agreement.rejoins { self.timeouts.commit.max(MEANT_SILENCE) } else { FINISH };
+        let patience = Patience::now(HEARD, at_most);
+        loop {
+            match self.session.next_committed(patience)? {
+                Item::Message(Message::Heard) => return Ok(()),
+                Item::Message(other) => return Err(unexpected(&other, "all was said")),
+                // They end in order now.
+                Item::Report(report) => self.late.push_back(report),
+            }
+        }
     }
 
     /// Gives the guest back, which has not run here, and all that the source needs to run it.
@@ -79,10 +117,7 @@ impl Drive {
             }
         };
         self.handover.handle(DestinationInput::ResumeFailed);
-        let told = Message::GaveBack { text: error.chain().to_string() };
-        if let Err(unheard) = self.session.send_committed(&told) {
-            tracing::warn!(error = %unheard.chain(), "the source does not know that it has the guest back");
-        }
+        self.fate = Some(Message::GaveBack { text: error.chain().to_string() });
         error
     }
 }

@@ -101,6 +101,18 @@ impl Channels {
         }
     }
 
+    /// All threads have ended with their link: what they had under way is dirty, and others follow on the next one.
+    pub(super) fn begin_epoch(&mut self) -> Result<(), Error> {
+        self.take_back()?;
+        self.commands.clear();
+        self.interrupts.clear();
+        self.weights.fill(1);
+        self.gauges.iter().for_each(|gauge| gauge.begin_epoch());
+        self.partition =
+            Partition::weighted(&self.layout, &self.weights, &self.books.ledger()?.dirty);
+        Ok(())
+    }
+
     /// Adds the thread of the next channel.
     pub(super) fn add(&mut self, commands: Sender<Command>, interrupt: Arc<dyn Interrupt>) {
         self.commands.push(Some(commands));
@@ -251,6 +263,13 @@ impl Channels {
     pub(super) fn lose(&mut self, channel: u16) {
         self.commands[usize::from(channel)] = None;
         self.gauges[usize::from(channel)].lost.store(true, Ordering::Relaxed);
+    }
+
+    /// Grows with all that lands.
+    pub(super) fn moved(&self) -> u64 {
+        let landed_zero_pages =
+            self.gauges.iter().map(|gauge| gauge.landed_zero_pages.load(Ordering::Relaxed));
+        self.landed().into_iter().chain(landed_zero_pages).fold(0, u64::wrapping_add)
     }
 
     /// Page bytes that have landed on each channel.

@@ -3,6 +3,7 @@
 
 mod channels;
 mod closing;
+mod returning;
 mod rounds;
 mod steering;
 mod switchover;
@@ -20,21 +21,23 @@ use super::{Departed, GuestAtSource, Source, SourceFailure};
 use crate::control::convergence::Convergence;
 use crate::control::handover::{SourceHandover, SourceInput, SourceState};
 use crate::control::protocol::{
-    Agreement, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, Side,
+    Agreement, Conversation, Hello, MAX_DATA_RANGES, MAX_STATE_SCHEMA_BYTES, Message, MigrationKey,
+    Side,
 };
 use crate::error::Error;
 use crate::host::{Guarded, caught};
 use crate::machine::{GuestAlarm, Machine};
 use crate::migration::sender::{self, SenderReport, SenderSetup};
-use crate::migration::session::{LIFE_SIGNS, Patience, Session, unexpected};
+use crate::migration::session::{LIFE_SIGNS, Patience, Session, SessionSettings, unexpected};
 use crate::pages::dirty::DirtySources;
 use crate::pages::memory::{GuestMemory, PageRange};
 use crate::progress::Event;
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{SourceLink, TransportError};
+use crate::transport::{Connector, LinkPurpose, SourceLink, TransportError};
 use channels::Channels;
 use closing::Closing;
+use returning::{Back, Epoch};
 use steering::Steering;
 use switchover::Switchover;
 
@@ -47,29 +50,23 @@ pub(super) fn migrate<M: Machine>(
     machine: M,
     memory: &Arc<GuestMemory>,
     dirty: DirtySources,
-    mut link: Box<dyn SourceLink>,
+    mut connector: Box<dyn Connector>,
     started: Instant,
 ) -> Result<Departed<M>, Box<SourceFailure<M>>> {
     let _span = tracing::info_span!("migration", side = "source").entered();
     let mut statistics = Statistics::default();
     let mut source = source;
     let mut machine = Guarded(machine);
-    let opened = caught("the transport", || Ok((link.control()?, link.interrupter())))
-        .and_then(|opened| opened.map_err(|error: TransportError| error.into()))
-        .and_then(|(control, interrupter)| {
-            let (spawn, shared) = (Arc::clone(&source.common.spawn), Arc::clone(&source.shared));
-            Session::open(
-                Side::Source,
-                control,
-                interrupter,
-                spawn,
-                shared,
-                source.common.timeouts.stall,
-                Some(LIFE_SIGNS),
-            )
-        });
-    let session = match opened {
-        Ok(session) => session,
+    let settings = SessionSettings {
+        side: Side::Source,
+        spawn: Arc::clone(&source.common.spawn),
+        shared: Arc::clone(&source.shared),
+        send_timeout: source.common.timeouts.stall,
+        life_signs: Some(LIFE_SIGNS),
+    };
+    let begun = begin(&mut *connector, settings.clone());
+    let (key, link, session) = match begun {
+        Ok(begun) => begun,
         Err(error) => {
             statistics.total = started.elapsed();
             let (guest, machine) = (GuestAtSource::untouched(&machine.0), machine.0);
@@ -78,7 +75,10 @@ pub(super) fn migrate<M: Machine>(
     };
     let mut drive = Drive {
         session,
-        link,
+        link: Some(link),
+        connector,
+        settings,
+        epoch: Epoch::first(key),
         memory: Arc::clone(memory),
         dirty: Arc::new(dirty),
         tracking: false,
@@ -86,6 +86,7 @@ pub(super) fn migrate<M: Machine>(
         may_be_released: false,
         must_resume: false,
         paused: false,
+        stands_since: Instant::now(),
         channels: Channels::new(memory.layout().clone(), source.channels),
         written_there: Vec::new(),
         closing: Closing::new(source.channels),
@@ -119,6 +120,28 @@ pub(super) fn migrate<M: Machine>(
     }
 }
 
+/// Makes the first link, and a key for the migration.
+#[expect(clippy::type_complexity, reason = "what a migration begins with")]
+fn begin(
+    connector: &mut dyn Connector,
+    settings: SessionSettings,
+) -> Result<(MigrationKey, Box<dyn SourceLink>, Session<SenderReport>), Error> {
+    let failed = |cause| Error::Host { operation: "make a key for the migration", cause };
+    let key = MigrationKey::random().map_err(failed)?;
+    let mut link = dial(connector, LinkPurpose::Begin, &settings)?;
+    let session = Session::on(&mut *link, settings, Conversation::default())?;
+    Ok((key, link, session))
+}
+
+fn dial(
+    connector: &mut dyn Connector,
+    purpose: LinkPurpose,
+    settings: &SessionSettings,
+) -> Result<Box<dyn SourceLink>, Error> {
+    let interrupter = caught("the connector", || connector.interrupter())?;
+    settings.shared.while_dialling(&interrupter, || connector.connect(purpose))
+}
+
 #[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 struct Drive<'a> {
     source: &'a mut Source,
@@ -126,7 +149,11 @@ struct Drive<'a> {
     // commands, threads end, and only then the link they use.
     channels: Channels,
     session: Session<SenderReport>,
-    link: Box<dyn SourceLink>,
+    /// `None` while it is lost.
+    link: Option<Box<dyn SourceLink>>,
+    connector: Box<dyn Connector>,
+    settings: SessionSettings,
+    epoch: Epoch,
     memory: Arc<GuestMemory>,
     dirty: Arc<DirtySources>,
     /// Whether `dirty` was started.
@@ -138,6 +165,8 @@ struct Drive<'a> {
     must_resume: bool,
     /// Whether the guest was paused before the last switchover paused it.
     paused: bool,
+    /// When it was paused for a switchover last, or committed.
+    stands_since: Instant,
     closing: Closing,
     /// Pages that the destination wrote as it loaded device state, since the last harvest.
     written_there: Vec<PageRange>,
@@ -165,6 +194,21 @@ impl Drive<'_> {
             self.try_out(machine, at_most)?;
             return Err(Error::Trial(self.convergence.outlook().copied()));
         }
+        while let Err(error) = self.move_guest(machine, agreement) {
+            match self.come_back(machine, agreement, error)? {
+                Back::Copying => {}
+                Back::HandedOver => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Rounds and switchovers, over one link.
+    fn move_guest<M: Machine>(
+        &mut self,
+        machine: &mut Guarded<M>,
+        agreement: Agreement,
+    ) -> Result<(), Error> {
         loop {
             self.pre_copy(machine)?;
             match self.switch_over(machine, agreement)? {
@@ -172,6 +216,10 @@ impl Drive<'_> {
                 Switchover::CalledOff => {}
             }
         }
+    }
+
+    fn link(&mut self) -> Result<&mut (dyn SourceLink + 'static), TransportError> {
+        self.link.as_deref_mut().ok_or(TransportError::Closed)
     }
 
     /// All that comes before the first page.
@@ -215,12 +263,16 @@ impl Drive<'_> {
         machine: &mut Guarded<M>,
     ) -> Result<(Agreement, bool), Error> {
         let mut hello = Hello::new(
+            self.epoch.key.clone(),
             self.memory.layout().clone(),
             self.source.channels,
             self.source.verify,
             std::mem::take(&mut self.source.description),
         );
         hello.trial = self.source.trial.is_some();
+        hello.rejoins = !hello.trial
+            && !self.source.common.timeouts.rejoin.is_zero()
+            && caught("the connector", || self.connector.redials())?;
         hello.state_schema = machine.state_schema()?;
         if hello.state_schema.len() > MAX_STATE_SCHEMA_BYTES {
             return Err(Error::Configuration(format!(
@@ -241,16 +293,22 @@ impl Drive<'_> {
             }
             other => return Err(unexpected(&other, "waiting for a welcome")),
         };
+        if agreement.rejoins {
+            self.session.outlives_its_link();
+        }
         self.emit(&Event::Agreed(agreement))?;
         Ok((agreement, wants_data_ranges))
     }
 
     fn open_channels(&mut self, agreement: Agreement) -> Result<(), Error> {
-        if self.link.capabilities().needs_registration {
+        let capabilities = self.link()?.capabilities();
+        if capabilities.needs_registration {
             self.emit(&Event::Registering { bytes: self.memory.layout().len_bytes() })?;
         }
-        let registration = self.session.wait_in(|| self.link.register(&self.memory))?;
-        self.statistics.registration = registration;
+        let Self { session, link, memory, .. } = self;
+        let link = link.as_deref_mut().ok_or(TransportError::Closed)?;
+        let registration = session.wait_in(|| link.register(memory))?;
+        self.statistics.registration.add(&registration);
         self.emit(&Event::Registered(registration))?;
         self.session.send(&Message::Registered)?;
         let at_most = self.source.common.timeouts.registration(self.memory.layout().len_bytes());
@@ -259,7 +317,9 @@ impl Drive<'_> {
             Message::Registered => {}
             other => return Err(unexpected(&other, "waiting for the destination's registration")),
         }
-        let channels = self.session.wait_in(|| self.link.open_senders(agreement.channels))?;
+        let Self { session, link, .. } = self;
+        let link = link.as_deref_mut().ok_or(TransportError::Closed)?;
+        let channels = session.wait_in(|| link.open_senders(agreement.channels))?;
         let patience =
             Patience::now("the destination to be ready", self.source.common.timeouts.handshake);
         match self.session.next_message(patience)? {
@@ -274,7 +334,7 @@ impl Drive<'_> {
                 memory: Arc::clone(&self.memory),
                 sources: Arc::clone(&self.dirty),
                 pages,
-                capabilities: self.link.capabilities(),
+                capabilities,
                 batch_bytes: self.source.batch_bytes,
                 stall: self.source.common.timeouts.stall,
                 gauges: Arc::clone(&self.channels.gauges),
@@ -365,7 +425,8 @@ impl Drive<'_> {
             }
         }
         let mut statistics = std::mem::take(&mut self.statistics);
-        statistics.take_from(&self.channels.gauges, self.session.control_bytes());
+        let control_bytes = self.epoch.control_bytes + self.session.control_bytes();
+        statistics.take_from(&self.channels.gauges, control_bytes);
         statistics
     }
 

@@ -7,7 +7,7 @@ use crate::control::protocol::{MAX_DEVICE_STATE_BYTES, Message};
 use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::Machine;
-use crate::migration::session::{Item, Patience};
+use crate::migration::session::{Item, PONG, Patience};
 use crate::progress::Event;
 
 #[derive(Debug, Default)]
@@ -31,6 +31,13 @@ struct Ping {
     sent: Instant,
     /// Since when the destination could have answered: not while it loads device state.
     due: Instant,
+}
+
+impl Steering {
+    /// The link is lost: nothing that was asked on it is answered.
+    pub(super) fn begin_epoch(&mut self) {
+        (self.pings, self.unanswered, self.answered, self.loading) = (0, None, None, None);
+    }
 }
 
 impl Drive<'_> {
@@ -150,7 +157,7 @@ impl Drive<'_> {
             && self.steering.loading.is_none()
             && self.session.waiting() == 0
         {
-            return Err(Error::TimedOut { what: "the destination to answer a ping", after: stall });
+            return Err(Error::TimedOut { what: PONG, after: stall });
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use crate::control::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepar
 use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::Machine;
-use crate::migration::session::{Item, Patience, unexpected};
+use crate::migration::session::{FATE, Item, Patience};
 use crate::pages::digest::Digest;
 use crate::progress::{Event, SwitchoverStage};
 use crate::snapshot::Phase;
@@ -102,6 +102,7 @@ impl Drive<'_> {
         let mut watch = Stopwatch(Instant::now());
         // From here on the guest is stopped, or may be: a failure must resume it.
         self.handover.handle(SourceInput::Paused);
+        self.stands_since = Instant::now();
         machine.pause()?;
         self.source.shared.set_stands_still(true);
         let lap = watch.lap();
@@ -350,27 +351,11 @@ impl Drive<'_> {
         let attempt = self.handover.attempt();
         let action = self.handover.handle(SourceInput::Prepared { attempt });
         debug_assert_eq!(action, SourceAction::SendCommit);
+        self.stands_since = Instant::now();
         self.source.shared.set_phase(Phase::Committed);
-        let patience =
-            Patience::now("the answer to the commit", self.source.common.timeouts.commit);
+        let patience = Patience::now(FATE, self.source.common.timeouts.commit);
         self.session.send_committed(&Message::Commit)?;
         self.tell(&Event::Committed);
-        loop {
-            match self.session.next_committed(patience)? {
-                Item::Message(Message::Resumed { resume_ns }) => {
-                    self.handover.handle(SourceInput::Resumed);
-                    return Ok(Duration::from_nanos(resume_ns));
-                }
-                Item::Message(Message::GaveBack { text }) => {
-                    self.handover.handle(SourceInput::GaveBack);
-                    return Err(Error::GivenBack { text });
-                }
-                Item::Message(other) => {
-                    return Err(unexpected(&other, "waiting for the answer to the commit"));
-                }
-                // Data channels have done their work; how they end matters no more.
-                Item::Report(_) => {}
-            }
-        }
+        self.await_fate(patience)
     }
 }

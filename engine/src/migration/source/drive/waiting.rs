@@ -9,7 +9,7 @@ use crate::control::handover::SourceState;
 use crate::control::protocol::Message;
 use crate::error::Error;
 use crate::migration::sender::SenderReport;
-use crate::migration::session::{Item, Patience, unexpected};
+use crate::migration::session::{Item, LANDINGS, Patience, unexpected};
 use crate::progress::Event;
 use crate::transport::TransportError;
 
@@ -140,7 +140,7 @@ impl Drive<'_> {
             if seen.map(|(moved, gauge)| moved.look(gauge)).fold(false, |any, moved| any | moved) {
                 waiting.progressed = Instant::now();
             } else if waiting.progressed.elapsed() >= stall {
-                return Err(Error::TimedOut { what: "pages to land", after: stall });
+                return Err(Error::TimedOut { what: LANDINGS, after: stall });
             }
             self.check_answer()?;
             self.close_silent(&waiting.gathering, &waiting.moved, stall)?;
@@ -179,7 +179,7 @@ impl Drive<'_> {
             return Ok(Item::Report(report));
         }
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        self.session.next(Patience::now("pages to land", left.unwrap_or(TICK).min(TICK)))
+        self.session.next(Patience::now(LANDINGS, left.unwrap_or(TICK).min(TICK)))
     }
 
     fn take_report(&mut self, waiting: &mut Waiting, report: SenderReport) -> Result<(), Error> {

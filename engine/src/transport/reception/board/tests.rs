@@ -3,8 +3,8 @@ use std::thread;
 
 use super::*;
 
-const SOURCE: MigrationId = MigrationId([1; 16]);
-const OTHER: MigrationId = MigrationId([2; 16]);
+const SOURCE: LinkId = LinkId([1; 16]);
+const OTHER: LinkId = LinkId([2; 16]);
 const NOW: Option<Duration> = Some(Duration::ZERO);
 
 /// How it stands, and whether it was displaced.
@@ -23,19 +23,23 @@ impl Served for Said {
 
 #[derive(Debug)]
 struct Source {
-    migration: MigrationId,
+    migration: LinkId,
     left: bool,
     can_be_told: bool,
     said: Arc<Said>,
 }
 
-fn source(migration: MigrationId, place: Place) -> Source {
+fn source(migration: LinkId, place: Place) -> Source {
     let said = Arc::new(Said(place, AtomicBool::new(false)));
     Source { migration, left: false, can_be_told: true, said }
 }
 
 impl Arrived for Source {
-    fn migration(&self) -> MigrationId {
+    fn greeting(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn link(&self) -> LinkId {
         self.migration
     }
 
@@ -59,21 +63,21 @@ impl Arrived for Source {
 type TestBoard = Board<Source, Vec<u32>>;
 
 /// Who has the place, where somebody else wanted it.
-fn holder(refused: Option<(Source, Holder)>) -> Option<(MigrationId, Place)> {
+fn holder(refused: Option<(Source, Holder)>) -> Option<(LinkId, Place)> {
     refused.map(|(_, Holder { id, place })| (id, place))
 }
 
-fn accept(board: &TestBoard) -> MigrationId {
-    board.next_migration(NOW).expect("somebody has the place").migration
+fn accept(board: &TestBoard) -> LinkId {
+    board.next_migration(NOW, || Ok(())).expect("somebody has the place").migration
 }
 
 /// Keeps something for the link of a migration, if it is served.
-fn keep(board: &TestBoard, migration: MigrationId, what: u32) -> bool {
+fn keep(board: &TestBoard, migration: LinkId, what: u32) -> bool {
     board.connections(migration, |kept| kept.map(|kept| kept.push(what)).is_some())
 }
 
 fn assert_nobody_comes(board: &TestBoard) {
-    let nobody = board.next_migration(NOW);
+    let nobody = board.next_migration(NOW, || Ok(()));
     assert!(matches!(nobody, Err(TransportError::TimedOut { .. })), "{nobody:?}");
 }
 
@@ -125,7 +129,7 @@ fn who_has_forfeited_its_place_is_displaced_by_the_first_and_the_first_alone() {
     let said = Arc::clone(&silent.said);
     assert_eq!(holder(board.admit(silent)), None);
     assert_eq!(accept(&board), SOURCE);
-    let third = MigrationId([3; 16]);
+    let third = LinkId([3; 16]);
     assert_eq!(holder(board.admit(source(OTHER, Place::Kept))), None);
     assert!(said.1.load(Ordering::Relaxed), "displaced");
     // The place is not taken twice: until the link is gone the others wait.
@@ -166,7 +170,7 @@ fn whoever_waits_looks_again_when_something_changes() {
     };
     thread::scope(|scope| {
         let waiting = scope.spawn(|| {
-            let id = board.next_migration(None)?.migration;
+            let id = board.next_migration(None, || Ok(()))?.migration;
             board.take(id, None, || Ok(()), Vec::pop)
         });
         board.admit(source(SOURCE, Place::Kept));
@@ -188,7 +192,7 @@ fn interrupts_and_a_thread_that_ended_end_waits() {
     board.stop(Some(io::Error::from_raw_os_error(24)));
     assert!(board.is_stopped());
     for stopped in [
-        board.next_migration(None).map(drop).unwrap_err(),
+        board.next_migration(None, || Ok(())).map(drop).unwrap_err(),
         board.take(SOURCE, None, || Ok(()), Vec::pop).map(drop).unwrap_err(),
     ] {
         let TransportError::Io { cause, .. } = stopped else { panic!("{stopped:?}") };
@@ -197,6 +201,6 @@ fn interrupts_and_a_thread_that_ended_end_waits() {
     let left: Vec<_> = board.left_over().iter().map(|source| source.migration).collect();
     assert_eq!(left, [SOURCE]);
     board.interrupt();
-    let interrupted = board.next_migration(None).unwrap_err();
+    let interrupted = board.next_migration(None, || Ok(())).unwrap_err();
     assert!(matches!(interrupted, TransportError::Interrupted), "{interrupted:?}");
 }

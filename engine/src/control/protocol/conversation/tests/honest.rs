@@ -6,6 +6,8 @@ use super::*;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Doing {
     Greeting,
+    Returning,
+    AwaitingRejoined,
     AwaitingWelcome,
     Agreeing,
     Registering,
@@ -19,6 +21,7 @@ enum Doing {
     AwaitingLoad,
     Deciding,
     Committed,
+    Told,
     Done,
 }
 
@@ -36,6 +39,8 @@ struct Source {
     state_bytes: u64,
     /// Channels it wants closed.
     unwanted: Vec<u16>,
+    /// When it came back.
+    committed: bool,
     failed: bool,
 }
 
@@ -49,6 +54,8 @@ impl Source {
         let hello = hello(self.verify);
         match self.doing {
             Doing::Greeting => may.push(Message::Hello(hello)),
+            Doing::Returning => may.extend([rejoin(false), rejoin(true)]),
+            Doing::Told => may.push(Message::Heard),
             Doing::Agreeing => may.push(welcome(&hello, self.ranges).agreed(&hello)),
             Doing::Registering if !self.registered.0 => may.push(Message::Registered),
             Doing::Mapping => may.push(Message::DataRanges(vec![range(0, 5, 10)])),
@@ -80,12 +87,13 @@ impl Source {
         if self.doing == Doing::Deciding {
             may.extend([Message::Releasing, Message::Commit]);
         }
-        let switches = !matches!(self.doing, Doing::Committed | Doing::Done)
-            && self.doing as u8 >= Doing::LastPages as u8;
+        let is_over = matches!(self.doing, Doing::Committed | Doing::Told | Doing::Done);
+        let switches = !is_over && self.doing as u8 >= Doing::LastPages as u8;
         if switches {
             may.push(Message::CalledOff { attempt });
         }
-        if !matches!(self.doing, Doing::Committed | Doing::Done) {
+        let has_committed = self.committed && self.doing == Doing::AwaitingRejoined;
+        if !is_over && !has_committed {
             may.push(failed());
         }
         may
@@ -94,6 +102,12 @@ impl Source {
     fn say(&mut self, message: &Message) {
         match message {
             Message::Hello(_) => self.doing = Doing::AwaitingWelcome,
+            Message::Rejoin(rejoin) => {
+                (self.rounds, self.attempt) = (rejoin.rounds, rejoin.switchovers);
+                self.committed = rejoin.committed;
+                self.doing = Doing::AwaitingRejoined;
+            }
+            Message::Heard => self.doing = Doing::Done,
             Message::Agreed { .. } => self.doing = Doing::Registering,
             Message::Registered => self.registered.0 = true,
             Message::DataRanges(_) => self.doing = Doing::Copying,
@@ -127,6 +141,9 @@ impl Source {
         let current = |attempt: u32, doing| attempt == self.attempt && self.doing == doing;
         match message {
             Message::Welcome(_) => self.doing = Doing::Agreeing,
+            Message::Rejoined(_) => {
+                self.doing = if self.committed { Doing::Committed } else { Doing::Registering };
+            }
             Message::Registered => self.registered.1 = true,
             Message::Ready => {
                 self.doing = if self.ranges { Doing::Mapping } else { Doing::Copying };
@@ -138,7 +155,7 @@ impl Source {
             Message::Prepared(prepared) if current(prepared.attempt, Doing::AwaitingLoad) => {
                 self.doing = Doing::Deciding;
             }
-            Message::Resumed { .. } | Message::GaveBack { .. } => self.doing = Doing::Done,
+            Message::Resumed { .. } | Message::GaveBack { .. } => self.doing = Doing::Told,
             _ => {}
         }
         self.await_registration();
@@ -159,6 +176,8 @@ struct Destination {
     /// What came and was not dealt with: begins with what wants an answer.
     inbox: VecDeque<Message>,
     greeted: bool,
+    /// On a later link, and whether the source had committed.
+    returned: Option<bool>,
     welcomed: bool,
     agreed: bool,
     registered: (bool, bool),
@@ -181,6 +200,9 @@ impl Destination {
             Some(Message::Verify { attempt }) => may.push(verified(*attempt)),
             Some(Message::Prepare(prepare)) => may.push(prepared(prepare.attempt)),
             _ => {}
+        }
+        if self.returned.is_some() && !self.welcomed {
+            may.push(rejoined(1, Vec::new()));
         }
         if self.greeted && !self.welcomed {
             may.push(Message::Welcome(welcome(&hello(self.verify), self.ranges)));
@@ -208,6 +230,11 @@ impl Destination {
     fn say(&mut self, message: &Message) {
         match message {
             Message::Welcome(_) => self.welcomed = true,
+            Message::Rejoined(_) => {
+                self.welcomed = true;
+                self.committed = self.returned == Some(true);
+                self.agreed = !self.committed;
+            }
             Message::Registered => self.registered.0 = true,
             Message::Ready => self.ready = true,
             Message::ChannelClosed { channel } => self.closed.push(*channel),
@@ -236,6 +263,7 @@ impl Destination {
             let Some(message) = self.inbox.pop_front() else { return };
             match message {
                 Message::Hello(_) => self.greeted = true,
+                Message::Rejoin(rejoin) => self.returned = Some(rejoin.committed),
                 Message::Agreed { .. } => self.agreed = true,
                 Message::Registered => self.registered.1 = true,
                 Message::CalledOff { .. } => self.prepared = false,
@@ -246,11 +274,18 @@ impl Destination {
     }
 }
 
-fn sides(verify: bool, ranges: bool) -> (Source, Destination) {
+/// Two sides, and what each has noted: on the first link, or on a later one.
+fn sides(verify: bool, ranges: bool, returns: bool) -> (Source, Destination, Conversation) {
+    let (doing, noted) = if returns {
+        (Doing::Returning, after(&greeting(verify, ranges)).on_next_link())
+    } else {
+        (Doing::Greeting, Conversation::default())
+    };
+    let ranges = ranges && !returns;
     let source = Source {
         verify,
         ranges,
-        doing: Doing::Greeting,
+        doing,
         registered: (false, false),
         rounds: 0,
         pings: 0,
@@ -258,9 +293,10 @@ fn sides(verify: bool, ranges: bool) -> (Source, Destination) {
         attempt: 0,
         state_bytes: 0,
         unwanted: Vec::new(),
+        committed: false,
         failed: false,
     };
-    (source, Destination { verify, ranges, ..Destination::default() })
+    (source, Destination { verify, ranges, ..Destination::default() }, noted)
 }
 
 /// One of them, by a number that came from outside; a failure, which ends it all, only rarely.
@@ -276,6 +312,8 @@ fn universe(verify: bool, ranges: bool) -> Vec<(Side, Message)> {
     let mut all = Vec::new();
     let other = Hello { channels: 2, ..hello(verify) };
     all.push(Message::Hello(hello(verify)));
+    all.extend([rejoin(false), rejoin(true), Message::Heard]);
+    all.extend([0, 1, 2].map(|epoch| rejoined(epoch, Vec::new())));
     for hello in [hello(verify), other] {
         let answer = welcome(&hello, ranges);
         all.extend([Message::Welcome(answer), answer.agreed(&hello)]);
@@ -313,10 +351,11 @@ proptest! {
     fn whatever_honest_sides_say_is_accepted(
         verify: bool,
         ranges: bool,
+        returns: bool,
         steps in prop::collection::vec(any::<(u8, u16)>(), 0..200),
     ) {
-        let (mut source, mut destination) = sides(verify, ranges);
-        let (mut here, mut there) = (Conversation::default(), Conversation::default());
+        let (mut source, mut destination, mut here) = sides(verify, ranges, returns);
+        let mut there = here.clone();
         let (mut to_there, mut to_here) = (VecDeque::new(), VecDeque::new());
         for (what, by) in steps {
             match what % 4 {
@@ -347,11 +386,11 @@ proptest! {
     fn any_one_message_out_of_place_is_refused(
         verify: bool,
         ranges: bool,
+        returns: bool,
         steps in prop::collection::vec(any::<(bool, u16)>(), 0..60),
     ) {
         let universe = universe(verify, ranges);
-        let (mut source, mut destination) = sides(verify, ranges);
-        let mut conversation = Conversation::default();
+        let (mut source, mut destination, mut conversation) = sides(verify, ranges, returns);
         for (destination_speaks, by) in steps {
             let (s_may, d_may) = (source.could_say(), destination.could_say());
             for (side, message) in &universe {
@@ -383,8 +422,8 @@ fn honest_sides_get_to_the_end() {
     let mut random = crate::testing::Random::new(7);
     let mut seen = std::collections::HashSet::new();
     for _ in 0..300 {
-        let (mut source, mut destination) = sides(random.below(2) == 0, random.below(2) == 0);
-        let mut conversation = Conversation::default();
+        let [verify, ranges, returns] = std::array::from_fn(|_| random.below(2) == 0);
+        let (mut source, mut destination, mut conversation) = sides(verify, ranges, returns);
         for _ in 0..60 {
             let by = u16::try_from(random.below(1 << 16)).unwrap();
             if random.below(2) == 0 {

@@ -1,0 +1,79 @@
+//! Links that are lost and come back, under real guests.
+
+use std::sync::Arc;
+
+use crate::support::proxy::{Gate, Relay, gated, relayed};
+use crate::support::sides::{BUSY, TIGHT, destination, source_of};
+
+/// How often the link is cut.
+const CUTS: u64 = 20;
+
+/// All connections are cut at all kinds of moments, in rounds that follow the first.
+fn assert_survives_cuts(transport: &str) {
+    let relay = Arc::new(Relay::default());
+    let (mut destination, address) = destination(&[transport]);
+    let more = ["--dirty-rate=20000", "--verify", "--run-for=100ms", transport];
+    let mut source = source_of(&[BUSY, TIGHT, &more].concat());
+    source.say(format!("migrate {}", relayed(&address, &relay)));
+    source.await_message("round 1: ");
+    for cut in 1..=CUTS {
+        relay.cut_after(cut * cut * 1_000_003 % (16 << 20));
+        source.await_message("the link is back");
+    }
+    source.say("downtime-limit 30s");
+    let departed = source.finish().report(0);
+    let arrived = destination.finish().report(0);
+    departed.assert_departed();
+    arrived.assert_arrived();
+    for report in [&departed, &arrived] {
+        assert_eq!(report.flag("memory_match"), Some(true), "{report:?}");
+        assert_eq!(report.count("rejoins"), CUTS, "{report:?}");
+    }
+}
+
+#[test]
+fn a_guest_moves_over_a_link_that_is_cut_again_and_again_by_tcp() {
+    assert_survives_cuts("--transport=tcp");
+}
+
+#[test]
+fn a_guest_moves_over_a_link_that_is_cut_again_and_again_by_io_uring() {
+    assert_survives_cuts("--transport=auto");
+}
+
+/// In the first round, in which most of what is sent is new.
+#[test]
+fn a_link_that_is_cut_in_the_first_round_comes_back() {
+    let relay = Arc::new(Relay::default());
+    let (mut destination, address) = destination(&[]);
+    let more = ["--dirty-rate=20000", "--downtime-limit=2s", "--verify", "--run-for=100ms"];
+    let mut source = source_of(&[BUSY, &more].concat());
+    source.say(format!("migrate {}", relayed(&address, &relay)));
+    relay.cut_after(32 << 20);
+    let departed = source.finish().report(0);
+    let arrived = destination.finish().report(0);
+    assert_eq!((departed.count("rejoins"), arrived.count("rejoins")), (1, 1));
+    departed.assert_departed();
+    arrived.assert_arrived();
+}
+
+/// The destination's end of the first link seems to live when the source is back on another one.
+#[test]
+fn a_link_that_only_the_source_has_lost_is_displaced() {
+    let gate = Arc::new(Gate::default());
+    let (mut destination, address) = destination(&["--stall-timeout=60s"]);
+    let more = ["--dirty-rate=20000", "--stall-timeout=2s", "--verify", "--run-for=100ms"];
+    let mut source = source_of(&[BUSY, TIGHT, &more].concat());
+    source.say(format!("migrate {}", gated(&address, &gate)));
+    source.await_message("round 1: ");
+    gate.shut_for_those_that_are_there();
+    source.await_message("the link is lost (timed out after 2s");
+    source.await_message("the link is back");
+    source.say("downtime-limit 30s");
+    let departed = source.finish().report(0);
+    destination.await_message("displaced");
+    let arrived = destination.finish().report(0);
+    assert_eq!((departed.count("rejoins"), arrived.count("rejoins")), (1, 1));
+    departed.assert_departed();
+    arrived.assert_arrived();
+}
