@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -139,4 +139,23 @@ fn who_cancels_while_there_is_no_link_has_the_guest_at_once() {
     assert!(matches!(error, Error::Cancelled), "{error:?}");
     assert!(began.elapsed() < Duration::from_secs(60));
     canceller.join().unwrap();
+}
+
+/// Each link is answered, and is lost before anything lands: there is no end of them, but for the limit.
+#[test]
+fn links_that_move_nothing_are_few_and_count_as_one_that_is_lost() {
+    let mut scene = Scene::new();
+    let limit = Timeouts { rejoin: Duration::from_secs(2), ..timeouts() };
+    scene.source = scene.source.timeouts(limit);
+    scene.destination = scene.destination.timeouts(limit);
+    let links = Arc::new(AtomicU32::new(0));
+    let dials = Arc::clone(&links);
+    let (dialler, rendezvous) = meeting(move |_| {
+        dials.fetch_add(1, Ordering::SeqCst);
+        Faults { cut_before_message: Some(Kind::Round as u16), ..Faults::default() }
+    });
+    let (error, _) = scene.play_by(Box::new(dialler), Box::new(rendezvous)).expect_kept();
+    assert!(matches!(error, Error::LinkLost { .. }), "{error:?}");
+    let links = links.load(Ordering::SeqCst);
+    assert!((3..20).contains(&links), "{links} links");
 }

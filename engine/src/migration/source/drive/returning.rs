@@ -35,11 +35,13 @@ pub(super) struct Epoch {
     pub(super) control_bytes: u64,
     /// What had landed when a link was lost after anything had, and when that was.
     lost: Option<(u64, Instant)>,
+    /// Before the next attempt: none where something has landed over the link before.
+    pause: Duration,
 }
 
 impl Epoch {
     pub(super) fn first(key: MigrationKey) -> Self {
-        Self { key, number: 0, control_bytes: 0, lost: None }
+        Self { key, number: 0, control_bytes: 0, lost: None, pause: Duration::ZERO }
     }
 }
 
@@ -58,7 +60,7 @@ impl Epoch {
             Some((before, since)) if before == landed => since,
             _ => {
                 let now = Instant::now();
-                self.lost = Some((landed, now));
+                (self.lost, self.pause) = (Some((landed, now)), Duration::ZERO);
                 now
             }
         }
@@ -89,9 +91,9 @@ impl Drive<'_> {
         let phase = self.source.shared.set_phase(Phase::LinkLost);
         tracing::warn!(error = %why, "the link is lost");
         self.emit(&Event::LinkLost { why: why.clone(), at_most })?;
-        let mut pause = FIRST_PAUSE;
         loop {
             self.end_epoch()?;
+            self.rest_before_dialling()?;
             let cause = match self.rejoin(agreement, patience) {
                 Ok(back) => {
                     self.source.shared.set_phase(phase);
@@ -110,16 +112,20 @@ impl Drive<'_> {
                 return Err(cause);
             }
             tracing::debug!(error = %cause.chain(), "the link does not come back yet");
-            if patience.left() <= pause {
+            if patience.left() <= self.epoch.pause {
                 return Err(Error::LinkLost { why, after: at_most, cause: Box::new(cause) });
             }
-            if self.handover.state() == SourceState::Committed {
-                std::thread::sleep(pause);
-            } else {
-                self.source.shared.rest(pause)?;
-            }
-            pause = (2 * pause).min(LONGEST_PAUSE);
         }
+    }
+
+    fn rest_before_dialling(&mut self) -> Result<(), Error> {
+        let pause = self.epoch.pause;
+        self.epoch.pause = (2 * pause).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        if self.handover.state() == SourceState::Committed {
+            std::thread::sleep(pause);
+            return Ok(());
+        }
+        self.source.shared.rest(pause)
     }
 
     /// The guest stands still for nothing: a switchover that was under way is called off.
@@ -210,7 +216,8 @@ impl Drive<'_> {
         if committed {
             return self.learn_fate(patience).map(|()| Back::HandedOver);
         }
-        self.written_there.extend(rejoined.written);
+        // At once: a destination that says this over and over does not have it pile up.
+        self.channels.written_there(rejoined.written)?;
         self.open_channels(agreement)?;
         Ok(Back::Copying)
     }

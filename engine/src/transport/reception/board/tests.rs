@@ -36,7 +36,7 @@ fn source(migration: LinkId, place: Place) -> Source {
 
 impl Arrived for Source {
     fn greeting(&self) -> Option<&[u8]> {
-        None
+        Some(&self.migration.0)
     }
 
     fn link(&self) -> LinkId {
@@ -97,6 +97,29 @@ fn one_source_has_the_place_until_its_link_is_gone() {
     board.end_migration();
     assert_eq!(holder(board.admit(source(OTHER, Place::Open))), None);
     assert_eq!(accept(&board), OTHER);
+}
+
+#[test]
+fn a_source_that_is_back_displaces_its_own_link_however_firm_that_seems() {
+    let board = TestBoard::default();
+    let first = source(SOURCE, Place::Kept);
+    let said = Arc::clone(&first.said);
+    assert_eq!(holder(board.admit(first)), None);
+    assert_eq!(accept(&board), SOURCE);
+    assert!(!board.is_returning(&source(OTHER, Place::Open)), "nobody is expected");
+    board.expect_return(SOURCE, Returning::new(|frame| frame == OTHER.0));
+    let stranger = source(LinkId([3; 16]), Place::Open);
+    assert!(!board.is_returning(&stranger));
+    assert_eq!(holder(board.admit(stranger)), Some((SOURCE, Place::Kept)));
+    let back = source(OTHER, Place::Kept);
+    assert!(board.is_returning(&back));
+    assert_eq!(holder(board.admit(back)), None);
+    assert!(said.1.load(Ordering::Relaxed), "the link that seemed to live is over");
+    assert_nobody_comes(&board);
+    board.end_migration();
+    assert_eq!(accept(&board), OTHER);
+    // It is expected on the link that it has now only once that says so.
+    assert!(!board.is_returning(&source(OTHER, Place::Open)));
 }
 
 #[test]
