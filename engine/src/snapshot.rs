@@ -165,11 +165,10 @@ impl Board {
 
     /// Returns the phase before.
     pub(crate) fn set_phase(&self, phase: Phase) -> Phase {
-        let took = (phase == Phase::Ended).then(|| self.began.elapsed());
         let mut before = phase;
         self.write(|written| {
             before = std::mem::replace(&mut written.phase, phase);
-            written.took = took;
+            written.took = (phase == Phase::Ended).then(|| self.began.elapsed());
         });
         before
     }
@@ -191,7 +190,11 @@ impl Board {
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
-        let written = *self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        // The time is read with the lock held, as the end of the migration is: it does not go back.
+        let (written, elapsed) = {
+            let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+            (*written, written.took.unwrap_or_else(|| self.began.elapsed()))
+        };
         let mut pages = PageCounts::default();
         let channels = self.gauges().map(|gauge| {
             let snapshot = ChannelSnapshot {
@@ -207,7 +210,7 @@ impl Board {
         let looked_at = pages.total().saturating_sub(written.looked_at);
         Snapshot {
             phase: written.phase,
-            elapsed: written.took.unwrap_or_else(|| self.began.elapsed()),
+            elapsed,
             round: written.round,
             round_pages: written.round_pages,
             left_pages: written.round_pages.saturating_sub(looked_at),

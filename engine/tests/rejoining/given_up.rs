@@ -159,3 +159,26 @@ fn links_that_move_nothing_are_few_and_count_as_one_that_is_lost() {
     let links = links.load(Ordering::SeqCst);
     assert!((3..20).contains(&links), "{links} links");
 }
+
+#[test]
+fn who_cancels_while_the_source_may_not_know_has_the_guest_at_once() {
+    let mut scene = Scene::new();
+    let long = Timeouts { rejoin: Duration::from_secs(600), ..timeouts() };
+    scene.source = scene.source.timeouts(short());
+    scene.destination = scene.destination.timeouts(long);
+    let handle = scene.destination.handle();
+    scene.destination = scene.destination.on_event(move |event| {
+        if matches!(event, Event::LinkLost { .. }) {
+            handle.cancel();
+        }
+    });
+    let (dialler, rendezvous) = memory_transport::meeting();
+    let dialler = dialler.wrapped(|purpose, link| -> Result<Box<dyn SourceLink>, _> {
+        if purpose == LinkPurpose::Begin { Ok(Box::new(link)) } else { Err(unreachable()) }
+    });
+    let rendezvous = BreakingRendezvous::new(rendezvous, Kind::Resumed as u16);
+    let began = Instant::now();
+    let outcome = scene.play_by(Box::new(dialler), Box::new(rendezvous));
+    assert!(began.elapsed() < Duration::from_secs(60));
+    assert!(outcome.destination.unwrap().expect("it is here").machine.is_running());
+}

@@ -80,6 +80,8 @@ pub(super) struct Drive {
     written: Vec<PageRange>,
     /// What became of the guest, once that is settled.
     fate: Option<Message>,
+    /// Whether somebody had cancelled when that was too late: then it stays without effect.
+    cancelled_late: bool,
     /// Reports that came when they did not matter. They do once a switchover is called off.
     late: VecDeque<ReceiverReport>,
     started: Instant,
@@ -157,6 +159,7 @@ pub(super) fn negotiate(
                 closing: Closing::default(),
                 written: Vec::new(),
                 fate: None,
+                cancelled_late: false,
                 late: VecDeque::new(),
                 started,
                 statistics: Statistics::default(),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Drive, accept};
-use crate::control::handover::{DestinationAction, DestinationInput, DestinationState};
+use crate::control::handover::{DestinationAction, DestinationInput};
 use crate::control::protocol::{FailureReason, Message, Rejoin, Rejoined};
 use crate::error::Error;
 use crate::host::caught;
@@ -110,8 +110,7 @@ impl Drive {
     fn hear_return(&mut self, patience: Patience) -> Result<Rejoin, Error> {
         let (migration, epoch) = (self.hello.key.id, self.epoch.number.saturating_add(1));
         let purpose = LinkPurpose::Rejoin { migration, epoch };
-        // With everything loaded only the source may end it.
-        let may_be_cancelled = self.handover.state() != DestinationState::Prepared;
+        let may_be_cancelled = self.may_be_cancelled();
         loop {
             let timeout = Some(patience.left());
             let link = if may_be_cancelled {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Answer, Drive, FINISH};
 use crate::config::Timeouts;
-use crate::control::handover::DestinationInput;
+use crate::control::handover::{DestinationInput, DestinationState};
 use crate::control::protocol::Message;
 use crate::error::Error;
 use crate::host::Guarded;
@@ -46,6 +46,7 @@ impl Drive {
     pub(super) fn take_over<M: Machine>(&mut self, machine: &mut Guarded<M>) -> Result<(), Error> {
         let began = Instant::now();
         self.shared().set_phase(Phase::Committed);
+        self.cancelled_late = self.shared().is_cancelled();
         if let Err(error) = machine.reacquire_resources() {
             return Err(self.give_back(machine, error));
         }
@@ -93,13 +94,27 @@ impl Drive {
         }
     }
 
+    /// Whether it is for this side to end it: not with everything loaded; and once the guest has its fate, the wait for
+    /// the source to know of that.
+    pub(super) fn may_be_cancelled(&self) -> bool {
+        match self.handover.state() {
+            DestinationState::Prepared | DestinationState::Owner => false,
+            _ => !self.cancelled_late,
+        }
+    }
+
     /// Waits until the source says that it knows.
     fn await_heard(&mut self) -> Result<(), Error> {
         let at_most =
             if self.agreement.rejoins { self.timeouts.commit.max(MEANT_SILENCE) } else { FINISH };
         let patience = Patience::now(HEARD, at_most);
         loop {
-            match self.session.next_committed(patience)? {
+            let heard = if self.may_be_cancelled() {
+                self.session.next(patience)
+            } else {
+                self.session.next_committed(patience)
+            };
+            match heard? {
                 Item::Message(Message::Heard) => return Ok(()),
                 Item::Message(other) => return Err(unexpected(&other, "all was said")),
                 // They end in order now.
