@@ -93,7 +93,7 @@ impl Drive<'_> {
         self.emit(&Event::LinkLost { why: why.clone(), at_most })?;
         loop {
             self.end_epoch()?;
-            self.rest_before_dialling()?;
+            self.rest_before_dialling(patience)?;
             let cause = match self.rejoin(agreement, patience) {
                 Ok(back) => {
                     self.source.shared.set_phase(phase);
@@ -112,15 +112,16 @@ impl Drive<'_> {
                 return Err(cause);
             }
             tracing::debug!(error = %cause.chain(), "the link does not come back yet");
-            if patience.left() <= self.epoch.pause {
+            if patience.left() <= FIRST_PAUSE {
                 return Err(Error::LinkLost { why, after: at_most, cause: Box::new(cause) });
             }
         }
     }
 
-    fn rest_before_dialling(&mut self) -> Result<(), Error> {
-        let pause = self.epoch.pause;
-        self.epoch.pause = (2 * pause).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+    fn rest_before_dialling(&mut self, patience: Patience) -> Result<(), Error> {
+        // There are attempts until the time is over.
+        let pause = self.epoch.pause.min(patience.left() / 2);
+        self.epoch.pause = (2 * self.epoch.pause).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         if self.handover.state() == SourceState::Committed {
             std::thread::sleep(pause);
             return Ok(());
