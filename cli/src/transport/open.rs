@@ -170,10 +170,13 @@ impl Chosen {
     /// What waits for the links of one migration.
     pub fn rendezvous(&self, acceptor: &Acceptor) -> Box<dyn Rendezvous> {
         match acceptor {
-            Acceptor::Tcp(acceptor) => match self {
-                Self::IoUring(rings, _) => Box::new(rings.rendezvous(acceptor.rendezvous())),
-                _ => Box::new(acceptor.rendezvous()),
-            },
+            Acceptor::Tcp(acceptor) => {
+                if let Self::IoUring(rings, _) = self {
+                    Box::new(rings.rendezvous(acceptor.rendezvous()))
+                } else {
+                    Box::new(acceptor.rendezvous())
+                }
+            }
             #[cfg(feature = "rdma")]
             Acceptor::Rdma(acceptor) => Box::new(acceptor.rendezvous()),
         }

@@ -13,7 +13,7 @@ use pageferry::transport::{LinkPurpose, SourceLink, TransportError};
 use pageferry::{Blame, Error, Event, GuestAtDestination, GuestAtSource, Timeouts};
 
 use crate::scene::Scene;
-use crate::trouble::{BreakingRendezvous, Once, meeting, timeouts};
+use crate::trouble::{BreakingRendezvous, Once, meeting, scene_with, timeouts};
 
 fn short() -> Timeouts {
     Timeouts { rejoin: Duration::from_millis(300), ..timeouts() }
@@ -40,10 +40,7 @@ fn only_link(
 }
 
 fn scene() -> Scene {
-    let mut scene = Scene::new();
-    scene.source = scene.source.timeouts(short());
-    scene.destination = scene.destination.timeouts(short());
-    scene
+    scene_with(short())
 }
 
 #[test]
@@ -144,10 +141,7 @@ fn who_cancels_while_there_is_no_link_has_the_guest_at_once() {
 /// Each link is answered, and is lost before anything lands: there is no end of them, but for the limit.
 #[test]
 fn links_that_move_nothing_are_few_and_count_as_one_that_is_lost() {
-    let mut scene = Scene::new();
-    let limit = Timeouts { rejoin: Duration::from_secs(2), ..timeouts() };
-    scene.source = scene.source.timeouts(limit);
-    scene.destination = scene.destination.timeouts(limit);
+    let scene = scene_with(Timeouts { rejoin: Duration::from_secs(2), ..timeouts() });
     let links = Arc::new(AtomicU32::new(0));
     let dials = Arc::clone(&links);
     let (dialler, rendezvous) = meeting(move |_| {

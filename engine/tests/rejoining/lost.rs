@@ -9,13 +9,10 @@ use pageferry::{Event, Timeouts};
 
 use crate::scene::Scene;
 use crate::support::SoftwareLog;
-use crate::trouble::{BreakingRendezvous, Told, meeting, timeouts};
+use crate::trouble::{BreakingRendezvous, Told, meeting, scene_with, timeouts};
 
 fn scene() -> Scene {
-    let mut scene = Scene::new();
-    scene.source = scene.source.timeouts(timeouts());
-    scene.destination = scene.destination.timeouts(timeouts());
-    scene
+    scene_with(timeouts())
 }
 
 #[test]

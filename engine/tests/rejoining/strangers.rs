@@ -10,8 +10,7 @@ use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::memory_transport;
 use pageferry::transport::{Link, LinkPurpose, SourceLink};
 
-use crate::scene::Scene;
-use crate::trouble::timeouts;
+use crate::trouble::{scene_with, timeouts};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -29,9 +28,7 @@ fn rejoin(epoch: u32) -> Message {
 
 #[test]
 fn others_are_turned_away_and_disturb_nobody() {
-    let mut scene = Scene::new();
-    scene.source = scene.source.timeouts(timeouts());
-    scene.destination = scene.destination.timeouts(timeouts());
+    let scene = scene_with(timeouts());
     let layout = scene.here.memory().layout().clone();
     let (dialler, rendezvous) = memory_transport::meeting();
     let another = dialler.of_another();
@@ -72,9 +69,7 @@ fn others_are_turned_away_and_disturb_nobody() {
 /// Somebody who has seen what a source said on an earlier link.
 #[test]
 fn what_was_said_before_is_of_no_use_again() {
-    let mut scene = Scene::new();
-    scene.source = scene.source.timeouts(timeouts());
-    scene.destination = scene.destination.timeouts(timeouts());
+    let scene = scene_with(timeouts());
     let (dialler, rendezvous) = memory_transport::meeting();
     let another = dialler.of_another();
     let said = Arc::new(Mutex::new(Vec::new()));

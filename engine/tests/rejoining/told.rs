@@ -11,9 +11,8 @@ use pageferry::testing::memory_transport;
 use pageferry::transport::{LinkPurpose, SourceLink};
 use pageferry::{MigrationHandle, Phase};
 
-use crate::scene::Scene;
 use crate::support::SoftwareLog;
-use crate::trouble::timeouts;
+use crate::trouble::{scene_with, timeouts};
 
 /// Whether the guest writes: it has so long for that.
 fn is_written_within(log: &SoftwareLog, time: Duration) -> bool {
@@ -30,9 +29,7 @@ fn is_written_within(log: &SoftwareLog, time: Duration) -> bool {
 #[test]
 fn the_guest_runs_and_the_phase_is_told_while_there_is_no_link() {
     for (before, runs) in [(Kind::Round, true), (Kind::Prepare, true), (Kind::Commit, false)] {
-        let mut scene = Scene::new();
-        scene.source = scene.source.timeouts(timeouts());
-        scene.destination = scene.destination.timeouts(timeouts());
+        let scene = scene_with(timeouts());
         let handle: MigrationHandle = scene.source.handle();
         let log = Arc::clone(&scene.log);
         let seen = Arc::new(Mutex::new(Vec::new()));

@@ -12,6 +12,8 @@ use pageferry::transport::{
 };
 use pageferry::{Event, Timeouts};
 
+use crate::scene::Scene;
+
 /// The number of a link, from 0.
 pub(crate) fn number(purpose: LinkPurpose) -> u32 {
     match purpose {
@@ -35,6 +37,14 @@ pub(crate) fn meeting(
 pub(crate) fn timeouts() -> Timeouts {
     let (stall, rejoin) = (Duration::from_secs(5), Duration::from_secs(20));
     Timeouts { stall, rejoin, ..Timeouts::default() }
+}
+
+/// Two sides with these limits.
+pub(crate) fn scene_with(timeouts: Timeouts) -> Scene {
+    let mut scene = Scene::new();
+    scene.source = scene.source.timeouts(timeouts);
+    scene.destination = scene.destination.timeouts(timeouts);
+    scene
 }
 
 /// What is told of links.

@@ -163,22 +163,33 @@ impl Gate {
     }
 }
 
-/// Listens for a source on its way to `destination`. With its own address.
-pub(crate) fn gated(destination: &str, gate: &Arc<Gate>) -> String {
+/// Listens for a source on its way to `destination`, with its own address, and passes each connection on, both ways.
+fn passing(
+    destination: &str,
+    come: impl Fn(&TcpStream, &TcpStream) + Send + 'static,
+    pass: impl Fn(TcpStream, TcpStream) + Clone + Send + 'static,
+) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
     let address = listener.local_addr().expect("an address").to_string();
-    let (destination, gate) = (destination.to_owned(), Arc::clone(gate));
+    let destination = destination.to_owned();
     thread::spawn(move || {
         for source in listener.incoming().map_while(Result::ok) {
             let Ok(there) = TcpStream::connect(&destination) else { continue };
+            come(&source, &there);
             for (from, to) in [(&source, &there), (&there, &source)] {
                 let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) else { continue };
-                let gate = Arc::clone(&gate);
-                thread::spawn(move || gate.pass(from, to));
+                let pass = pass.clone();
+                thread::spawn(move || pass(from, to));
             }
         }
     });
     address
+}
+
+/// By way of a gate.
+pub(crate) fn gated(destination: &str, gate: &Arc<Gate>) -> String {
+    let gate = Arc::clone(gate);
+    passing(destination, |_, _| {}, move |from, to| gate.pass(from, to))
 }
 
 /// A link that a test cuts as often as it likes: all its connections, and others are let through.
@@ -215,22 +226,13 @@ impl Relay {
     }
 }
 
-/// Listens for a source on its way to `destination`. With its own address.
+/// By way of a relay.
 pub(crate) fn relayed(destination: &str, relay: &Arc<Relay>) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
-    let address = listener.local_addr().expect("an address").to_string();
-    let (destination, relay) = (destination.to_owned(), Arc::clone(relay));
-    thread::spawn(move || {
-        for source in listener.incoming().map_while(Result::ok) {
-            let Ok(there) = TcpStream::connect(&destination) else { continue };
-            for (from, to) in [(&source, &there), (&there, &source)] {
-                let (Ok(from), Ok(to)) = (from.try_clone(), to.try_clone()) else { continue };
-                let relay = Arc::clone(&relay);
-                thread::spawn(move || relay.pass(from, to));
-            }
-            let mut connections = relay.connections.lock().unwrap_or_else(PoisonError::into_inner);
-            connections.extend([source, there]);
-        }
-    });
-    address
+    let (knows, relay) = (Arc::clone(relay), Arc::clone(relay));
+    // Before anything passes: what a cut does not find it does not cut.
+    let come = move |source: &TcpStream, there: &TcpStream| {
+        let mut connections = knows.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        connections.extend([source, there].into_iter().filter_map(|end| end.try_clone().ok()));
+    };
+    passing(destination, come, move |from, to| relay.pass(from, to))
 }
