@@ -64,3 +64,9 @@ is() {
     echo "        $2 is $(field "$1" "$2"), not $3; $(field "$1" error)"
     return 1
 }
+
+# kept NAME WORDS: the migration failed in these words, and the guest runs at the source.
+kept() {
+    { [ "$(field "$1" guest_at)" = source ] && [ "$(field "$1" oracle_ok)" = true ] &&
+        grep -qE "\"error\":\"[^\"]*($2)" "$out/$1.out"; } || show "$1"
+}

@@ -11,7 +11,7 @@ use pageferry_cli::transport::WITHOUT_RDMA;
 use pageferry_cli::transport::{self, Acceptor, Chosen, ZeroCopyChoice};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{RdmaOptions, RegistrationMode};
-use pageferry_tcp::TcpOptions;
+use pageferry_tcp::{Identity, Material, Security, TcpOptions, Tls};
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "rdma")]
@@ -20,6 +20,9 @@ use crate::words::{RdmaArgs, Transport};
 
 /// Where both sides are, but for RDMA.
 pub(crate) const HERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// What both sides have where they encrypt: nothing that is measured is secret.
+const KEY: [u8; 32] = [b'k'; 32];
 
 /// What moves pages, with what both sides must know of it.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -48,7 +51,10 @@ impl Way {
             return rdma(self.rdma);
         }
         let (admission, zero_copy) = (Admission::Anyone, zero_copy.into());
-        let tcp = TcpOptions { admission, zero_copy, ..TcpOptions::default() };
+        let security = self.transport.kernel_tls().map_or_else(Security::default, |kernel| {
+            Security::Tls(Tls { kernel, ..Tls::new(Identity::SharedKey(Material::bytes(KEY))) })
+        });
+        let tcp = TcpOptions { admission, zero_copy, security, ..TcpOptions::default() };
         let transport = transport::Transport::from(self.transport);
         Ok(transport.choose(tcp, &transport::RdmaArgs::default())?)
     }
@@ -65,8 +71,8 @@ impl Listener {
     pub(crate) fn bind(way: Way) -> Result<Self, Failure> {
         let chosen = way.choose(ZeroCopyChoice::Auto)?;
         let address = match way.transport {
-            Transport::Tcp | Transport::IoUring => HERE,
             Transport::Rdma => SocketAddr::new(rdma_address(way.rdma)?, 0),
+            _ => HERE,
         };
         let acceptor = chosen.listen(&address.to_string())?;
         Ok(Self { chosen, acceptor })

@@ -5,19 +5,29 @@ use std::net::IpAddr;
 use clap::{Args, ValueEnum};
 use pageferry::memory::{MAX_REGION_PAGES, PAGE_BYTES};
 use pageferry_cli::transport::{self, WITHOUT_RDMA};
-use pageferry_cli::units::size;
+use pageferry_cli::units::{size, value_name};
+use pageferry_tcp::KernelTls;
 use pageferry_vmm::ram::Backing;
 use serde::{Deserialize, Serialize};
 
 /// What moves the pages. A measurement is of one that was named: none is up to the kernel, or to options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Transport {
     /// TCP sockets.
     Tcp,
     /// TCP sockets driven by io_uring.
     #[value(name = "iouring")]
+    #[serde(rename = "iouring")]
     IoUring,
+    /// TCP sockets, encrypted in the process; against a bare loop that does so too.
+    TcpTls,
+    /// TCP sockets, encrypted by the kernel.
+    TcpKernelTls,
+    /// TCP sockets driven by io_uring, encrypted by the kernel.
+    #[value(name = "iouring-kernel-tls")]
+    #[serde(rename = "iouring-kernel-tls")]
+    IoUringKernelTls,
     /// RDMA, in programs that were built with it; against perftest's ib_write_bw.
     Rdma,
 }
@@ -62,11 +72,22 @@ impl RdmaArgs {
     }
 }
 
+impl Transport {
+    /// Who encrypts, if anybody does.
+    pub(crate) fn kernel_tls(self) -> Option<KernelTls> {
+        match self {
+            Self::Tcp | Self::IoUring | Self::Rdma => None,
+            Self::TcpTls => Some(KernelTls::Off),
+            Self::TcpKernelTls | Self::IoUringKernelTls => Some(KernelTls::On),
+        }
+    }
+}
+
 impl From<Transport> for transport::Transport {
     fn from(transport: Transport) -> Self {
         match transport {
-            Transport::Tcp => Self::Tcp,
-            Transport::IoUring => Self::IoUring,
+            Transport::Tcp | Transport::TcpTls | Transport::TcpKernelTls => Self::Tcp,
+            Transport::IoUring | Transport::IoUringKernelTls => Self::IoUring,
             Transport::Rdma => Self::Rdma,
         }
     }
@@ -74,7 +95,7 @@ impl From<Transport> for transport::Transport {
 
 impl std::fmt::Display for Transport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(transport::Transport::from(*self).name())
+        f.write_str(&value_name(self))
     }
 }
 

@@ -9,6 +9,7 @@ use pageferry::Source;
 use pageferry::convergence::{Bound, Policy, Throttling};
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::TransportError;
+use pageferry_tcp::Security;
 
 use crate::transport::{Chosen, LinkArgs, RdmaArgs, Transport, ZeroCopyChoice};
 use crate::units::{downtime, options, rate, time, time_text, value_name};
@@ -107,6 +108,11 @@ pub struct MigrationArgs {
 impl MigrationArgs {
     /// Whether what was given fits together.
     pub fn check(&self) -> Result<(), String> {
+        if self.zero_copy == ZeroCopyChoice::On
+            && matches!(self.link.security.security(), Security::Tls(_))
+        {
+            return Err("--zero-copy on is for plain text: what TLS sends is a copy".to_owned());
+        }
         self.rdma.check(self.transport)
     }
 

@@ -8,9 +8,25 @@ use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{Fd, Timespec};
 use io_uring::{opcode, types};
 
-/// No SIGPIPE, and a send that is complete or has failed: the kernel goes on by itself after a
-/// partial one, and a link breaks behind one that failed.
-const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
+/// Whether a send is complete or has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sends {
+    /// It is: the kernel goes on by itself after a partial one, and a link breaks behind one that failed.
+    Whole,
+    /// Not so: it may send less, and nothing can be linked behind it that is to follow. A socket that encrypts takes
+    /// no `MSG_WAITALL` (`tls_sw_sendmsg` in net/tls/tls_sw.c).
+    InPart,
+}
+
+impl Sends {
+    /// No SIGPIPE either way.
+    fn flags(self) -> i32 {
+        match self {
+            Self::Whole => libc::MSG_NOSIGNAL | libc::MSG_WAITALL,
+            Self::InPart => libc::MSG_NOSIGNAL,
+        }
+    }
+}
 
 /// How long a receive waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +61,7 @@ pub(crate) struct ZeroCopySend {
 #[derive(Debug, Clone, Copy)]
 enum Work {
     Send { bytes: *const u8, len: u32, flags: i32 },
-    SendVectors { first: *mut libc::iovec, count: usize },
+    SendVectors { first: *mut libc::iovec, count: usize, flags: i32 },
     SendZeroCopy { bytes: *const u8, len: u32, send: ZeroCopySend },
     Receive { bytes: *mut u8, len: u32, until: Until },
     ReceiveVectors { first: *mut libc::iovec, count: usize, until: Until },
@@ -108,15 +124,15 @@ impl<'a> Chain<'a> {
         self.add(Work::LinkTimeout(after.min(LONGEST).into()));
     }
 
-    /// Sends what the vectors cover, all of it.
+    /// Sends what the vectors cover.
     ///
     /// # Safety
     ///
     /// The vectors and the memory they name stay as they are for `'a`, and no one has a mutable
     /// reference to that memory.
-    pub(crate) unsafe fn send_vectors(&mut self, vectors: &'a [libc::iovec]) {
-        let (first, count) = (vectors.as_ptr().cast_mut(), vectors.len());
-        self.add(Work::SendVectors { first, count });
+    pub(crate) unsafe fn send_vectors(&mut self, vectors: &'a [libc::iovec], sends: Sends) {
+        let (first, count, flags) = (vectors.as_ptr().cast_mut(), vectors.len(), sends.flags());
+        self.add(Work::SendVectors { first, count, flags });
     }
 
     /// Sends all of it, copied by the kernel.
@@ -125,7 +141,7 @@ impl<'a> Chain<'a> {
     ///
     /// The bytes stay mapped for `'a`, and no one has a mutable reference to them.
     pub(crate) unsafe fn send(&mut self, bytes: *const u8, len: u32) {
-        self.add(Work::Send { bytes, len, flags: SEND_FLAGS });
+        self.add(Work::Send { bytes, len, flags: Sends::Whole.flags() });
     }
 
     /// Sends without a copy, if the kernel can.
@@ -164,7 +180,7 @@ impl<'a> Chain<'a> {
         // All headers first: once entries point at them they may not move.
         self.headers.clear();
         self.headers.extend(self.steps.iter().filter_map(|step| match step.work {
-            Work::SendVectors { first, count } | Work::ReceiveVectors { first, count, .. } => {
+            Work::SendVectors { first, count, .. } | Work::ReceiveVectors { first, count, .. } => {
                 Some(header_of(first, count))
             }
             _ => None,
@@ -179,13 +195,13 @@ impl<'a> Chain<'a> {
                     Work::Send { bytes, len, flags } => {
                         opcode::Send::new(fd, *bytes, *len).flags(*flags).build()
                     }
-                    Work::SendVectors { .. } => {
-                        opcode::SendMsg::new(fd, header()).flags(SEND_FLAGS.cast_unsigned()).build()
+                    Work::SendVectors { flags, .. } => {
+                        opcode::SendMsg::new(fd, header()).flags(flags.cast_unsigned()).build()
                     }
                     Work::SendZeroCopy { bytes, len, send } => {
                         opcode::SendZc::new(fd, *bytes, *len)
                             .buf_index(send.buffer)
-                            .flags(SEND_FLAGS)
+                            .flags(Sends::Whole.flags())
                             .zc_flags(zc_flags)
                             .build()
                     }

@@ -90,7 +90,10 @@ impl DestinationLink for IoUringDestinationLink {
         self.0.tcp.check()?;
         let Registered { memory, .. } = self.0.registered()?;
         // No request of a receiver names a registered buffer: its ring needs no table.
-        let Some(rings) = self.0.rings.for_channels(channels, None, || self.0.tcp.check())? else {
+        let in_process = self.0.tcp.encrypts_in_process();
+        let Some(rings) =
+            self.0.rings.for_channels(channels, None, in_process, || self.0.tcp.check())?
+        else {
             return self.0.tcp.open_receivers(channels, timeout);
         };
         let sockets = self.0.tcp.open_sockets(channels, timeout)?;

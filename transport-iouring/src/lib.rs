@@ -106,7 +106,8 @@ const CAPABILITIES: Capabilities = Capabilities {
     one_sided_read: false,
     zero_copy: false,
     needs_registration: false,
-    max_batch_bytes: 16 << 20,
+    // As many as tcp takes, which goes on where there are no rings.
+    max_batch_bytes: pageferry_tcp::MAX_BATCH_BYTES,
     max_batch_runs: MAX_BATCH_RUNS,
 };
 

@@ -1,5 +1,6 @@
 //! What a host asks first: whether there is io_uring, and how it will be used.
 
+use std::io;
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
@@ -73,16 +74,24 @@ impl Rings {
         }
     }
 
-    /// A ring for each channel of a link; `None` if there is no room for them, and it may go on
-    /// without.
+    /// A ring for each channel of a link; `None` if there is no room for them, or they are of no use, and it may
+    /// go on without.
     pub(crate) fn for_channels(
         &self,
         channels: u16,
         table: Option<&Arc<Table>>,
+        encrypts_in_process: bool,
         check: impl Fn() -> Result<(), TransportError>,
     ) -> Result<Option<Vec<Ring>>, TransportError> {
-        let rings: Result<Vec<_>, _> =
-            (0..channels).map(|_| Ring::new(self.setup(), table.cloned(), &check)).collect();
+        let rings =
+            || (0..channels).map(|_| Ring::new(self.setup(), table.cloned(), &check)).collect();
+        let rings: Result<Vec<_>, _> = if encrypts_in_process {
+            let why = "TLS is in this process, and not in the kernel (modprobe tls): nothing is left to a ring";
+            let cause = io::Error::new(io::ErrorKind::Unsupported, why);
+            Err(TransportError::Io { operation: "use io_uring", cause })
+        } else {
+            rings()
+        };
         match rings {
             Ok(rings) => Ok(Some(rings)),
             Err(error @ (TransportError::Io { .. } | TransportError::Register { .. }))

@@ -26,10 +26,10 @@ use pageferry::transport::stream;
 use pageferry::transport::{
     ChannelCounters, Interrupt, PageSender, Run, Ticket, TransportError, Watermarks, ZeroCopyCounts,
 };
-use pageferry_tcp::DataSocket;
+use pageferry_tcp::{DataSocket, ZeroCopy};
 use rustix::io::Errno;
 
-use crate::chain::{Chain, Until};
+use crate::chain::{Chain, Sends, Until};
 use crate::landings::Landings;
 use crate::options::IoUringOptions;
 use crate::queue::{Queue, WireBatch};
@@ -85,6 +85,7 @@ pub(crate) struct IoUringPageSender {
     table: Option<Arc<Table>>,
     trial: Trial,
     threshold_bytes: usize,
+    sends: Sends,
     phase: Phase,
     /// Why it is broken, if nobody was told yet.
     untold: Option<TransportError>,
@@ -106,12 +107,16 @@ impl IoUringPageSender {
         ring: Ring,
         options: &IoUringOptions,
     ) -> Self {
-        let trial = Trial::new(options.zero_copy, ring.features(), socket.is_within_host());
+        // What is encrypted is a copy.
+        let zero_copy = if socket.is_encrypted() { ZeroCopy::Off } else { options.zero_copy };
+        let sends = if socket.is_encrypted() { Sends::InPart } else { Sends::Whole };
+        let trial = Trial::new(zero_copy, ring.features(), socket.is_within_host());
         Self {
             ring,
             socket,
             table,
             trial,
+            sends,
             threshold_bytes: usize::try_from(options.zero_copy_threshold_bytes)
                 .unwrap_or(usize::MAX),
             phase: Phase::Open,
@@ -200,7 +205,7 @@ impl IoUringPageSender {
         while !self.outgoing.is_done() {
             self.socket.check()?;
             let mut chain = Chain::new();
-            self.outgoing.request(&mut chain, MAX_CHAIN - 1);
+            self.outgoing.request(&mut chain, MAX_CHAIN - 1, self.sends);
             let sends = chain.len();
             let with_acks = self.landings.are_expected();
             if with_acks {
@@ -216,6 +221,7 @@ impl IoUringPageSender {
             let mut failure = None;
             for &result in &results[..sends] {
                 let sent = usize::try_from(result).unwrap_or(0);
+                self.socket.note_sent(sent);
                 self.wire_bytes += sent as u64;
                 if !self.outgoing.advance(sent) {
                     // The rest was cancelled by the kernel: it is sent again from here on.
@@ -320,6 +326,7 @@ impl IoUringPageSender {
 impl PageSender for IoUringPageSender {
     fn send(&mut self, runs: &[Run]) -> Result<Ticket, TransportError> {
         self.check_open()?;
+        self.socket.check_key(SENDING)?;
         if runs.is_empty() {
             let cause = io::Error::new(io::ErrorKind::InvalidInput, "the batch has no runs");
             return Err(TransportError::Io { operation: SENDING, cause });

@@ -63,6 +63,8 @@ impl IoUringSourceLink {
         let features = self.0.rings.features();
         match self.0.rings.options().zero_copy {
             ZeroCopy::Off => false,
+            // What is encrypted is a copy.
+            _ if self.0.tcp.is_encrypted() => false,
             ZeroCopy::On => features.has(Feature::SendZc),
             // `Auto`: only where it can be told whether it pays.
             _ => features.has(Feature::ReportUsage),
@@ -119,8 +121,14 @@ impl SourceLink for IoUringSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
         self.0.tcp.check()?;
         let Registered { memory, table } = self.0.registered()?;
+        if self.0.tcp.is_encrypted() && self.0.rings.options().zero_copy == ZeroCopy::On {
+            return Err(TransportError::Unsupported("zero-copy sends where TLS encrypts them"));
+        }
+        let in_process = self.0.tcp.encrypts_in_process();
         let Some(rings) =
-            self.0.rings.for_channels(channels, table.as_ref(), || self.0.tcp.check())?
+            self.0
+                .rings
+                .for_channels(channels, table.as_ref(), in_process, || self.0.tcp.check())?
         else {
             return self.0.tcp.open_senders(channels);
         };

@@ -12,7 +12,7 @@ use libc::iovec;
 use pageferry::memory::{GuestMemory, OutOfRange};
 use pageferry::transport::{Run, RunKind};
 
-use crate::chain::{Chain, Until, ZeroCopySend};
+use crate::chain::{Chain, Sends, Until, ZeroCopySend};
 use crate::table::{Piece, Table};
 
 /// One request of the way out.
@@ -177,9 +177,11 @@ impl Outgoing {
         self.next_part == self.parts.len()
     }
 
-    /// Adds requests for what is left, at most `most` of them, each after the one before.
-    pub(crate) fn request<'a>(&'a self, chain: &mut Chain<'a>, most: usize) {
+    /// Adds requests for what is left, at most `most` of them, each after the one before; one where that may send a
+    /// part.
+    pub(crate) fn request<'a>(&'a self, chain: &mut Chain<'a>, most: usize, sends: Sends) {
         let mut start = self.next_vector;
+        let most = if sends == Sends::Whole { most } else { 1 };
         for part in self.parts[self.next_part..].iter().take(most) {
             chain.then();
             match *part {
@@ -187,7 +189,7 @@ impl Outgoing {
                     // SAFETY: the vectors name `heads`, to which nobody has a mutable reference
                     // while `self` is borrowed, and spans of guest memory, to which no reference
                     // exists at all.
-                    unsafe { chain.send_vectors(&self.vectors[start..end]) };
+                    unsafe { chain.send_vectors(&self.vectors[start..end], sends) };
                     start = end;
                 }
                 Part::ZeroCopy { piece, ticket } => {

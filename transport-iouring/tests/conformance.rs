@@ -7,12 +7,14 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
+use pageferry::testing::TestMemory;
 use pageferry::testing::conformance::acceptors::{self, Venue};
 use pageferry::testing::conformance::{Pair, run_all};
 use pageferry::transport::{Admission, DestinationLink, SourceLink, TransportError};
 use pageferry_iouring::{Feature, Features, IoUringOptions, Rings, ZeroCopy};
+use pageferry_tcp::testing::shared_key;
 use pageferry_tcp::{
-    GivenSockets, TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect,
+    GivenSockets, KernelTls, TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect,
 };
 
 fn connected(tcp: &TcpOptions) -> (TcpSourceLink, TcpDestinationLink) {
@@ -187,6 +189,39 @@ fn with_a_polling_kernel_thread() {
 fn without_zero_copy() {
     let options = IoUringOptions { zero_copy: ZeroCopy::Off, ..IoUringOptions::default() };
     run_all(&|| pair_of(&TcpOptions::default(), options.clone()));
+}
+
+/// Where TLS is in the process there is nothing for rings to do, and tcp goes on.
+#[test]
+fn with_tls() {
+    let options = IoUringOptions { require_rings: false, ..IoUringOptions::default() };
+    run_all(&|| pair_of(&shared_key(KernelTls::Off), options.clone()));
+}
+
+#[test]
+fn with_tls_by_the_kernel() {
+    if let Some(why) = pageferry_tcp::kernel_tls_unavailable() {
+        eprintln!("io_uring with_tls_by_the_kernel skipped, because {why}");
+        return;
+    }
+    run_all(&|| pair_of(&shared_key(KernelTls::On), IoUringOptions::default()));
+}
+
+#[test]
+fn who_asks_for_rings_or_zero_copy_sends_does_not_get_tls_without_a_word() {
+    let memory = TestMemory::new(&[1]);
+    let error = |kernel, options| {
+        let (mut source, _destination) = pair_of(&shared_key(kernel), options);
+        source.register(memory.memory()).expect("memory");
+        source.open_senders(1).err().expect("no senders")
+    };
+    let no_rings = error(KernelTls::Off, IoUringOptions::default());
+    assert!(
+        matches!(no_rings, TransportError::Io { operation: "use io_uring", .. }),
+        "{no_rings:?}"
+    );
+    let copied = error(KernelTls::Off, always());
+    assert!(matches!(copied, TransportError::Unsupported(_)), "{copied:?}");
 }
 
 /// Tcp's acceptor, and io_uring at both ends.

@@ -13,6 +13,7 @@ use pageferry_tcp::{TcpAcceptor, TcpOptions, connect};
 
 const SOON: Duration = Duration::from_secs(20);
 const REGION_PAGES: u32 = 4096;
+const BATCH_PAGES: u32 = 1024;
 
 #[test]
 fn what_does_not_fit_is_copied() {
@@ -50,8 +51,10 @@ fn what_does_not_fit_is_copied() {
             while let Received::Batch(_) = receivers[0].receive().expect("a batch or the end") {}
         });
         let mut sender = source.open_senders(1).expect("a channel opens").remove(0);
-        let range = PageRange { region: 0, first_page: 0, pages: REGION_PAGES };
-        sender.send(&[Run { range, kind: RunKind::Data }]).expect("a batch goes out");
+        for first_page in (0..u64::from(REGION_PAGES)).step_by(BATCH_PAGES as usize) {
+            let range = PageRange { region: 0, first_page, pages: BATCH_PAGES };
+            sender.send(&[Run { range, kind: RunKind::Data }]).expect("a batch goes out");
+        }
         sender.finish().expect("the channel ends");
         let counts = sender.counters().zero_copy;
         let all_bytes = u64::from(REGION_PAGES) * 4096;

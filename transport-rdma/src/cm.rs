@@ -193,6 +193,12 @@ impl Id {
         unsafe { socket_address(&raw const addr.src_addr) }
     }
 
+    /// Whether it is from an address to itself.
+    pub(crate) fn is_within_host(&self) -> bool {
+        let ip = |address: SocketAddr| canonical(address).ip();
+        self.local().is_some_and(|local| self.peer().map(ip) == Some(ip(local)))
+    }
+
     pub(crate) fn set_traffic_class(&self, class: u8) -> io::Result<()> {
         let mut class = class;
         // SAFETY: the option is one byte, read by the call.

@@ -168,6 +168,12 @@ fn ask(
     options: &RdmaOptions,
     state: &Arc<LinkState>,
 ) -> Result<Connected, TransportError> {
+    if !options.plain_text && !id.is_within_host() {
+        let reason = "it is another host, and rdma encrypts nothing: it has to be told that plain text will do \
+                      (--insecure)";
+        let (address, reason) = (address.to_string(), reason.to_owned());
+        return Err(TransportError::Security { address, reason });
+    }
     let migration = LinkId::random()
         .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
     let workshop = Workshop::at(&id, address, options.clone(), Arc::clone(state))?;

@@ -80,6 +80,9 @@ pub struct RdmaOptions {
     /// connection that was accepted may take to be there, and a source may say nothing more before it has
     /// greeted.
     pub connect_timeout: Duration,
+    /// Whether there may be another host at the other end. Nothing is encrypted, and nobody proves who it is: whoever
+    /// is on the way reads the guest's memory, and can change it. Without, connections are from an address to itself.
+    pub plain_text: bool,
     /// At the destination: what a source must have said to be served.
     pub admission: Admission,
     /// Time without acknowledgement after which a packet is sent again; rounded up to 4.096 µs
@@ -111,6 +114,7 @@ impl Default for RdmaOptions {
             mtu: None,
             traffic_class: None,
             connect_timeout: Duration::from_secs(10),
+            plain_text: false,
             admission: Admission::default(),
             ack_timeout: Duration::from_millis(250),
             retries: 7,

@@ -315,6 +315,10 @@ impl Reception {
 
     /// Hears what a request is for.
     fn hear(&mut self, id: Id, said: &[u8]) {
+        if !self.options.plain_text && !id.is_within_host() {
+            return self
+                .refuse(&id, "plain text from another host: this side wants --insecure for that");
+        }
         match Preamble::decode(said) {
             Ok(preamble) => self.answer(Request { id, preamble }),
             Err(why) => self.refuse(&id, why),

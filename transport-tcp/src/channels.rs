@@ -45,7 +45,7 @@ impl DataChannels {
             return Err(Unwanted { incoming, status: Status::ChannelTaken, reason });
         }
         let peer = incoming.peer;
-        match incoming.socket.set_nonblocking(false).and_then(|()| incoming.let_in()) {
+        match incoming.wire.socket().set_nonblocking(false).and_then(|()| incoming.let_in()) {
             Ok(()) => {
                 tracing::debug!(%peer, channel, "connected");
                 self.came.insert(channel, DataChannel::Waiting(incoming));

@@ -1,15 +1,15 @@
 //! One TCP connection of a link, and what ends all connections of a link at once.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use pageferry::transport::reception::{Served, TurnedAway};
 use pageferry::transport::{Ending, Fate, Interrupt, Place, TransportError, ZeroCopyCounts};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
@@ -19,27 +19,9 @@ use crate::options;
 use crate::outstanding::{Outstanding, Unreleased};
 use crate::preamble::{Answer, Status};
 use crate::raw_io;
-
-/// Locks, whatever happened to others: no critical section here leaves a state half changed.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// When a wait that starts now is over; `None` also for times beyond what the clock can count.
-pub(crate) fn deadline_after(timeout: Option<Duration>) -> Option<Instant> {
-    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
-}
-
-/// Whether the time is over.
-pub(crate) fn is_past(deadline: Option<Instant>) -> bool {
-    deadline.is_some_and(|deadline| Instant::now() >= deadline)
-}
-
-/// Time left until a deadline, as `poll` wants it.
-pub(crate) fn until(deadline: Instant) -> Timespec {
-    let left = deadline.saturating_duration_since(Instant::now());
-    Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })
-}
+use crate::tls::{Broken, Stage, words};
+use crate::waiting::lock;
+use crate::wire::{Seal, Wire};
 
 /// Shared by everything that belongs to one end of a link.
 pub(crate) struct LinkState {
@@ -80,11 +62,11 @@ impl LinkState {
     /// Makes a connection part of the link, so that an interrupt reaches it.
     pub(crate) fn adopt(
         self: &Arc<Self>,
-        socket: Socket,
+        wire: Wire,
         peer: SocketAddr,
     ) -> Result<Arc<Connection>, TransportError> {
         let connection = Arc::new(Connection {
-            socket,
+            wire,
             peer,
             link: Arc::clone(self),
             interrupted: false.into(),
@@ -146,7 +128,7 @@ impl Interrupt for ConnectionInterrupter {
 /// A connection whose preambles are done; in blocking mode.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    socket: Socket,
+    wire: Wire,
     peer: SocketAddr,
     link: Arc<LinkState>,
     /// Alone, whatever became of the link.
@@ -163,18 +145,23 @@ pub(crate) struct Connection {
 
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.wire.as_fd()
     }
 }
 
 impl Connection {
     pub(crate) fn socket(&self) -> &Socket {
-        &self.socket
+        self.wire.socket()
+    }
+
+    /// Who encrypts.
+    pub(crate) fn seal(&self) -> Seal {
+        self.wire.seal()
     }
 
     pub(crate) fn is_within_host(&self) -> bool {
         // Who has lost its addresses has lost the connection.
-        options::is_within_host(&self.socket).unwrap_or(false)
+        options::is_within_host(self.socket()).unwrap_or(false)
     }
 
     pub(crate) fn peer(&self) -> SocketAddr {
@@ -212,6 +199,17 @@ impl Connection {
             return over;
         }
         let errno = cause.raw_os_error().map(Errno::from_raw_os_error);
+        if let Some(why) = self.wire.failure() {
+            let cause = io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {why}"));
+            return TransportError::Lost { operation, cause };
+        }
+        // What the kernel says of a record that it cannot decrypt, or that carries no data.
+        if self.seal() == Seal::Kernel && matches!(errno, Some(Errno::BADMSG | Errno::IO)) {
+            let why =
+                "TLS: what came was changed on the way, or made up, or the other side ends it";
+            let cause = io::Error::new(io::ErrorKind::InvalidData, why);
+            return TransportError::Lost { operation, cause };
+        }
         let lost = matches!(
             errno,
             Some(
@@ -261,15 +259,9 @@ impl Connection {
         events: PollFlags,
         deadline: Option<Instant>,
     ) -> Result<PollFlags, TransportError> {
-        loop {
-            let mut polled = [PollFd::new(self, events)];
-            let timeout = deadline.map(until);
-            match poll(&mut polled, timeout.as_ref()) {
-                Ok(_) => return Ok(polled[0].revents()),
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(self.failed("wait for the other side", errno.into())),
-            }
-        }
+        self.wire
+            .wait(events, deadline)
+            .map_err(|errno| self.failed("wait for the other side", errno.into()))
     }
 
     /// Waits until zero-copy sends may have been completed, at most until `deadline`.
@@ -327,8 +319,8 @@ impl Connection {
             return;
         }
         // Where disconnecting fails, closing the socket does the same a moment later.
-        let lingers = self.socket.set_linger(Some(Duration::ZERO));
-        let reset = rustix::net::connect_unspec(&self.socket);
+        let lingers = self.socket().set_linger(Some(Duration::ZERO));
+        let reset = rustix::net::connect_unspec(self.socket());
         if self.await_completions(&mut unreleased, Instant::now() + RESET) {
             return;
         }
@@ -358,27 +350,99 @@ impl Connection {
         }
     }
 
-    /// One `recv`; repeated only when a signal came before anything else did.
+    /// See [`Wire::receive`].
     pub(crate) fn receive(&self, into: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
-        rustix::io::retry_on_intr(|| rustix::net::recv(self, &mut *into, flags))
-            .map(|(_, received)| received)
+        self.wire.receive(into, flags)
     }
 
-    /// One `send`; repeated only when a signal came before anything else did.
+    /// See [`Wire::send`].
     pub(crate) fn send(&self, bytes: &[u8], flags: SendFlags) -> Result<usize, Errno> {
-        rustix::io::retry_on_intr(|| rustix::net::send(self, bytes, flags | SendFlags::NOSIGNAL))
+        self.wire.send(bytes, flags)
+    }
+
+    /// The same, of several pieces.
+    pub(crate) fn send_pieces(
+        &self,
+        pieces: &[IoSlice<'_>],
+        flags: SendFlags,
+    ) -> Result<usize, Errno> {
+        self.wire.send_pieces(pieces, flags)
+    }
+
+    /// See [`Wire::flush`].
+    pub(crate) fn flush(&self, deadline: Option<Instant>) -> Result<bool, Errno> {
+        self.wire.flush(deadline)
+    }
+
+    /// Shakes hands, if there is TLS; false if the other side has not by `deadline`.
+    pub(crate) fn secure(
+        &self,
+        operation: &'static str,
+        deadline: Option<Instant>,
+    ) -> Result<bool, TransportError> {
+        loop {
+            let awaited = match self.wire.shake_hands() {
+                Ok(Stage::Done) => return Ok(true),
+                Ok(Stage::Hears) => PollFlags::IN,
+                Ok(Stage::Says) => PollFlags::OUT,
+                Err(Broken::Ended) => return Err(self.ended(operation)),
+                Err(Broken::Socket(errno)) => return Err(self.failed(operation, errno.into())),
+                Err(Broken::Tls(error)) => {
+                    self.check()?;
+                    let (address, reason) = (self.peer.to_string(), words(&error));
+                    return Err(TransportError::Security { address, reason });
+                }
+            };
+            if self.wait(awaited, deadline)?.is_empty() {
+                self.check()?;
+                return Ok(false);
+            }
+        }
+    }
+
+    /// What TLS says of an answer that did not come.
+    pub(crate) fn distrust(&self) -> Option<TransportError> {
+        let reason = self.wire.failure()?;
+        Some(TransportError::Security { address: self.peer.to_string(), reason })
+    }
+
+    /// Whether data channels of its link are encrypted in this process: only this transport can move bytes then.
+    pub(crate) fn is_for_copies(&self) -> bool {
+        self.wire.stays_in_process()
+    }
+
+    /// Has the kernel encrypt from here on, if it is to.
+    pub(crate) fn leave_to_kernel(&self) -> Result<(), TransportError> {
+        self.wire.leave_to_kernel().map_err(|cause| TransportError::Io {
+            operation: "have the kernel encrypt (--kernel-tls off does without)",
+            cause,
+        })
+    }
+
+    /// Fails where a key of the kernel's has protected as much as it may: it cannot be changed under way.
+    pub(crate) fn check_key(&self, operation: &'static str) -> Result<(), TransportError> {
+        if !self.wire.has_used_up_its_key() {
+            return Ok(());
+        }
+        let cause = io::Error::other("its TLS key has protected as much as one may");
+        Err(TransportError::Lost { operation, cause })
+    }
+
+    /// So much went out past this by one call, to the socket itself.
+    pub(crate) fn note_sent(&self, bytes: usize) {
+        self.wire.note_sent(bytes);
     }
 
     /// Fails only when the other side did the same before, or is gone.
     pub(crate) fn shutdown(&self, how: Shutdown) {
-        let _ = self.socket.shutdown(how);
+        let _ = self.socket().shutdown(how);
     }
 
     /// Ends a data connection whose stream cannot go on. Closing it resets it: this side may have
     /// shut its window, and to a peer that waits for room an end in order would say nothing, until
     /// its kernel gives up ([`TcpOptions::user_timeout`](crate::TcpOptions::user_timeout)).
     pub(crate) fn break_off(&self) {
-        let _ = self.socket.set_linger(Some(Duration::ZERO));
+        let _ = self.socket().set_linger(Some(Duration::ZERO));
         self.shutdown(Shutdown::Both);
     }
 
@@ -397,6 +461,7 @@ impl Connection {
     pub(crate) fn close(&self, deadline: Instant) {
         const MOST_READS: usize = 256;
         let linger = self.linger.load(Ordering::Relaxed) && self.check().is_ok();
+        let _ = self.flush(Some(if linger { deadline } else { Instant::now() }));
         self.shutdown(Shutdown::Write);
         let mut discarded = [0; 16 * 1024];
         for _ in 0..MOST_READS {

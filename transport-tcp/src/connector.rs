@@ -11,11 +11,13 @@ use pageferry::transport::{Interrupt, LinkId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use crate::connection::{self, LinkState};
+use crate::connection::LinkState;
 use crate::dial::{Dialled, Dialling};
 use crate::options::TcpOptions;
 use crate::preamble::{Kind, Preamble};
 use crate::source::TcpSourceLink;
+use crate::trust::Trust;
+use crate::waiting;
 
 /// Connects to a destination that accepts migrations ([`TcpAcceptor`](crate::TcpAcceptor)).
 ///
@@ -71,18 +73,19 @@ impl TcpConnector {
         let unreachable =
             |cause| TransportError::Connect { address: addresses::text(&addr), cause };
         let found = addresses::resolve(&addr).map_err(unreachable)?;
+        let trust = Trust::new(&options, &addresses::text(&addr))?;
         let id = LinkId::random()
             .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
         let preamble = Preamble { id, kind: Kind::Control };
         let mut race = Race::new(found, unreachable(io::ErrorKind::NotFound.into()));
-        let begin = |peer| Dialling::begin(peer, &options, &state);
+        let begin = |peer| Dialling::begin(peer, &options, &trust, &state);
         loop {
             let winner = race.winner(begin, wait)?;
-            let answer = winner.greet(&preamble, &options).and_then(Dialled::await_answer);
+            let answer = winner.greet(&preamble, &options, &trust).and_then(Dialled::await_answer);
             // What listens there may be no destination of ours; another address may be.
             let Some(control) = race.note(answer)? else { continue };
             options.check_buffers(control.socket()).map_err(unreachable)?;
-            return Ok(TcpSourceLink::new(id, options, state, &control));
+            return Ok(TcpSourceLink::new(id, options, trust, state, &control));
         }
     }
 }
@@ -91,7 +94,7 @@ impl TcpConnector {
 fn wait(attempts: &[Dialling], until: Option<Instant>) -> Result<(), TransportError> {
     let mut polled: Vec<_> =
         attempts.iter().map(|attempt| PollFd::new(&*attempt.connection, PollFlags::OUT)).collect();
-    match poll(&mut polled, until.map(connection::until).as_ref()) {
+    match poll(&mut polled, until.map(waiting::until).as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => {
             Err(TransportError::Io { operation: "wait for connections", cause: errno.into() })

@@ -10,11 +10,12 @@ use pageferry::transport::{
 };
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustix::net::SendFlags;
 
-use crate::connection::{Connection, deadline_after};
+use crate::connection::Connection;
 use crate::framing::LENGTH_BYTES;
 use crate::inbox::{Inbox, RECEIVING};
+use crate::waiting::deadline_after;
 
 const SENDING: &str = "send a control frame";
 
@@ -43,15 +44,9 @@ impl TcpControlSender {
         while sent < total {
             let left_of_length = &length[sent.min(LENGTH_BYTES)..];
             let left_of_frame = &frame[sent.saturating_sub(LENGTH_BYTES)..];
-            let result = rustix::net::sendmsg(
-                &self.connection,
-                &[IoSlice::new(left_of_length), IoSlice::new(left_of_frame)],
-                &mut SendAncillaryBuffer::default(),
-                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-            );
-            match result {
+            let pieces = [IoSlice::new(left_of_length), IoSlice::new(left_of_frame)];
+            match self.connection.send_pieces(&pieces, SendFlags::DONTWAIT) {
                 Ok(more) => sent += more,
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     if self.connection.wait(PollFlags::OUT, deadline)?.is_empty() {
                         self.connection.check()?;
@@ -64,7 +59,15 @@ impl TcpControlSender {
                 }
             }
         }
-        Ok(true)
+        let flushed = self.connection.flush(deadline);
+        let flushed = flushed.map_err(|errno| {
+            self.inbox.look_for_the_end();
+            self.connection.failed(SENDING, errno.into())
+        })?;
+        if !flushed {
+            self.connection.check()?;
+        }
+        Ok(flushed)
     }
 }
 

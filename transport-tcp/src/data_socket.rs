@@ -8,6 +8,7 @@ use std::sync::Arc;
 use pageferry::transport::{Interrupt, TransportError};
 
 use crate::connection::Connection;
+use crate::wire::Seal;
 
 /// A data connection of a link, for a transport that finds its connections as TCP does and moves
 /// bytes in a way of its own ([`TcpSourceLink::open_sockets`](crate::TcpSourceLink::open_sockets),
@@ -36,6 +37,22 @@ impl DataSocket {
     /// there, always.
     pub fn is_within_host(&self) -> bool {
         self.0.is_within_host()
+    }
+
+    /// Whether the kernel encrypts what passes.
+    pub fn is_encrypted(&self) -> bool {
+        self.0.seal() != Seal::Plain
+    }
+
+    /// So much was sent by one request, which is a record or more where the kernel encrypts.
+    pub fn note_sent(&self, bytes: usize) {
+        self.0.note_sent(bytes);
+    }
+
+    /// Fails with [`TransportError::Lost`] once a key of the kernel's has protected as much as one may: it cannot be
+    /// changed under way.
+    pub fn check_key(&self, operation: &'static str) -> Result<(), TransportError> {
+        self.0.check_key(operation)
     }
 
     /// Fails once the link or this channel was interrupted.

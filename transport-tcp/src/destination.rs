@@ -13,13 +13,15 @@ use pageferry::transport::{
 };
 
 use crate::channels::DataChannels;
-use crate::connection::{Connection, LinkState, deadline_after};
+use crate::connection::{Connection, LinkState};
 use crate::data_socket::DataSocket;
 use crate::end::End;
 use crate::hearing::GivenChannels;
 use crate::inbox::{Inbox, Side};
+use crate::incoming::Incoming;
 use crate::newcomer::Newcomer;
 use crate::receiver::TcpPageReceiver;
+use crate::waiting::deadline_after;
 use crate::{CAPABILITIES, NAME};
 
 /// The destination's end of a link over TCP. Made by
@@ -51,7 +53,7 @@ impl TcpDestinationLink {
         seat: Seat<Newcomer, DataChannels>,
     ) -> Result<Self, TransportError> {
         let Newcomer { id, incoming, greeting, state, .. } = newcomer;
-        let control = state.adopt(incoming.socket, incoming.peer)?;
+        let control = state.adopt(incoming.wire, incoming.peer)?;
         let inbox = Arc::new(Inbox::new(&control, Side::Destination, greeting));
         Ok(Self { end: End::new(id, state, &inbox), data: Data::Seat(seat) })
     }
@@ -76,6 +78,17 @@ impl TcpDestinationLink {
         self.end.peer_addr()
     }
 
+    /// Whether what passes is encrypted, by whomever.
+    pub fn is_encrypted(&self) -> bool {
+        self.end.is_encrypted()
+    }
+
+    /// Whether data channels are encrypted in this process, and not by the kernel: there are no
+    /// [`DataSocket`]s then, since only this transport can move bytes.
+    pub fn encrypts_in_process(&self) -> bool {
+        self.end.encrypts_in_process()
+    }
+
     /// Fails once the link was interrupted, or it is known why it is over.
     pub fn check(&self) -> Result<(), TransportError> {
         self.end.check()
@@ -89,6 +102,7 @@ impl TcpDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<DataSocket>, TransportError> {
+        self.end.check_for_sockets()?;
         Ok(self.open(channels, timeout)?.into_iter().map(DataSocket::new).collect())
     }
 
@@ -110,10 +124,12 @@ impl TcpDestinationLink {
                 operation: "accept data channels",
                 after: timeout,
             })?;
-            let adopted = sockets
-                .into_iter()
-                .map(|incoming| end.state().adopt(incoming.socket, incoming.peer));
-            adopted.collect()
+            let adopt = |incoming: Incoming| {
+                let connection = end.state().adopt(incoming.wire, incoming.peer)?;
+                connection.leave_to_kernel()?;
+                Ok(connection)
+            };
+            sockets.into_iter().map(adopt).collect()
         })
     }
 }

@@ -12,10 +12,12 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::connection::{Connection, LinkState, deadline_after, is_past};
+use crate::connection::{Connection, LinkState};
 use crate::hearing::Given;
 use crate::options::TcpOptions;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
+use crate::trust::Trust;
+use crate::waiting::{deadline_after, is_past};
 
 /// A connection that is being made.
 #[derive(Debug)]
@@ -28,6 +30,7 @@ impl Dialling {
     pub(crate) fn begin(
         peer: SocketAddr,
         options: &TcpOptions,
+        trust: &Trust,
         state: &Arc<LinkState>,
     ) -> Result<Self, TransportError> {
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
@@ -35,7 +38,8 @@ impl Dialling {
         let socket = start(peer, options).map_err(failed)?;
         // Part of the link while it still connects, so that an interrupt ends that too: shutting
         // down a socket in SYN_SENT aborts the attempt.
-        Ok(Self { connection: state.adopt(socket, peer)?, deadline })
+        let connection = state.adopt(trust.wire(socket, peer)?, peer)?;
+        Ok(Self { connection, deadline })
     }
 
     fn failed(&self, cause: io::Error) -> TransportError {
@@ -82,18 +86,33 @@ impl Connected {
         }
     }
 
-    /// Says what the connection is for.
+    /// Shakes hands, and says what the connection is for.
     pub(crate) fn greet(
         self,
         preamble: &Preamble,
         options: &TcpOptions,
+        trust: &Trust,
     ) -> Result<Dialled, TransportError> {
         let Self(dialling) = self;
         let socket = dialling.connection.socket();
         options.apply_to_path(socket).map_err(|cause| dialling.failed(cause))?;
         socket.set_nonblocking(false).map_err(|cause| dialling.failed(cause))?;
-        // A fresh socket has room for these few bytes, always.
+        trust.check_path(socket, dialling.connection.peer())?;
         let (kind, preamble) = (preamble.kind, preamble.encode());
+        match dialling.connection.secure("make a secure connection", dialling.deadline) {
+            Ok(true) => {}
+            Ok(false) => {
+                let what =
+                    format!("{}, its TLS handshake not answered: timed out", connected(kind));
+                return Err(dialling.failed(io::Error::new(io::ErrorKind::TimedOut, what)));
+            }
+            // Another address may be another host.
+            Err(TransportError::Lost { cause, .. } | TransportError::Io { cause, .. }) => {
+                return Err(dialling.failed(cause));
+            }
+            Err(error) => return Err(error),
+        }
+        // A fresh socket has room for these few bytes, always.
         match dialling.connection.send(&preamble, SendFlags::DONTWAIT) {
             Ok(sent) if sent == preamble.len() => {
                 let Dialling { connection, deadline } = dialling;
@@ -102,7 +121,8 @@ impl Connected {
             Ok(_) => Err(dialling.failed(io::ErrorKind::WriteZero.into())),
             Err(errno) => {
                 dialling.connection.check()?;
-                Err(dialling.failed(errno.into()))
+                let distrust = dialling.connection.distrust();
+                Err(distrust.unwrap_or_else(|| dialling.failed(errno.into())))
             }
         }
     }
@@ -120,10 +140,11 @@ impl Dialled {
         peer: SocketAddr,
         preamble: &Preamble,
         options: &TcpOptions,
+        trust: &Trust,
         state: &Arc<LinkState>,
     ) -> Result<Self, TransportError> {
-        let dialling = Dialling::begin(peer, options, state)?;
-        Connected::after(dialling)?.greet(preamble, options)
+        let dialling = Dialling::begin(peer, options, trust, state)?;
+        Connected::after(dialling)?.greet(preamble, options, trust)
     }
 
     /// On a connection that there is.
@@ -131,11 +152,13 @@ impl Dialled {
         given: Given,
         preamble: &Preamble,
         options: &TcpOptions,
+        trust: &Trust,
         state: &Arc<LinkState>,
     ) -> Result<Self, TransportError> {
-        let connection = state.adopt(given.socket, given.peer)?;
+        let Given { socket, peer } = given;
+        let connection = state.adopt(trust.wire(socket, peer)?, peer)?;
         let deadline = deadline_after(Some(options.connect_timeout));
-        Connected(Dialling { connection, deadline }).greet(preamble, options)
+        Connected(Dialling { connection, deadline }).greet(preamble, options, trust)
     }
 
     pub(crate) fn await_answer(self) -> Result<Arc<Connection>, TransportError> {
@@ -160,12 +183,21 @@ impl Dialled {
                 }
                 Err(errno) => {
                     connection.check()?;
-                    return Err(failed(errno.into()));
+                    return Err(connection.distrust().unwrap_or_else(|| failed(errno.into())));
                 }
             }
         }
         match Answer::decode(&bytes) {
-            Ok(Answer { status: Status::Ok, .. }) => Ok(connection),
+            Ok(Answer { status: Status::Ok, .. }) => {
+                if let Kind::Data { .. } = kind {
+                    connection.leave_to_kernel()?;
+                }
+                Ok(connection)
+            }
+            Ok(Answer { status: Status::Insecure, reason }) => {
+                let reason = format!("it says: {reason}");
+                Err(TransportError::Security { address: address(), reason })
+            }
             Ok(Answer { reason, .. }) => {
                 let reason = match kind {
                     Kind::Control => reason,

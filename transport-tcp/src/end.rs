@@ -9,6 +9,7 @@ use pageferry::transport::{ControlChannel, Interrupt, LinkId, Stages, TransportE
 
 use crate::connection::{Connection, LINGER, LinkState};
 use crate::inbox::Inbox;
+use crate::wire::Seal;
 use crate::{MAX_CHANNELS, control};
 
 #[derive(Debug)]
@@ -59,6 +60,24 @@ impl End {
     pub(crate) fn registered(&self) -> Result<Arc<GuestMemory>, TransportError> {
         self.check()?;
         self.stages.registered()
+    }
+
+    pub(crate) fn is_encrypted(&self) -> bool {
+        self.connections[0].seal() != Seal::Plain
+    }
+
+    pub(crate) fn encrypts_in_process(&self) -> bool {
+        self.connections[0].is_for_copies()
+    }
+
+    /// Fails where no other transport can move bytes.
+    pub(crate) fn check_for_sockets(&self) -> Result<(), TransportError> {
+        if self.encrypts_in_process() {
+            return Err(TransportError::Unsupported(
+                "sockets for others, where TLS is in this process",
+            ));
+        }
+        Ok(())
     }
 
     /// Opens data channels, once, by connections that `connect` makes.

@@ -4,19 +4,22 @@ use std::os::fd::OwnedFd;
 
 use pageferry::transport::{LinkId, TransportError};
 
-use crate::connection::{LinkState, deadline_after};
+use crate::connection::LinkState;
 use crate::destination::TcpDestinationLink;
 use crate::dial::Dialled;
 use crate::hearing::{Given, GivenChannels, Hearing, TAKING};
 use crate::options::TcpOptions;
 use crate::preamble::{Kind, Preamble};
 use crate::source::TcpSourceLink;
+use crate::trust::Trust;
+use crate::waiting::deadline_after;
 
 /// The sockets of one link, connected: one for control, and one for each data channel, in the same order at both ends.
 ///
 /// For a host that makes its connections itself: over unix or vsock, through a proxy or a tunnel, or by a process that
 /// may open sockets where this one may not. Nobody is waited for and nobody else can come in, so who is at the other
-/// end is the host's to know. Pages go from and to guest memory as over [`connect()`](crate::connect()); the link says
+/// end is the host's to know, or [`TcpOptions::security`] proves it: the name of its certificate is
+/// [`Tls::peer_name`](crate::Tls::peer_name) then. Pages go from and to guest memory as over [`connect()`](crate::connect()); the link says
 /// that it is 0.0.0.0:0 whose sockets have no IP address.
 ///
 /// ```
@@ -70,15 +73,17 @@ impl GivenSockets {
             .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
         let state = LinkState::new(|| {});
         let preamble = Preamble { id, kind: Kind::Control };
-        let control = Dialled::over(control, &preamble, &options, &state)?.await_answer()?;
-        Ok(TcpSourceLink::given(id, options, state, &control, data))
+        let trust = Trust::new(&options, &control.peer.to_string())?;
+        let control =
+            Dialled::over(control, &preamble, &options, &trust, &state)?.await_answer()?;
+        Ok(TcpSourceLink::given(id, options, trust, state, &control, data))
     }
 
     /// The destination's end. Waits for the source's.
     pub fn destination(self) -> Result<TcpDestinationLink, TransportError> {
         let Self { control, data, options } = self;
         let state = LinkState::new(|| {});
-        let mut control = Hearing::new(control, &state)?;
+        let mut control = Hearing::new(control, &options, &state)?;
         let after = options.preamble_timeout;
         let preamble = control.hear(deadline_after(Some(after)), after)?;
         let Preamble { id, kind: Kind::Control } = preamble else {
@@ -87,7 +92,7 @@ impl GivenSockets {
             );
         };
         control.answer()?;
-        let data = data.into_iter().map(|given| Hearing::new(given, &state));
+        let data = data.into_iter().map(|given| Hearing::new(given, &options, &state));
         let data = GivenChannels(data.collect::<Result<_, _>>()?);
         Ok(TcpDestinationLink::given(id, state, &control.connection, data))
     }

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Admission, Warnings};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 
 use crate::greeting::Greeting;
 use crate::incoming::{Incoming, Unwanted};
 use crate::newcomer::{Newcomer, TcpBoard};
 use crate::preamble::{Kind, PREAMBLE_BYTES, Preamble, PreambleError, Status, check_start};
+use crate::tls::{Broken, HANDSHAKE_BYTE, Stage, words};
+use crate::wire::Seal;
 
 /// How long a refused connection may take to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -28,6 +31,10 @@ pub(crate) struct HalfOpen {
 
 #[derive(Debug)]
 enum Phase {
+    /// It has to speak TLS, and has said nothing yet.
+    Hello,
+    /// It has yet to show who it is.
+    Handshake(Stage),
     Preamble {
         bytes: [u8; PREAMBLE_BYTES],
         filled: usize,
@@ -41,6 +48,12 @@ enum Phase {
     /// Answered and shut. Closing a socket with unread bytes in it sends a reset, which can
     /// destroy the answer before it is read: so read on until the other side has hung up.
     Refused,
+}
+
+impl Phase {
+    fn preamble() -> Self {
+        Self::Preamble { bytes: [0; PREAMBLE_BYTES], filled: 0 }
+    }
 }
 
 /// What became of a connection.
@@ -62,17 +75,71 @@ pub(crate) struct Rules<'a> {
 
 impl HalfOpen {
     pub(crate) fn new(incoming: Incoming, deadline: Instant) -> Self {
-        let phase = Phase::Preamble { bytes: [0; PREAMBLE_BYTES], filled: 0 };
+        let phase = match incoming.wire.seal() {
+            Seal::Plain => Phase::preamble(),
+            Seal::Process | Seal::Kernel => Phase::Hello,
+        };
         Self { incoming, deadline, phase }
+    }
+
+    /// What it waits for.
+    pub(crate) fn awaits(&self) -> PollFlags {
+        match self.phase {
+            Phase::Handshake(Stage::Says) => PollFlags::OUT,
+            _ => PollFlags::IN,
+        }
     }
 
     /// Goes on with what has come.
     pub(crate) fn advance(self, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
         match self.phase {
+            Phase::Hello => self.begin(board, rules),
+            Phase::Handshake(_) => self.shake_hands(board, rules),
             Phase::Preamble { .. } => self.hear(board, rules),
             Phase::Greeting { .. } => self.listen(board, rules),
             Phase::Refused => self.discard(),
         }
+    }
+
+    /// Looks whether it speaks TLS.
+    fn begin(self, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
+        match self.incoming.speaks_tls() {
+            Ok(true) => self.shake_hands(board, rules),
+            Ok(false) => self.wants_tls(rules),
+            Err(Errno::AGAIN) => Step::Stays(self),
+            Err(Errno::PIPE) => self.close(rules, "it ended before its TLS handshake"),
+            Err(errno) => self.close(rules, &errno.to_string()),
+        }
+    }
+
+    /// Goes on with the handshake, and with what came behind it.
+    fn shake_hands(mut self, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
+        match self.incoming.shake_hands() {
+            Ok(Stage::Done) => {
+                self.phase = Phase::preamble();
+                self.hear(board, rules)
+            }
+            Ok(stage) => {
+                self.phase = Phase::Handshake(stage);
+                Step::Stays(self)
+            }
+            Err(Broken::Ended) => self.close(rules, "it ended within its TLS handshake"),
+            Err(Broken::Socket(errno)) => self.close(rules, &errno.to_string()),
+            Err(Broken::Tls(error)) => {
+                let (incoming, reason) = (self.incoming, words(&error));
+                let unwanted = Unwanted { incoming, status: Status::Insecure, reason };
+                Step::Stays(Self::refuse(unwanted, rules.warnings))
+            }
+        }
+    }
+
+    /// It speaks plainly where that is not enough.
+    fn wants_tls(self, rules: &Rules<'_>) -> Step {
+        let reason = "it wants TLS: both sides need a shared key, or certificates";
+        let _ = self.incoming.refuse_plainly(Status::Insecure, reason);
+        let (incoming, status) = (self.incoming, Status::Insecure);
+        let unwanted = Unwanted { incoming, status, reason: "it does not speak TLS".to_owned() };
+        Step::Stays(Self::refuse(unwanted, rules.warnings))
     }
 
     /// Reads the preamble.
@@ -83,6 +150,10 @@ impl HalfOpen {
             Ok(received) => *filled += received,
             Err(Errno::AGAIN) => return Step::Stays(self),
             Err(errno) => return self.close(rules, &errno.to_string()),
+        }
+        if bytes[0] == HANDSHAKE_BYTE {
+            let unwanted = Unwanted::speaks_tls(self.incoming);
+            return Step::Stays(Self::refuse(unwanted, rules.warnings));
         }
         let judged = match check_start(&bytes[..*filled]) {
             Ok(()) if *filled < PREAMBLE_BYTES => return Step::Stays(self),
@@ -171,14 +242,13 @@ impl HalfOpen {
         warnings.warn(incoming.peer, format_args!("refused a connection ({status:?}): {reason}"));
         // If the other side is gone, nobody misses the answer.
         let _ = incoming.refuse(status, &reason);
-        let _ = incoming.socket.shutdown(Shutdown::Write);
+        let _ = incoming.wire.socket().shutdown(Shutdown::Write);
         Self { incoming, deadline: Instant::now() + FAREWELL, phase: Phase::Refused }
     }
 
     /// Reads what nobody wants.
     pub(crate) fn discard(self) -> Step {
-        let mut unwanted = [0; 4096];
-        match self.incoming.receive(&mut unwanted) {
+        match self.incoming.discard() {
             Ok(1..) | Err(Errno::AGAIN) => Step::Stays(self),
             Ok(0) | Err(_) => Step::Done,
         }
@@ -201,6 +271,8 @@ impl HalfOpen {
     pub(crate) fn expire(self, why: Expiry, warnings: &Warnings) -> Option<Self> {
         // A source whose connection is held up on the way reads this, and has said all it had to.
         let came = match &self.phase {
+            Phase::Hello => "nothing came".to_owned(),
+            Phase::Handshake(_) => "its TLS handshake was not done".to_owned(),
             Phase::Preamble { filled, .. } => {
                 format!("of {PREAMBLE_BYTES} bytes of the preamble {filled} came")
             }

@@ -12,9 +12,11 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Protocol, Socket, Type};
 
-use crate::connection::{Connection, LinkState, deadline_after};
+use crate::connection::{Connection, LinkState};
 use crate::options::TcpOptions;
 use crate::preamble::{Answer, Kind, PREAMBLE_BYTES, Preamble, Status, check_start};
+use crate::trust;
+use crate::waiting::deadline_after;
 
 const HEARING: &str = "hear what a socket is for";
 pub(crate) const TAKING: &str = "take a socket that was given";
@@ -80,6 +82,7 @@ impl GivenChannels {
                 return Err(self.refuse());
             }
             hearing.answer()?;
+            hearing.connection.leave_to_kernel()?;
         }
         Ok(self.0.iter().map(|hearing| Arc::clone(&hearing.connection)).collect())
     }
@@ -104,12 +107,19 @@ pub(crate) struct Hearing {
 }
 
 impl Hearing {
-    pub(crate) fn new(given: Given, state: &Arc<LinkState>) -> Result<Self, TransportError> {
+    pub(crate) fn new(
+        given: Given,
+        options: &TcpOptions,
+        state: &Arc<LinkState>,
+    ) -> Result<Self, TransportError> {
         let Given { socket, peer } = given;
         socket
             .set_nonblocking(false)
             .map_err(|cause| TransportError::Io { operation: TAKING, cause })?;
-        let connection = state.adopt(socket, peer)?;
+        let wire = trust::incoming(&options.security, socket).map_err(|distrusted| {
+            TransportError::Security { address: peer.to_string(), reason: distrusted.reason }
+        })?;
+        let connection = state.adopt(wire, peer)?;
         Ok(Self { connection, bytes: [0; PREAMBLE_BYTES], filled: 0, answered: false })
     }
 
@@ -118,6 +128,9 @@ impl Hearing {
         deadline: Option<Instant>,
         after: Duration,
     ) -> Result<Preamble, TransportError> {
+        if !self.connection.secure(HEARING, deadline)? {
+            return Err(TransportError::TimedOut { operation: HEARING, after });
+        }
         while self.filled < PREAMBLE_BYTES {
             match self.connection.receive(&mut self.bytes[self.filled..], RecvFlags::DONTWAIT) {
                 Ok(0) => return Err(self.connection.ended(HEARING)),

@@ -9,9 +9,10 @@ use pageferry::transport::{Ending, MAX_FRAME_BYTES, TransportError};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use crate::connection::{Connection, lock};
+use crate::connection::Connection;
 use crate::framing::LENGTH_BYTES;
 use crate::preamble::{ANSWER_BYTES, Answer, Status};
+use crate::waiting::lock;
 
 pub(crate) const RECEIVING: &str = "receive a control frame";
 /// Most frames that are read before anybody asks for them.

@@ -1,6 +1,7 @@
 //! TCP transport of [pageferry]: pages go straight from guest memory into sockets by
 //! `sendmsg`, and straight from sockets into guest memory by `recvmsg`. No page byte is copied in
-//! user space, and where the NIC can do it none in the sending kernel either ([`ZeroCopy`]).
+//! user space, and where the NIC can do it none in the sending kernel either ([`ZeroCopy`]). Encrypted pages are not copied
+//! either where the kernel does it ([`KernelTls`]).
 //!
 //! The destination [binds](TcpAcceptor::bind) and [accepts](TcpAcceptor::accept), the source
 //! [connects](connect()). A link is one control connection and any number of data connections to
@@ -36,8 +37,9 @@
 //!
 //! # Who is let in
 //!
-//! Whoever reaches the port and speaks pageferry's protocol may start a migration, and whoever knows the
-//! id of a link may join it; nothing is encrypted. Listen on a network that only hosts can reach.
+//! [`TcpOptions::security`] says. With [`Security::Tls`] it is who has the right certificate or the right key, and what
+//! passes is encrypted. In plain text it is whoever reaches the port and speaks pageferry's protocol, and who knows the id
+//! of a link may join it; so plain text goes no further than this host, unless told otherwise.
 //!
 //! # Thread safety
 //!
@@ -68,6 +70,7 @@ mod channels;
 mod connection;
 mod connector;
 mod control;
+mod copies;
 mod data_socket;
 mod destination;
 mod dial;
@@ -86,9 +89,16 @@ pub mod preamble;
 mod raw_io;
 mod receiver;
 mod reception;
+mod security;
 mod sender;
 mod several;
 mod source;
+#[cfg(feature = "test-support")]
+pub mod testing;
+mod tls;
+mod trust;
+mod waiting;
+mod wire;
 mod zero_copy;
 
 use pageferry::transport::{Capabilities, MAX_BATCH_RUNS};
@@ -99,11 +109,20 @@ pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
 pub use given::GivenSockets;
 pub use options::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
+pub use security::{Certificates, Identity, KernelTls, Material, Security, Tls};
 pub use several::{TcpDialler, TcpRendezvous};
 pub use source::TcpSourceLink;
 
+/// Why the kernel does not encrypt what sockets carry; `None` if it can ([`KernelTls`]).
+pub fn kernel_tls_unavailable() -> Option<&'static str> {
+    tls::kernel::unavailable()
+}
+
 /// Most data channels of a link; bounds how many connections a peer can make us hold.
 pub const MAX_CHANNELS: u16 = 256;
+
+/// Most page bytes in one batch.
+pub const MAX_BATCH_BYTES: u64 = 4 << 20;
 
 const NAME: &str = "tcp";
 
@@ -113,6 +132,6 @@ const CAPABILITIES: Capabilities = Capabilities {
     one_sided_read: false,
     zero_copy: false,
     needs_registration: false,
-    max_batch_bytes: sender::MAX_BATCH_BYTES,
+    max_batch_bytes: MAX_BATCH_BYTES,
     max_batch_runs: MAX_BATCH_RUNS,
 };

@@ -76,7 +76,7 @@ impl Arrived for Newcomer {
     }
 
     fn take_place(&mut self) -> io::Result<()> {
-        self.incoming.socket.set_nonblocking(false)?;
+        self.incoming.wire.socket().set_nonblocking(false)?;
         if self.incoming.is_answered() { Ok(()) } else { self.incoming.let_in() }
     }
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 use pageferry::transport::Admission;
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
 
+use crate::security::Security;
+
 /// The send buffer of a connection within one host, unless told otherwise. Such a path holds no
 /// bytes itself, and wakes a waiting thread within microseconds; what the kernel's tuning would
 /// queue up, tens of MiB, is pushed out of the caches before the receiver reads it. Measured:
@@ -33,6 +35,15 @@ const MOST_USER_TIMEOUT: Duration = Duration::from_millis(i32::MAX as u64);
 pub(crate) fn is_within_host(socket: &Socket) -> io::Result<bool> {
     let ip = |address: SockAddr| address.as_socket().map(|address| address.ip());
     Ok(ip(socket.local_addr()?) == ip(socket.peer_addr()?))
+}
+
+/// Whether nobody outside this host is on the way: from an address to itself, or over the loopback device.
+pub(crate) fn stays_within_host(socket: &Socket) -> io::Result<bool> {
+    let is_loopback = |address: SockAddr| {
+        address.as_socket().is_some_and(|address| address.ip().to_canonical().is_loopback())
+    };
+    let loops = is_loopback(socket.local_addr()?) && is_loopback(socket.peer_addr()?);
+    Ok(loops || is_within_host(socket)?)
 }
 
 /// When a silent connection is probed, and given up. The kernel counts whole seconds, 1 to 32,767, and
@@ -122,6 +133,8 @@ pub struct TcpOptions {
     /// Congestion control, by the kernel's name of it (`TCP_CONGESTION`); `None` for
     /// `net.ipv4.tcp_congestion_control`.
     pub congestion_control: Option<String>,
+    /// How connections are kept from others. Plain text goes no further than this host, unless told otherwise.
+    pub security: Security,
 }
 
 impl Default for TcpOptions {
@@ -139,6 +152,7 @@ impl Default for TcpOptions {
             interface: None,
             dscp: None,
             congestion_control: None,
+            security: Security::default(),
         }
     }
 }

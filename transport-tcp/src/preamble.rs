@@ -107,6 +107,8 @@ pub enum Status {
     ChannelTaken,
     /// 6: there is no data channel of this index.
     ChannelOutOfRange,
+    /// 7: the destination takes no plain text, or none from there.
+    Insecure,
     /// A refusal this version does not know.
     Other(u8),
 }
@@ -121,6 +123,7 @@ impl Status {
             Self::Malformed => 4,
             Self::ChannelTaken => 5,
             Self::ChannelOutOfRange => 6,
+            Self::Insecure => 7,
             Self::Other(code) => code,
         }
     }
@@ -134,6 +137,7 @@ impl Status {
             4 => Self::Malformed,
             5 => Self::ChannelTaken,
             6 => Self::ChannelOutOfRange,
+            7 => Self::Insecure,
             other => Self::Other(other),
         }
     }

@@ -33,7 +33,9 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::connection::Connection;
+use crate::copies::pieces;
 use crate::raw_io::GuestVectors;
+use crate::wire::Seal;
 
 const RECEIVING: &str = "receive pages";
 
@@ -46,6 +48,8 @@ pub(crate) struct TcpPageReceiver {
     head: Box<[u8; MAX_HEAD_BYTES + LEAD_BYTES]>,
     head_filled: usize,
     runs: Vec<Run>,
+    /// Of pages that are decrypted in this process.
+    copy: Vec<u8>,
     landed: Ticket,
     acks: AckWriter,
     ended: bool,
@@ -63,6 +67,7 @@ impl TcpPageReceiver {
             head: Box::new([0; MAX_HEAD_BYTES + LEAD_BYTES]),
             head_filled: 0,
             runs: Vec::new(),
+            copy: Vec::new(),
             landed: 0,
             acks: AckWriter::default(),
             ended: false,
@@ -163,6 +168,29 @@ impl TcpPageReceiver {
         Ok(())
     }
 
+    /// The same, where it is decrypted in this process.
+    fn receive_by_copies(&mut self) -> Result<(), TransportError> {
+        for piece in pieces(&self.runs) {
+            let memory = self.vectors.memory();
+            self.copy.resize(memory.span(piece)?.len_bytes, 0);
+            let mut filled = 0;
+            while filled < self.copy.len() {
+                self.counters.system_calls += 1;
+                match self.connection.receive(&mut self.copy[filled..], RecvFlags::empty()) {
+                    Ok(0) => return Err(self.connection.ended(RECEIVING)),
+                    Ok(received) => {
+                        filled += received;
+                        self.counters.wire_bytes += received as u64;
+                    }
+                    Err(errno) => return Err(self.connection.failed(RECEIVING, errno.into())),
+                }
+            }
+            memory.copy_in(piece, &self.copy)?;
+            self.counters.user_copied_bytes += self.copy.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Says what has landed, if that is news and there is room.
     fn acknowledge(&mut self, flags: SendFlags) {
         while self.acks.is_due(self.landed) {
@@ -184,7 +212,11 @@ impl TcpPageReceiver {
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
             self.vectors.memory().fill_zero_while(run.range, || self.connection.check())?;
         }
-        self.receive_payload()?;
+        if self.connection.seal() == Seal::Process {
+            self.receive_by_copies()?;
+        } else {
+            self.receive_payload()?;
+        }
         self.landed = header.ticket;
         // A request behind it is answered now, not when the caller comes back.
         if header.ack || matches!(self.next_header(), Some(Ok(Header::AckRequest))) {
@@ -209,6 +241,8 @@ impl TcpPageReceiver {
     /// The source ended the channel: acknowledge all, and end our direction too.
     fn end(&mut self) -> Received {
         self.acknowledge(SendFlags::empty());
+        // Should it fail, nobody waits for that any more.
+        let _ = self.connection.flush(None);
         self.connection.shutdown(Shutdown::Write);
         self.ended = true;
         Received::End

@@ -12,11 +12,14 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use socket2::Socket;
 
-use crate::connection::until;
 use crate::half_open::{Expiry, HalfOpen, Rules, Step};
 use crate::incoming::{Incoming, Unwanted};
 use crate::newcomer::{Newcomer, TcpBoard};
 use crate::options::TcpOptions;
+use crate::preamble::Status;
+use crate::trust::{self, Distrusted};
+use crate::waiting::until;
+use crate::wire::Wire;
 
 /// An hour is for ever to a stranger, and a moment that any clock can name.
 const LONGEST_PREAMBLE: Duration = Duration::from_secs(60 * 60);
@@ -108,8 +111,9 @@ impl Reception {
         let listening = if self.rests_until.is_some() { PollFlags::empty() } else { PollFlags::IN };
         let mut polled =
             vec![PollFd::new(&self.bell, PollFlags::IN), PollFd::new(&self.listener, listening)];
-        let sockets = self.half_open.iter().map(|half_open| &half_open.incoming.socket);
-        polled.extend(sockets.map(|socket| PollFd::new(socket, PollFlags::IN)));
+        let awaited = |half_open: &'_ HalfOpen| half_open.awaits();
+        let wires = self.half_open.iter();
+        polled.extend(wires.map(|it| PollFd::new(&it.incoming.wire, awaited(it))));
         match poll(&mut polled, deadline.map(until).as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(()),
@@ -273,8 +277,17 @@ impl Reception {
                 self.board.warnings.warn(peer, why);
                 continue;
             }
-            let deadline = Instant::now() + self.options.preamble_timeout.min(LONGEST_PREAMBLE);
-            self.enter(HalfOpen::new(Incoming::new(socket, peer), deadline));
+            match trust::incoming(&self.options.security, socket) {
+                Ok(wire) => {
+                    let silence = self.options.preamble_timeout.min(LONGEST_PREAMBLE);
+                    let incoming = Incoming::new(wire, peer);
+                    self.enter(HalfOpen::new(incoming, Instant::now() + silence));
+                }
+                Err(Distrusted { socket, reason }) => {
+                    let incoming = Incoming::new(Wire::plain(socket), peer);
+                    self.turn_away(Unwanted { incoming, status: Status::Insecure, reason });
+                }
+            }
         }
     }
 }

@@ -16,6 +16,7 @@
 //! then, and the kernel may still have packets of it to send again.
 
 use std::io;
+use std::mem;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,13 +30,14 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
-use crate::connection::{Connection, LINGER, deadline_after, is_past};
+use crate::connection::{Connection, LINGER};
+use crate::copies::pieces;
 use crate::options::TcpOptions;
 use crate::raw_io::GuestVectors;
+use crate::waiting::{deadline_after, is_past};
+use crate::wire::Seal;
 use crate::zero_copy::ZeroCopier;
 
-/// Most page bytes in one batch.
-pub(crate) const MAX_BATCH_BYTES: u64 = 4 << 20;
 /// Acknowledgements read with one call.
 const ACKS_AT_ONCE: usize = 64;
 
@@ -67,6 +69,8 @@ pub(crate) struct TcpPageSender {
     /// The end of a request for which the socket had no room.
     owed: Vec<u8>,
     zero_copy: ZeroCopier,
+    /// Of pages that are encrypted in this process.
+    copy: Vec<u8>,
     /// Acknowledgements come in; the first `acks_filled` bytes are an incomplete one.
     acks: [u8; ACKS_AT_ONCE * ACK_BYTES],
     acks_filled: usize,
@@ -90,6 +94,7 @@ impl TcpPageSender {
             told: 0,
             schedule: AckSchedule::default(),
             owed: Vec::new(),
+            copy: Vec::new(),
             acks: [0; ACKS_AT_ONCE * ACK_BYTES],
             acks_filled: 0,
             counters: ChannelCounters::default(),
@@ -97,9 +102,12 @@ impl TcpPageSender {
     }
 
     /// Sends what is owed, the head, and what the vectors hold for this batch.
-    fn send_all(&mut self, ticket: Ticket) -> Result<(), TransportError> {
+    fn send_all(&mut self, ticket: Ticket, runs: &[Run]) -> Result<(), TransportError> {
         if !self.owed.is_empty() {
             self.head.splice(0..0, self.owed.drain(..));
+        }
+        if self.connection.seal() == Seal::Process {
+            return self.send_by_copies(runs).inspect_err(|_| self.give_up());
         }
         let mut head_sent = 0;
         let mut result = Ok(());
@@ -111,13 +119,48 @@ impl TcpPageSender {
             match self.vectors.send(&self.connection, &self.head[head_sent..]) {
                 Ok(moved) => {
                     head_sent += moved.head_bytes;
-                    self.counters.wire_bytes += (moved.head_bytes + moved.guest_bytes) as u64;
+                    let sent = moved.head_bytes + moved.guest_bytes;
+                    self.connection.note_sent(sent);
+                    self.counters.wire_bytes += sent as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => result = Err(self.connection.failed(SENDING, error)),
             }
         }
         result.inspect_err(|_| self.give_up())
+    }
+
+    /// The same, where it is encrypted in this process.
+    fn send_by_copies(&mut self, runs: &[Run]) -> Result<(), TransportError> {
+        let mut copy = mem::take(&mut self.copy);
+        let head = mem::take(&mut self.head);
+        let mut sent = self.put(&head);
+        self.head = head;
+        for piece in pieces(runs) {
+            sent = sent.and_then(|()| {
+                self.vectors.memory().copy_out(piece, &mut copy)?;
+                self.counters.user_copied_bytes += copy.len() as u64;
+                self.put(&copy)
+            });
+        }
+        self.copy = copy;
+        sent?;
+        let flushed = self.connection.flush(None);
+        flushed.map(drop).map_err(|errno| self.connection.failed(SENDING, errno.into()))
+    }
+
+    fn put(&mut self, mut bytes: &[u8]) -> Result<(), TransportError> {
+        while !bytes.is_empty() {
+            self.counters.system_calls += 1;
+            match self.connection.send(bytes, SendFlags::empty()) {
+                Ok(sent) => {
+                    bytes = &bytes[sent..];
+                    self.counters.wire_bytes += sent as u64;
+                }
+                Err(errno) => return Err(self.connection.failed(SENDING, errno.into())),
+            }
+        }
+        Ok(())
     }
 
     /// Something failed in the middle of a record.
@@ -310,7 +353,8 @@ impl PageSender for TcpPageSender {
         let ticket = self.sent + 1;
         let ask = self.schedule.flag_next(ticket, runs);
         stream::encode_batch(ticket, runs, ask, &mut self.head);
-        self.send_all(ticket)?;
+        self.connection.check_key(SENDING)?;
+        self.send_all(ticket, runs)?;
         self.sent = ticket;
         if self.zero_copy.look_is_due() {
             self.look()?;
@@ -364,7 +408,7 @@ impl PageSender for TcpPageSender {
         }
         self.check_open()?;
         stream::encode_end(&mut self.head);
-        self.send_all(self.sent)?;
+        self.send_all(self.sent, &[])?;
         // The end is a request too.
         self.schedule.requested(self.sent);
         self.phase = Phase::Finished;

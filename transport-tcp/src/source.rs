@@ -18,6 +18,7 @@ use crate::inbox::{Inbox, Side};
 use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{Kind, Preamble};
 use crate::sender::TcpPageSender;
+use crate::trust::Trust;
 use crate::{CAPABILITIES, NAME};
 
 /// The source's end of a link over TCP. Made by [`connect()`](crate::connect()).
@@ -31,6 +32,7 @@ use crate::{CAPABILITIES, NAME};
 pub struct TcpSourceLink {
     end: End,
     options: TcpOptions,
+    trust: Trust,
     inbox: Arc<Inbox>,
     /// Where the data channels' connections are there already.
     given: Option<Vec<Given>>,
@@ -40,21 +42,23 @@ impl TcpSourceLink {
     pub(crate) fn new(
         id: LinkId,
         options: TcpOptions,
+        trust: Trust,
         state: Arc<LinkState>,
         control: &Arc<Connection>,
     ) -> Self {
         let inbox = Arc::new(Inbox::new(control, Side::Source, None));
-        Self { end: End::new(id, state, &inbox), options, inbox, given: None }
+        Self { end: End::new(id, state, &inbox), options, trust, inbox, given: None }
     }
 
     pub(crate) fn given(
         id: LinkId,
         options: TcpOptions,
+        trust: Trust,
         state: Arc<LinkState>,
         control: &Arc<Connection>,
         data: Vec<Given>,
     ) -> Self {
-        Self { given: Some(data), ..Self::new(id, options, state, control) }
+        Self { given: Some(data), ..Self::new(id, options, trust, state, control) }
     }
 
     /// The migration, as the destination's logs call it.
@@ -67,6 +71,17 @@ impl TcpSourceLink {
         self.end.peer_addr()
     }
 
+    /// Whether what passes is encrypted, by whomever.
+    pub fn is_encrypted(&self) -> bool {
+        self.end.is_encrypted()
+    }
+
+    /// Whether data channels are encrypted in this process, and not by the kernel: there are no
+    /// [`DataSocket`]s then, since only this transport can move bytes.
+    pub fn encrypts_in_process(&self) -> bool {
+        self.end.encrypts_in_process()
+    }
+
     /// Fails once the link was interrupted, or it is known why it is over.
     pub fn check(&self) -> Result<(), TransportError> {
         self.end.check()
@@ -76,16 +91,17 @@ impl TcpSourceLink {
     /// way of its own. In place of [`SourceLink::open_senders`], and with the destination's
     /// counterpart meanwhile.
     pub fn open_sockets(&mut self, channels: u16) -> Result<Vec<DataSocket>, TransportError> {
+        self.end.check_for_sockets()?;
         Ok(self.open(channels)?.into_iter().map(DataSocket::new).collect())
     }
 
     fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
-        let Self { end, options, inbox, given } = self;
+        let Self { end, options, trust, inbox, given } = self;
         end.open(channels, |end| {
             let connected = match given {
-                None => dial(end, channels, options),
+                None => dial(end, channels, options, trust),
                 Some(sockets) => enough(sockets, channels)
-                    .and_then(|()| greet(end, std::mem::take(sockets), options)),
+                    .and_then(|()| greet(end, std::mem::take(sockets), options, trust)),
             };
             connected.map_err(|error| {
                 // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
@@ -101,10 +117,11 @@ fn greet(
     end: &End,
     sockets: Vec<Given>,
     options: &TcpOptions,
+    trust: &Trust,
 ) -> Result<Vec<Arc<Connection>>, TransportError> {
     let begun = (0..).zip(sockets).map(|(channel, socket)| {
         let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
-        Dialled::over(socket, &preamble, options, end.state())
+        Dialled::over(socket, &preamble, options, trust, end.state())
     });
     let begun = begun.collect::<Result<Vec<_>, _>>()?;
     begun.into_iter().map(Dialled::await_answer).collect()
@@ -114,12 +131,13 @@ fn dial(
     end: &End,
     channels: u16,
     options: &TcpOptions,
+    trust: &Trust,
 ) -> Result<Vec<Arc<Connection>>, TransportError> {
     // All preambles go out before the first answer is waited for.
     let dialled = (0..channels)
         .map(|channel| {
             let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
-            Dialled::begin(end.peer_addr(), &preamble, options, end.state())
+            Dialled::begin(end.peer_addr(), &preamble, options, trust, end.state())
         })
         .collect::<Result<Vec<_>, _>>()?;
     dialled.into_iter().map(Dialled::await_answer).collect()

@@ -15,6 +15,7 @@ use crate::connection::Connection;
 use crate::options::{TcpOptions, ZeroCopy};
 use crate::outstanding::{Outstanding, Unreleased};
 use crate::raw_io;
+use crate::wire::Seal;
 
 /// Page bytes from which a batch is sent zero-copy. It costs one more `sendmsg` (the head may not
 /// be part of it, since its buffer is used again at once), a share of a look at completions, and
@@ -60,8 +61,14 @@ impl ZeroCopier {
         // A send that waits for room many times over is no faster for what it did not copy; and
         // packets full of pages of which they use little shrink a small receive window for good.
         let buffer_is_small = options.send_buffer_bytes.is_some_and(|bytes| bytes < MIN_BYTES);
+        let is_sealed = connection.seal() != Seal::Plain;
         let enabled = match choice {
             ZeroCopy::Off => Ok(Mode::Off),
+            ZeroCopy::Auto if is_sealed => Ok(Mode::Off),
+            // What is encrypted is a copy.
+            ZeroCopy::On if is_sealed => {
+                return Err(TransportError::Unsupported("zero-copy sends where TLS encrypts them"));
+            }
             ZeroCopy::Auto if buffer_is_small || connection.is_within_host() => Ok(Mode::Off),
             ZeroCopy::Auto => raw_io::enable_zero_copy(connection).map(|()| Mode::Trying),
             ZeroCopy::On => raw_io::enable_zero_copy(connection).map(|()| Mode::On),

@@ -11,7 +11,10 @@ use std::time::Duration;
 use pageferry::testing::conformance::Pair;
 use pageferry::testing::conformance::acceptors::Venue;
 use pageferry::transport::{Admission, DestinationLink, SourceLink, TransportError};
-use pageferry_tcp::{GivenSockets, TcpAcceptor, TcpOptions, ZeroCopy, connect};
+use pageferry_tcp::testing::{Authority, shared_key};
+use pageferry_tcp::{
+    GivenSockets, KernelTls, Security, TcpAcceptor, TcpOptions, Tls, ZeroCopy, connect,
+};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 fn pair(address: &str, options: TcpOptions) -> Pair {
@@ -39,6 +42,17 @@ fn zero_copy() -> Pair {
     pair("127.0.0.1:0", TcpOptions { zero_copy: ZeroCopy::On, ..TcpOptions::default() })
 }
 
+fn tls() -> Pair {
+    pair("127.0.0.1:0", shared_key(KernelTls::Off))
+}
+
+fn tls_with_small_buffers() -> Pair {
+    let (send_buffer_bytes, receive_buffer_bytes) = (Some(4096), Some(4096));
+    let options =
+        TcpOptions { send_buffer_bytes, receive_buffer_bytes, ..shared_key(KernelTls::Off) };
+    pair("127.0.0.1:0", options)
+}
+
 fn plain() -> Pair {
     pair("127.0.0.1:0", TcpOptions { zero_copy: ZeroCopy::Off, ..TcpOptions::default() })
 }
@@ -63,6 +77,34 @@ mod with_small_buffers {
     pageferry::conformance_suite!(small_buffers);
 }
 
+mod with_tls {
+    use super::*;
+    pageferry::conformance_suite!(tls);
+}
+
+mod with_tls_and_small_buffers {
+    use super::*;
+    pageferry::conformance_suite!(tls_with_small_buffers);
+}
+
+#[test]
+fn with_certificates() {
+    let authority = Authority::new("ours");
+    let tls = authority.tls(&authority.issue(&["127.0.0.1"]));
+    let security = Security::Tls(Tls { kernel: KernelTls::Off, ..tls });
+    let options = TcpOptions { security, ..TcpOptions::default() };
+    pageferry::testing::conformance::run_all(&|| pair("127.0.0.1:0", options.clone()));
+}
+
+#[test]
+fn with_tls_by_the_kernel() {
+    if let Some(why) = pageferry_tcp::kernel_tls_unavailable() {
+        eprintln!("with_tls_by_the_kernel skipped, because {why}");
+        return;
+    }
+    pageferry::testing::conformance::run_all(&|| pair("127.0.0.1:0", shared_key(KernelTls::On)));
+}
+
 #[test]
 fn over_ipv6() {
     if let Err(error) = TcpListener::bind("[::1]:0") {
@@ -75,6 +117,13 @@ fn over_ipv6() {
 
 /// A link over such sockets: as many as any case has channels.
 fn given<S: Into<OwnedFd>>(pair: impl Fn() -> io::Result<(S, S)>) -> Pair {
+    given_with(&TcpOptions::default(), pair)
+}
+
+fn given_with<S: Into<OwnedFd>>(
+    options: &TcpOptions,
+    pair: impl Fn() -> io::Result<(S, S)>,
+) -> Pair {
     const CHANNELS: usize = 8;
     let pair = || -> (OwnedFd, OwnedFd) {
         let (here, there) = pair().expect("two sockets");
@@ -84,7 +133,7 @@ fn given<S: Into<OwnedFd>>(pair: impl Fn() -> io::Result<(S, S)>) -> Pair {
     let (data, their_data) = (0..CHANNELS).map(|_| pair()).unzip();
     let ends = [(control, data), (their_control, their_data)];
     let [here, there] = ends.map(|(control, data)| {
-        GivenSockets::new(control, data, TcpOptions::default()).expect("connected streams")
+        GivenSockets::new(control, data, options.clone()).expect("connected streams")
     });
     thread::scope(|scope| {
         let destination = scope.spawn(|| there.destination().expect("the source's end is there"));
@@ -100,6 +149,12 @@ fn unix() -> Pair {
 mod over_unix_sockets {
     use super::*;
     pageferry::conformance_suite!(unix);
+}
+
+#[test]
+fn over_unix_sockets_with_tls() {
+    let options = shared_key(KernelTls::Auto);
+    pageferry::testing::conformance::run_all(&|| given_with(&options, UnixStream::pair));
 }
 
 #[test]
@@ -134,11 +189,11 @@ fn over_vsock() {
     pageferry::testing::conformance::run_all(&|| given(pair));
 }
 
-struct Port(TcpAcceptor);
+struct Port(TcpAcceptor, TcpOptions);
 
 impl Venue for Port {
     fn connect(&self) -> Result<Box<dyn SourceLink>, TransportError> {
-        Ok(Box::new(connect(self.0.local_addr(), TcpOptions::default())?))
+        Ok(Box::new(connect(self.0.local_addr(), self.1.clone())?))
     }
 
     fn accept(&self, timeout: Duration) -> Result<Box<dyn DestinationLink>, TransportError> {
@@ -146,9 +201,23 @@ impl Venue for Port {
     }
 }
 
+fn port_with(options: &TcpOptions) -> Box<dyn Venue> {
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", options.clone());
+    Box::new(Port(acceptor.expect("a port of loopback"), options.clone()))
+}
+
 fn port() -> Box<dyn Venue> {
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default());
-    Box::new(Port(acceptor.expect("a port of loopback")))
+    port_with(&TcpOptions::default())
 }
 
 pageferry::acceptor_suite!(port);
+
+mod acceptor_with_tls {
+    use super::*;
+
+    fn port() -> Box<dyn Venue> {
+        port_with(&shared_key(KernelTls::Auto))
+    }
+
+    pageferry::acceptor_suite!(port);
+}

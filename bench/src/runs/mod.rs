@@ -16,7 +16,7 @@ use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::say;
 use pageferry_iouring::{IoUringOptions, Rings, ZeroCopy};
 use pageferry_rust_vmm::guest_memory;
-use pageferry_tcp::{TcpAcceptor, TcpOptions, TcpSourceLink, connect};
+use pageferry_tcp::{Security, TcpAcceptor, TcpOptions, TcpSourceLink, connect};
 use pageferry_vmm::ram::{Backing, Ram};
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
@@ -95,12 +95,15 @@ pub(crate) fn run(args: &RunsArgs) -> Result<Outcome, Failure> {
     }
 }
 
+/// It is noise that is sent: nothing of it is secret.
+fn plain_text() -> TcpOptions {
+    TcpOptions { security: Security::PlainText, ..TcpOptions::default() }
+}
+
 /// Takes one link after another, until somebody ends the process.
 fn take(address: &str, memory: &Arc<GuestMemory>) -> Result<Outcome, Failure> {
-    let acceptor = TcpAcceptor::bind(
-        address,
-        TcpOptions { admission: Admission::Anyone, ..TcpOptions::default() },
-    )?;
+    let acceptor =
+        TcpAcceptor::bind(address, TcpOptions { admission: Admission::Anyone, ..plain_text() })?;
     say!("listening on {}", acceptor.local_addr());
     loop {
         let mut link = acceptor.accept(None)?;
@@ -166,7 +169,7 @@ fn send(
 fn connect_when_free(address: &str) -> Result<TcpSourceLink, Failure> {
     let began = Instant::now();
     loop {
-        match connect(address, TcpOptions::default()) {
+        match connect(address, plain_text()) {
             Err(TransportError::Refused { .. }) if began.elapsed() < PATIENCE => {}
             other => return Ok(other?),
         }

@@ -6,7 +6,8 @@
 //! returns what has come, without being told to wait for more. When its part is there it sends
 //! one byte back, and the transfer is over when the source has all of these bytes.
 //!
-//! There is no format, no check, no zero page, no flow control but TCP's.
+//! There is no format, no check, no zero page, no flow control but TCP's. Against an engine that encrypts in its
+//! process it does that too ([`super::bare_sealed`]).
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -17,11 +18,13 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, bounded};
 use pageferry_cli::outcome::Failure;
+use pageferry_tcp::KernelTls;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile, VolatileMemoryError,
     VolatileSlice, WriteVolatile,
 };
 
+use super::bare_sealed;
 use super::memory::parts;
 use super::wire::{Measured, Setup};
 use crate::usage::CpuWindow;
@@ -58,8 +61,8 @@ pub(super) fn send(
         for (stream, part) in streams.into_iter().zip(parts_of(setup)) {
             let (start, wait) = bounded(1);
             starts.push(start);
-            let calls = &calls;
-            let body = move || send_part(stream, memory, &part, &wait, calls);
+            let (calls, sealed) = (&calls, is_sealed(setup));
+            let body = move || send_part(stream, memory, &part, sealed, &wait, calls);
             threads.push(named("bare-send").spawn_scoped(scope, body)?);
         }
         // As the engine: threads wait for work, and the clock runs before they get it.
@@ -109,8 +112,8 @@ pub(super) fn receive(
     thread::scope(|scope| -> Result<_, Failure> {
         let mut threads = Vec::new();
         for (stream, part) in streams.into_iter().flatten().zip(parts_of(setup)) {
-            let calls = &calls;
-            let body = move || receive_part(stream, memory, &part, calls);
+            let (calls, sealed) = (&calls, is_sealed(setup));
+            let body = move || receive_part(stream, memory, &part, sealed, calls);
             threads.push(named("bare-recv").spawn_scoped(scope, body)?);
         }
         join(threads)
@@ -129,6 +132,11 @@ fn named(name: &str) -> thread::Builder {
     thread::Builder::new().name(name.to_owned())
 }
 
+/// Whether it encrypts too: where the engine does in its process.
+fn is_sealed(setup: &Setup) -> bool {
+    setup.way.transport.kernel_tls() == Some(KernelTls::Off)
+}
+
 fn parts_of(setup: &Setup) -> impl Iterator<Item = Range<u64>> {
     parts(setup.memory_bytes, usize::from(setup.channels))
 }
@@ -142,6 +150,7 @@ fn send_part(
     mut stream: TcpStream,
     memory: &GuestMemoryMmap<()>,
     part: &Range<u64>,
+    sealed: bool,
     wait: &Receiver<()>,
     calls: &AtomicU64,
 ) -> io::Result<Instant> {
@@ -150,6 +159,10 @@ fn send_part(
     wait.recv().map_err(io::Error::other)?;
     let mut done = 0;
     let mut count = 0;
+    if sealed {
+        count = bare_sealed::send(&stream, &part)?;
+        done = part.len();
+    }
     while done < part.len() {
         let chunk_bytes = CHUNK_BYTES.min(part.len() - done);
         let chunk = part.subslice(done, chunk_bytes).map_err(io::Error::other)?;
@@ -170,12 +183,17 @@ fn receive_part(
     mut stream: TcpStream,
     memory: &GuestMemoryMmap<()>,
     part: &Range<u64>,
+    sealed: bool,
     calls: &AtomicU64,
 ) -> io::Result<()> {
     let part = slice(memory, part)?;
     stream.write_all(&READY)?;
     let mut done = 0;
     let mut count = 0;
+    if sealed {
+        count = bare_sealed::receive(&stream, &part)?;
+        done = part.len();
+    }
     while done < part.len() {
         let mut rest = part.offset(done).map_err(io::Error::other)?;
         count += 1;

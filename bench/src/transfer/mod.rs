@@ -2,6 +2,7 @@
 //! of system calls.
 
 mod bare;
+mod bare_sealed;
 mod machine;
 mod memory;
 mod side;

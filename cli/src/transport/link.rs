@@ -7,6 +7,7 @@ use clap::Args;
 use pageferry::Timeouts;
 use pageferry_tcp::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
 
+use super::SecurityArgs;
 use crate::units::{options, size, time, time_text};
 
 /// Settings of a link, with the library's defaults.
@@ -68,6 +69,9 @@ pub struct LinkArgs {
     /// Congestion control, by the kernel's name of it: bbr [default: net.ipv4.tcp_congestion_control].
     #[arg(long, value_name = "NAME")]
     pub congestion_control: Option<String>,
+    /// Who may be at the other end.
+    #[command(flatten)]
+    pub security: SecurityArgs,
 }
 
 /// A value, or the word "off".
@@ -191,6 +195,7 @@ impl LinkArgs {
             interface: self.interface.clone(),
             dscp: self.dscp,
             congestion_control: self.congestion_control.clone(),
+            security: self.security.security(),
         }
     }
 
@@ -199,7 +204,7 @@ impl LinkArgs {
         let probes = |Keepalive { idle, interval, probes }: &Keepalive| {
             format!("{},{},{probes}", time_text(idle), time_text(interval))
         };
-        options([
+        let mut list = options([
             ("handshake-timeout", self.handshake_timeout.as_ref().map(time_text)),
             (
                 "registration-timeout-per-gib",
@@ -220,7 +225,9 @@ impl LinkArgs {
             ("interface", self.interface.clone()),
             ("dscp", self.dscp.map(|code_point| code_point.to_string())),
             ("congestion-control", self.congestion_control.clone()),
-        ])
+        ]);
+        list.extend(self.security.to_command_line());
+        list
     }
 }
 
@@ -229,6 +236,7 @@ mod tests {
     use clap::Parser;
 
     use pageferry::transport::Admission;
+    use pageferry_tcp::{Certificates, Identity, KernelTls, Material, Security, Tls};
 
     use super::*;
 
@@ -254,7 +262,9 @@ mod tests {
         let given = "--handshake-timeout 1s --registration-timeout-per-gib 11s --stall-timeout 2s --load-timeout 3s --release-timeout 12s --commit-timeout \
                      4s500ms --rejoin-timeout 13s --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
                      --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M \
-                     --source-address 192.0.2.7 --interface eth1 --dscp 10 --congestion-control bbr";
+                     --source-address 192.0.2.7 --interface eth1 --dscp 10 --congestion-control bbr \
+                     --tls-cert /c --tls-key /k --tls-ca /a --tls-crl /r --tls-crl /s --tls-peer-name there \
+                     --kernel-tls off";
         let given: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
         for args in [parsed(&given), parsed(&parsed(&given).to_command_line())] {
             let commit = Duration::from_millis(4500);
@@ -279,12 +289,32 @@ mod tests {
                 interface: Some("eth1".to_owned()),
                 dscp: Some(10),
                 congestion_control: Some("bbr".to_owned()),
+                security: Security::Tls(Tls {
+                    identity: Identity::Certificates(Certificates {
+                        certificate: Material::File("/c".into()),
+                        key: Material::File("/k".into()),
+                        authority: Material::File("/a".into()),
+                        revoked: vec![Material::File("/r".into()), Material::File("/s".into())],
+                    }),
+                    peer_name: Some("there".to_owned()),
+                    kernel: KernelTls::Off,
+                }),
             };
             assert_eq!(args.tcp(ZeroCopy::Off), tcp);
         }
         let off = parsed(&["--tcp-user-timeout=off", "--keepalive=off"].map(str::to_owned));
         let off = parsed(&off.to_command_line()).tcp(ZeroCopy::Auto);
         assert_eq!((off.user_timeout, off.keepalive), (None, None));
+        for (given, security) in [
+            ("--insecure", Security::PlainText),
+            (
+                "--shared-key=/key",
+                Security::Tls(Tls::new(Identity::SharedKey(Material::File("/key".into())))),
+            ),
+        ] {
+            let given = parsed(&[given.to_owned()]);
+            assert_eq!(parsed(&given.to_command_line()).tcp(ZeroCopy::Auto).security, security);
+        }
         let defaults = parsed(&[]);
         assert_eq!(defaults.timeouts(), Timeouts::default());
         assert_eq!(defaults.tcp(ZeroCopy::default()), TcpOptions::default());

@@ -5,6 +5,7 @@ pub mod facts;
 mod link;
 mod open;
 mod rdma;
+mod security;
 
 use clap::ValueEnum;
 use pageferry_tcp::ZeroCopy;
@@ -14,6 +15,7 @@ pub(crate) use begun::Begun;
 pub use link::{LinkArgs, OrOff};
 pub use open::{Acceptor, Caller, Chosen};
 pub use rdma::{RdmaArgs, RdmaRegistration, WITHOUT_RDMA};
+pub use security::{KernelTlsChoice, SecurityArgs};
 
 /// What moves the pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -7,7 +7,7 @@ use pageferry::transport::{Connector, DestinationLink, Interrupt, Rendezvous, Tr
 use pageferry_iouring::{IoUringOptions, Rings};
 #[cfg(feature = "rdma")]
 use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode};
-use pageferry_tcp::{TcpAcceptor, TcpDialler, TcpOptions};
+use pageferry_tcp::{KernelTls, Security, TcpAcceptor, TcpDialler, TcpOptions, Tls};
 
 #[cfg(feature = "rdma")]
 use super::RdmaRegistration;
@@ -51,8 +51,14 @@ impl Transport {
 
     /// Decides; if that is up to this kernel and it has no io_uring, says so on stderr.
     pub fn choose(self, tcp: TcpOptions, rdma: &RdmaArgs) -> Result<Chosen, TransportError> {
+        let in_process = check_security(&tcp)?;
         let asked_for = match self.meant(rdma) {
             Self::Tcp => return Ok(Chosen::Tcp(tcp)),
+            Self::Rdma if matches!(tcp.security, Security::Tls(_)) => {
+                return Err(TransportError::Unsupported(
+                    "encryption and identity: --insecure does without, or --transport tcp has them",
+                ));
+            }
             Self::Rdma => {
                 let TcpOptions { source_address, interface, dscp, congestion_control, .. } = &tcp;
                 if source_address.is_some()
@@ -65,9 +71,10 @@ impl Transport {
                          --rdma-port and --rdma-traffic-class",
                     ));
                 }
-                return with_rdma(rdma);
+                return with_rdma(rdma, tcp.security == Security::PlainText);
             }
             Self::IoUring => true,
+            Self::Auto if in_process => return Ok(Chosen::Tcp(tcp)),
             Self::Auto => false,
         };
         // Who did not ask for io_uring goes on without it where there is no room for all channels.
@@ -87,8 +94,26 @@ impl Transport {
     }
 }
 
+/// Fails where what TLS needs is not there; whether it will be in this process, which is said on stderr if it is for
+/// want of something.
+fn check_security(tcp: &TcpOptions) -> Result<bool, TransportError> {
+    let Security::Tls(tls) = &tcp.security else { return Ok(false) };
+    let Tls { kernel, .. } = tls;
+    let unusable =
+        |reason| TransportError::Security { address: "the other side".to_owned(), reason };
+    tls.check().map_err(unusable)?;
+    match (kernel, pageferry_tcp::kernel_tls_unavailable()) {
+        (KernelTls::On, Some(why)) => Err(unusable(why.to_owned())),
+        (KernelTls::Auto, Some(why)) => {
+            say!("{why}; pages are encrypted in this process, with a copy of each");
+            Ok(true)
+        }
+        (kernel, _) => Ok(*kernel == KernelTls::Off),
+    }
+}
+
 #[cfg(feature = "rdma")]
-fn with_rdma(args: &RdmaArgs) -> Result<Chosen, TransportError> {
+fn with_rdma(args: &RdmaArgs, plain_text: bool) -> Result<Chosen, TransportError> {
     pageferry_rdma::available().map_err(|unavailable| TransportError::Io {
         operation: "use RDMA",
         cause: unavailable.into(),
@@ -111,6 +136,7 @@ fn with_rdma(args: &RdmaArgs) -> Result<Chosen, TransportError> {
         registration,
         ack_timeout: args.rdma_ack_timeout.unwrap_or(defaults.ack_timeout),
         retries: args.rdma_retries.unwrap_or(defaults.retries),
+        plain_text,
         ..defaults
     }))
 }
@@ -135,11 +161,11 @@ fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
 
 #[cfg(not(feature = "rdma"))]
 fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
-    with_rdma(args).map(|_| String::new())
+    with_rdma(args, false).map(|_| String::new())
 }
 
 #[cfg(not(feature = "rdma"))]
-fn with_rdma(_: &RdmaArgs) -> Result<Chosen, TransportError> {
+fn with_rdma(_: &RdmaArgs, _: bool) -> Result<Chosen, TransportError> {
     let cause = std::io::Error::other(WITHOUT_RDMA);
     Err(TransportError::Io { operation: "use RDMA", cause })
 }

@@ -38,6 +38,15 @@ pub enum TransportError {
         /// Its words.
         reason: String,
     },
+    /// There is no secure connection: one of the two does not prove who it is, or takes no plain text, or what it
+    /// needs for that is not there.
+    #[error("no secure connection with {address}: {reason}")]
+    Security {
+        /// With whom.
+        address: String,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The link was lost: reset, closed in the middle, or dead for too long.
     #[error("link lost while trying to {operation}")]
     Lost {

@@ -18,6 +18,7 @@ mod onward;
 mod refused;
 mod rejoining;
 mod saved;
+mod security;
 mod settings;
 mod strangers;
 mod support;

@@ -9,36 +9,50 @@ use crate::support::sides::{BUSY, TIGHT, destination, source_of};
 const CUTS: u64 = 20;
 
 /// All connections are cut at all kinds of moments, in rounds that follow the first.
-fn assert_survives_cuts(transport: &str) {
+fn assert_survives_cuts(cuts: u64, both: &[&str]) {
     let relay = Arc::new(Relay::default());
-    let (mut destination, address) = destination(&[transport]);
-    let more = ["--dirty-rate=20000", "--verify", "--run-for=100ms", transport];
-    let mut source = source_of(&[BUSY, TIGHT, &more].concat());
+    let (mut destination, address) = destination(both);
+    let more = ["--dirty-rate=20000", "--verify", "--run-for=100ms"];
+    let mut source = source_of(&[BUSY, TIGHT, &more, both].concat());
     source.say(format!("migrate {}", relayed(&address, &relay)));
     source.await_message("round 1: ");
-    for cut in 1..=CUTS {
+    for cut in 1..=cuts {
         relay.cut_after(cut * cut * 1_000_003 % (16 << 20));
         source.await_message("the link is back");
     }
     source.say("downtime-limit 30s");
     let departed = source.finish().report(0);
     let arrived = destination.finish().report(0);
-    departed.assert_departed();
-    arrived.assert_arrived();
+    if both.iter().any(|option| option.starts_with("--shared-key")) {
+        departed.assert_departed_encrypted();
+        arrived.assert_arrived_encrypted();
+    } else {
+        departed.assert_departed();
+        arrived.assert_arrived();
+    }
     for report in [&departed, &arrived] {
         assert_eq!(report.flag("memory_match"), Some(true), "{report:?}");
-        assert_eq!(report.count("rejoins"), CUTS, "{report:?}");
+        assert_eq!(report.count("rejoins"), cuts, "{report:?}");
     }
 }
 
 #[test]
 fn a_guest_moves_over_a_link_that_is_cut_again_and_again_by_tcp() {
-    assert_survives_cuts("--transport=tcp");
+    assert_survives_cuts(CUTS, &["--transport=tcp"]);
 }
 
 #[test]
 fn a_guest_moves_over_a_link_that_is_cut_again_and_again_by_io_uring() {
-    assert_survives_cuts("--transport=auto");
+    assert_survives_cuts(CUTS, &["--transport=auto"]);
+}
+
+/// Each link is one that both sides have proven to each other anew.
+#[test]
+fn a_guest_moves_encrypted_over_a_link_that_is_cut_again_and_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let key = folder.path().join("key");
+    std::fs::write(&key, [b'k'; 32]).expect("the folder is writable");
+    assert_survives_cuts(CUTS / 4, &[&format!("--shared-key={}", key.display())]);
 }
 
 /// In the first round, in which most of what is sent is new.

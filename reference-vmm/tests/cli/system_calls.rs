@@ -49,8 +49,10 @@ fn traced_source(directory: &Path, more: &[&str]) -> Process {
 /// Such a source, and a destination that is traced. With its address.
 fn sides(directory: &Path, more: &[&str]) -> (Process, Process, String) {
     let own = ["receive", "--listen=127.0.0.1:0", "--populate=1", "--run-for=10ms"];
-    let transport = more.iter().find(|option| option.starts_with("--transport"));
-    let args = [&own, &PATIENT[..], &[*transport.expect("a transport")]].concat();
+    let is_for_both =
+        |option: &&str| ["--transport", "--shared-key"].iter().any(|it| option.starts_with(it));
+    let both: Vec<_> = more.iter().copied().filter(is_for_both).collect();
+    let args = [&own, &PATIENT[..], &both].concat();
     let mut destination = traced("destination", directory, &args);
     let line = destination.await_message("listening on ");
     let address = line.trim_start_matches("listening on ").to_owned();
@@ -98,17 +100,16 @@ fn assert_documented(directory: &Path) -> BTreeSet<String> {
     seen
 }
 
-fn limited(transport: &str) {
+fn limited(both: &[&str]) {
     if !can_trace() {
         return;
     }
     let directory = tempfile::tempdir().expect("a directory");
-    let transport = format!("--transport={transport}");
-    let more = [&transport, "--bandwidth-limit=32M", "--verify", "--downtime-limit=1m"];
-    let (mut source, mut destination, address) = sides(directory.path(), &more);
+    let more = ["--bandwidth-limit=32M", "--verify", "--downtime-limit=1m"];
+    let (mut source, mut destination, address) = sides(directory.path(), &[both, &more].concat());
     source.say(format!("migrate {address}"));
-    source.finish().report(0).assert_departed();
-    destination.finish().report(0).assert_arrived();
+    let (departed, arrived) = (source.finish().report(0), destination.finish().report(0));
+    assert_eq!((departed.text("outcome"), arrived.text("outcome")), ("completed", "completed"));
     let seen = assert_documented(directory.path());
     for role in ["ferry-accept", "ferry-control", "ferry-popu", "ferry-recv", "ferry-send"] {
         assert!(seen.contains(role), "no {role} in {seen:?}");
@@ -117,12 +118,19 @@ fn limited(transport: &str) {
 
 #[test]
 fn of_a_limited_migration_by_tcp() {
-    limited("tcp");
+    limited(&["--transport=tcp"]);
 }
 
 #[test]
 fn of_a_limited_migration_by_io_uring() {
-    limited("auto");
+    limited(&["--transport=auto"]);
+}
+
+#[test]
+fn of_a_migration_that_is_encrypted() {
+    let key = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(key.path(), [b'k'; 32]).expect("it is writable");
+    limited(&["--transport=tcp", &format!("--shared-key={}", key.path().display())]);
 }
 
 /// Of a guest that does not converge.

@@ -9,6 +9,7 @@ mod greetings;
 mod links;
 mod measure;
 mod paths;
+mod security;
 mod strangers;
 mod support;
 mod zero_copy;

@@ -119,6 +119,22 @@ impl Report {
 
     /// A source's account of a guest that left.
     pub(crate) fn assert_departed(&self) {
+        self.assert_left();
+        assert_eq!(self.count("user_copied_bytes"), 0);
+    }
+
+    /// The same of one whose pages were encrypted: by the kernel where it can, and else with a copy in the process.
+    pub(crate) fn assert_departed_encrypted(&self) {
+        self.assert_left();
+        self.assert_encrypted();
+    }
+
+    fn assert_encrypted(&self) {
+        let by_kernel = pageferry_tcp::kernel_tls_unavailable().is_none();
+        assert_eq!(self.count("user_copied_bytes") == 0, by_kernel, "{self:?}");
+    }
+
+    fn assert_left(&self) {
         assert_eq!((self.text("outcome"), self.text("guest_at")), ("completed", "destination"));
         assert!(self.is_null("error"), "{self:?}");
         assert!(self.count("rounds") >= 1 && self.count("bytes_on_wire") > 0, "{self:?}");
@@ -132,15 +148,24 @@ impl Report {
         let throttled = self.count("throttle_max_percent") > 0;
         let convergence = if throttled { "throttled" } else { "converged" };
         assert_eq!(self.text("convergence"), convergence);
-        assert_eq!(self.count("user_copied_bytes"), 0);
     }
 
     /// A destination's account of a guest that runs there, and lost nothing.
     pub(crate) fn assert_arrived(&self) {
+        self.assert_runs();
+        assert_eq!(self.count("user_copied_bytes"), 0);
+    }
+
+    /// The same of one whose pages were encrypted.
+    pub(crate) fn assert_arrived_encrypted(&self) {
+        self.assert_runs();
+        self.assert_encrypted();
+    }
+
+    fn assert_runs(&self) {
         assert_eq!((self.text("outcome"), self.text("guest_at")), ("completed", "destination"));
         assert!(self.is_null("error"), "{self:?}");
         assert_eq!(self.flag("oracle_ok"), Some(true), "{self:?}");
-        assert_eq!(self.count("user_copied_bytes"), 0);
     }
 
     /// A source's account of a guest that stayed: it has beaten more often than `beats`, and lost

@@ -1,0 +1,221 @@
+//! One TLS session over a socket, without waiting: a handshake in steps, then bytes either way.
+
+use std::fmt;
+use std::io::{self, BufRead, ErrorKind, IoSlice, Read, Write};
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use rustls::{Connection, Error, ExtractedSecrets};
+
+/// What stands for a failure of TLS among those of system calls: the socket has bytes, and they are of no use.
+pub(crate) const FAILED: Errno = Errno::BADMSG;
+
+/// Read from a socket at once: a few records. A stranger gets the first figure.
+const STRANGER_BYTES: usize = 4 << 10;
+const READ_BYTES: usize = 256 << 10;
+/// Most that is encrypted before the socket has taken it.
+const MOST_UNSENT_BYTES: usize = 256 << 10;
+
+/// How far a handshake is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Waits for the other side.
+    Hears,
+    /// Waits for room.
+    Says,
+    Done,
+}
+
+/// Why a session is over.
+#[derive(Debug)]
+pub(crate) enum Broken {
+    /// TLS says so.
+    Tls(Error),
+    /// The socket.
+    Socket(Errno),
+    /// The other side hung up.
+    Ended,
+}
+
+pub(crate) struct Session {
+    tls: Connection,
+    /// What came and is not taken apart yet: `raw[taken..filled]`.
+    raw: Vec<u8>,
+    taken: usize,
+    filled: usize,
+    /// Why it failed: the first time, which is told ever after.
+    failure: Option<Error>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("failure", &self.failure).finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    pub(super) fn new(mut tls: Connection) -> Self {
+        tls.set_buffer_limit(Some(MOST_UNSENT_BYTES));
+        Self { tls, raw: Vec::new(), taken: 0, filled: 0, failure: None }
+    }
+
+    /// Goes on with the handshake.
+    pub(crate) fn shake_hands(&mut self, socket: BorrowedFd<'_>) -> Result<Stage, Broken> {
+        loop {
+            match self.flush(socket) {
+                Ok(()) => {}
+                Err(Errno::AGAIN) => return Ok(Stage::Says),
+                Err(errno) => return Err(self.broken(errno)),
+            }
+            if !self.tls.is_handshaking() {
+                return Ok(Stage::Done);
+            }
+            match self.feed(socket).and_then(|fed| if fed { Ok(1) } else { self.fill(socket) }) {
+                Ok(1..) => {}
+                Ok(0) => return Err(Broken::Ended),
+                Err(Errno::AGAIN) => return Ok(Stage::Hears),
+                Err(errno) => return Err(self.broken(errno)),
+            }
+        }
+    }
+
+    /// Takes some of what has come; 0 is the end.
+    pub(crate) fn receive(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        into: &mut [u8],
+    ) -> Result<usize, Errno> {
+        loop {
+            match self.tls.reader().read(into) {
+                Ok(received) => return Ok(received),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => return Err(self.failed(Error::DecryptError)),
+            }
+            if !self.feed(socket)? && self.fill(socket)? == 0 {
+                return Ok(0);
+            }
+        }
+    }
+
+    /// Whether there is something to take that the socket does not know of.
+    pub(crate) fn has_more(&mut self) -> bool {
+        self.taken < self.filled || self.tls.reader().fill_buf().is_ok()
+    }
+
+    /// Encrypts some, and sends what there is room for; how many were taken.
+    pub(crate) fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Result<usize, Errno> {
+        self.flush(socket)?;
+        let taken = self.tls.writer().write_vectored(pieces).map_err(|_| FAILED)?;
+        match self.flush(socket) {
+            Ok(()) | Err(Errno::AGAIN) => Ok(taken),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Whether something was taken and is not sent.
+    pub(crate) fn is_unsent(&self) -> bool {
+        self.tls.wants_write()
+    }
+
+    /// Sends what was taken.
+    pub(crate) fn flush(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+        while self.tls.wants_write() {
+            self.tls.write_tls(&mut Outgoing(socket)).map_err(|error| errno_of(&error))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn failure(&self) -> Option<&Error> {
+        self.failure.as_ref()
+    }
+
+    /// The keys, for who goes on without this; or this, where something is under way in it.
+    pub(crate) fn into_secrets(self) -> Result<Result<ExtractedSecrets, Error>, Box<Self>> {
+        if self.taken < self.filled || self.is_unsent() || self.tls.is_handshaking() {
+            return Err(Box::new(self));
+        }
+        Ok(match self.tls {
+            Connection::Client(client) => client.dangerous_extract_secrets(),
+            Connection::Server(server) => server.dangerous_extract_secrets(),
+        })
+    }
+
+    /// Reads from the socket what is there.
+    fn fill(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+        let room = if self.tls.is_handshaking() { STRANGER_BYTES } else { READ_BYTES };
+        if self.raw.len() < room {
+            self.raw.resize(room, 0);
+        }
+        let received = rustix::io::retry_on_intr(|| {
+            rustix::net::recv(socket, &mut self.raw[..], RecvFlags::DONTWAIT)
+        });
+        (self.taken, self.filled) = (0, received?.1);
+        Ok(self.filled)
+    }
+
+    /// Takes some of that apart; whether there was any. Where it fails the other side is told why, as far as there
+    /// is room.
+    fn feed(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Errno> {
+        if self.taken == self.filled {
+            return Ok(false);
+        }
+        let mut left = &self.raw[self.taken..self.filled];
+        let before = left.len();
+        // Fails only where what it has decrypted is not taken, which `receive` does first.
+        let read = self.tls.read_tls(&mut left);
+        self.taken += before - left.len();
+        let processed = read
+            .map_err(|error| Error::General(error.to_string()))
+            .and_then(|_| self.tls.process_new_packets());
+        match processed {
+            Ok(_) => Ok(true),
+            Err(error) => {
+                let _ = self.flush(socket);
+                Err(self.failed(error))
+            }
+        }
+    }
+
+    fn failed(&mut self, error: Error) -> Errno {
+        self.failure.get_or_insert(error);
+        FAILED
+    }
+
+    /// Of a handshake.
+    fn broken(&mut self, errno: Errno) -> Broken {
+        match &self.failure {
+            Some(error) => Broken::Tls(error.clone()),
+            None => Broken::Socket(errno),
+        }
+    }
+}
+
+fn errno_of(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(FAILED, Errno::from_raw_os_error)
+}
+
+/// What goes out, without waiting.
+struct Outgoing<'a>(BorrowedFd<'a>);
+
+impl Write for Outgoing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let sent = rustix::io::retry_on_intr(|| {
+            rustix::net::sendmsg(self.0, pieces, &mut SendAncillaryBuffer::default(), flags)
+        });
+        Ok(sent?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
