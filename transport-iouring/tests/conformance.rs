@@ -65,16 +65,27 @@ fn always() -> IoUringOptions {
 /// Over sockets that the host has connected: as many as any case has channels.
 #[test]
 fn over_unix_sockets() {
+    over_unix_sockets_with(&TcpOptions::default(), &IoUringOptions::default());
+}
+
+/// The kernel encrypts for sockets of TCP alone, and there is nothing for rings to do.
+#[test]
+fn over_unix_sockets_with_tls() {
+    let options = IoUringOptions { require_rings: false, ..IoUringOptions::default() };
+    over_unix_sockets_with(&shared_key(KernelTls::Auto), &options);
+}
+
+fn over_unix_sockets_with(tcp: &TcpOptions, options: &IoUringOptions) {
     let pair = || {
         let [here, there] = unix_sockets(1 + 8).map(|mut sockets| {
             let control = sockets.remove(0);
-            GivenSockets::new(control, sockets, TcpOptions::default()).expect("connected streams")
+            GivenSockets::new(control, sockets, tcp.clone()).expect("connected streams")
         });
         let (source, destination) = thread::scope(|scope| {
             let destination = scope.spawn(|| there.destination().expect("a source"));
             (here.source().expect("a destination"), destination.join().expect("no panic"))
         });
-        let rings = rings(IoUringOptions::default());
+        let rings = rings(options.clone());
         let source: Box<dyn SourceLink> = Box::new(rings.source_link(source));
         let destination: Box<dyn DestinationLink> = Box::new(rings.destination_link(destination));
         (source, destination)

@@ -193,10 +193,22 @@ impl Id {
         unsafe { socket_address(&raw const addr.src_addr) }
     }
 
-    /// Whether it is from an address to itself.
+    /// Whether it is from an address to itself, and from a port of a device to itself: the address alone is what the
+    /// other side says.
     pub(crate) fn is_within_host(&self) -> bool {
         let ip = |address: SocketAddr| canonical(address).ip();
         self.local().is_some_and(|local| self.peer().map(ip) == Some(ip(local)))
+            && self.gids_are_the_same()
+    }
+
+    fn gids_are_the_same(&self) -> bool {
+        // SAFETY: it is there as long as `self`.
+        let route = &unsafe { self.raw.as_ref() }.route;
+        // SAFETY: the union has no other member.
+        let ends = unsafe { &route.addr.addr.ibaddr };
+        // SAFETY: a GID is 16 bytes, whatever they mean.
+        let [here, there] = [&ends.sgid, &ends.dgid].map(|gid| unsafe { gid.raw });
+        here == there
     }
 
     pub(crate) fn set_traffic_class(&self, class: u8) -> io::Result<()> {

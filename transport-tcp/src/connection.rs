@@ -203,8 +203,10 @@ impl Connection {
             let cause = io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {why}"));
             return TransportError::Lost { operation, cause };
         }
-        // What the kernel says of a record that it cannot decrypt, or that carries no data.
-        if self.seal() == Seal::Kernel && matches!(errno, Some(Errno::BADMSG | Errno::IO)) {
+        // What the kernel says of a record that it cannot decrypt, that is none, or that carries no data
+        // (tls_rx_msg_size and tls_rx_one_record in net/tls/tls_sw.c).
+        let of_a_record = [Errno::BADMSG, Errno::IO, Errno::MSGSIZE, Errno::INVAL];
+        if self.seal() == Seal::Kernel && errno.is_some_and(|errno| of_a_record.contains(&errno)) {
             let why =
                 "TLS: what came was changed on the way, or made up, or the other side ends it";
             let cause = io::Error::new(io::ErrorKind::InvalidData, why);
@@ -387,9 +389,11 @@ impl Connection {
                 Ok(Stage::Says) => PollFlags::OUT,
                 Err(Broken::Ended) => return Err(self.ended(operation)),
                 Err(Broken::Socket(errno)) => return Err(self.failed(operation, errno.into())),
-                Err(Broken::Tls(error)) => {
+                Err(Broken::Tls { error, plainly }) => {
                     self.check()?;
-                    let (address, reason) = (self.peer.to_string(), words(&error));
+                    let said =
+                        plainly.map_or_else(String::new, |said| format!(". It says: {said}"));
+                    let (address, reason) = (self.peer.to_string(), words(&error) + &said);
                     return Err(TransportError::Security { address, reason });
                 }
             };
@@ -413,9 +417,11 @@ impl Connection {
 
     /// Has the kernel encrypt from here on, if it is to.
     pub(crate) fn leave_to_kernel(&self) -> Result<(), TransportError> {
-        self.wire.leave_to_kernel().map_err(|cause| TransportError::Io {
-            operation: "have the kernel encrypt (--kernel-tls off does without)",
-            cause,
+        const LEAVING: &str = "have the kernel encrypt (--kernel-tls off does without)";
+        self.wire.leave_to_kernel().map_err(|cause| match cause.kind() {
+            // Not an error of a system call: somebody on the way, or a peer that is none.
+            io::ErrorKind::ConnectionAborted => self.lost(LEAVING, cause),
+            _ => self.failed(LEAVING, cause),
         })
     }
 

@@ -102,8 +102,7 @@ impl TcpDestinationLink {
         channels: u16,
         timeout: Duration,
     ) -> Result<Vec<DataSocket>, TransportError> {
-        self.end.check_for_sockets()?;
-        Ok(self.open(channels, timeout)?.into_iter().map(DataSocket::new).collect())
+        End::sockets(self.open(channels, timeout)?)
     }
 
     fn open(

@@ -8,6 +8,7 @@ use pageferry::memory::GuestMemory;
 use pageferry::transport::{ControlChannel, Interrupt, LinkId, Stages, TransportError};
 
 use crate::connection::{Connection, LINGER, LinkState};
+use crate::data_socket::DataSocket;
 use crate::inbox::Inbox;
 use crate::wire::Seal;
 use crate::{MAX_CHANNELS, control};
@@ -70,14 +71,16 @@ impl End {
         self.connections[0].is_for_copies()
     }
 
-    /// Fails where no other transport can move bytes.
-    pub(crate) fn check_for_sockets(&self) -> Result<(), TransportError> {
-        if self.encrypts_in_process() {
+    /// For another transport to move bytes over; fails where that would be in plain text.
+    pub(crate) fn sockets(
+        connections: Vec<Arc<Connection>>,
+    ) -> Result<Vec<DataSocket>, TransportError> {
+        if connections.iter().any(|connection| connection.seal() == Seal::Process) {
             return Err(TransportError::Unsupported(
                 "sockets for others, where TLS is in this process",
             ));
         }
-        Ok(())
+        Ok(connections.into_iter().map(DataSocket::new).collect())
     }
 
     /// Opens data channels, once, by connections that `connect` makes.

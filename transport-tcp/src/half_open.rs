@@ -125,7 +125,7 @@ impl HalfOpen {
             }
             Err(Broken::Ended) => self.close(rules, "it ended within its TLS handshake"),
             Err(Broken::Socket(errno)) => self.close(rules, &errno.to_string()),
-            Err(Broken::Tls(error)) => {
+            Err(Broken::Tls { error, .. }) => {
                 let (incoming, reason) = (self.incoming, words(&error));
                 let unwanted = Unwanted { incoming, status: Status::Insecure, reason };
                 Step::Stays(Self::refuse(unwanted, rules.warnings))
@@ -156,7 +156,8 @@ impl HalfOpen {
             return Step::Stays(Self::refuse(unwanted, rules.warnings));
         }
         let judged = match check_start(&bytes[..*filled]) {
-            Ok(()) if *filled < PREAMBLE_BYTES => return Step::Stays(self),
+            // There may be more that the socket does not know of.
+            Ok(()) if *filled < PREAMBLE_BYTES => return self.hear(board, rules),
             Ok(()) => Preamble::decode(bytes),
             Err(error) => Err(error),
         };
@@ -197,7 +198,7 @@ impl HalfOpen {
                     self.phase = Phase::Greeting { preamble, answered, greeting };
                     // From here on it may be silent for as long again.
                     self.deadline = answered + rules.silence;
-                    Step::Stays(self)
+                    self.listen(board, rules)
                 }
                 Err(error) => self.close(rules, &format!("failed to answer it: {error}")),
             },

@@ -15,7 +15,7 @@ use socket2::{Protocol, Socket, Type};
 use crate::connection::{Connection, LinkState};
 use crate::options::TcpOptions;
 use crate::preamble::{Answer, Kind, PREAMBLE_BYTES, Preamble, Status, check_start};
-use crate::trust;
+use crate::trust::Doorkeeper;
 use crate::waiting::deadline_after;
 
 const HEARING: &str = "hear what a socket is for";
@@ -116,9 +116,10 @@ impl Hearing {
         socket
             .set_nonblocking(false)
             .map_err(|cause| TransportError::Io { operation: TAKING, cause })?;
-        let wire = trust::incoming(&options.security, socket).map_err(|distrusted| {
-            TransportError::Security { address: peer.to_string(), reason: distrusted.reason }
-        })?;
+        let wire =
+            Doorkeeper::new(options.security.clone()).wire(socket).map_err(|distrusted| {
+                TransportError::Security { address: peer.to_string(), reason: distrusted.why }
+            })?;
         let connection = state.adopt(wire, peer)?;
         Ok(Self { connection, bytes: [0; PREAMBLE_BYTES], filled: 0, answered: false })
     }

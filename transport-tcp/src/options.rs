@@ -37,8 +37,13 @@ pub(crate) fn is_within_host(socket: &Socket) -> io::Result<bool> {
     Ok(ip(socket.local_addr()?) == ip(socket.peer_addr()?))
 }
 
-/// Whether nobody outside this host is on the way: from an address to itself, or over the loopback device.
+/// Whether nobody outside this host is on the way: from an address to itself, over the loopback device, or by a socket
+/// that has no IP addresses (unix, vsock), whose other end is the host's own matter.
 pub(crate) fn stays_within_host(socket: &Socket) -> io::Result<bool> {
+    // A kind of socket that has no IP addresses.
+    if !matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
+        return Ok(true);
+    }
     let is_loopback = |address: SockAddr| {
         address.as_socket().is_some_and(|address| address.ip().to_canonical().is_loopback())
     };

@@ -17,7 +17,7 @@ use crate::incoming::{Incoming, Unwanted};
 use crate::newcomer::{Newcomer, TcpBoard};
 use crate::options::TcpOptions;
 use crate::preamble::Status;
-use crate::trust::{self, Distrusted};
+use crate::trust::{Distrusted, Doorkeeper};
 use crate::waiting::until;
 use crate::wire::Wire;
 
@@ -47,6 +47,7 @@ pub(crate) struct Reception {
     bell: Arc<Bell>,
     board: Arc<TcpBoard>,
     options: TcpOptions,
+    doorkeeper: Doorkeeper,
     /// Oldest first.
     half_open: Vec<HalfOpen>,
     most_half_open: usize,
@@ -67,6 +68,7 @@ impl Reception {
             listener,
             bell,
             board,
+            doorkeeper: Doorkeeper::new(options.security.clone()),
             options,
             half_open: Vec::new(),
             most_half_open: MAX_HALF_OPEN.min(share),
@@ -277,15 +279,17 @@ impl Reception {
                 self.board.warnings.warn(peer, why);
                 continue;
             }
-            match trust::incoming(&self.options.security, socket) {
+            match self.doorkeeper.wire(socket) {
                 Ok(wire) => {
                     let silence = self.options.preamble_timeout.min(LONGEST_PREAMBLE);
                     let incoming = Incoming::new(wire, peer);
                     self.enter(HalfOpen::new(incoming, Instant::now() + silence));
                 }
-                Err(Distrusted { socket, reason }) => {
+                Err(Distrusted { socket, told, why }) => {
+                    self.board.warnings.warn(peer, format_args!("no secure connection: {why}"));
                     let incoming = Incoming::new(Wire::plain(socket), peer);
-                    self.turn_away(Unwanted { incoming, status: Status::Insecure, reason });
+                    let (status, reason) = (Status::Insecure, told.to_owned());
+                    self.turn_away(Unwanted { incoming, status, reason });
                 }
             }
         }

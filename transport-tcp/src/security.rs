@@ -1,9 +1,11 @@
 //! Who may be at the other end, and who can read what passes between.
 
 use std::fmt;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use zeroize::Zeroizing;
 
@@ -11,10 +13,10 @@ use zeroize::Zeroizing;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Security {
-    /// Plain text, from an address to itself and nowhere else: what stays within one host can only be read by who
-    /// may read the guest's memory anyway. A connection to or from another host fails with
-    /// [`TransportError::Security`](pageferry::transport::TransportError::Security). So does one that is given, but
-    /// for sockets of a kind that has no IP addresses.
+    /// Plain text, from an address to itself or over the loopback device, and nowhere else: what stays within one host
+    /// can only be read by who may read the guest's memory anyway. A connection to or from another host fails with
+    /// [`TransportError::Security`](pageferry::transport::TransportError::Security); so does one that is given. Sockets
+    /// of a kind that has no IP addresses, and tunnels that begin on this host, are the host's own matter.
     #[default]
     WithinHost,
     /// Plain text, wherever it goes: whoever is on the way reads the guest's memory, and can change it.
@@ -65,8 +67,8 @@ pub enum KernelTls {
 pub enum Identity {
     /// X.509 certificates.
     Certificates(Certificates),
-    /// A key that only the two sides have: 32 bytes or more that nobody can guess. White space at its end does not
-    /// count.
+    /// A key that only the two sides have: 32 bytes or more that nobody can guess, also not by trying out as many as a
+    /// computer can: no pass phrase. Ends of lines at its end do not count.
     ///
     /// Each side derives a key pair of Ed25519 for itself and one for the other (HKDF-SHA-256), and they are raw
     /// public keys to TLS (RFC 7250). So the key exchange is ephemeral: who learns the key later cannot read what
@@ -110,14 +112,53 @@ impl Material {
         match self {
             Self::Bytes(bytes) => Ok(bytes.clone()),
             Self::File(path) => {
-                let length = fs::metadata(path)?.len();
-                if length > MOST_BYTES {
-                    let what = format!("it has {length} bytes, and is none of these");
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+                let unfit = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+                // A pipe would give it once, or have everybody wait.
+                if !fs::metadata(path)?.is_file() {
+                    return unfit("it is no regular file".to_owned());
                 }
-                fs::read(path).map(Zeroizing::new)
+                let mut bytes = Zeroizing::new(Vec::new());
+                File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut bytes)?;
+                if bytes.len() as u64 > MOST_BYTES {
+                    return unfit(format!("it has more than {MOST_BYTES} bytes"));
+                }
+                Ok(bytes)
             }
         }
+    }
+}
+
+/// What tells whether a file is another one, or was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    file: (u64, u64, u64),
+    /// When, by the kernel's clock of files.
+    pub(crate) changed: SystemTime,
+}
+
+impl Material {
+    /// Of a file that is there.
+    pub(crate) fn stamp(&self) -> Option<Stamp> {
+        let Self::File(path) = self else { return None };
+        let metadata = fs::metadata(path).ok()?;
+        let since = Duration::new(
+            metadata.ctime().try_into().ok()?,
+            metadata.ctime_nsec().try_into().ok()?,
+        );
+        let file = (metadata.dev(), metadata.ino(), metadata.len());
+        Some(Stamp { file, changed: SystemTime::UNIX_EPOCH + since })
+    }
+}
+
+impl Identity {
+    pub(crate) fn materials(&self) -> impl Iterator<Item = &Material> {
+        let (each, lists) = match self {
+            Self::SharedKey(key) => ([Some(key), None, None], &[][..]),
+            Self::Certificates(Certificates { certificate, key, authority, revoked }) => {
+                ([Some(certificate), Some(key), Some(authority)], &revoked[..])
+            }
+        };
+        each.into_iter().flatten().chain(lists)
     }
 }
 

@@ -91,8 +91,7 @@ impl TcpSourceLink {
     /// way of its own. In place of [`SourceLink::open_senders`], and with the destination's
     /// counterpart meanwhile.
     pub fn open_sockets(&mut self, channels: u16) -> Result<Vec<DataSocket>, TransportError> {
-        self.end.check_for_sockets()?;
-        Ok(self.open(channels)?.into_iter().map(DataSocket::new).collect())
+        End::sockets(self.open(channels)?)
     }
 
     fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {

@@ -1,13 +1,14 @@
-//! What the two sides make of their settings. A source reads them once for all connections of a link, a destination
-//! for each connection.
+//! What the two sides make of their settings. A source reads them for each link, a destination
+//! when they have changed.
 
 use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
 
 use pageferry::transport::TransportError;
 use socket2::Socket;
 
 use crate::options::{TcpOptions, stays_within_host};
-use crate::security::Security;
+use crate::security::{Material, Security, Stamp, Tls};
 use crate::tls::{ClientTls, ServerTls};
 use crate::wire::Wire;
 
@@ -40,7 +41,7 @@ impl Trust {
     /// What goes over this socket.
     pub(crate) fn wire(&self, socket: Socket, peer: SocketAddr) -> Result<Wire, TransportError> {
         let Self::Tls(tls) = self else { return Ok(Wire::plain(socket)) };
-        match tls.session() {
+        match tls.session(peer) {
             Ok(session) => Ok(Wire::sealed(socket, session, tls.kernel)),
             Err(reason) => Err(TransportError::Security { address: peer.to_string(), reason }),
         }
@@ -53,9 +54,8 @@ impl Trust {
         peer: SocketAddr,
     ) -> Result<(), TransportError> {
         let Self::WithinHost = self else { return Ok(()) };
-        // Who has lost its addresses has lost the connection; and what has none does not leave the host, or is
-        // the host's own matter.
-        if stays_within_host(socket).unwrap_or(true) {
+        // Who has lost its addresses has lost the connection.
+        if stays_within_host(socket).unwrap_or(false) {
             return Ok(());
         }
         let reason = "it is another host, and nothing would be encrypted: both sides need TLS, by certificates or a \
@@ -74,25 +74,74 @@ fn host(address: &str) -> &str {
 #[derive(Debug)]
 pub(crate) struct Distrusted {
     pub(crate) socket: Socket,
-    pub(crate) reason: String,
+    /// What its other side is told, whoever that is.
+    pub(crate) told: &'static str,
+    /// Why, for this side.
+    pub(crate) why: String,
 }
 
-/// What comes in over this socket.
-pub(crate) fn incoming(security: &Security, socket: Socket) -> Result<Wire, Distrusted> {
-    match security {
-        Security::PlainText => Ok(Wire::plain(socket)),
-        Security::WithinHost if stays_within_host(&socket).unwrap_or(true) => {
-            Ok(Wire::plain(socket))
-        }
-        Security::WithinHost => {
-            let reason = "plain text from another host: both sides need TLS, or to be told that it will do (--insecure)";
-            Err(Distrusted { socket, reason: reason.to_owned() })
-        }
-        Security::Tls(tls) => {
-            match ServerTls::load(tls).and_then(|tls| Ok((tls.session()?, tls.kernel))) {
-                Ok((session, kernel)) => Ok(Wire::sealed(socket, session, kernel)),
-                Err(reason) => Err(Distrusted { socket, reason }),
+/// A destination's. Reads its files again where they have changed.
+#[derive(Debug)]
+pub(crate) struct Doorkeeper {
+    security: Security,
+    kept: Option<Kept>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    loaded: Result<ServerTls, String>,
+    /// What the files were like.
+    stamps: Vec<Option<Stamp>>,
+    /// When they were read.
+    read: SystemTime,
+}
+
+impl Kept {
+    /// Whether it is what would be read now. A file that was written just before may have been written again since, with
+    /// the same time.
+    fn holds(&self, stamps: &[Option<Stamp>]) -> bool {
+        const TICK: Duration = Duration::from_secs(1);
+        let settled = |stamp: &Stamp| stamp.changed + TICK < self.read;
+        self.stamps == stamps && stamps.iter().flatten().all(settled)
+    }
+}
+
+impl Doorkeeper {
+    pub(crate) fn new(security: Security) -> Self {
+        Self { security, kept: None }
+    }
+
+    /// What comes in over this socket.
+    pub(crate) fn wire(&mut self, socket: Socket) -> Result<Wire, Distrusted> {
+        match &self.security {
+            Security::PlainText => Ok(Wire::plain(socket)),
+            Security::WithinHost if stays_within_host(&socket).unwrap_or(false) => {
+                Ok(Wire::plain(socket))
+            }
+            Security::WithinHost => {
+                let told = "plain text from another host: both sides need TLS, or to be told that it will do (--insecure)";
+                Err(Distrusted { socket, told, why: told.to_owned() })
+            }
+            Security::Tls(tls) => {
+                let session =
+                    load(&mut self.kept, tls).and_then(|tls| Ok((tls.session()?, tls.kernel)));
+                match session {
+                    Ok((session, kernel)) => Ok(Wire::sealed(socket, session, kernel)),
+                    Err(why) => {
+                        let told = "this side cannot show who it is; its log says why";
+                        Err(Distrusted { socket, told, why })
+                    }
+                }
             }
         }
     }
+}
+
+fn load(kept: &mut Option<Kept>, tls: &Tls) -> Result<ServerTls, String> {
+    let stamps: Vec<_> = tls.identity.materials().map(Material::stamp).collect();
+    if let Some(kept) = kept.as_ref().filter(|kept| kept.holds(&stamps)) {
+        return kept.loaded.clone();
+    }
+    let (read, loaded) = (SystemTime::now(), ServerTls::load(tls));
+    kept.insert(Kept { loaded, stamps, read }).loaded.clone()
 }

@@ -21,7 +21,7 @@ use crate::waiting::{lock, until};
 pub(crate) enum Seal {
     /// Nobody.
     Plain,
-    /// This process.
+    /// This process. Whatever else moves bytes over the socket would send them in plain text.
     Process,
     /// The kernel: the socket takes and gives plain bytes.
     Kernel,
@@ -81,34 +81,31 @@ impl Wire {
         self.seal() == Seal::Process
             && match self.kernel {
                 KernelTls::Off => true,
-                KernelTls::Auto => kernel::unavailable().is_some(),
+                KernelTls::Auto => self.kernel_cannot().is_some(),
                 KernelTls::On => false,
             }
     }
 
-    /// Leaves what follows to the kernel, if it can and is to; nothing may be under way.
+    /// Why the kernel does not encrypt what goes over this socket; `None` if it can.
+    fn kernel_cannot(&self) -> Option<&'static str> {
+        let is_tcp = matches!(self.socket.protocol(), Ok(Some(Protocol::TCP)));
+        if is_tcp { kernel::unavailable() } else { Some("the socket is none of TCP") }
+    }
+
+    /// Leaves what follows to the kernel, if it is to. From here on the session is gone, whatever comes of it.
     pub(crate) fn leave_to_kernel(&self) -> io::Result<()> {
-        let mut session = lock(&self.session);
-        if session.is_none() || self.kernel == KernelTls::Off {
+        if self.seal() != Seal::Process || self.stays_in_process() {
             return Ok(());
         }
-        let is_tcp = self.socket.protocol()? == Some(Protocol::TCP);
-        let other = (!is_tcp).then_some("the socket is none of TCP");
-        if let Some(why) = other.or_else(kernel::unavailable) {
-            if self.kernel == KernelTls::On {
-                return Err(io::Error::new(io::ErrorKind::Unsupported, why));
-            }
-            return Ok(());
+        if let Some(why) = self.kernel_cannot() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
-        let Some(taken) = session.take() else { return Ok(()) };
-        match taken.into_secrets() {
-            Ok(secrets) => {
-                kernel::take_over(self.as_fd(), secrets.map_err(io::Error::other)?)?;
-                self.seal.store(Seal::Kernel as u8, Ordering::Release);
-            }
-            // The other side is ahead of what it may say: goes on as it is.
-            Err(back) => *session = Some(back),
-        }
+        let session = lock(&self.session).take().ok_or(io::ErrorKind::NotConnected)?;
+        let secrets = session.into_secrets();
+        let secrets =
+            secrets.map_err(|error| io::Error::new(io::ErrorKind::ConnectionAborted, error))?;
+        kernel::take_over(self.as_fd(), secrets)?;
+        self.seal.store(Seal::Kernel as u8, Ordering::Release);
         Ok(())
     }
 
@@ -221,8 +218,16 @@ impl Wire {
                 // Room was waited for, and there may be more.
                 Ok(()) | Err(Errno::AGAIN) if ready.intersects(events) => return Ok(ready),
                 Ok(()) | Err(Errno::AGAIN) => {}
+                // What comes in may be why.
+                Err(_) if events.contains(PollFlags::IN) => self.mute(),
                 Err(errno) => return Err(errno),
             }
+        }
+    }
+
+    fn mute(&self) {
+        if let Some(session) = &mut *lock(&self.session) {
+            session.mute();
         }
     }
 

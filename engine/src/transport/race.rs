@@ -102,7 +102,7 @@ impl<A: Attempt> Race<A> {
         result: Result<T, TransportError>,
     ) -> Result<Option<T>, TransportError> {
         match result {
-            Err(error @ TransportError::Connect { .. }) => {
+            Err(error @ (TransportError::Connect { .. } | TransportError::Security { .. })) => {
                 self.last_error = error;
                 Ok(None)
             }

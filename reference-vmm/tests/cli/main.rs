@@ -9,6 +9,8 @@ mod command_line;
 mod convergence;
 mod cpu;
 mod demo;
+#[path = "../shared/documented.rs"]
+mod documented;
 mod events;
 mod floods;
 mod iouring;

@@ -6,26 +6,13 @@ use std::path::Path;
 
 use rustix::process::Signal;
 
+use crate::documented;
 use crate::support::host::{can_trace, guest_kind};
 use crate::support::process::Process;
 use crate::support::sides::{SMALL, destination};
 
 /// The threads' names begin so.
 const ENGINE: &str = "ferry-";
-
-/// By the beginning of a thread's name: what it may call. "every one" is in each.
-fn documented() -> BTreeMap<String, BTreeSet<String>> {
-    let document = include_str!("../../../docs/embedding.md");
-    let (_, section) = document.split_once("\n### System calls\n").expect("the section");
-    let rows = section.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
-    let mut table = BTreeMap::new();
-    for row in rows.take_while(|line| line.starts_with('|')) {
-        let cells: Vec<_> = row.trim_matches('|').split('|').map(str::trim).collect();
-        let listed = cells[1].split(", ").map(str::to_owned).collect();
-        table.insert(cells[0].to_owned(), listed);
-    }
-    table
-}
 
 /// Under strace, which writes a file a thread.
 fn traced(name: &'static str, directory: &Path, args: &[&str]) -> Process {
@@ -84,7 +71,7 @@ fn called(directory: &Path) -> BTreeMap<String, BTreeSet<String>> {
 
 /// All that was called is documented. The threads that there were.
 fn assert_documented(directory: &Path) -> BTreeSet<String> {
-    let table = documented();
+    let table = documented::system_calls();
     let everyone = &table["every one"];
     let mut seen = BTreeSet::new();
     for (name, calls) in called(directory) {

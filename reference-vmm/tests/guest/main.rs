@@ -2,6 +2,9 @@
 
 mod alone;
 mod common;
+#[path = "../shared/documented.rs"]
+mod documented;
+mod filtered;
 mod migrated;
 mod moving;
 mod oracle;

@@ -1,5 +1,6 @@
 //! What TLS is told, of what the host has said. Read anew for each link.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
@@ -35,8 +36,8 @@ type Why = String;
 #[derive(Debug, Clone)]
 pub(crate) struct ClientTls {
     config: Arc<ClientConfig>,
-    /// Whom it connects to.
-    name: ServerName<'static>,
+    /// Whom it connects to: as was said, or written. `None` if that is nothing but an address.
+    name: Option<ServerName<'static>>,
     pub(crate) kernel: KernelTls,
 }
 
@@ -60,7 +61,10 @@ impl ClientTls {
     /// For a link to that host.
     pub(crate) fn load(tls: &Tls, host: &str) -> Result<Self, Why> {
         let provider = provider();
-        let name = name_of(tls.peer_name.as_deref().unwrap_or(host))?;
+        let name = match &tls.peer_name {
+            Some(name) => Some(name_of(name)?),
+            None => name_of(host).ok(),
+        };
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&TLS13])
             .map_err(unusable)?;
@@ -99,8 +103,10 @@ impl ClientTls {
         Ok(Self { config: Arc::new(config), name, kernel: tls.kernel })
     }
 
-    pub(crate) fn session(&self) -> Result<Session, Why> {
-        let client = ClientConnection::new(Arc::clone(&self.config), self.name.clone());
+    /// To that address.
+    pub(crate) fn session(&self, peer: SocketAddr) -> Result<Session, Why> {
+        let name = self.name.clone().unwrap_or_else(|| ServerName::from(peer.ip()));
+        let client = ClientConnection::new(Arc::clone(&self.config), name);
         Ok(Session::new(client.map_err(unusable)?.into()))
     }
 }

@@ -8,6 +8,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use rustls::{Connection, Error, ExtractedSecrets};
 
+use crate::preamble::Answer;
+
 /// What stands for a failure of TLS among those of system calls: the socket has bytes, and they are of no use.
 pub(crate) const FAILED: Errno = Errno::BADMSG;
 
@@ -31,7 +33,12 @@ pub(crate) enum Stage {
 #[derive(Debug)]
 pub(crate) enum Broken {
     /// TLS says so.
-    Tls(Error),
+    Tls {
+        /// Why.
+        error: Error,
+        /// What the other side has said in plain text instead, if that is what it speaks.
+        plainly: Option<String>,
+    },
     /// The socket.
     Socket(Errno),
     /// The other side hung up.
@@ -46,6 +53,8 @@ pub(crate) struct Session {
     filled: usize,
     /// Why it failed: the first time, which is told ever after.
     failure: Option<Error>,
+    /// Nothing more goes out: the other side, or this one, has ended that direction.
+    mute: bool,
 }
 
 impl fmt::Debug for Session {
@@ -57,7 +66,7 @@ impl fmt::Debug for Session {
 impl Session {
     pub(super) fn new(mut tls: Connection) -> Self {
         tls.set_buffer_limit(Some(MOST_UNSENT_BYTES));
-        Self { tls, raw: Vec::new(), taken: 0, filled: 0, failure: None }
+        Self { tls, raw: Vec::new(), taken: 0, filled: 0, failure: None, mute: false }
     }
 
     /// Goes on with the handshake.
@@ -110,6 +119,9 @@ impl Session {
         pieces: &[IoSlice<'_>],
     ) -> Result<usize, Errno> {
         self.flush(socket)?;
+        if self.mute {
+            return Err(Errno::PIPE);
+        }
         let taken = self.tls.writer().write_vectored(pieces).map_err(|_| FAILED)?;
         match self.flush(socket) {
             Ok(()) | Err(Errno::AGAIN) => Ok(taken),
@@ -119,12 +131,26 @@ impl Session {
 
     /// Whether something was taken and is not sent.
     pub(crate) fn is_unsent(&self) -> bool {
-        self.tls.wants_write()
+        !self.mute && self.tls.wants_write()
+    }
+
+    /// Gives up what is unsent, and what would follow; what comes in still does.
+    pub(crate) fn mute(&mut self) {
+        self.mute = true;
+    }
+
+    /// What somebody has said who does not speak TLS. Anybody on the way may have.
+    pub(crate) fn plain_answer(&self) -> Option<String> {
+        let bytes = self.raw.get(..self.filled)?.first_chunk()?;
+        Answer::decode(bytes).ok().map(|answer| answer.reason).filter(|reason| !reason.is_empty())
     }
 
     /// Sends what was taken.
     pub(crate) fn flush(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
         while self.tls.wants_write() {
+            if self.mute {
+                return Err(Errno::PIPE);
+            }
             self.tls.write_tls(&mut Outgoing(socket)).map_err(|error| errno_of(&error))?;
         }
         Ok(())
@@ -134,15 +160,16 @@ impl Session {
         self.failure.as_ref()
     }
 
-    /// The keys, for who goes on without this; or this, where something is under way in it.
-    pub(crate) fn into_secrets(self) -> Result<Result<ExtractedSecrets, Error>, Box<Self>> {
-        if self.taken < self.filled || self.is_unsent() || self.tls.is_handshaking() {
-            return Err(Box::new(self));
+    /// The keys, for who goes on without this. Nothing may be under way, which no peer brings about: the first record
+    /// behind a preamble and its answer is for who goes on.
+    pub(crate) fn into_secrets(mut self) -> Result<ExtractedSecrets, Error> {
+        if self.has_more() || self.is_unsent() {
+            return Err(Error::General("something came before it was due".to_owned()));
         }
-        Ok(match self.tls {
+        match self.tls {
             Connection::Client(client) => client.dangerous_extract_secrets(),
             Connection::Server(server) => server.dangerous_extract_secrets(),
-        })
+        }
     }
 
     /// Reads from the socket what is there.
@@ -189,7 +216,7 @@ impl Session {
     /// Of a handshake.
     fn broken(&mut self, errno: Errno) -> Broken {
         match &self.failure {
-            Some(error) => Broken::Tls(error.clone()),
+            Some(error) => Broken::Tls { error: error.clone(), plainly: self.plain_answer() },
             None => Broken::Socket(errno),
         }
     }

@@ -69,7 +69,8 @@ impl Derived {
         role: Role,
         provider: &CryptoProvider,
     ) -> Result<Option<Self>, Error> {
-        let secret = secret.trim_ascii_end();
+        let ends = secret.iter().rev().take_while(|byte| b"\r\n".contains(byte)).count();
+        let secret = &secret[..secret.len() - ends];
         if secret.len() < LEAST_BYTES {
             return Ok(None);
         }

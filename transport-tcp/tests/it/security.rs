@@ -3,20 +3,22 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
 use pageferry::testing::greeting;
-use pageferry::transport::{Link, SourceLink, TransportError};
+use pageferry::transport::{Link, Received, SourceLink, TransportError};
 use pageferry_tcp::preamble::{Kind, Status};
-use pageferry_tcp::testing::Authority;
+use pageferry_tcp::testing::{self, Authority};
 use pageferry_tcp::{
     Certificates, Identity, KernelTls, Material, Security, TcpAcceptor, TcpOptions, TcpSourceLink,
     Tls, ZeroCopy, connect,
 };
 
-use crate::support::memory::guest_memory;
-use crate::support::{PATIENCE, log, pair, raw};
+use crate::support::memory::{assert_same, fill, guest_memory};
+use crate::support::{PATIENCE, Pair, Random, data, log, of_anyone, pair, raw};
 
 const HERE: &str = "127.0.0.1";
 
@@ -220,6 +222,29 @@ fn what_can_be_guessed_is_refused() {
     assert!(reason.contains("/none/key") && reason.contains("No such file"), "{reason}");
 }
 
+/// Strangers are not told where a destination keeps its files, nor what is wrong with them; who belongs here is told that
+/// it is not for what it has said.
+#[test]
+fn what_is_wrong_with_a_destinations_files_is_its_own_matter() {
+    log::capture();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a secret place");
+    let there = with(Tls::new(Identity::SharedKey(Material::File(file.clone()))));
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", there).unwrap();
+    let reason = heard(try_to(&acceptor, &shared_key(&key(0))));
+    assert!(reason.contains("It says: this side cannot show who it is"), "{reason}");
+    assert!(!reason.contains("secret place"), "{reason}");
+    let (_, answer) = raw::try_dial(acceptor.local_addr(), raw::ID, Kind::Control);
+    assert_eq!(answer.status, Status::Insecure);
+    assert!(!answer.reason.contains("secret place"), "{}", answer.reason);
+    assert!(log::has_line(&["a secret place", "No such file"]));
+    fs::write(&file, key(0)).unwrap();
+    assert_serves(&acceptor, &shared_key(&key(0)));
+    fs::write(&file, key(1)).unwrap();
+    heard(try_to(&acceptor, &shared_key(&key(0))));
+    assert_serves(&acceptor, &shared_key(&key(1)));
+}
+
 #[test]
 fn a_shared_key_and_certificates_do_not_meet() {
     let ours = Authority::new("ours");
@@ -329,6 +354,130 @@ fn relay(to: SocketAddr, flip_after: Option<usize>) -> (SocketAddr, thread::Join
         seen
     });
     (address, passing)
+}
+
+/// Somebody on the way puts bytes behind the destination's answer, so that the session holds some when a data channel is to
+/// leave it: nobody goes on, least of all in plain text.
+#[test]
+fn what_comes_before_it_is_due_ends_a_channel() {
+    if let Some(why) = pageferry_tcp::kernel_tls_unavailable() {
+        eprintln!("what_comes_before_it_is_due_ends_a_channel skipped, because {why}");
+        return;
+    }
+    let options = shared_key(&key(0));
+    let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, to) = (listener.local_addr().unwrap(), acceptor.local_addr());
+    thread::spawn(move || {
+        for (number, from) in listener.incoming().flatten().enumerate() {
+            let there = TcpStream::connect(to).unwrap();
+            // What the source has said: the handshake's first half, then the rest with its preamble.
+            let said = Arc::new(AtomicUsize::new(0));
+            let (heard, counted) = (from.try_clone().unwrap(), Arc::clone(&said));
+            let mut on = there.try_clone().unwrap();
+            thread::spawn(move || {
+                pass(&heard, |bytes| {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    on.write_all(bytes)
+                });
+            });
+            let mut back = from;
+            thread::spawn(move || {
+                pass(&there, |bytes| {
+                    let is_answer = number > 0 && said.load(Ordering::SeqCst) > 1;
+                    // The beginning of a record that goes on for long.
+                    let junk = [&[23, 3, 3, 0x40, 0][..], &[7; 6000]].concat();
+                    back.write_all(&if is_answer {
+                        [bytes, &junk].concat()
+                    } else {
+                        bytes.to_vec()
+                    })
+                });
+            });
+        }
+    });
+    let mut source = connect(address, options).unwrap();
+    source.register(&guest_memory(&[1])).unwrap();
+    let error = source.open_sockets(1).expect_err("no socket");
+    let TransportError::Lost { cause, .. } = &error else { panic!("not lost: {error:?}") };
+    assert!(cause.to_string().contains("before it was due"), "{cause}");
+}
+
+/// A record of a data channel that was changed on the way, in its header or behind it, ends the channel, by whomever it is
+/// decrypted: as a link that is lost, and not as a fault of this machine's.
+#[test]
+fn a_record_of_pages_that_is_changed_on_the_way_ends_its_channel() {
+    // Type, version, length by a lot, length by a little, and what is in it.
+    for at in [0, 1, 3, 4, 5, 100] {
+        for kernel in [KernelTls::Off, KernelTls::Auto] {
+            let options = testing::shared_key(kernel);
+            let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
+            let address = changing(acceptor.local_addr(), at);
+            let source = connect(address, options).unwrap();
+            let destination = acceptor.accept(Some(PATIENCE)).unwrap();
+            let mut pair = Pair { source, destination };
+            let (here, there) = (guest_memory(&[64]), guest_memory(&[64]));
+            fill(&here, &mut Random::new(1));
+            let mut ends = pair.open(&here, &there, 1);
+            ends.senders[0].send(&[data(0, 0, 64)]).unwrap();
+            // The receiver looks for what follows; this fails where that has ended the channel already.
+            let _ = ends.senders[0].finish();
+            match ends.receivers[0].receive() {
+                Err(TransportError::Lost { .. }) => {}
+                // To the kernel the type of a record is what is inside it (RFC 8446, section 5.2), and nothing else.
+                Ok(Received::Batch(_)) if at == 0 && kernel == KernelTls::Auto => {
+                    assert_same(&here, &there);
+                }
+                other => panic!("{at}, {kernel:?}: {other:?}"),
+            }
+        }
+    }
+}
+
+/// Passes connections on, and flips a bit of a byte of the first large record of the second.
+fn changing(to: SocketAddr, at: usize) -> SocketAddr {
+    const HEADER: usize = 5;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for (number, from) in listener.incoming().flatten().enumerate() {
+            let there = TcpStream::connect(to).unwrap();
+            let (back, mut on) = (there.try_clone().unwrap(), there);
+            let mut heard = from.try_clone().unwrap();
+            thread::spawn(move || pass(&back, |bytes| heard.write_all(bytes)));
+            let (mut held, mut flipped) = (Vec::new(), number == 0);
+            thread::spawn(move || {
+                pass(&from, |bytes| {
+                    held.extend_from_slice(bytes);
+                    while let Some(&[_, _, _, high, low]) = held.first_chunk::<HEADER>() {
+                        let end = HEADER + usize::from(u16::from_be_bytes([high, low]));
+                        if held.len() < end {
+                            break;
+                        }
+                        if !flipped && end > 8 << 10 {
+                            held[at] ^= 0x40;
+                            flipped = true;
+                        }
+                        on.write_all(&held[..end])?;
+                        held.drain(..end);
+                    }
+                    Ok(())
+                });
+            });
+        }
+    });
+    address
+}
+
+/// Until the end.
+fn pass(mut from: &TcpStream, mut on: impl FnMut(&[u8]) -> io::Result<()>) {
+    let mut bytes = [0; 16 << 10];
+    while let Ok(count @ 1..) = from.read(&mut bytes) {
+        if on(&bytes[..count]).is_err() {
+            break;
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub(crate) fn is_of_the_link(error: &Error) -> bool {
                 | TransportError::TimedOut { .. }
                 | TransportError::Connect { .. }
                 | TransportError::Refused { .. }
+                // Somebody on the way, or a certificate that is just being replaced.
+                | TransportError::Security { .. }
         ),
         Error::TimedOut { what, .. } => OF_THE_LINK.contains(what),
         _ => false,
