@@ -40,15 +40,13 @@ pub(crate) fn is_within_host(socket: &Socket) -> io::Result<bool> {
 /// Whether nobody outside this host is on the way: from an address to itself, over the loopback device, or by a socket
 /// that has no IP addresses (unix, vsock), whose other end is the host's own matter.
 pub(crate) fn stays_within_host(socket: &Socket) -> io::Result<bool> {
-    // A kind of socket that has no IP addresses.
-    if !matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
-        return Ok(true);
-    }
-    let is_loopback = |address: SockAddr| {
-        address.as_socket().is_some_and(|address| address.ip().to_canonical().is_loopback())
+    let (local, peer) = (socket.local_addr()?, socket.peer_addr()?);
+    let (Some(local), Some(peer)) = (local.as_socket(), peer.as_socket()) else {
+        // No IP addresses.
+        return Ok(local.as_socket().is_none() && peer.as_socket().is_none());
     };
-    let loops = is_loopback(socket.local_addr()?) && is_loopback(socket.peer_addr()?);
-    Ok(loops || is_within_host(socket)?)
+    let [local, peer] = [local, peer].map(|address| address.ip().to_canonical());
+    Ok(local == peer || (local.is_loopback() && peer.is_loopback()))
 }
 
 /// When a silent connection is probed, and given up. The kernel counts whole seconds, 1 to 32,767, and

@@ -136,6 +136,13 @@ pub(crate) struct Stamp {
     pub(crate) changed: SystemTime,
 }
 
+#[cfg(test)]
+impl Stamp {
+    pub(crate) fn of(file: (u64, u64, u64), changed: SystemTime) -> Self {
+        Self { file, changed }
+    }
+}
+
 impl Material {
     /// Of a file that is there.
     pub(crate) fn stamp(&self) -> Option<Stamp> {

@@ -102,7 +102,8 @@ impl Kept {
     fn holds(&self, stamps: &[Option<Stamp>]) -> bool {
         const TICK: Duration = Duration::from_secs(1);
         let settled = |stamp: &Stamp| stamp.changed + TICK < self.read;
-        self.stamps == stamps && stamps.iter().flatten().all(settled)
+        // What failed may do so no longer, whatever the files are like.
+        self.loaded.is_ok() && self.stamps == stamps && stamps.iter().flatten().all(settled)
     }
 }
 
@@ -144,4 +145,37 @@ fn load(kept: &mut Option<Kept>, tls: &Tls) -> Result<ServerTls, String> {
     }
     let (read, loaded) = (SystemTime::now(), ServerTls::load(tls));
     kept.insert(Kept { loaded, stamps, read }).loaded.clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::security::{Identity, Material};
+
+    /// Read then, of files that were changed so long before.
+    fn kept(before: &[Duration]) -> (Kept, Vec<Option<Stamp>>) {
+        let read = SystemTime::now();
+        let stamps: Vec<_> =
+            before.iter().map(|before| Some(Stamp::of((1, 2, 3), read - *before))).collect();
+        let tls = Tls::new(Identity::SharedKey(Material::bytes([7; 32])));
+        (Kept { loaded: ServerTls::load(&tls), stamps: stamps.clone(), read }, stamps)
+    }
+
+    #[test]
+    fn what_was_read_holds_until_a_file_has_changed() {
+        let (long, moment) = (Duration::from_secs(60), Duration::from_millis(10));
+        let (old, stamps) = kept(&[long, long]);
+        assert!(old.holds(&stamps));
+        let other = |file| vec![stamps[0].clone(), Some(Stamp::of(file, old.read - long))];
+        for file in [(9, 2, 3), (1, 9, 3), (1, 2, 9)] {
+            assert!(!old.holds(&other(file)), "{file:?}");
+        }
+        let later = vec![stamps[0].clone(), Some(Stamp::of((1, 2, 3), old.read - moment))];
+        assert!(!old.holds(&later), "written again");
+        assert!(!old.holds(&[stamps[0].clone(), None]), "gone");
+        let (fresh, stamps) = kept(&[long, moment]);
+        assert!(!fresh.holds(&stamps), "it may have been written again within a tick");
+        let (failed, stamps) = kept(&[long]);
+        assert!(!Kept { loaded: Err("no descriptor".to_owned()), ..failed }.holds(&stamps));
+    }
 }

@@ -103,7 +103,10 @@ impl<A: Attempt> Race<A> {
     ) -> Result<Option<T>, TransportError> {
         match result {
             Err(error @ (TransportError::Connect { .. } | TransportError::Security { .. })) => {
-                self.last_error = error;
+                // Who does not answer somewhere else says less than who was not trusted.
+                if !matches!(self.last_error, TransportError::Security { .. }) {
+                    self.last_error = error;
+                }
                 Ok(None)
             }
             result => result.map(Some),

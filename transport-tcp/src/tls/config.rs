@@ -1,4 +1,4 @@
-//! What TLS is told, of what the host has said. Read anew for each link.
+//! What TLS is told, of what the host has said. Read anew where it has changed.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,16 +1,16 @@
 //! TLS by the kernel (`Documentation/networking/tls.rst`): sockets encrypt and decrypt by themselves.
 
 use std::io;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ktls_core::{
-    AeadKey, ConnectionTrafficSecrets, Error, ProtocolVersion, TlsCryptoInfoRx, TlsCryptoInfoTx,
+    ConnectionTrafficSecrets, Error, ProtocolVersion, TlsCryptoInfoRx, TlsCryptoInfoTx,
     setup_tls_params, setup_ulp,
 };
 use rustls::ExtractedSecrets;
+use socket2::{Domain, Socket, Type};
 
 /// Most records under one key: what AES-GCM may have (RFC 8446, section 5.5; rustls goes by 2^24), without what a batch
 /// or a queue may add before it is looked at again.
@@ -30,23 +30,13 @@ pub(crate) fn unavailable() -> Option<&'static str> {
     WHY.get_or_init(why).as_deref()
 }
 
-/// Has it done for a connection of this process to itself, by the cipher that comes first.
+/// A socket that is not connected cannot have it, which is what a kernel says that knows it.
 fn probe() -> io::Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let here = TcpStream::connect(listener.local_addr()?)?;
-    let secrets = || ConnectionTrafficSecrets::Aes128Gcm {
-        key: AeadKey::new([0; 16]),
-        iv: [0; 8],
-        salt: [0; 4],
-    };
-    let version = ProtocolVersion::TLSv1_3;
-    TlsCryptoInfoTx::new(version, secrets(), 0)
-        .and_then(|sending| Ok((sending, TlsCryptoInfoRx::new(version, secrets(), 0)?)))
-        .and_then(|(sending, receiving)| {
-            setup_ulp(&here)?;
-            setup_tls_params(&here, &sending, &receiving)
-        })
-        .map_err(io_error)
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    match setup_ulp(&socket).map_err(io_error) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOTCONN) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Has the kernel go on with a session that stands at these secrets.

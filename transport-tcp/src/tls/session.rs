@@ -16,6 +16,8 @@ pub(crate) const FAILED: Errno = Errno::BADMSG;
 /// Read from a socket at once: a few records. A stranger gets the first figure.
 const STRANGER_BYTES: usize = 4 << 10;
 const READ_BYTES: usize = 256 << 10;
+/// Type, version and length of a record (RFC 8446, section 5.1).
+const HEADER_BYTES: usize = 5;
 /// Most that is encrypted before the socket has taken it.
 const MOST_UNSENT_BYTES: usize = 256 << 10;
 
@@ -51,6 +53,9 @@ pub(crate) struct Session {
     raw: Vec<u8>,
     taken: usize,
     filled: usize,
+    /// Of the record that is being taken apart, what is still to come: rustls gets one at a time, so that it holds nothing
+    /// of the next one.
+    record_left: usize,
     /// Why it failed: the first time, which is told ever after.
     failure: Option<Error>,
     /// Nothing more goes out: the other side, or this one, has ended that direction.
@@ -66,7 +71,15 @@ impl fmt::Debug for Session {
 impl Session {
     pub(super) fn new(mut tls: Connection) -> Self {
         tls.set_buffer_limit(Some(MOST_UNSENT_BYTES));
-        Self { tls, raw: Vec::new(), taken: 0, filled: 0, failure: None, mute: false }
+        Self {
+            tls,
+            raw: Vec::new(),
+            taken: 0,
+            filled: 0,
+            record_left: 0,
+            failure: None,
+            mute: false,
+        }
     }
 
     /// Goes on with the handshake.
@@ -109,7 +122,7 @@ impl Session {
 
     /// Whether there is something to take that the socket does not know of.
     pub(crate) fn has_more(&mut self) -> bool {
-        self.taken < self.filled || self.tls.reader().fill_buf().is_ok()
+        self.next_bytes() > 0 || self.tls.reader().fill_buf().is_ok()
     }
 
     /// Encrypts some, and sends what there is room for; how many were taken.
@@ -163,7 +176,8 @@ impl Session {
     /// The keys, for who goes on without this. Nothing may be under way, which no peer brings about: the first record
     /// behind a preamble and its answer is for who goes on.
     pub(crate) fn into_secrets(mut self) -> Result<ExtractedSecrets, Error> {
-        if self.has_more() || self.is_unsent() {
+        let under_way = self.taken < self.filled || self.record_left > 0 || self.has_more();
+        if under_way || self.is_unsent() {
             return Err(Error::General("something came before it was due".to_owned()));
         }
         match self.tls {
@@ -174,28 +188,50 @@ impl Session {
 
     /// Reads from the socket what is there.
     fn fill(&mut self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+        self.raw.copy_within(self.taken..self.filled, 0);
+        (self.taken, self.filled) = (0, self.filled - self.taken);
         let room = if self.tls.is_handshaking() { STRANGER_BYTES } else { READ_BYTES };
         if self.raw.len() < room {
             self.raw.resize(room, 0);
         }
         let received = rustix::io::retry_on_intr(|| {
-            rustix::net::recv(socket, &mut self.raw[..], RecvFlags::DONTWAIT)
+            rustix::net::recv(socket, &mut self.raw[self.filled..], RecvFlags::DONTWAIT)
         });
-        (self.taken, self.filled) = (0, received?.1);
-        Ok(self.filled)
+        let (_, received) = received?;
+        self.filled += received;
+        Ok(received)
+    }
+
+    /// How much of what came can be taken apart: of one record, whose header is there.
+    fn next_bytes(&self) -> usize {
+        let came = &self.raw[self.taken..self.filled];
+        let record = match (self.record_left, came.first_chunk::<HEADER_BYTES>()) {
+            (0, None) => 0,
+            (0, Some(&[_, _, _, high, low])) => {
+                HEADER_BYTES + usize::from(u16::from_be_bytes([high, low]))
+            }
+            (left, _) => left,
+        };
+        record.min(came.len())
     }
 
     /// Takes some of that apart; whether there was any. Where it fails the other side is told why, as far as there
     /// is room.
     fn feed(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Errno> {
-        if self.taken == self.filled {
+        let bytes = self.next_bytes();
+        if bytes == 0 {
             return Ok(false);
         }
-        let mut left = &self.raw[self.taken..self.filled];
-        let before = left.len();
+        if self.record_left == 0 {
+            let length = [self.raw[self.taken + 3], self.raw[self.taken + 4]];
+            self.record_left = HEADER_BYTES + usize::from(u16::from_be_bytes(length));
+        }
+        let mut left = &self.raw[self.taken..self.taken + bytes];
         // Fails only where what it has decrypted is not taken, which `receive` does first.
         let read = self.tls.read_tls(&mut left);
-        self.taken += before - left.len();
+        let taken = bytes - left.len();
+        self.taken += taken;
+        self.record_left -= taken;
         let processed = read
             .map_err(|error| Error::General(error.to_string()))
             .and_then(|_| self.tls.process_new_packets());

@@ -3,8 +3,8 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
 
@@ -364,29 +364,40 @@ fn what_comes_before_it_is_due_ends_a_channel() {
         eprintln!("what_comes_before_it_is_due_ends_a_channel skipped, because {why}");
         return;
     }
-    let options = shared_key(&key(0));
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
+    for junk in
+        [&[23, 3, 3][..], &[23, 3, 3, 0x40, 0, 7], &[&[23, 3, 3, 0x40, 0][..], &[7; 6000]].concat()]
+    {
+        let options = shared_key(&key(0));
+        let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
+        let address = inserting(acceptor.local_addr(), junk.to_vec());
+        let mut source = connect(address, options).unwrap();
+        source.register(&guest_memory(&[1])).unwrap();
+        let error = source.open_sockets(1).expect_err("no socket");
+        let TransportError::Lost { cause, .. } = &error else { panic!("not lost: {error:?}") };
+        assert!(cause.to_string().contains("before it was due"), "{cause}");
+    }
+}
+
+/// Passes connections on, and puts bytes behind what the destination answers on the second: what it says after the source
+/// has said something for the second time, the rest of its handshake with its preamble.
+fn inserting(to: SocketAddr, junk: Vec<u8>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (address, to) = (listener.local_addr().unwrap(), acceptor.local_addr());
+    let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         for (number, from) in listener.incoming().flatten().enumerate() {
             let there = TcpStream::connect(to).unwrap();
-            // What the source has said: the handshake's first half, then the rest with its preamble.
             let said = Arc::new(AtomicUsize::new(0));
             let (heard, counted) = (from.try_clone().unwrap(), Arc::clone(&said));
-            let mut on = there.try_clone().unwrap();
+            let (mut on, mut back, junk) = (there.try_clone().unwrap(), from, junk.clone());
             thread::spawn(move || {
                 pass(&heard, |bytes| {
                     counted.fetch_add(1, Ordering::SeqCst);
                     on.write_all(bytes)
                 });
             });
-            let mut back = from;
             thread::spawn(move || {
                 pass(&there, |bytes| {
                     let is_answer = number > 0 && said.load(Ordering::SeqCst) > 1;
-                    // The beginning of a record that goes on for long.
-                    let junk = [&[23, 3, 3, 0x40, 0][..], &[7; 6000]].concat();
                     back.write_all(&if is_answer {
                         [bytes, &junk].concat()
                     } else {
@@ -396,11 +407,66 @@ fn what_comes_before_it_is_due_ends_a_channel() {
             });
         }
     });
-    let mut source = connect(address, options).unwrap();
-    source.register(&guest_memory(&[1])).unwrap();
-    let error = source.open_sockets(1).expect_err("no socket");
-    let TransportError::Lost { cause, .. } = &error else { panic!("not lost: {error:?}") };
-    assert!(cause.to_string().contains("before it was due"), "{cause}");
+    address
+}
+
+/// Only this transport can move bytes where they pass through its session: others would send plain text.
+#[test]
+fn there_are_no_sockets_for_others_where_the_process_encrypts() {
+    let mut pair = pair(&testing::shared_key(KernelTls::Off));
+    assert!(pair.source.is_encrypted() && pair.source.encrypts_in_process());
+    pair.source.register(&guest_memory(&[1])).unwrap();
+    let error = pair.source.open_sockets(1).expect_err("no socket");
+    assert!(matches!(error, TransportError::Unsupported(_)), "{error:?}");
+}
+
+/// Pages that are known, by whomever they are encrypted.
+#[test]
+fn who_is_on_the_way_reads_no_page() {
+    for kernel in [KernelTls::Off, KernelTls::Auto] {
+        let options = testing::shared_key(kernel);
+        let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let address = listening_in(acceptor.local_addr(), &seen);
+        let source = connect(address, options).unwrap();
+        let destination = acceptor.accept(Some(PATIENCE)).unwrap();
+        let mut pair = Pair { source, destination };
+        let (here, there) = (guest_memory(&[64]), guest_memory(&[64]));
+        let text = b"what a guest has".repeat(256);
+        for page in 0..64 {
+            here.copy_in(data(0, page, 1).range, &text).unwrap();
+        }
+        let mut ends = pair.open(&here, &there, 1);
+        ends.senders[0].send(&[data(0, 0, 64)]).unwrap();
+        ends.senders[0].finish().unwrap();
+        assert!(matches!(ends.receivers[0].receive().unwrap(), Received::Batch(_)));
+        assert_same(&here, &there);
+        let seen = seen.lock().unwrap();
+        assert!(seen.len() > 64 * 4096, "{} bytes were seen", seen.len());
+        assert!(!seen.windows(16).any(|window| window == b"what a guest has"), "{kernel:?}");
+    }
+}
+
+/// Passes connections on, and keeps what the source says.
+fn listening_in(to: SocketAddr, seen: &Arc<Mutex<Vec<u8>>>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let seen = Arc::clone(seen);
+    thread::spawn(move || {
+        for from in listener.incoming().flatten() {
+            let there = TcpStream::connect(to).unwrap();
+            let (back, mut heard) = (there.try_clone().unwrap(), from.try_clone().unwrap());
+            thread::spawn(move || pass(&back, |bytes| heard.write_all(bytes)));
+            let (mut on, seen) = (there, Arc::clone(&seen));
+            thread::spawn(move || {
+                pass(&from, |bytes| {
+                    seen.lock().unwrap().extend_from_slice(bytes);
+                    on.write_all(bytes)
+                });
+            });
+        }
+    });
+    address
 }
 
 /// A record of a data channel that was changed on the way, in its header or behind it, ends the channel, by whomever it is

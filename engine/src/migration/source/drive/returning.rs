@@ -20,7 +20,7 @@ use crate::migration::session::{Item, Patience, Session, is_of_the_link, unexpec
 use crate::progress::Event;
 use crate::snapshot::Phase;
 use crate::stats::Downtime;
-use crate::transport::LinkPurpose;
+use crate::transport::{LinkPurpose, TransportError};
 
 /// Time between two attempts to reach the destination. It doubles, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -91,6 +91,7 @@ impl Drive<'_> {
         let phase = self.source.shared.set_phase(Phase::LinkLost);
         tracing::warn!(error = %why, "the link is lost");
         self.emit(&Event::LinkLost { why: why.clone(), at_most })?;
+        let mut distrusted = None;
         loop {
             self.end_epoch()?;
             self.rest_before_dialling(patience)?;
@@ -110,6 +111,12 @@ impl Drive<'_> {
             // On the way to an answer every time limit is the link's.
             if !is_of_the_link(&cause) && !matches!(cause, Error::TimedOut { .. }) {
                 return Err(cause);
+            }
+            if let Error::Transport(TransportError::Security { reason, .. }) = &cause
+                && distrusted.as_ref() != Some(reason)
+            {
+                tracing::warn!("the link does not come back: no secure connection: {reason}");
+                distrusted = Some(reason.clone());
             }
             tracing::debug!(error = %cause.chain(), "the link does not come back yet");
             if patience.left() <= FIRST_PAUSE {
