@@ -33,7 +33,7 @@ pub(crate) fn acceptor_of(admission: Admission) -> Option<RdmaAcceptor> {
         eprintln!("tests over RDMA skipped, because PAGEFERRY_RDMA_ADDRESS names no device");
         return None;
     };
-    let options = RdmaOptions { admission, ..RdmaOptions::default() };
+    let options = RdmaOptions { admission, plain_text: true, ..RdmaOptions::default() };
     Some(RdmaAcceptor::bind((&*address, 0), options).expect("listens"))
 }
 
@@ -195,7 +195,11 @@ fn from_elsewhere(acceptor: &RdmaAcceptor) -> Option<RdmaOptions> {
     if index.is_none() {
         eprintln!("a test over RDMA skipped, because {here} is the only address of its device");
     }
-    index.map(|index| RdmaOptions { gid_index: Some(index), ..RdmaOptions::default() })
+    index.map(|index| RdmaOptions {
+        gid_index: Some(index),
+        plain_text: true,
+        ..RdmaOptions::default()
+    })
 }
 
 /// All places of those that wait, and more, while nobody accepts the one that came first.
