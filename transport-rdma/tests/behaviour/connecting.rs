@@ -23,10 +23,15 @@ fn silent(address: &str) -> SocketAddr {
     SocketAddr::from(([a, b, c, d ^ 0x40], 1))
 }
 
+/// Of a source whose destination may be another host.
+fn to_others() -> RdmaOptions {
+    RdmaOptions { plain_text: true, ..RdmaOptions::default() }
+}
+
 #[test]
 fn an_interrupt_ends_connect() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
-    let options = RdmaOptions { connect_timeout: Duration::MAX, ..RdmaOptions::default() };
+    let options = RdmaOptions { connect_timeout: Duration::MAX, ..to_others() };
     let connector = RdmaConnector::new(options).expect("an event counter");
     let interrupter = connector.interrupter();
     let connecting = gettid();
@@ -45,7 +50,7 @@ fn an_interrupt_ends_connect() {
 #[test]
 fn an_interrupt_before_is_heeded() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
-    let connector = RdmaConnector::new(RdmaOptions::default()).expect("an event counter");
+    let connector = RdmaConnector::new(to_others()).expect("an event counter");
     connector.interrupter().interrupt();
     let result = connector.connect(silent(&address));
     assert!(matches!(result, Err(TransportError::Interrupted)), "{result:?}");
@@ -57,7 +62,7 @@ fn a_silent_address_does_not_hold_up_the_next() {
     let (_alone, Some(address)) = (alone(), address()) else { return };
     let acceptor =
         RdmaAcceptor::bind((&*address, 0), of_anyone(RdmaOptions::default())).expect("it listens");
-    let options = RdmaOptions { connect_timeout: 3 * SOON, ..RdmaOptions::default() };
+    let options = RdmaOptions { connect_timeout: 3 * SOON, ..to_others() };
     let addresses = [silent(&address), acceptor.local_addr()];
     let (began, source) = thread::scope(|scope| {
         let began = Instant::now();
@@ -87,7 +92,7 @@ fn addresses_that_refuse_are_gone_through_at_once() {
     assert_eq!(error.to_string(), format!("failed to connect to {closed}"));
     let silent = silent(&address);
     let short = Duration::from_millis(300);
-    let options = RdmaOptions { connect_timeout: short, ..RdmaOptions::default() };
+    let options = RdmaOptions { connect_timeout: short, ..to_others() };
     let error = connect(silent, options).expect_err("nobody is there");
     let TransportError::Connect { cause, .. } = error else { panic!("{error}") };
     assert_eq!(cause.kind(), std::io::ErrorKind::TimedOut, "{cause}");
