@@ -202,6 +202,25 @@ fn from_elsewhere(acceptor: &RdmaAcceptor) -> Option<RdmaOptions> {
     })
 }
 
+/// From another address of the device, which looks like two hosts: a source does not go there, and a destination lets
+/// nobody in, who was not told that plain text will do.
+#[test]
+fn plain_text_goes_no_further_than_this_host() {
+    let Some(acceptor) = acceptor() else { return };
+    let Some(elsewhere) = from_elsewhere(&acceptor) else { return };
+    let careful = RdmaOptions { plain_text: false, ..elsewhere.clone() };
+    let error = connect(acceptor.local_addr(), careful).map(drop).expect_err("another host");
+    assert!(matches!(error, TransportError::Security { .. }), "{error:?}");
+    let here = acceptor.local_addr().ip();
+    let careful = RdmaOptions { admission: Admission::Anyone, ..RdmaOptions::default() };
+    let careful = RdmaAcceptor::bind((here, 0), careful).expect("listens");
+    let error = connect(careful.local_addr(), elsewhere).map(drop).expect_err("another host");
+    let TransportError::Refused { reason, .. } = &error else { panic!("{error:?}") };
+    assert!(reason.contains("plain text from another host"), "{reason}");
+    // Without the detour it is one host.
+    connect(careful.local_addr(), RdmaOptions::default()).expect("it is let in");
+}
+
 /// All places of those that wait, and more, while nobody accepts the one that came first.
 #[test]
 fn many_sources_of_one_address_keep_none_of_another_out() {
