@@ -8,6 +8,7 @@ mod given;
 mod greetings;
 mod links;
 mod measure;
+mod on_the_way;
 mod paths;
 mod security;
 mod strangers;

@@ -1,15 +1,13 @@
 //! Who is let in, by whom, and what both sides hear where somebody is not.
 
 use std::fs;
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Instant;
 
 use pageferry::testing::greeting;
-use pageferry::transport::{Link, Received, SourceLink, TransportError};
+use pageferry::transport::{Link, SourceLink, TransportError};
 use pageferry_tcp::preamble::{Kind, Status};
 use pageferry_tcp::testing::{self, Authority};
 use pageferry_tcp::{
@@ -17,8 +15,8 @@ use pageferry_tcp::{
     Tls, ZeroCopy, connect,
 };
 
-use crate::support::memory::{assert_same, fill, guest_memory};
-use crate::support::{PATIENCE, Pair, Random, data, log, of_anyone, pair, raw};
+use crate::support::memory::guest_memory;
+use crate::support::{PATIENCE, log, pair, raw};
 
 const HERE: &str = "127.0.0.1";
 
@@ -325,91 +323,6 @@ fn an_id_that_is_known_is_of_no_use() {
     }
 }
 
-/// Passes on, and looks at what passes.
-fn relay(to: SocketAddr, flip_after: Option<usize>) -> (SocketAddr, thread::JoinHandle<Vec<u8>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let passing = thread::spawn(move || {
-        let (mut from, _) = listener.accept().unwrap();
-        let mut there = TcpStream::connect(to).unwrap();
-        let (mut back_from, mut back_to) = (there.try_clone().unwrap(), from.try_clone().unwrap());
-        let back = thread::spawn(move || {
-            let _ = io::copy(&mut back_from, &mut back_to);
-            let _ = back_to.shutdown(Shutdown::Both);
-        });
-        let (mut seen, mut bytes) = (Vec::new(), [0; 4096]);
-        while let Ok(count @ 1..) = from.read(&mut bytes) {
-            if let Some(at) = flip_after
-                && (seen.len()..seen.len() + count).contains(&at)
-            {
-                bytes[at - seen.len()] ^= 1;
-            }
-            seen.extend_from_slice(&bytes[..count]);
-            if there.write_all(&bytes[..count]).is_err() {
-                break;
-            }
-        }
-        let _ = there.shutdown(Shutdown::Both);
-        back.join().unwrap();
-        seen
-    });
-    (address, passing)
-}
-
-/// Somebody on the way puts bytes behind the destination's answer, so that the session holds some when a data channel is to
-/// leave it: nobody goes on, least of all in plain text.
-#[test]
-fn what_comes_before_it_is_due_ends_a_channel() {
-    if let Some(why) = pageferry_tcp::kernel_tls_unavailable() {
-        eprintln!("what_comes_before_it_is_due_ends_a_channel skipped, because {why}");
-        return;
-    }
-    for junk in
-        [&[23, 3, 3][..], &[23, 3, 3, 0x40, 0, 7], &[&[23, 3, 3, 0x40, 0][..], &[7; 6000]].concat()]
-    {
-        let options = shared_key(&key(0));
-        let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
-        let address = inserting(acceptor.local_addr(), junk.to_vec());
-        let mut source = connect(address, options).unwrap();
-        source.register(&guest_memory(&[1])).unwrap();
-        let error = source.open_sockets(1).expect_err("no socket");
-        let TransportError::Lost { cause, .. } = &error else { panic!("not lost: {error:?}") };
-        assert!(cause.to_string().contains("before it was due"), "{cause}");
-    }
-}
-
-/// Passes connections on, and puts bytes behind what the destination answers on the second: what it says after the source
-/// has said something for the second time, the rest of its handshake with its preamble.
-fn inserting(to: SocketAddr, junk: Vec<u8>) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    thread::spawn(move || {
-        for (number, from) in listener.incoming().flatten().enumerate() {
-            let there = TcpStream::connect(to).unwrap();
-            let said = Arc::new(AtomicUsize::new(0));
-            let (heard, counted) = (from.try_clone().unwrap(), Arc::clone(&said));
-            let (mut on, mut back, junk) = (there.try_clone().unwrap(), from, junk.clone());
-            thread::spawn(move || {
-                pass(&heard, |bytes| {
-                    counted.fetch_add(1, Ordering::SeqCst);
-                    on.write_all(bytes)
-                });
-            });
-            thread::spawn(move || {
-                pass(&there, |bytes| {
-                    let is_answer = number > 0 && said.load(Ordering::SeqCst) > 1;
-                    back.write_all(&if is_answer {
-                        [bytes, &junk].concat()
-                    } else {
-                        bytes.to_vec()
-                    })
-                });
-            });
-        }
-    });
-    address
-}
-
 /// Only this transport can move bytes where they pass through its session: others would send plain text.
 #[test]
 fn there_are_no_sockets_for_others_where_the_process_encrypts() {
@@ -418,180 +331,6 @@ fn there_are_no_sockets_for_others_where_the_process_encrypts() {
     pair.source.register(&guest_memory(&[1])).unwrap();
     let error = pair.source.open_sockets(1).expect_err("no socket");
     assert!(matches!(error, TransportError::Unsupported(_)), "{error:?}");
-}
-
-/// Pages that are known, by whomever they are encrypted.
-#[test]
-fn who_is_on_the_way_reads_no_page() {
-    for kernel in [KernelTls::Off, KernelTls::Auto] {
-        let options = testing::shared_key(kernel);
-        let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let address = listening_in(acceptor.local_addr(), &seen);
-        let source = connect(address, options).unwrap();
-        let destination = acceptor.accept(Some(PATIENCE)).unwrap();
-        let mut pair = Pair { source, destination };
-        let (here, there) = (guest_memory(&[64]), guest_memory(&[64]));
-        let text = b"what a guest has".repeat(256);
-        for page in 0..64 {
-            here.copy_in(data(0, page, 1).range, &text).unwrap();
-        }
-        let mut ends = pair.open(&here, &there, 1);
-        ends.senders[0].send(&[data(0, 0, 64)]).unwrap();
-        ends.senders[0].finish().unwrap();
-        assert!(matches!(ends.receivers[0].receive().unwrap(), Received::Batch(_)));
-        assert_same(&here, &there);
-        let seen = seen.lock().unwrap();
-        assert!(seen.len() > 64 * 4096, "{} bytes were seen", seen.len());
-        assert!(!seen.windows(16).any(|window| window == b"what a guest has"), "{kernel:?}");
-    }
-}
-
-/// Passes connections on, and keeps what the source says.
-fn listening_in(to: SocketAddr, seen: &Arc<Mutex<Vec<u8>>>) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let seen = Arc::clone(seen);
-    thread::spawn(move || {
-        for from in listener.incoming().flatten() {
-            let there = TcpStream::connect(to).unwrap();
-            let (back, mut heard) = (there.try_clone().unwrap(), from.try_clone().unwrap());
-            thread::spawn(move || pass(&back, |bytes| heard.write_all(bytes)));
-            let (mut on, seen) = (there, Arc::clone(&seen));
-            thread::spawn(move || {
-                pass(&from, |bytes| {
-                    seen.lock().unwrap().extend_from_slice(bytes);
-                    on.write_all(bytes)
-                });
-            });
-        }
-    });
-    address
-}
-
-/// A record of a data channel that was changed on the way, in its header or behind it, ends the channel, by whomever it is
-/// decrypted: as a link that is lost, and not as a fault of this machine's.
-#[test]
-fn a_record_of_pages_that_is_changed_on_the_way_ends_its_channel() {
-    // Type, version, length by a lot, length by a little, and what is in it.
-    for at in [0, 1, 3, 4, 5, 100] {
-        for kernel in [KernelTls::Off, KernelTls::Auto] {
-            let options = testing::shared_key(kernel);
-            let acceptor = TcpAcceptor::bind("127.0.0.1:0", of_anyone(&options)).unwrap();
-            let address = changing(acceptor.local_addr(), at);
-            let source = connect(address, options).unwrap();
-            let destination = acceptor.accept(Some(PATIENCE)).unwrap();
-            let mut pair = Pair { source, destination };
-            let (here, there) = (guest_memory(&[64]), guest_memory(&[64]));
-            fill(&here, &mut Random::new(1));
-            let mut ends = pair.open(&here, &there, 1);
-            ends.senders[0].send(&[data(0, 0, 64)]).unwrap();
-            // The receiver looks for what follows; this fails where that has ended the channel already.
-            let _ = ends.senders[0].finish();
-            match ends.receivers[0].receive() {
-                Err(TransportError::Lost { .. }) => {}
-                // To the kernel the type of a record is what is inside it (RFC 8446, section 5.2), and nothing else.
-                Ok(Received::Batch(_)) if at == 0 && kernel == KernelTls::Auto => {
-                    assert_same(&here, &there);
-                }
-                other => panic!("{at}, {kernel:?}: {other:?}"),
-            }
-        }
-    }
-}
-
-/// Passes connections on, and flips a bit of a byte of the first large record of the second.
-fn changing(to: SocketAddr, at: usize) -> SocketAddr {
-    const HEADER: usize = 5;
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    thread::spawn(move || {
-        for (number, from) in listener.incoming().flatten().enumerate() {
-            let there = TcpStream::connect(to).unwrap();
-            let (back, mut on) = (there.try_clone().unwrap(), there);
-            let mut heard = from.try_clone().unwrap();
-            thread::spawn(move || pass(&back, |bytes| heard.write_all(bytes)));
-            let (mut held, mut flipped) = (Vec::new(), number == 0);
-            thread::spawn(move || {
-                pass(&from, |bytes| {
-                    held.extend_from_slice(bytes);
-                    while let Some(&[_, _, _, high, low]) = held.first_chunk::<HEADER>() {
-                        let end = HEADER + usize::from(u16::from_be_bytes([high, low]));
-                        if held.len() < end {
-                            break;
-                        }
-                        if !flipped && end > 8 << 10 {
-                            held[at] ^= 0x40;
-                            flipped = true;
-                        }
-                        on.write_all(&held[..end])?;
-                        held.drain(..end);
-                    }
-                    Ok(())
-                });
-            });
-        }
-    });
-    address
-}
-
-/// Until the end.
-fn pass(mut from: &TcpStream, mut on: impl FnMut(&[u8]) -> io::Result<()>) {
-    let mut bytes = [0; 16 << 10];
-    while let Ok(count @ 1..) = from.read(&mut bytes) {
-        if on(&bytes[..count]).is_err() {
-            break;
-        }
-    }
-    let _ = from.shutdown(Shutdown::Both);
-}
-
-#[test]
-fn who_is_on_the_way_reads_nothing() {
-    let options = TcpOptions {
-        security: Security::Tls(Tls {
-            kernel: KernelTls::Off,
-            ..Tls::new(Identity::SharedKey(Material::bytes(key(0))))
-        }),
-        ..TcpOptions::default()
-    };
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", options.clone()).unwrap();
-    let (address, passing) = relay(acceptor.local_addr(), None);
-    let mut source = connect(address, options).unwrap();
-    let mut control = source.control().unwrap();
-    control.sender.send(&greeting(b"a description of a machine".to_vec()), PATIENCE).unwrap();
-    let link = acceptor.accept(Some(PATIENCE)).unwrap();
-    let id = source.link_id().0;
-    drop((control, source, link));
-    let seen = passing.join().unwrap();
-    for secret in [&b"a description of a machine"[..], b"PFTCPREQ", &id] {
-        assert!(!seen.windows(secret.len()).any(|window| window == secret), "{secret:02x?}");
-    }
-}
-
-/// A record that was changed on the way ends the link, and both sides know why.
-#[test]
-fn who_is_on_the_way_changes_nothing() {
-    let options = shared_key(&key(0));
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", options.clone()).unwrap();
-    // Far behind the handshake.
-    let (address, passing) = relay(acceptor.local_addr(), Some(100_000));
-    let mut source = connect(address, options).unwrap();
-    let mut control = source.control().unwrap();
-    control.sender.send(&greeting(Vec::new()), PATIENCE).unwrap();
-    let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
-    let mut there = link.control().unwrap();
-    there.receiver.receive(Some(PATIENCE)).unwrap();
-    control.sender.send(&vec![7; 200_000], PATIENCE).unwrap();
-    let error = there.receiver.receive(Some(PATIENCE)).unwrap_err();
-    let TransportError::Lost { cause, .. } = &error else { panic!("not lost: {error:?}") };
-    assert!(cause.to_string().contains("changed on the way"), "{cause}");
-    // The source hears of it too.
-    let error = control.receiver.receive(Some(PATIENCE)).unwrap_err();
-    let TransportError::Lost { cause, .. } = &error else { panic!("not lost: {error:?}") };
-    assert!(cause.to_string().contains("other side says"), "{cause}");
-    drop((control, source, there, link));
-    passing.join().unwrap();
 }
 
 /// What is encrypted is a copy.
