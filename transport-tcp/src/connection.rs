@@ -391,9 +391,11 @@ impl Connection {
                 Err(Broken::Socket(errno)) => return Err(self.failed(operation, errno.into())),
                 Err(Broken::Tls { error, plainly }) => {
                     self.check()?;
-                    let said =
-                        plainly.map_or_else(String::new, |said| format!(". It says: {said}"));
-                    let (address, reason) = (self.peer.to_string(), words(&error) + &said);
+                    let address = self.peer.to_string();
+                    let reason = plainly.map_or_else(
+                        || words(&error),
+                        |said| format!("it answers in plain text: {said}"),
+                    );
                     return Err(TransportError::Security { address, reason });
                 }
             };

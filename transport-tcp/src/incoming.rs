@@ -133,7 +133,8 @@ impl Unwanted {
 
     /// This side does not speak TLS.
     pub(crate) fn speaks_tls(incoming: Incoming) -> Self {
-        let reason = "it speaks TLS, and this side has neither certificate nor key".to_owned();
+        let reason =
+            "the source speaks TLS, and the destination has neither certificate nor key".to_owned();
         Self { incoming, status: Status::Insecure, reason }
     }
 

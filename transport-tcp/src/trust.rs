@@ -129,7 +129,7 @@ impl Doorkeeper {
                 match session {
                     Ok((session, kernel)) => Ok(Wire::sealed(socket, session, kernel)),
                     Err(why) => {
-                        let told = "this side cannot show who it is; its log says why";
+                        let told = "the destination cannot show who it is; its log says why";
                         Err(Distrusted { socket, told, why })
                     }
                 }

@@ -73,6 +73,11 @@ impl Transport {
                 }
                 return with_rdma(rdma, tcp.security == Security::PlainText);
             }
+            Self::IoUring if in_process => {
+                return Err(TransportError::Unsupported(
+                    "use for io_uring where TLS is in this process: modprobe tls, or --transport tcp",
+                ));
+            }
             Self::IoUring => true,
             Self::Auto if in_process => return Ok(Chosen::Tcp(tcp)),
             Self::Auto => false,

@@ -236,7 +236,9 @@ fn certificates_in(material: &Material, what: &str) -> Result<Vec<CertificateDer
 
 fn pem_words(error: rustls::pki_types::pem::Error) -> String {
     match error {
-        rustls::pki_types::pem::Error::NoItemsFound => "there is none in it (in PEM)".to_owned(),
+        rustls::pki_types::pem::Error::NoItemsFound => {
+            "there is none in it (in PEM, and not encrypted)".to_owned()
+        }
         error => error.to_string(),
     }
 }

@@ -63,16 +63,17 @@ fn alert_words(alert: AlertDescription) -> String {
     use AlertDescription as Alert;
     let what = match alert {
         Alert::UnknownCA | Alert::DecryptError => {
-            "this side's certificate is not signed by an authority that it trusts"
+            "this side's certificate is not signed by an authority that it trusts, or covered by no list of \
+             revoked ones that still holds; its log says which"
         }
         Alert::CertificateExpired => {
-            "this side's certificate, or its list of revoked ones, has expired"
+            "this side's certificate is not valid now: it has expired, or is not valid yet, or the clocks differ"
         }
         Alert::CertificateRevoked => "this side's certificate is revoked",
         Alert::CertificateRequired => "this side shows no certificate",
         Alert::BadCertificate | Alert::CertificateUnknown | Alert::UnsupportedCertificate => {
-            "this side's certificate is not accepted: it is for another name or purpose, or covered by no list \
-             of revoked ones; the other side's log says which"
+            "this side's certificate is not accepted: it is for another name or purpose; the other side's log \
+             says which"
         }
         Alert::AccessDenied => "this side has another shared key",
         Alert::BadRecordMac => "what came there was changed on the way, or made up",

@@ -126,7 +126,7 @@ fn what_has_expired_is_turned_away_by_both() {
         &good,
         &good,
         &old,
-        ["says: this side's certificate, or its list of revoked ones, has expired", "has expired"],
+        ["says: this side's certificate is not valid now", "has expired"],
     );
     let acceptor = TcpAcceptor::bind("127.0.0.1:0", old).unwrap();
     let reason = heard(try_to(&acceptor, &good));
@@ -230,7 +230,10 @@ fn what_is_wrong_with_a_destinations_files_is_its_own_matter() {
     let there = with(Tls::new(Identity::SharedKey(Material::File(file.clone()))));
     let acceptor = TcpAcceptor::bind("127.0.0.1:0", there).unwrap();
     let reason = heard(try_to(&acceptor, &shared_key(&key(0))));
-    assert!(reason.contains("It says: this side cannot show who it is"), "{reason}");
+    assert!(
+        reason.contains("it answers in plain text: the destination cannot show who it is"),
+        "{reason}"
+    );
     assert!(!reason.contains("secret place"), "{reason}");
     let (_, answer) = raw::try_dial(acceptor.local_addr(), raw::ID, Kind::Control);
     assert_eq!(answer.status, Status::Insecure);
@@ -260,7 +263,12 @@ fn a_shared_key_and_certificates_do_not_meet() {
 fn plain_text_and_tls_do_not_meet() {
     let (keyed, plain) = (shared_key(&key(0)), TcpOptions::default());
     assert_turned_away(&keyed, &keyed, &plain, ["it says: it wants TLS", "it does not speak TLS"]);
-    assert_turned_away(&plain, &plain, &keyed, ["does not speak TLS", "it speaks TLS"]);
+    assert_turned_away(
+        &plain,
+        &plain,
+        &keyed,
+        ["it answers in plain text: the source speaks TLS", "the source speaks TLS"],
+    );
 }
 
 /// From the loopback's address to another one of this host, which looks like two hosts.

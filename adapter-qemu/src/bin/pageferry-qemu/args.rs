@@ -18,8 +18,8 @@ Both QEMUs have their RAM in a shared file, and the one at the source a monitor 
   qemu-system-x86_64 … -object memory-backend-file,id=ram,mem-path=/dev/shm/vm1,size=4G,share=on \\
       -machine q35,memory-backend=ram -qmp unix:/run/vm1.qmp,server=on,wait=off
 
-  host-b$ pageferry-qemu receive --listen 0.0.0.0:7400 --ram /dev/shm/vm1 -- qemu-system-x86_64 …
-  host-a$ pageferry-qemu migrate --qmp /run/vm1.qmp --to host-b:7400 --downtime-limit 50ms
+  host-b$ pageferry-qemu receive --listen 0.0.0.0:7400 --shared-key key --ram /dev/shm/vm1 -- qemu-system-x86_64 …
+  host-a$ pageferry-qemu migrate --qmp /run/vm1.qmp --to host-b:7400 --shared-key key --downtime-limit 50ms
 
 Exit status: 0 moved, 1 failed, 2 a command line that makes no sense, 3 cancelled, 4 it is uncertain who has the
 guest. The guest stays where it was unless it was moved."

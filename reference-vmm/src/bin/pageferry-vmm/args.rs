@@ -30,16 +30,16 @@ Examples:
     pageferry-vmm demo --report migration.html
 
   The same by hand, on two hosts (the guest goes on at the second):
-    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400
-    host-a$ pageferry-vmm run --memory 1G --migrate-to host-b:7400
+    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400 --shared-key key
+    host-a$ pageferry-vmm run --memory 1G --migrate-to host-b:7400 --shared-key key
 
   A guest that moves when it is told to (SIGUSR1, or \"migrate\" on stdin):
-    pageferry-vmm run --migrate-to host-b:7400 --on-demand
+    pageferry-vmm run --migrate-to host-b:7400 --shared-key key --on-demand
 
   A guest that moves on from host to host:
-    host-c$ pageferry-vmm receive --listen 0.0.0.0:7400
-    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400 --migrate-to host-c:7400
-    host-a$ pageferry-vmm run --migrate-to host-b:7400";
+    host-c$ pageferry-vmm receive --listen 0.0.0.0:7400 --shared-key key
+    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400 --migrate-to host-c:7400 --shared-key key
+    host-a$ pageferry-vmm run --migrate-to host-b:7400 --shared-key key";
 
 const STATE_EXAMPLES: &str = "\
 Examples:
@@ -58,8 +58,8 @@ Examples:
 const CHECK_EXAMPLES: &str = "\
 Examples:
   Could such a guest go there, and would it stand still for less than 50 ms?
-    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400
-    host-a$ pageferry-vmm check host-b:7400 --memory 1G --working-set 256M --downtime-limit 50ms
+    host-b$ pageferry-vmm receive --listen 0.0.0.0:7400 --shared-key key
+    host-a$ pageferry-vmm check host-b:7400 --shared-key key --memory 1G --working-set 256M --downtime-limit 50ms
 
   Of one that runs already: a line \"check host-b:7400\" on the stdin of `run`.
 
@@ -74,7 +74,7 @@ Examples:
   Guests that may run on each of three hosts (the first line on each of them):
     pageferry-vmm cpu > $(hostname).json
     pageferry-vmm cpu a.json b.json c.json > all.json
-    pageferry-vmm run --cpu-baseline all.json --migrate-to host-b:7400
+    pageferry-vmm run --cpu-baseline all.json --migrate-to host-b:7400 --shared-key key
 
   As on a host without AVX:
     pageferry-vmm cpu --without avx,avx2,xsave_avx > old.json";
