@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::memory::PageRange;
 use pageferry::testing::{Random, TestMemory, drain, open_channel, settle, until_asleep};
+use pageferry::transport::stream;
 use pageferry::transport::{
     Admission, Interrupt, Link, PageReceiver, PageSender, Received, Run, RunKind, SourceLink,
     TransportError,
@@ -230,7 +231,7 @@ fn a_wait_for_releases_is_as_long_as_asked_and_ends_with_an_interrupt() {
         let sender = source.open_senders(1).expect("a channel opens").remove(0);
         (source, sender, peer.join().expect("no panic"))
     });
-    pages.write_all(&1_u64.to_le_bytes()).expect("the batch is acknowledged");
+    pages.write_all(&stream::encode_ack(1)).expect("the batch is acknowledged");
     pages.shutdown(Shutdown::Write).expect("its direction is over");
     assert_eq!(sender.send(&[data(0, 64)]).expect("a batch goes out"), 1);
     sender.finish().expect("the kernel has all");

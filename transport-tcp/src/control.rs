@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader};
 use pageferry::transport::{
     ControlChannel, ControlReceiver, ControlSender, TransportError, check_frame,
 };
@@ -13,7 +14,6 @@ use rustix::io::Errno;
 use rustix::net::SendFlags;
 
 use crate::connection::Connection;
-use crate::framing::LENGTH_BYTES;
 use crate::inbox::{Inbox, RECEIVING};
 use crate::waiting::deadline_after;
 
@@ -35,16 +35,15 @@ struct TcpControlSender {
 }
 
 impl TcpControlSender {
-    /// Sends length and frame; false if the deadline comes first.
+    /// Sends header and frame; false if the deadline comes first.
     fn put(&self, frame: &[u8], deadline: Option<Instant>) -> Result<bool, TransportError> {
-        // Cannot fail: the length was checked.
-        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX).to_le_bytes();
-        let total = LENGTH_BYTES + frame.len();
+        let header = FrameHeader::of(frame).encode();
+        let total = FRAME_HEADER_BYTES + frame.len();
         let mut sent = 0;
         while sent < total {
-            let left_of_length = &length[sent.min(LENGTH_BYTES)..];
-            let left_of_frame = &frame[sent.saturating_sub(LENGTH_BYTES)..];
-            let pieces = [IoSlice::new(left_of_length), IoSlice::new(left_of_frame)];
+            let left_of_header = &header[sent.min(FRAME_HEADER_BYTES)..];
+            let left_of_frame = &frame[sent.saturating_sub(FRAME_HEADER_BYTES)..];
+            let pieces = [IoSlice::new(left_of_header), IoSlice::new(left_of_frame)];
             match self.connection.send_pieces(&pieces, SendFlags::DONTWAIT) {
                 Ok(more) => sent += more,
                 Err(Errno::AGAIN) => {

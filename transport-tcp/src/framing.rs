@@ -1,20 +1,15 @@
-//! How frames of the control connection are told apart: by their length, which comes first.
-//!
-//! | offset | bytes | field                                        |
-//! |-------:|------:|----------------------------------------------|
-//! |      0 |     4 | length, 1 to `MAX_FRAME_BYTES`, little-endian |
-//! |      4 |     … | the frame                                    |
-//!
-//! A length of 0 of the destination says that it does not serve this source, or no longer. An answer as to a
-//! preamble follows, which says why, and nothing more.
+//! What a source that was let in hears when it is turned away: the header of a control frame
+//! ([`FrameHeader`]) with a length of 0, which no frame has, and an answer as to a preamble behind it, which says why.
+//! Nothing more follows.
+
+use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader};
 
 use crate::preamble::{ANSWER_BYTES, Answer};
 
-pub(crate) const LENGTH_BYTES: usize = 4;
-
-/// What a source that was let in hears when it is turned away.
-pub(crate) fn refusal(answer: &Answer) -> [u8; LENGTH_BYTES + ANSWER_BYTES] {
-    let mut bytes = [0; LENGTH_BYTES + ANSWER_BYTES];
-    bytes[LENGTH_BYTES..].copy_from_slice(&answer.encode());
+pub(crate) fn refusal(answer: &Answer) -> [u8; FRAME_HEADER_BYTES + ANSWER_BYTES] {
+    let answer = answer.encode();
+    let mut bytes = [0; FRAME_HEADER_BYTES + ANSWER_BYTES];
+    bytes[..FRAME_HEADER_BYTES].copy_from_slice(&FrameHeader::with_length(0, &answer).encode());
+    bytes[FRAME_HEADER_BYTES..].copy_from_slice(&answer);
     bytes
 }

@@ -1,15 +1,15 @@
 //! The first control frame of a source, as it arrives: what makes it one.
 
 use pageferry::transport::check_greeting;
+use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader};
 use rustix::io::Errno;
 
-use crate::framing::LENGTH_BYTES;
 use crate::incoming::Incoming;
 
 /// Most bytes that are read at once: what a stranger only announces costs nothing.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// What has come of it: length and frame.
+/// What has come of it: header and frame.
 #[derive(Debug, Default)]
 pub(crate) struct Greeting(Vec<u8>);
 
@@ -23,9 +23,10 @@ impl Greeting {
     /// it is none, and will not be.
     pub(crate) fn receive(&mut self, from: &Incoming) -> Result<Option<Vec<u8>>, String> {
         loop {
-            let missing = match self.frame_bytes() {
-                None => LENGTH_BYTES - self.0.len(),
-                Some(frame_bytes) => LENGTH_BYTES + frame_bytes - self.0.len(),
+            let header = self.header()?;
+            let missing = match header {
+                None => FRAME_HEADER_BYTES - self.0.len(),
+                Some(header) => FRAME_HEADER_BYTES + length(header) - self.0.len(),
             };
             let (had, mut piece) = (self.0.len(), [0; PIECE_BYTES]);
             match from.receive(&mut piece[..missing.min(PIECE_BYTES)]) {
@@ -34,18 +35,24 @@ impl Greeting {
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(errno) => return Err(errno.to_string()),
             }
-            let Some(frame_bytes) = self.frame_bytes() else { continue };
-            let frame = &self.0[LENGTH_BYTES..];
-            check_greeting(frame, frame_bytes).map_err(|error| format!("no greeting: {error}"))?;
-            if frame.len() == frame_bytes {
-                return Ok(Some(self.0.split_off(LENGTH_BYTES)));
+            let Some(header) = self.header()? else { continue };
+            let frame = &self.0[FRAME_HEADER_BYTES..];
+            check_greeting(frame, length(header))
+                .map_err(|error| format!("no greeting: {error}"))?;
+            if frame.len() == length(header) {
+                header.check(frame).map_err(|error| error.to_string())?;
+                return Ok(Some(self.0.split_off(FRAME_HEADER_BYTES)));
             }
         }
     }
 
-    /// As announced.
-    fn frame_bytes(&self) -> Option<usize> {
-        let length = self.0.first_chunk::<LENGTH_BYTES>()?;
-        Some(usize::try_from(u32::from_le_bytes(*length)).unwrap_or(usize::MAX))
+    fn header(&self) -> Result<Option<FrameHeader>, String> {
+        let header = self.0.first_chunk().map(FrameHeader::decode).transpose();
+        header.map_err(|error| format!("no greeting: {error}"))
     }
+}
+
+/// As announced.
+fn length(header: FrameHeader) -> usize {
+    usize::try_from(header.length).unwrap_or(usize::MAX)
 }

@@ -4,13 +4,12 @@ use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::sync::{Arc, Mutex};
 
-use pageferry::transport::stream::StreamError::FrameLength;
-use pageferry::transport::{Ending, MAX_FRAME_BYTES, TransportError};
+use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader, StreamError};
+use pageferry::transport::{Ending, TransportError};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use crate::connection::Connection;
-use crate::framing::LENGTH_BYTES;
 use crate::preamble::{ANSWER_BYTES, Answer, Status};
 use crate::waiting::lock;
 
@@ -38,13 +37,15 @@ pub(crate) struct Inbox {
 struct Arriving {
     /// Came before anybody asked for them.
     ahead: VecDeque<Vec<u8>>,
-    length: [u8; LENGTH_BYTES],
-    /// As long as the length says once that is known, empty before.
+    header: [u8; FRAME_HEADER_BYTES],
+    /// Once the header is whole.
+    announced: Option<FrameHeader>,
+    /// As long as the header says once that is known, empty before.
     frame: Vec<u8>,
-    /// Bytes there of length and frame together.
+    /// Bytes there of header and frame together.
     filled: usize,
-    /// The length of what is no frame: nothing more is read. This side can still say so.
-    malformed: Option<u32>,
+    /// Why nothing more is read: what came is no frame, or not as it was sent. This side can still say so.
+    broken: Option<StreamError>,
 }
 
 impl Inbox {
@@ -84,8 +85,8 @@ impl Inbox {
     /// Reads the next frame, as far as it is there.
     fn read(&self, arriving: &mut Arriving) -> Result<Option<Vec<u8>>, TransportError> {
         let connection = &self.connection;
-        if let Some(length) = arriving.malformed {
-            return Err(FrameLength(length).into());
+        if let Some(error) = arriving.broken {
+            return Err(error.into());
         }
         loop {
             match connection.receive(arriving.room(), RecvFlags::DONTWAIT) {
@@ -98,10 +99,10 @@ impl Inbox {
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(errno) => return Err(connection.failed(RECEIVING, errno.into())),
             }
-            if arriving.filled == LENGTH_BYTES {
-                arriving.prepare(self.side)?;
+            if arriving.filled == FRAME_HEADER_BYTES {
+                arriving.prepare(self.side).map_err(|error| arriving.break_off(error))?;
             }
-            if arriving.filled == LENGTH_BYTES + arriving.frame.len() {
+            if arriving.filled == FRAME_HEADER_BYTES + arriving.frame.len() {
                 let frame = self.take(arriving)?;
                 connection.fate().note_heard();
                 return Ok(Some(frame));
@@ -113,7 +114,12 @@ impl Inbox {
     fn take(&self, arriving: &mut Arriving) -> Result<Vec<u8>, TransportError> {
         arriving.filled = 0;
         let frame = std::mem::take(&mut arriving.frame);
-        if arriving.length != [0; LENGTH_BYTES] {
+        let header = arriving.announced.take();
+        if let Some(header) = header {
+            header.check(&frame).map_err(|error| arriving.break_off(error))?;
+        }
+        let length = header.map_or(0, |header| header.length);
+        if length != 0 {
             return Ok(frame);
         }
         let answer = frame.first_chunk().map(Answer::decode);
@@ -125,7 +131,7 @@ impl Inbox {
                 self.connection.shutdown(Shutdown::Both);
                 Err(refused)
             }
-            _ => Err(arriving.break_off(0)),
+            _ => Err(arriving.break_off(StreamError::FrameLength(length))),
         }
     }
 }
@@ -133,27 +139,27 @@ impl Inbox {
 impl Arriving {
     /// Where the next bytes go; never empty.
     fn room(&mut self) -> &mut [u8] {
-        if self.filled < LENGTH_BYTES {
-            &mut self.length[self.filled..]
+        if self.filled < FRAME_HEADER_BYTES {
+            &mut self.header[self.filled..]
         } else {
-            &mut self.frame[self.filled - LENGTH_BYTES..]
+            &mut self.frame[self.filled - FRAME_HEADER_BYTES..]
         }
     }
 
-    /// Makes room for the frame once its length is known.
-    fn prepare(&mut self, side: Side) -> Result<(), TransportError> {
-        let announced = u32::from_le_bytes(self.length);
-        let length = match usize::try_from(announced) {
-            Ok(0) if side == Side::Source => ANSWER_BYTES,
-            Ok(length @ 1..=MAX_FRAME_BYTES) => length,
-            _ => return Err(self.break_off(announced)),
+    /// Makes room for the frame once its header is whole.
+    fn prepare(&mut self, side: Side) -> Result<(), StreamError> {
+        let header = FrameHeader::decode(&self.header)?;
+        let length = match header.length {
+            0 if side == Side::Source => ANSWER_BYTES,
+            _ => header.frame_bytes()?,
         };
+        self.announced = Some(header);
         self.frame = vec![0; length];
         Ok(())
     }
 
-    fn break_off(&mut self, length: u32) -> TransportError {
-        self.malformed = Some(length);
-        FrameLength(length).into()
+    fn break_off(&mut self, error: StreamError) -> TransportError {
+        self.broken = Some(error);
+        error.into()
     }
 }

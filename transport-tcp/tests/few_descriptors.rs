@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use pageferry::transport::LinkId;
+use pageferry::transport::stream::FrameHeader;
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpOptions};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -41,7 +42,7 @@ fn read_answer(stream: &mut TcpStream) -> Answer {
 
 fn greeting() -> Vec<u8> {
     let hello = pageferry::testing::greeting(Vec::new());
-    [&u32::try_from(hello.len()).unwrap().to_le_bytes()[..], &hello].concat()
+    [&FrameHeader::of(&hello).encode()[..], &hello].concat()
 }
 
 /// A crowd has them all, whether it has greeted or not: who comes from another address gets in.

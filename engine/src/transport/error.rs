@@ -61,7 +61,7 @@ pub enum TransportError {
     Closed,
     /// The other side sent something that no peer of this protocol sends.
     #[error("malformed data from the other side")]
-    Malformed(#[from] StreamError),
+    Malformed(#[source] StreamError),
     /// The other side broke the rules of a transport that has a wire format of its own.
     #[error("the other side sent {0}")]
     Violation(&'static str),
@@ -118,4 +118,17 @@ pub enum TransportError {
         #[source]
         cause: io::Error,
     },
+}
+
+impl From<StreamError> for TransportError {
+    /// What was changed on the way is the way's fault, and not the peer's.
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Damaged(_) => {
+                let cause = io::Error::new(io::ErrorKind::InvalidData, error);
+                Self::Lost { operation: "take what the other side sent", cause }
+            }
+            error => Self::Malformed(error),
+        }
+    }
 }

@@ -14,17 +14,24 @@
 //! What comes before page bytes is a multiple of [`LEAD_BYTES`] long, a power of two. So pages lie
 //! in the kernel's buffers as they lie in guest memory, by cache lines, and are copied faster.
 
+//!
+//! Whatever is no page byte has a checksum, so that what is changed on the way is found
+//! ([`StreamError::Damaged`]), and the channel or the link made anew.
+
 mod acks;
+mod frames;
 
 use thiserror::Error;
 
-pub use acks::{AckSchedule, AckWriter};
+pub use acks::{ACK_BYTES, AckSchedule, AckWriter, decode_ack, encode_ack};
+pub use frames::{FRAME_HEADER_BYTES, FrameHeader};
 
 use super::batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, Run, RunKind};
 use super::{PageCounts, Ticket};
 use crate::pages::memory::{Layout, PAGE_BYTES, PageRange};
 
-/// Length of a batch header in bytes, the last 8 of which are zero.
+/// Length of a batch header in bytes, the last 8 of which are checksums: of the table, and of the header before
+/// this one.
 pub const HEADER_BYTES: usize = 32;
 /// Length of one run in the table in bytes.
 pub const RUN_BYTES: usize = 16;
@@ -34,8 +41,6 @@ pub const LEAD_RUNS: usize = 6;
 /// What every record begins with: a header, and room for [`LEAD_RUNS`] runs. Records that are no
 /// batches are no longer than this, with zeroes in place of the runs.
 pub const LEAD_BYTES: usize = HEADER_BYTES + LEAD_RUNS * RUN_BYTES;
-/// Length of an acknowledgement in bytes: the ticket up to which everything has landed.
-pub const ACK_BYTES: usize = 8;
 /// Longest header with its table.
 pub const MAX_HEAD_BYTES: usize =
     (HEADER_BYTES + MAX_BATCH_RUNS * RUN_BYTES).next_multiple_of(LEAD_BYTES);
@@ -49,11 +54,16 @@ const TYPE_ACK_REQUEST: u8 = 3;
 const FLAG_ACK: u8 = 1;
 const KIND_DATA: u8 = 0;
 const KIND_ZERO: u8 = 1;
+const TABLE_SUM_AT: usize = 24;
+const HEADER_SUM_AT: usize = 28;
 
 /// What is wrong with bytes that claim to be a batch.
 #[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StreamError {
+    /// It is not as it was sent: it was changed on the way.
+    #[error("{0} was changed on the way: its checksum is wrong")]
+    Damaged(&'static str),
     /// Not a header of ours: the two sides are out of step, or the peer is no peer.
     #[error("batch header begins with {0:02x?}")]
     BadMagic([u8; 4]),
@@ -136,6 +146,8 @@ pub struct BatchHeader {
     /// Whether the receiver owes an acknowledgement once the batch has landed. It may take the
     /// lead of the next record first.
     pub ack: bool,
+    /// Checksum of the table.
+    table_sum: u32,
 }
 
 impl BatchHeader {
@@ -166,6 +178,22 @@ pub fn encode_batch(ticket: Ticket, runs: &[Run], ack: bool, into: &mut Vec<u8>)
     }
     // The lead is there in full.
     into.resize(into.len().max(LEAD_BYTES).next_multiple_of(LEAD_BYTES), 0);
+    seal(into);
+}
+
+/// CRC-32 of IEEE 802.3. It finds what was changed by mistake on the way, where TCP's own sum of 16 bits does not. Who
+/// changes bytes on purpose changes the sum as well.
+fn sum(bytes: &[u8]) -> u32 {
+    crc32fast::hash(bytes)
+}
+
+/// Puts the checksums into a record that is whole but for its payload, of a lead at least. What is encoded here has them
+/// already.
+pub fn seal(record: &mut [u8]) {
+    let table_sum = sum(&record[HEADER_BYTES..]);
+    record[TABLE_SUM_AT..HEADER_SUM_AT].copy_from_slice(&table_sum.to_le_bytes());
+    let header_sum = sum(&record[..HEADER_SUM_AT]);
+    record[HEADER_SUM_AT..HEADER_BYTES].copy_from_slice(&header_sum.to_le_bytes());
 }
 
 /// Writes the record that ends a channel into `into`, replacing what is there.
@@ -184,6 +212,7 @@ fn encode_bare(record: u8, into: &mut Vec<u8>) {
     into.clear();
     encode_header(record, 0, 0, 0, 0, into);
     into.resize(LEAD_BYTES, 0);
+    seal(into);
 }
 
 fn encode_header(
@@ -212,20 +241,28 @@ pub fn decode_header(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Header
     let (runs, rest) = take::<2>(rest);
     let (payload_bytes, rest) = take::<8>(rest);
     let (ticket, rest) = take::<8>(rest);
-    let (reserved, runs_room) = take::<8>(rest);
+    let (table_sum, rest) = take::<4>(rest);
+    let (header_sum, runs_room) = take::<4>(rest);
+    if u32::from_le_bytes(header_sum) != sum(&lead[..HEADER_SUM_AT]) {
+        // Who is no peer of ours has no checksums, and says so by its first word.
+        return Err(match magic {
+            MAGIC => StreamError::Damaged("the header of a batch"),
+            other => StreamError::BadMagic(other),
+        });
+    }
     if magic != MAGIC {
         return Err(StreamError::BadMagic(magic));
     }
-    let reserved = reserved.iter().fold(0, |all, byte| all | byte);
-    if reserved != 0 {
-        return Err(StreamError::Reserved(u32::from(reserved)));
-    }
+    let table_sum = u32::from_le_bytes(table_sum);
     let (kind, flags) = (kind[0], flags[0]);
     let runs = u16::from_le_bytes(runs);
     let payload_bytes = u64::from_le_bytes(payload_bytes);
     let ticket = u64::from_le_bytes(ticket);
     match kind {
         TYPE_END | TYPE_ACK_REQUEST => {
+            if table_sum != sum(runs_room) {
+                return Err(StreamError::Damaged("a record of no batch"));
+            }
             let fields_are_zero = flags == 0 && runs == 0 && payload_bytes == 0 && ticket == 0;
             if !fields_are_zero || runs_room.iter().any(|&byte| byte != 0) {
                 return Err(StreamError::Reserved(u32::from(flags)));
@@ -248,7 +285,13 @@ pub fn decode_header(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Header
                     actual: MAX_PAYLOAD_BYTES,
                 });
             }
-            Ok(Header::Batch(BatchHeader { ticket, runs, payload_bytes, ack: flags != 0 }))
+            Ok(Header::Batch(BatchHeader {
+                ticket,
+                runs,
+                payload_bytes,
+                ack: flags != 0,
+                table_sum,
+            }))
         }
         other => Err(StreamError::UnknownType(other)),
     }
@@ -265,6 +308,9 @@ pub fn decode_table(
     runs: &mut Vec<Run>,
 ) -> Result<PageCounts, StreamError> {
     runs.clear();
+    if header.table_sum != sum(table) {
+        return Err(StreamError::Damaged("the table of a batch"));
+    }
     let mut actual = 0;
     let used_bytes = table.len().min(usize::from(header.runs) * RUN_BYTES);
     let (table, unused) = table.split_at(used_bytes);
@@ -329,19 +375,6 @@ fn check_disjoint(runs: &[Run]) -> Result<(), StreamError> {
         Some(pair) => Err(StreamError::Twice(pair[1].range)),
         None => Ok(()),
     }
-}
-
-/// Checks an acknowledgement: it may not go back nor name what was never sent.
-pub fn decode_ack(
-    bytes: [u8; ACK_BYTES],
-    sent: Ticket,
-    landed: Ticket,
-) -> Result<Ticket, StreamError> {
-    let got = u64::from_le_bytes(bytes);
-    if got > sent || got < landed {
-        return Err(StreamError::Ack { got, sent, landed });
-    }
-    Ok(got)
 }
 
 /// The first `N` bytes, and the rest. Callers pass slices of a length they checked.

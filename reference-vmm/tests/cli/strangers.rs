@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use pageferry::protocol::{FailureReason, Hello, Message};
+use pageferry::transport::stream::FrameHeader;
 use pageferry_tcp::preamble::{Kind, Preamble, Status};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::Signal;
@@ -157,7 +158,7 @@ fn a_stranger_that_breaks_the_protocol_in_a_round() {
 
 /// No frame is so long.
 fn misuse(control: &mut TcpStream) {
-    control.write_all(&u32::MAX.to_le_bytes()).expect("write a length");
+    control.write_all(&FrameHeader::with_length(u32::MAX, &[]).encode()).expect("write a header");
     let Message::Failed { reason, text } = receive(control) else { panic!("it goes on") };
     assert_eq!(reason, FailureReason::PeerMisbehaved);
     assert!(text.contains("control frame of 4294967295 bytes"), "{text}");

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use pageferry::transport::stream::StreamError;
+use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader, StreamError};
 use pageferry::transport::{ControlReceiver, Link, MAX_FRAME_BYTES, TransportError};
 use pageferry_tcp::preamble::Kind;
 use pageferry_tcp::{TcpDestinationLink, TcpOptions};
@@ -59,15 +59,14 @@ fn frames_of_all_lengths_pass_both_ways() {
 fn a_timeout_in_the_middle_of_a_frame_loses_nothing() {
     let (mut stream, _link, mut receiver) = with_raw_source();
     let frame = b"a frame in many pieces";
-    let mut bytes = u32::try_from(frame.len()).unwrap().to_le_bytes().to_vec();
-    bytes.extend_from_slice(frame);
+    let bytes = [&FrameHeader::of(frame).encode()[..], frame].concat();
     for piece in bytes.chunks(3) {
         let error = receiver.receive(SHORT).unwrap_err();
         assert!(matches!(error, TransportError::TimedOut { .. }), "{error}");
         stream.write_all(piece).unwrap();
     }
     // And the next frame behind it.
-    stream.write_all(&[1, 0, 0, 0, b'!']).unwrap();
+    stream.write_all(&[&FrameHeader::of(b"!").encode()[..], b"!"].concat()).unwrap();
     assert_eq!(receiver.receive(Some(PATIENCE)).unwrap(), frame);
     assert_eq!(receiver.receive(Some(PATIENCE)).unwrap(), b"!");
 }
@@ -75,13 +74,14 @@ fn a_timeout_in_the_middle_of_a_frame_loses_nothing() {
 #[test]
 fn an_end_between_frames_is_closed_and_within_one_is_lost() {
     let (mut stream, _link, mut receiver) = with_raw_source();
-    stream.write_all(&[2, 0, 0, 0, b'o', b'k']).unwrap();
+    let whole = [&FrameHeader::of(b"ok").encode()[..], b"ok"].concat();
+    stream.write_all(&whole).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     assert_eq!(receiver.receive(None).unwrap(), b"ok");
     assert!(matches!(receiver.receive(Some(PATIENCE)), Err(TransportError::Closed)));
     assert!(matches!(receiver.receive(None), Err(TransportError::Closed)));
 
-    for cut_short in [&[2, 0][..], &[2, 0, 0, 0], &[2, 0, 0, 0, b'o']] {
+    for cut_short in [&whole[..2], &whole[..FRAME_HEADER_BYTES], &whole[..whole.len() - 1]] {
         let (mut stream, _link, mut receiver) = with_raw_source();
         stream.write_all(cut_short).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
@@ -110,14 +110,30 @@ fn dropping_a_half_or_a_link_closes_in_order() {
 fn forbidden_lengths_are_malformed_for_good() {
     for length in [0, u32::try_from(MAX_FRAME_BYTES).unwrap() + 1, u32::MAX] {
         let (mut stream, _link, mut receiver) = with_raw_source();
-        stream.write_all(&length.to_le_bytes()).unwrap();
-        stream.write_all(&[1, 0, 0, 0, b'x']).unwrap();
+        stream.write_all(&FrameHeader::with_length(length, b"x").encode()).unwrap();
+        stream.write_all(&[&FrameHeader::of(b"x").encode()[..], b"x"].concat()).unwrap();
         for _ in 0..2 {
             let error = receiver.receive(Some(PATIENCE)).unwrap_err();
             assert!(
                 matches!(error, TransportError::Malformed(StreamError::FrameLength(l)) if l == length),
                 "{error}"
             );
+        }
+    }
+}
+
+/// Whichever bit it is: the link is lost then, and not the peer to blame.
+#[test]
+fn a_frame_that_is_changed_on_the_way_ends_its_link_and_nothing_of_it_is_heard() {
+    let whole = [&FrameHeader::of(b"commit").encode()[..], b"commit"].concat();
+    for bit in 0..whole.len() * 8 {
+        let (mut stream, _link, mut receiver) = with_raw_source();
+        let mut changed = whole.clone();
+        changed[bit / 8] ^= 1 << (bit % 8);
+        stream.write_all(&[changed, whole.clone()].concat()).unwrap();
+        for _ in 0..2 {
+            let error = receiver.receive(Some(PATIENCE)).unwrap_err();
+            assert!(matches!(error, TransportError::Lost { .. }), "bit {bit}: {error:?}");
         }
     }
 }

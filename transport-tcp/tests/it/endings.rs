@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use pageferry::transport::stream::StreamError;
+use pageferry::transport::stream::{FrameHeader, StreamError};
 use pageferry::transport::{ControlChannel, Interrupt, Link, TransportError};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Kind};
 use pageferry_tcp::{TcpOptions, TcpSourceLink, connect};
@@ -11,7 +11,7 @@ use pageferry_tcp::{TcpOptions, TcpSourceLink, connect};
 use crate::support::{PATIENCE, acceptor, raw};
 
 fn frame(bytes: &[u8]) -> Vec<u8> {
-    [&u32::try_from(bytes.len()).unwrap().to_le_bytes(), bytes].concat()
+    [&FrameHeader::of(bytes).encode()[..], bytes].concat()
 }
 
 /// A source whose destination says something, and is gone.
@@ -53,7 +53,8 @@ fn a_destination_that_hears_frames_that_are_none_can_say_so() {
     let acceptor = acceptor(&TcpOptions::default());
     let mut stranger = raw::dial(acceptor.local_addr(), Kind::Control);
     // More of it than is read at once.
-    stranger.write_all(&[frame(b"hello"), vec![0xff; 100_000]].concat()).unwrap();
+    let none = FrameHeader::with_length(u32::MAX, &[]).encode().to_vec();
+    stranger.write_all(&[frame(b"hello"), none, vec![0xff; 100_000]].concat()).unwrap();
     let mut link = acceptor.accept(Some(PATIENCE)).unwrap();
     let mut control = link.control().unwrap();
     assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"hello");
@@ -66,7 +67,8 @@ fn a_destination_that_hears_frames_that_are_none_can_say_so() {
 fn a_source_that_hears_frames_that_are_none_can_say_so() {
     // A length of 0 says that it is turned away, and what follows does not.
     for (length, then) in [(u32::MAX, vec![7; 100_000]), (0, vec![7; ANSWER_BYTES])] {
-        let said = [frame(b"welcome"), length.to_le_bytes().to_vec(), then].concat();
+        let header = FrameHeader::with_length(length, &then).encode().to_vec();
+        let said = [frame(b"welcome"), header, then].concat();
         let (mut link, mut destination) = told(&said);
         let mut control = link.control().unwrap();
         assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"welcome");

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::protocol::Message;
 use pageferry::testing::greeting;
+use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader};
 use pageferry::transport::{ControlChannel, Link, LinkId, MAX_GREETING_BYTES, TransportError};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
@@ -20,7 +21,7 @@ fn hello(description_bytes: usize) -> Vec<u8> {
 }
 
 fn frame(message: &[u8]) -> Vec<u8> {
-    [&u32::try_from(message.len()).unwrap().to_le_bytes(), message].concat()
+    [&FrameHeader::of(message).encode()[..], message].concat()
 }
 
 fn acceptor(options: TcpOptions) -> TcpAcceptor {
@@ -54,11 +55,11 @@ fn assert_serves(acceptor: &TcpAcceptor) {
 /// What a connection that was let in hears when it is turned away.
 fn read_refusal(stream: &mut TcpStream) -> Answer {
     use std::io::Read;
-    let mut bytes = [0; 4 + ANSWER_BYTES];
+    let mut bytes = [0; FRAME_HEADER_BYTES + ANSWER_BYTES];
     stream.read_exact(&mut bytes).unwrap();
     assert_eq!(bytes[..4], [0; 4]);
     assert_eq!(stream.read(&mut [0]).unwrap(), 0, "nothing follows");
-    Answer::decode(bytes[4..].try_into().unwrap()).unwrap()
+    Answer::decode(bytes[FRAME_HEADER_BYTES..].try_into().unwrap()).unwrap()
 }
 
 fn assert_busy(control: &mut ControlChannel, reason: &str) {
@@ -94,16 +95,20 @@ fn nonsense_is_told_so_at_once_and_costs_nobody_else_anything() {
     let acceptor = acceptor(TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() });
     let other = frame(&Message::Ping { number: 1 }.encode());
     let mut magic = frame(&hello(0));
-    magic[8] ^= 1;
-    let long = u32::try_from(MAX_GREETING_BYTES + 1).unwrap().to_le_bytes();
+    magic[FRAME_HEADER_BYTES + 4] ^= 1;
+    let with_length = |length| FrameHeader::with_length(length, &[]).encode();
+    let long = with_length(u32::try_from(MAX_GREETING_BYTES + 1).unwrap());
     let mut layout = frame(&hello(0));
-    layout[4 + 14 + 7 + 48 + 4] = 1;
+    layout[FRAME_HEADER_BYTES + 14 + 7 + 48 + 4] = 1;
     for (said, told) in [
-        (&[0xff; 44][..], "no greeting: field hello has length"),
+        (&[0xff; 44][..], "no greeting: the header of a control frame was changed on the way"),
         (&long[..], "no greeting: field hello has length"),
-        (&[0; 4], "no greeting: message ends inside"),
-        (&other[..6], "no greeting: message of type 20 where a greeting is due"),
-        (&magic[..14], "no greeting: not a pageferry peer"),
+        (&with_length(0), "no greeting: message ends inside"),
+        (
+            &other[..FRAME_HEADER_BYTES + 2],
+            "no greeting: message of type 20 where a greeting is due",
+        ),
+        (&magic[..FRAME_HEADER_BYTES + 10], "no greeting: not a pageferry peer"),
         (&layout[..], "no greeting: memory map"),
     ] {
         let mut stream = raw::dial(acceptor.local_addr(), Kind::Control);
@@ -151,7 +156,7 @@ fn a_greeting_that_goes_on_arriving_is_heard() {
     // What follows it is the link's.
     slow.write_all(&frame(b"more")).unwrap();
     let mut control = link.control().unwrap();
-    assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), hello[4..]);
+    assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), hello[FRAME_HEADER_BYTES..]);
     assert_eq!(control.receiver.receive(Some(PATIENCE)).unwrap(), b"more");
 }
 
@@ -172,8 +177,9 @@ fn half_a_greeting_is_given_up_and_told_so() {
 #[test]
 fn greetings_that_do_not_end_have_a_bounded_share_of_memory() {
     let acceptor = acceptor(TcpOptions { preamble_timeout: PATIENCE, ..TcpOptions::default() });
-    let length = u32::try_from(MAX_GREETING_BYTES).unwrap().to_le_bytes();
-    let mut said = [&length[..], &hello(64 << 10)].concat();
+    let length = u32::try_from(MAX_GREETING_BYTES).unwrap();
+    let header = FrameHeader::with_length(length, &[]).encode();
+    let mut said = [&header[..], &hello(64 << 10)].concat();
     said.resize(MAX_GREETING_BYTES, 0);
     let mut strangers: Vec<_> = (0..40)
         .map(|_| {

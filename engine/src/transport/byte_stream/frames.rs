@@ -1,17 +1,12 @@
-//! Control frames, each behind its length.
+//! Control frames, each behind its header.
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use super::ByteStream;
 use super::half::Half;
-use crate::transport::stream::StreamError;
-use crate::transport::{
-    ControlReceiver, ControlSender, MAX_FRAME_BYTES, TransportError, check_frame,
-};
-
-/// Bytes of a control frame's length.
-const LENGTH_BYTES: usize = 4;
+use crate::transport::stream::{FRAME_HEADER_BYTES, FrameHeader};
+use crate::transport::{ControlReceiver, ControlSender, TransportError, check_frame};
 
 pub(super) struct FrameSender<S> {
     half: Half<S>,
@@ -34,10 +29,9 @@ impl<S: ByteStream> ControlSender for FrameSender<S> {
         }
         self.broken = true;
         let deadline = Instant::now().checked_add(timeout);
-        // Cannot fail: the length was checked.
-        let length = u32::try_from(frame.len()).unwrap_or(u32::MAX).to_le_bytes();
+        let header = FrameHeader::of(frame).encode();
         let half = &mut self.half;
-        if !(half.write_until(&length, deadline)? && half.write_until(frame, deadline)?) {
+        if !(half.write_until(&header, deadline)? && half.write_until(frame, deadline)?) {
             return Err(TransportError::TimedOut { operation, after: timeout });
         }
         self.broken = false;
@@ -57,27 +51,22 @@ impl<S: ByteStream> ControlReceiver for FrameReceiver<S> {
     fn receive(&mut self, timeout: Option<Duration>) -> Result<Vec<u8>, TransportError> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         // What was read stays in the buffer until the frame is whole, so a timeout loses nothing.
-        let mut whole = match self.0.fill(LENGTH_BYTES, deadline) {
+        let mut whole = match self.0.fill(FRAME_HEADER_BYTES, deadline) {
             Err(TransportError::Lost { .. }) if self.0.held().is_empty() => {
                 return Err(TransportError::Closed);
             }
             filled => filled?,
         };
-        if whole {
-            let mut length = [0; LENGTH_BYTES];
-            length.copy_from_slice(&self.0.held()[..LENGTH_BYTES]);
-            let length = u32::from_le_bytes(length);
-            let size = usize::try_from(length).unwrap_or(usize::MAX);
-            if size == 0 || size > MAX_FRAME_BYTES {
-                return Err(StreamError::FrameLength(length).into());
-            }
-            whole = self.0.fill(LENGTH_BYTES + size, deadline)?;
+        let header = self.0.held().first_chunk().map(FrameHeader::decode).transpose()?;
+        if let Some(header) = header {
+            whole = self.0.fill(FRAME_HEADER_BYTES + header.frame_bytes()?, deadline)?;
         }
         if !whole {
             let (operation, after) = ("receive a frame", timeout.unwrap_or_default());
             return Err(TransportError::TimedOut { operation, after });
         }
-        let frame = self.0.held()[LENGTH_BYTES..].to_vec();
+        let frame = self.0.held()[FRAME_HEADER_BYTES..].to_vec();
+        header.map_or(Ok(()), |header| header.check(&frame))?;
         self.0.clear();
         Ok(frame)
     }

@@ -51,7 +51,7 @@ impl<S: ByteStream> Pages<S> {
     fn acknowledge(&mut self) -> Result<(), TransportError> {
         if self.marks.released < self.marks.landed {
             self.marks.released = self.marks.landed;
-            self.half.write(&self.marks.landed.to_le_bytes())?;
+            self.half.write(&stream::encode_ack(self.marks.landed))?;
         }
         Ok(())
     }

@@ -1,8 +1,12 @@
 //! When acknowledgements are asked for, and what is to be sent of them.
 
-use super::ACK_BYTES;
+use super::{StreamError, sum, take};
 use crate::transport::Ticket;
 use crate::transport::batch::Run;
+
+/// Length of an acknowledgement in bytes: the ticket up to which everything has landed (u64), and its
+/// checksum (u32).
+pub const ACK_BYTES: usize = 12;
 
 /// Guest memory sent after which an acknowledgement is asked for, as data or as zeroes. A
 /// fraction of what an engine lets be under way, so that a sender never stands still for want of
@@ -93,7 +97,7 @@ impl AckWriter {
     #[inline]
     pub fn next(&mut self, landed: Ticket) -> &[u8] {
         if self.unsent == 0 {
-            self.bytes = landed.to_le_bytes();
+            self.bytes = encode_ack(landed);
             self.unsent = ACK_BYTES;
             (self.before, self.acknowledged) = (self.acknowledged, landed);
         }
@@ -121,4 +125,30 @@ impl AckWriter {
     pub fn withdraw(&mut self) {
         (self.unsent, self.acknowledged) = (0, self.before);
     }
+}
+
+/// As it is sent.
+pub fn encode_ack(landed: Ticket) -> [u8; ACK_BYTES] {
+    let (mut bytes, ticket) = ([0; ACK_BYTES], landed.to_le_bytes());
+    bytes[..ticket.len()].copy_from_slice(&ticket);
+    bytes[ticket.len()..].copy_from_slice(&sum(&ticket).to_le_bytes());
+    bytes
+}
+
+/// Checks an acknowledgement: it may not go back nor name what was never sent.
+pub fn decode_ack(
+    bytes: [u8; ACK_BYTES],
+    sent: Ticket,
+    landed: Ticket,
+) -> Result<Ticket, StreamError> {
+    let (ticket, rest) = take::<8>(&bytes);
+    let (ticket_sum, _) = take::<4>(rest);
+    if u32::from_le_bytes(ticket_sum) != sum(&ticket) {
+        return Err(StreamError::Damaged("an acknowledgement"));
+    }
+    let got = u64::from_le_bytes(ticket);
+    if got > sent || got < landed {
+        return Err(StreamError::Ack { got, sent, landed });
+    }
+    Ok(got)
 }

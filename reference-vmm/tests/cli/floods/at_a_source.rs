@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::AtomicBool;
 
 use pageferry::protocol::{Message, negotiate};
-use pageferry::transport::stream::ACK_BYTES;
+use pageferry::transport::stream::encode_ack;
 use pageferry_tcp::preamble::PREAMBLE_BYTES;
 
 use super::{assert_gets_in, assert_needs_little, pour};
@@ -43,7 +43,7 @@ fn acknowledgements_over(transport: &str) {
     assert_eq!(receive(&mut control), Message::Registered);
     let mut data = take_next(&listener);
     send(&mut control, &Message::Ready.encode());
-    let nothing = [0; ACK_BYTES].repeat(100_000);
+    let nothing = encode_ack(0).repeat(100_000);
     let sent = pour(&mut data, &nothing, &AtomicBool::new(false));
     eprintln!("{} KiB went out, {transport}", sent >> 10);
     assert_needs_little(&mut source, idle_bytes);

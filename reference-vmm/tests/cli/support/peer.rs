@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pageferry::memory::{Layout, RegionLayout};
 use pageferry::protocol::{Hello, Message, MigrationKey};
 use pageferry::transport::LinkId;
+use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, PREAMBLE_BYTES, Preamble, Status};
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
 use pageferry_vmm::ram::{Backing, Ram};
@@ -192,15 +193,22 @@ pub(crate) fn try_open(address: &str, hello: &Hello) -> io::Result<Opened> {
 
 /// A message as a control frame.
 pub(crate) fn frame(message: &Message) -> Vec<u8> {
-    let message = message.encode();
-    let length = u32::try_from(message.len()).expect("a short frame").to_le_bytes();
-    [&length[..], &message].concat()
+    framed(&message.encode())
+}
+
+fn framed(frame: &[u8]) -> Vec<u8> {
+    [&FrameHeader::of(frame).encode()[..], frame].concat()
+}
+
+/// The length of the control frame that bytes begin with, if all of it is there.
+pub(crate) fn whole_frame(bytes: &[u8]) -> Option<usize> {
+    let header = FrameHeader::decode(bytes.first_chunk()?).expect("a header");
+    Some(FRAME_HEADER_BYTES + header.length as usize).filter(|whole| *whole <= bytes.len())
 }
 
 /// Sends a control frame.
 pub(crate) fn send(stream: &mut TcpStream, frame: &[u8]) {
-    let length = u32::try_from(frame.len()).expect("a short frame").to_le_bytes();
-    stream.write_all(&[&length[..], frame].concat()).expect("send a frame");
+    stream.write_all(&framed(frame)).expect("send a frame");
 }
 
 /// The next message on a control connection.
@@ -209,16 +217,18 @@ pub(crate) fn receive(stream: &mut TcpStream) -> Message {
 }
 
 pub(crate) fn try_receive(stream: &mut TcpStream) -> io::Result<Message> {
-    let mut length = [0; 4];
-    stream.read_exact(&mut length)?;
-    let mut frame = vec![0; u32::from_le_bytes(length) as usize];
+    let mut header = [0; FRAME_HEADER_BYTES];
+    stream.read_exact(&mut header)?;
+    let header = FrameHeader::decode(&header).map_err(io::Error::other)?;
+    let mut frame = vec![0; header.length as usize];
     stream.read_exact(&mut frame)?;
+    header.check(&frame).map_err(io::Error::other)?;
     Message::decode(&frame).map_err(io::Error::other)
 }
 
 /// What who was let in hears when it is turned away.
 pub(crate) fn read_refusal(stream: &mut TcpStream) -> String {
-    stream.read_exact(&mut [0; 4]).expect("a frame of no bytes");
+    stream.read_exact(&mut [0; FRAME_HEADER_BYTES]).expect("a frame of no bytes");
     read_answer(stream).reason
 }
 
@@ -238,7 +248,7 @@ impl Noise {
         std::iter::repeat_with(|| self.next().to_le_bytes()).flatten().take(length).collect()
     }
 
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
