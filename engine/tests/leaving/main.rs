@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use pageferry::protocol::{FailureReason, Hello, Message, MigrationKey};
 use pageferry::testing::memory_transport::{self, MemorySource};
 use pageferry::testing::{TestMemory, hear, say};
-use pageferry::transport::{ControlChannel, Link, OneLink, SourceLink, TransportError};
+use pageferry::transport::{ControlChannel, Link, OneLink, PageSender, SourceLink, TransportError};
 use pageferry::{
     Destination, DestinationFailure, Error, GuestAtDestination, Machine, MachineError, Timeouts,
 };
@@ -109,20 +109,51 @@ fn a_source_that_fails_after_the_welcome_says_why() {
     assert_eq!(text, "no more cheese");
 }
 
-/// It has come as far as the first page, and holds the place of another one.
+/// It has come as far as the first page, and what it has opened.
+fn begin(
+    Welcomed { mut link, mut control, agreed }: Welcomed,
+) -> (MemorySource, ControlChannel, Vec<Box<dyn PageSender>>) {
+    let here = TestMemory::new(&[64]);
+    say(&mut control, &agreed);
+    link.register(here.memory()).expect("register");
+    say(&mut control, &Message::Registered);
+    assert_eq!(hear(&mut control), Message::Registered);
+    let channels = link.open_senders(2).expect("channels");
+    assert_eq!(hear(&mut control), Message::Ready);
+    (link, control, channels)
+}
+
+/// Its host answers for it, and the link seems to live.
+#[test]
+fn a_source_that_falls_silent_in_a_round_is_not_waited_for() {
+    let stall = Duration::from_secs(1);
+    let (handshake, registration_per_gib, rejoin) = (stall, Duration::ZERO, Duration::ZERO);
+    let timeouts =
+        Timeouts { handshake, registration_per_gib, stall, rejoin, ..Timeouts::default() };
+    let failure = destination_by(timeouts, |welcomed| {
+        let (_link, mut control, _channels) = begin(welcomed);
+        say(&mut control, &Message::Round { round: 1, dirty_pages: 9 });
+        say(&mut control, &Message::Ping { number: 1 });
+        assert_eq!(hear(&mut control), Message::Pong { number: 1 });
+        let told = hear(&mut control);
+        assert!(
+            matches!(told, Message::Failed { reason: FailureReason::TimedOut, .. }),
+            "{told:?}"
+        );
+    });
+    assert_eq!(failure.guest, GuestAtDestination::AtSource);
+    let said = failure.error.to_string();
+    assert!(said.contains("a sign of life of the source"), "{said}");
+}
+
+/// It holds the place of another one.
 #[test]
 fn a_source_that_never_begins_is_not_waited_for() {
     let handshake = Duration::from_secs(1);
     let timeouts =
         Timeouts { handshake, registration_per_gib: Duration::ZERO, ..Timeouts::default() };
-    let failure = destination_by(timeouts, |Welcomed { mut link, mut control, agreed }| {
-        let here = TestMemory::new(&[64]);
-        say(&mut control, &agreed);
-        link.register(here.memory()).expect("register");
-        say(&mut control, &Message::Registered);
-        assert_eq!(hear(&mut control), Message::Registered);
-        let _channels = link.open_senders(2).expect("channels");
-        assert_eq!(hear(&mut control), Message::Ready);
+    let failure = destination_by(timeouts, |welcomed| {
+        let (_link, mut control, _channels) = begin(welcomed);
         // And says nothing more.
         let told = hear(&mut control);
         assert!(

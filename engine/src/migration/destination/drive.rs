@@ -27,7 +27,7 @@ use crate::error::{Chain, Error};
 use crate::host::{Guarded, caught};
 use crate::machine::Machine;
 use crate::migration::receiver::{self, ReceiverReport};
-use crate::migration::session::{Item, Patience, Session, SessionSettings, unexpected};
+use crate::migration::session::{Item, Patience, SOURCE, Session, SessionSettings, unexpected};
 use crate::pages::digest::Digest;
 use crate::pages::memory::{GuestMemory, Layout, PageRange};
 use crate::progress::{Event, EventSink, Shared, UnderWay};
@@ -36,10 +36,6 @@ use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
 use crate::transport::{DestinationLink, LinkPurpose, Rendezvous, Returning, TransportError};
 use returning::{Back, Epoch};
-
-/// Waiting for the source once it sends pages: it decides how long that takes, and a dead link
-/// ends the channels. Long enough to never matter, short enough for the clock's arithmetic.
-const PATIENT: Duration = Duration::from_secs(365 * 86_400);
 
 /// What a trial may take in all, as a multiple of the time for any page to land: it keeps others out.
 const TRIAL_STALLS: u32 = 4;
@@ -400,9 +396,13 @@ impl Drive {
             let item = if let Some(report) = self.late.pop_front() {
                 Item::Report(report)
             } else {
+                // It decides how long that takes, and says something every second or so. What keeps it
+                // from that, such as to look at all of its memory, takes longer with more of that.
+                let registration = self.timeouts.registration(memory.layout().len_bytes());
+                let silence = self.timeouts.stall.saturating_add(registration);
                 let patient = || match self.trial_ends {
                     Some(ends) => ends,
-                    None => Patience::now("the source", PATIENT),
+                    None => Patience::now(SOURCE, silence),
                 };
                 self.session.next(self.first_round.unwrap_or_else(patient))?
             };

@@ -10,7 +10,8 @@ pub(crate) const PONG: &str = "the destination to answer a ping";
 pub(crate) const COMMIT: &str = "the commit";
 pub(crate) const FATE: &str = "the answer to the commit";
 pub(crate) const HEARD: &str = "the source to know what became of the guest";
-pub(super) const OF_THE_LINK: [&str; 5] = [LANDINGS, PONG, COMMIT, FATE, HEARD];
+pub(crate) const SOURCE: &str = "a sign of life of the source";
+pub(super) const OF_THE_LINK: [&str; 6] = [LANDINGS, PONG, COMMIT, FATE, HEARD, SOURCE];
 
 /// What came in time may be looked at for so much longer: a driver that was held up takes what is there,
 /// and a peer that never stops talking does not hold it.
@@ -27,6 +28,12 @@ pub(crate) struct Patience {
 impl Patience {
     pub(crate) fn now(what: &'static str, at_most: Duration) -> Self {
         Self { what, since: Instant::now(), at_most }
+    }
+
+    /// When it is over: who was held up itself, by a signal or a host that slept, finds that what it waited for has
+    /// come meanwhile.
+    pub(crate) fn last_look(&self) -> Self {
+        Self::now(self.what, OVERTIME)
     }
 
     pub(super) fn error(&self) -> Error {

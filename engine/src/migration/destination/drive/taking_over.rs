@@ -22,10 +22,19 @@ impl Drive {
         let Timeouts { commit, release, .. } = self.timeouts;
         let commit = commit.max(MEANT_SILENCE);
         let mut patience = Patience::now(COMMIT, commit);
-        let whole = Patience::now("the source to release its resources", release.max(commit));
+        let mut whole = Patience::now("the source to release its resources", release.max(commit));
+        let mut is_last = false;
         loop {
             let sooner = if whole.left() < patience.left() { whole } else { patience };
-            match self.session.next_committed(sooner)? {
+            let item = match self.session.next_committed(sooner) {
+                Err(Error::TimedOut { .. }) if !is_last => {
+                    (patience, whole) = (patience.last_look(), whole.last_look());
+                    is_last = true;
+                    continue;
+                }
+                item => item?,
+            };
+            match item {
                 Item::Message(Message::Commit) => return Ok(Answer::Commit),
                 Item::Message(Message::Releasing) => {
                     patience = Patience::now(COMMIT, commit);

@@ -239,9 +239,17 @@ impl Drive<'_> {
     }
 
     /// Waits for the destination's word on what became of the guest, and says that it was heard.
-    pub(super) fn await_fate(&mut self, patience: Patience) -> Result<Duration, Error> {
+    pub(super) fn await_fate(&mut self, mut patience: Patience) -> Result<Duration, Error> {
+        let mut is_last = false;
         let fate = loop {
-            match self.session.next_committed(patience)? {
+            let item = match self.session.next_committed(patience) {
+                Err(Error::TimedOut { .. }) if !is_last => {
+                    (patience, is_last) = (patience.last_look(), true);
+                    continue;
+                }
+                item => item?,
+            };
+            match item {
                 Item::Message(Message::Resumed { resume_ns }) => {
                     self.handover.handle(SourceInput::Resumed);
                     break Ok(Duration::from_nanos(resume_ns));

@@ -10,6 +10,10 @@ use crate::machine::Machine;
 use crate::migration::session::{Item, PONG, Patience};
 use crate::progress::Event;
 
+/// How often the destination hears of this side while pages are sent, and so this side of it: far more often than
+/// either gives up a silent one.
+const IN_TOUCH: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Default)]
 pub(super) struct Steering {
     /// By how much the guest is slowed down.
@@ -20,6 +24,8 @@ pub(super) struct Steering {
     /// Pings sent, and the last one, if it has no answer yet.
     pings: u32,
     unanswered: Option<Ping>,
+    /// When the last one was sent.
+    pinged: Option<Instant>,
     /// When the destination answered last.
     pub(super) answered: Option<Instant>,
     /// The switchover whose state the destination was asked to load, and has not, and for how long it may.
@@ -37,6 +43,7 @@ impl Steering {
     /// The link is lost: nothing that was asked on it is answered.
     pub(super) fn begin_epoch(&mut self) {
         (self.pings, self.unanswered, self.answered, self.loading) = (0, None, None, None);
+        self.pinged = None;
     }
 }
 
@@ -134,7 +141,16 @@ impl Drive<'_> {
         self.steering.pings = self.steering.pings.wrapping_add(1);
         let now = Instant::now();
         self.steering.unanswered = Some(Ping { sent: now, due: now });
+        self.steering.pinged = Some(now);
         self.session.send(&Message::Ping { number: self.steering.pings })
+    }
+
+    /// Asks for an answer if the last question was a while ago, however long a round takes.
+    pub(super) fn keep_in_touch(&mut self) -> Result<(), Error> {
+        match self.steering.pinged {
+            Some(pinged) if pinged.elapsed() < IN_TOUCH => Ok(()),
+            _ => self.ping(),
+        }
     }
 
     /// Takes an answer. One to another ping than the last is none that was asked for.

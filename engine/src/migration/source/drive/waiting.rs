@@ -142,6 +142,7 @@ impl Drive<'_> {
             } else if waiting.progressed.elapsed() >= stall {
                 return Err(Error::TimedOut { what: LANDINGS, after: stall });
             }
+            self.keep_in_touch()?;
             self.check_answer()?;
             self.close_silent(&waiting.gathering, &waiting.moved, stall)?;
             let (now, landed) = (self.now(), self.channels.landed());
