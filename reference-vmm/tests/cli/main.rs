@@ -12,6 +12,7 @@ mod demo;
 #[path = "../shared/documented.rs"]
 mod documented;
 mod events;
+mod faults;
 mod floods;
 mod iouring;
 mod memory_use;

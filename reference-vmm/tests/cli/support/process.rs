@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -15,6 +15,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_s
 use super::PATIENCE;
 use super::lines::Lines;
 use super::report::Report;
+
+/// How often who waits for one of two things looks for the other one.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// A process, killed when dropped. When a test fails, what it wrote is shown.
 pub(crate) struct Process {
@@ -80,6 +83,20 @@ impl Process {
     /// Waits for a report of a process that goes on.
     pub(crate) fn await_report(&mut self) -> Report {
         Report::parse(&self.await_line())
+    }
+
+    /// The same, unless it says something that has `part` in it, and nothing follows it then.
+    pub(crate) fn await_report_unless(&mut self, part: &str) -> Option<Report> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(line) = self.stdout.wait_for("", Instant::now() + GLANCE) {
+                return Some(Report::parse(&line));
+            }
+            if self.messages().contains(part) {
+                return None;
+            }
+            assert!(Instant::now() < deadline, "the {} did not report", self.name);
+        }
     }
 
     /// Waits for a line on stdout.

@@ -1,0 +1,107 @@
+//! Every step of a migration × everything that may happen to it. Two processes with a real guest, and a relay between
+//! them that knows their messages, so that each case happens at its very step.
+//!
+//! A sample is taken, by a seed that is printed. `PAGEFERRY_SEED=N` repeats it, `PAGEFERRY_FAULTS=all` plays all cases
+//! (`ci/soak --faults`), and `PAGEFERRY_FAULTS="Flipped at Prepare over tcp"` those whose name has that in it.
+
+mod case;
+mod model;
+mod path;
+
+use std::collections::BTreeMap;
+use std::panic::catch_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::support::peer::Noise;
+
+use model::{Case, End};
+
+/// Cases of a sample.
+const SAMPLE: usize = 64;
+/// Cases at a time: most of each is waiting.
+const AT_ONCE: usize = 4;
+
+/// A case, and dice for what it leaves open.
+type Thrown = (Case, u64);
+
+/// The cases to play.
+fn chosen(seed: u64) -> Vec<Thrown> {
+    let mut noise = Noise(seed);
+    let all = Case::all().into_iter();
+    let mut cases: Vec<_> = all.map(|case| (noise.next(), (case, noise.next()))).collect();
+    match std::env::var("PAGEFERRY_FAULTS") {
+        Ok(all) if all == "all" => {}
+        Ok(part) => cases.retain(|(_, (case, _))| case.to_string().contains(&part)),
+        Err(_) => {
+            cases.sort_by_key(|(order, _)| *order);
+            cases.truncate(SAMPLE);
+        }
+    }
+    cases.into_iter().map(|(_, thrown)| thrown).collect()
+}
+
+/// How a case ended, and whether it may.
+fn play((case, dice): Thrown) -> (Option<(End, End)>, Result<(), String>) {
+    let Ok(outcome) = catch_unwind(|| case::play(case, dice)) else {
+        return (None, Err(format!("{case}: see above")));
+    };
+    let (source, destination) = outcome.ends;
+    eprintln!("{case}: {source:?}, {destination:?} in {:.1?}", outcome.took);
+    let may_end = case.may_end(source, destination).then_some(()).ok_or_else(|| {
+        let (here, there) = (case.source_ends(), case.destination_ends());
+        format!("{case}: {source:?} and {destination:?}, not of {here:?} and {there:?}")
+    });
+    (Some(outcome.ends), may_end)
+}
+
+#[test]
+fn whatever_happens_to_a_migration_it_ends_as_the_model_says() {
+    let seed = std::env::var("PAGEFERRY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+        u64::from(now.subsec_nanos())
+    });
+    let cases = chosen(seed);
+    assert!(!cases.is_empty(), "no case has such a name");
+    eprintln!("{} cases, PAGEFERRY_SEED={seed}", cases.len());
+    let (next, ends, wrong) =
+        (AtomicUsize::new(0), Mutex::<Vec<_>>::default(), Mutex::<Vec<_>>::default());
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE.min(cases.len()) {
+            scope.spawn(|| {
+                while let Some(thrown) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let (ended, may_end) = play(*thrown);
+                    let ended = ended.map(|ended| (thrown.0, ended));
+                    ends.lock().unwrap_or_else(PoisonError::into_inner).extend(ended);
+                    wrong.lock().unwrap_or_else(PoisonError::into_inner).extend(may_end.err());
+                }
+            });
+        }
+    });
+    let ends = ends.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let wrong = wrong.into_inner().unwrap_or_else(PoisonError::into_inner);
+    eprintln!("{}", table(&ends));
+    assert!(wrong.is_empty(), "PAGEFERRY_SEED={seed}:\n{}", wrong.join("\n"));
+}
+
+/// What became of the guest by what happened, as in docs/reliability.md.
+fn table(ends: &[(Case, (End, End))]) -> String {
+    let mut rows = BTreeMap::<String, [u32; 5]>::new();
+    for (case, ends) in ends {
+        let row = rows.entry(format!("{:?}", case.fault)).or_default();
+        row[0] += 1;
+        row[match ends {
+            (End::Uncertain, End::Uncertain) => 4,
+            (End::Uncertain, _) | (_, End::Uncertain) => 3,
+            (End::AtDestination, _) | (_, End::AtDestination) => 1,
+            _ => 2,
+        }] += 1;
+    }
+    let rows = rows.into_iter().map(|(fault, [cases, there, here, one, both])| {
+        format!("| {fault} | {cases} | {there} | {here} | {one} | {both} |")
+    });
+    rows.collect::<Vec<_>>().join("\n")
+}
