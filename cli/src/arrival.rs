@@ -70,7 +70,7 @@ impl Reception<'_> {
         let come = self.await_anybody(chosen, address, wishes, home)?;
         match &come {
             Ok(arrival) => self.observers.ended(Side::Destination, &arrival.report()),
-            Err(why) => self.observers.events.ended(Outcome::Cancelled, GuestAt::Source, Some(why)),
+            Err(why) => self.observers.events.ended_before(why),
         }
         Ok(come)
     }

@@ -14,13 +14,14 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry::convergence::Verdict;
 use pageferry::{Event, Snapshot};
 use pageferry_report::document::ms;
+use pageferry_report::facts::Facts;
 use pageferry_report::heartbeat::realtime_ns;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::outcome::{Failure, Outcome};
-use crate::report::GuestAt;
+use crate::report::{GuestAt, Report};
 
 /// Lines that wait for whoever reads them; what comes on top is counted, and nothing waits for it.
 const MOST_WAITING: usize = 4096;
@@ -51,7 +52,12 @@ impl EventArgs {
             };
             format!("--events {}: {error}{hint}", path.display())
         })?;
-        Ok(Events { log: Some(Arc::new(Log::start(file)?)) })
+        let events = Events { log: Some(Arc::new(Log::start(file)?)) };
+        // No secret is ever among these.
+        let command = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+        let facts = Box::new(Facts::here(Vec::new()));
+        events.tell(Happening::Began { command: command.collect(), facts });
+        Ok(events)
     }
 }
 
@@ -79,12 +85,25 @@ impl Events {
     }
 
     /// How a migration ended. Where nobody reads it waits for room, for 2 seconds at most.
-    pub fn ended(&self, outcome: Outcome, guest_at: GuestAt, error: Option<&str>) {
+    pub fn ended(&self, report: &Report) {
+        self.end(Happening::Ended {
+            outcome: report.outcome,
+            guest_at: report.guest_at,
+            error: report.error.clone(),
+            report: serde_json::to_value(report).ok(),
+        });
+    }
+
+    /// The same, where none has begun.
+    pub fn ended_before(&self, why: &str) {
+        let (outcome, guest_at) = (Outcome::Cancelled, GuestAt::Source);
+        let (error, report) = (Some(why.to_owned()), None);
+        self.end(Happening::Ended { outcome, guest_at, error, report });
+    }
+
+    fn end(&self, ended: Happening) {
         if let Some(log) = &self.log {
-            log.add(
-                Happening::Ended { outcome, guest_at, error: error.map(str::to_owned) },
-                PATIENCE,
-            );
+            log.add(ended, PATIENCE);
         }
     }
 }
@@ -176,6 +195,10 @@ impl Line {
 #[serde(tag = "event", rename_all = "snake_case")]
 #[expect(missing_docs, reason = "docs/report.md has them, and a test looks for each")]
 pub enum Happening {
+    Began {
+        command: Vec<String>,
+        facts: Box<Facts>,
+    },
     Listening {
         address: String,
     },
@@ -258,6 +281,7 @@ pub enum Happening {
         outcome: Outcome,
         guest_at: GuestAt,
         error: Option<String>,
+        report: Option<serde_json::Value>,
     },
 }
 
@@ -366,9 +390,10 @@ mod tests {
     fn all() -> Vec<Happening> {
         use Happening::*;
         let text = String::new;
-        let first = Listening { address: text() };
+        let first = Began { command: Vec::new(), facts: Box::default() };
         let next = |happening: &Happening| {
             Some(match happening {
+                Began { .. } => Listening { address: text() },
                 Listening { .. } => Connected { peer: text() },
                 Connected { .. } => Agreed { version: 1, channels: 2, verify: true },
                 Agreed { .. } => Registering { memory_bytes: 1 },
@@ -416,7 +441,7 @@ mod tests {
                 GuestPausedThere => GuestKept,
                 GuestKept => {
                     let (outcome, guest_at) = (Outcome::Completed, GuestAt::Destination);
-                    Ended { outcome, guest_at, error: None }
+                    Ended { outcome, guest_at, error: None, report: None }
                 }
                 Ended { .. } => return None,
             })

@@ -36,6 +36,6 @@ impl Observers {
     /// How a migration ended at this side.
     pub(crate) fn ended(&self, side: Side, report: &Report) {
         self.metrics.ended(side, report.outcome, report.downtime_ms);
-        self.events.ended(report.outcome, report.guest_at, report.error.as_deref());
+        self.events.ended(report);
     }
 }

@@ -132,10 +132,12 @@ impl Setting {
     pub fn title(&self) -> String {
         let channels = if self.channels == 1 { "channel" } else { "channels" };
         let rate = self.dirty_rate.map_or_else(String::new, |rate| format!(" at {rate}/s"));
-        let mut title = format!(
-            "{}, {} {channels}, {}, {}{rate}",
-            self.transport, self.channels, self.backing, self.workload
-        );
+        let mut title = format!("{}, {} {channels}", self.transport, self.channels);
+        // Who looks at a trace alone may not know all of them.
+        for part in [&self.backing, &self.workload].into_iter().filter(|part| !part.is_empty()) {
+            title.extend([", ", part]);
+        }
+        title.push_str(&rate);
         for (name, threads) in [("guest", self.guest_load), ("host", self.host_load)] {
             if threads > 0 {
                 title.extend([format!(", {name} load {threads}")]);

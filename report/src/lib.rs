@@ -6,6 +6,7 @@
 //! - [`recorder`]: what a migration did over time, recorded while it runs.
 //! - [`heartbeat`]: when a guest was heard meanwhile, and when it was not.
 //! - [`facts`]: the machine that all of it was measured on.
+//! - [`trace`]: a document of the events that a program wrote to a file.
 //! - [`page`]: one HTML file that shows a document, and needs nothing else to be looked at.
 //!
 //! It is a crate of its own since all programs write reports, and guests have heartbeats.
@@ -18,3 +19,4 @@ pub mod latency;
 pub mod page;
 mod plot;
 pub mod recorder;
+pub mod trace;

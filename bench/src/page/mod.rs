@@ -9,7 +9,7 @@ use pageferry_cli::say;
 use pageferry_cli::transport::facts::transports;
 use pageferry_report::document::{Comparison, Contestant, Document, Kind};
 use pageferry_report::facts::Facts;
-use pageferry_report::page;
+use pageferry_report::{page, trace};
 use serde::Deserialize;
 
 use crate::output::line;
@@ -24,7 +24,8 @@ Example:
 
 #[derive(Debug, Args)]
 pub(crate) struct ReportArgs {
-    /// What `migrate`, `latency`, `compare` and `throughput` printed with --json.
+    /// What `migrate`, `latency`, `compare` and `throughput` printed with --json, and what --events of
+    /// `pageferry-vmm` and `pageferry-qemu` wrote.
     #[arg(required = true, value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
     /// Where to write the page.
@@ -63,13 +64,13 @@ fn read(path: &Path) -> Result<Document, Failure> {
         format!("failed to read {}: {}", path.display(), pageferry::Chain::of(error))
     };
     let text = fs::read_to_string(path).map_err(|error| failed(&error))?;
-    Document::parse(&text).or_else(|error| match throughput(&text) {
-        Some(comparison) => {
+    Document::parse(&text).or_else(|error| {
+        if let Some(comparison) = throughput(&text) {
             let mut document = Document::new(Kind::Compare, Facts::here(transports()));
             document.comparisons.push(comparison);
-            Ok(document)
+            return Ok(document);
         }
-        None => Err(failed(&error).into()),
+        trace::read(&text).ok_or_else(|| failed(&error).into())
     })
 }
 

@@ -49,16 +49,47 @@ fn both_sides_tell_what_happens_as_it_happens() {
     let left = ["committed", "guest_runs_there", "ended"];
     assert_eq!(
         names(&here),
-        [&["agreed", round, finished, "guest_paused", round][..], &left].concat()
+        [&["began", "agreed", round, finished, "guest_paused", round][..], &left].concat()
     );
-    let came = ["listening", "connected", "agreed", round, "loaded"];
+    let came = ["began", "listening", "connected", "agreed", round, "loaded"];
     assert_eq!(names(&there), [&came[..], &left].concat());
-    assert_eq!(there[0]["address"], address);
+    assert_eq!(there[1]["address"], address);
     for lines in [&here, &there] {
         let ended = lines.last().expect("the end");
         assert_eq!(ended["outcome"], "completed", "{ended}");
         assert_eq!(ended["guest_at"], "destination", "{ended}");
         assert_eq!(ended["error"], Value::Null, "{ended}");
+    }
+}
+
+/// What was sent by somebody who wants to know why can be drawn.
+#[test]
+fn a_file_of_events_is_a_report() {
+    let root = tempfile::tempdir().expect("a folder");
+    let path = root.path().join("events");
+    let mut source = source_that_stays(&[&format!("--events={}", path.display())]);
+    source.say("migrate 127.0.0.1:1");
+    assert_eq!(source.await_report().text("outcome"), "failed");
+    let (mut destination, address) = destination(&[]);
+    source.say(format!("migrate {address}"));
+    let report = source.await_report();
+    source.finish().assert_status(0);
+    destination.finish().report(0).assert_arrived();
+    let text = fs::read_to_string(&path).expect("the events");
+    let document = pageferry_report::trace::read(&text).expect("a trace");
+    assert!(!document.facts.kernel.is_empty(), "{:?}", document.facts);
+    let [failed, completed] = &document.migrations[..] else { panic!("{document:?}") };
+    assert_eq!(failed.outcome, "failed");
+    assert!(failed.error.as_ref().is_some_and(|error| error.contains("refused")), "{failed:?}");
+    assert_eq!(completed.outcome, "completed");
+    assert_eq!(completed.wire_bytes, report.count("bytes_on_wire"));
+    assert_eq!(completed.rounds.len() as u64, report.count("rounds"));
+    let times = completed.rounds.iter().map(|round| round.ms);
+    assert!(times.clone().all(|ms| (0.0..=completed.total_ms).contains(&ms)), "{completed:?}");
+    // Cut off anywhere, as by the end of its program.
+    for end in (0..text.len()).step_by(97) {
+        let most = pageferry_report::trace::read(&text[..end]);
+        assert!(most.is_none_or(|cut| cut.migrations.len() <= 2));
     }
 }
 
@@ -88,8 +119,9 @@ fn a_file_that_takes_nothing_ends_the_events_alone() {
     let (mut destination, address) = destination(&["--events=/dev/full"]);
     let mut source = source(&["--events=/dev/full"]);
     source.say(format!("migrate {address}"));
-    source.await_message("no more events are written: ");
     source.finish().report(0).assert_departed();
+    // By the first of them, which comes before all else.
+    assert!(source.messages().contains("no more events are written: "));
     destination.finish().report(0).assert_arrived();
 }
 

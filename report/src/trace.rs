@@ -1,0 +1,151 @@
+//! A document of the events that a program wrote to a file with `--events`: what somebody sends who wants to know why a
+//! migration went as it did. `docs/report.md` describes the lines.
+
+use pageferry::memory::PAGE_BYTES;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::document::{Document, Downtime, Kind, Migration, Round, Sample, Setting, ZeroCopy};
+use crate::facts::Facts;
+
+/// What a trace is read for. Other events have no fields that are drawn.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Event {
+    Began {
+        facts: Box<Facts>,
+    },
+    RoundStarted {
+        round: u32,
+        dirty_pages: u64,
+    },
+    Progress {
+        landed_bytes: u64,
+        left_pages: u64,
+    },
+    Ended {
+        report: Option<Box<Report>>,
+    },
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Debug, Deserialize)]
+struct Line {
+    realtime_ms: f64,
+    #[serde(flatten)]
+    event: Event,
+}
+
+/// The report of a migration, as far as it is drawn.
+#[derive(Debug, Deserialize)]
+struct Report {
+    outcome: String,
+    error: Option<String>,
+    guest: Option<String>,
+    workload: Option<String>,
+    vcpus: Option<u8>,
+    backing: Option<String>,
+    dirty_source: Option<String>,
+    transport: String,
+    channels: u16,
+    memory_bytes: u64,
+    working_set_bytes: Option<u64>,
+    total_ms: f64,
+    setup_ms: f64,
+    registration_ms: f64,
+    downtime_ms: f64,
+    downtime: Downtime,
+    verify_ms: f64,
+    downtime_limit_ms: Option<f64>,
+    pages: Pages,
+    bytes_on_wire: u64,
+    user_copied_bytes: u64,
+    zero_copy: ZeroCopy,
+    system_calls: u64,
+    cpu_ms: Option<f64>,
+    throughput_gbps: f64,
+    dirty_pages_per_second: f64,
+    heartbeat_gap_ms: Option<f64>,
+    oracle_ok: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Pages {
+    data: u64,
+    zero: u64,
+}
+
+impl From<Report> for Migration {
+    fn from(report: Report) -> Self {
+        let setting = Setting {
+            transport: report.transport,
+            channels: report.channels,
+            backing: report.backing.unwrap_or_default(),
+            guest: report.guest.unwrap_or_default(),
+            dirty_source: report.dirty_source.unwrap_or_default(),
+            workload: report.workload.unwrap_or_default(),
+            vcpus: report.vcpus.unwrap_or_default(),
+            memory_bytes: report.memory_bytes,
+            working_set_bytes: report.working_set_bytes.unwrap_or_default(),
+            ..Setting::default()
+        };
+        Self {
+            setting,
+            outcome: report.outcome,
+            error: report.error,
+            oracle_ok: report.oracle_ok,
+            total_ms: report.total_ms,
+            setup_ms: report.setup_ms,
+            registration_ms: report.registration_ms,
+            downtime_ms: report.downtime_ms,
+            downtime: report.downtime,
+            verify_ms: report.verify_ms,
+            downtime_limit_ms: report.downtime_limit_ms.unwrap_or_default(),
+            throughput_gbps: report.throughput_gbps,
+            dirty_pages_per_second: report.dirty_pages_per_second,
+            data_pages: report.pages.data,
+            zero_pages: report.pages.zero,
+            wire_bytes: report.bytes_on_wire,
+            user_copied_bytes: report.user_copied_bytes,
+            system_calls: report.system_calls,
+            zero_copy: report.zero_copy,
+            cpu_ms: report.cpu_ms,
+            heartbeat_gap_ms: report.heartbeat_gap_ms,
+            ..Self::default()
+        }
+    }
+}
+
+/// Reads a trace: a migration for each that has ended in it. `None` if it is none, or none has. What is no line of
+/// JSON, such as half a line at the end of a program that was killed, is passed over.
+pub fn read(text: &str) -> Option<Document> {
+    let mut document = Document::new(Kind::Report, Facts::default());
+    let (mut rounds, mut samples) = (Vec::new(), Vec::new());
+    for line in text.lines() {
+        let line = serde_json::from_str::<Value>(line).and_then(serde_json::from_value::<Line>);
+        let Ok(Line { realtime_ms: ms, event }) = line else { continue };
+        match event {
+            Event::Began { facts } => document.facts = *facts,
+            Event::RoundStarted { round, dirty_pages } => {
+                rounds.push(Round { round, ms, dirty_pages });
+            }
+            Event::Progress { landed_bytes, left_pages } => {
+                let remaining_bytes = left_pages.saturating_mul(PAGE_BYTES);
+                samples.push(Sample { ms, landed_bytes, remaining_bytes });
+            }
+            Event::Ended { report } => {
+                let (mut rounds, mut samples) =
+                    (std::mem::take(&mut rounds), std::mem::take(&mut samples));
+                let Some(report) = report else { continue };
+                // From here on times count from its beginning.
+                let began_ms = ms - report.total_ms;
+                rounds.iter_mut().for_each(|round| round.ms -= began_ms);
+                samples.iter_mut().for_each(|sample| sample.ms -= began_ms);
+                document.migrations.push(Migration { rounds, samples, ..Migration::from(*report) });
+            }
+            Event::Other => {}
+        }
+    }
+    (!document.migrations.is_empty()).then_some(document)
+}
