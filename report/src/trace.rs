@@ -140,8 +140,12 @@ pub fn read(text: &str) -> Option<Document> {
                 let Some(report) = report else { continue };
                 // From here on times count from its beginning.
                 let began_ms = ms - report.total_ms;
-                rounds.iter_mut().for_each(|round| round.ms -= began_ms);
-                samples.iter_mut().for_each(|sample| sample.ms -= began_ms);
+                for round in &mut rounds {
+                    round.ms -= began_ms;
+                }
+                for sample in &mut samples {
+                    sample.ms -= began_ms;
+                }
                 document.migrations.push(Migration { rounds, samples, ..Migration::from(*report) });
             }
             Event::Other => {}

@@ -1,26 +1,17 @@
 //! What the tests have in common: the device's address, and two ends of a link over it.
 
+mod device;
+
 use std::thread;
 use std::time::Duration;
 
 use pageferry::transport::Admission;
 use pageferry_rdma::{RdmaAcceptor, RdmaDestinationLink, RdmaOptions, RdmaSourceLink, connect};
 
+pub(crate) use device::address;
+
 /// A bound on everything that should take no time.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
-
-/// The address of this host's RDMA device; `None` and why, loudly, where there is none.
-pub(crate) fn address() -> Option<String> {
-    if let Err(unavailable) = pageferry_rdma::available() {
-        eprintln!("tests over RDMA skipped, because {unavailable}");
-        return None;
-    }
-    let address = std::env::var("PAGEFERRY_RDMA_ADDRESS").ok();
-    if address.is_none() {
-        eprintln!("tests over RDMA skipped, because PAGEFERRY_RDMA_ADDRESS names no device");
-    }
-    address
-}
 
 /// The links of these tests have a protocol of their own.
 pub(crate) fn of_anyone(options: RdmaOptions) -> RdmaOptions {

@@ -1,0 +1,139 @@
+//! Links that are lost in the middle of a migration and come back. On its own: what the device has is counted.
+
+#[path = "support/device.rs"]
+mod device;
+
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use device::address;
+use pageferry::digest::Digest;
+use pageferry::dirty::DirtySources;
+use pageferry::testing::TestMemory;
+use pageferry::transport::{Connector, Interrupt, LinkPurpose, SourceLink, TransportError};
+use pageferry::{Destination, Machine, MachineError, Source, Statistics};
+use pageferry_rdma::{RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode};
+
+const PAGES: u64 = 8192;
+/// How often the link is lost.
+const LOSSES: u64 = 5;
+/// What a loss costs at most at that pace: some batches of two queue pairs.
+const UNDER_WAY_BYTES: u64 = 4 << 20;
+/// So that all of them come while pages are on their way.
+const BYTES_PER_SECOND: u64 = 8 << 20;
+/// No less than an emulated machine takes for anything.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A guest that has nothing but memory, and writes none of it.
+#[derive(Debug)]
+struct Idle;
+
+impl Machine for Idle {
+    fn pause(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn save(&mut self, _: &mut Vec<u8>) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+type Ends = Arc<Mutex<Option<Arc<dyn Interrupt>>>>;
+
+/// Dials, and keeps what ends the link.
+struct Watched {
+    inner: RdmaDialler,
+    link: Ends,
+}
+
+impl Connector for Watched {
+    fn connect(&mut self, purpose: LinkPurpose) -> Result<Box<dyn SourceLink>, TransportError> {
+        let link = self.inner.connect(purpose)?;
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.interrupter());
+        Ok(link)
+    }
+
+    fn redials(&self) -> bool {
+        self.inner.redials()
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+/// How many protection domains, completion queues, queue pairs and memory regions the kernel has, if rdma(8) can tell.
+/// The context of a device is librdmacm's, which keeps it for as long as the process is there.
+fn resources() -> Option<Vec<(String, u64)>> {
+    let told = Command::new("rdma").args(["resource", "show"]).output().ok()?;
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    let words: Vec<_> = told.split_whitespace().collect();
+    let counted = words.windows(2).filter(|pair| ["pd", "cq", "qp", "mr"].contains(&pair[0]));
+    let counts = counted.map(|pair| Some((pair[0].to_owned(), pair[1].parse().ok()?)));
+    counts.collect::<Option<Vec<_>>>().filter(|counts| !counts.is_empty())
+}
+
+/// Moves memory over a link that is lost again and again; what both sides have done.
+fn migrate(address: &str, options: &RdmaOptions) -> (Statistics, Statistics) {
+    let (here, there) = (TestMemory::new(&[PAGES]), TestMemory::new(&[PAGES]));
+    here.fill(7);
+    let acceptor = RdmaAcceptor::bind((address, 0), options.clone()).expect("the device listens");
+    let link = Ends::default();
+    let dialler = RdmaDialler::new(acceptor.local_addr().to_string(), options.clone());
+    let connector = Box::new(Watched { inner: dialler, link: Arc::clone(&link) });
+    let rendezvous = Box::new(acceptor.rendezvous());
+    let source = Source::new().channels(2).verify(true).downtime_limit(PATIENCE);
+    let handle = source.handle();
+    handle.limit_bandwidth(Some(BYTES_PER_SECOND.try_into().expect("more than none")));
+    let (departed, arrived) = thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let offer = Destination::new().negotiate(rendezvous).expect("a source greets");
+            offer.receive(Idle, there.memory()).expect("it arrives").statistics
+        });
+        let leaving = scope.spawn(|| {
+            let dirty = DirtySources::new(Vec::new());
+            source.migrate(Idle, here.memory(), dirty, connector).expect("it leaves").statistics
+        });
+        for loss in 1..=LOSSES {
+            // More has landed each time.
+            let due = loss * here.memory().layout().len_bytes() / (LOSSES + 2);
+            let began = Instant::now();
+            while handle.snapshot().landed_bytes < due {
+                assert!(began.elapsed() < PATIENCE, "{:?}", handle.snapshot());
+                thread::yield_now();
+            }
+            let link = link.lock().unwrap_or_else(PoisonError::into_inner);
+            link.as_ref().expect("a link").interrupt();
+        }
+        (leaving.join().expect("no panic"), receiving.join().expect("no panic"))
+    });
+    let digests = [&here, &there].map(|memory| Digest::of(memory.memory()).expect("its memory"));
+    assert_eq!(digests[0], digests[1]);
+    (departed, arrived)
+}
+
+#[test]
+fn a_link_that_is_lost_again_and_again_comes_back_and_nothing_of_it_stays() {
+    let Some(address) = address() else { return };
+    for registration in [RegistrationMode::AtStart, RegistrationMode::Ahead] {
+        let options = RdmaOptions { registration, ..RdmaOptions::default() };
+        let before = resources();
+        let (departed, arrived) = migrate(&address, &options);
+        assert_eq!((u64::from(departed.rejoins), u64::from(arrived.rejoins)), (LOSSES, LOSSES));
+        let (sent, all) = (departed.wire_bytes, PAGES * 4096);
+        // What has landed is not sent again.
+        assert!(sent < all + LOSSES * UNDER_WAY_BYTES, "{sent} bytes for {all}");
+        assert_eq!(resources(), before);
+        eprintln!("{registration:?}: {sent} bytes for {all}, {before:?}");
+    }
+}
