@@ -16,6 +16,7 @@ use crate::cm::RemoteAccess;
 use crate::dial::Request;
 use crate::end::End;
 use crate::inbox::Inbox;
+use crate::kept::Kept;
 use crate::options::Mtu;
 use crate::preamble::Purpose;
 use crate::reader::RdmaPageReader;
@@ -29,8 +30,9 @@ use crate::{CAPABILITIES, NAME, control};
 ///
 /// # Resource cleanup
 ///
-/// Dropping it, after its channels, ends the registration of guest memory: from then on the source
-/// cannot write to it, whatever it knows; and the acceptor takes the next source. It keeps the acceptor's
+/// Dropping it, after its channels, ends every way of the source to guest memory: it cannot write to it, whatever it
+/// knows. The registration ends too, unless that is for all links of an [`RdmaRendezvous`](crate::RdmaRendezvous); and the
+/// acceptor takes the next source. It keeps the acceptor's
 /// thread and port alive even if the acceptor was dropped.
 #[derive(Debug)]
 pub struct RdmaDestinationLink {
@@ -50,6 +52,11 @@ impl RdmaDestinationLink {
         let mtu = inlet.connection.mtu;
         let control = control::channel(outlet, &Inbox::at_destination(inlet, greeting)?);
         Ok(Self { seat, end: End::new(migration, control, mtu, workshop) })
+    }
+
+    /// Guest memory is registered for all links of a migration.
+    pub(crate) fn keep_in(&mut self, kept: &Kept) {
+        self.end.keep_in(kept);
     }
 
     /// The path MTU that both sides have agreed on, of the control connection.

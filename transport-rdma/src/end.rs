@@ -9,6 +9,7 @@ use pageferry::transport::{
 };
 
 use crate::dial::Workshop;
+use crate::kept::Kept;
 use crate::memory::Registered;
 use crate::options::Mtu;
 use crate::verbs::Access;
@@ -20,6 +21,8 @@ pub(crate) struct End {
     /// Of the control connection, as verbs encode it.
     mtu: u32,
     pub(crate) workshop: Workshop,
+    /// Of links before this one, and for those after it.
+    kept: Kept,
 }
 
 impl End {
@@ -30,7 +33,12 @@ impl End {
         mtu: u32,
         workshop: Workshop,
     ) -> Self {
-        Self { stages: Stages::new(control), migration, mtu, workshop }
+        Self { stages: Stages::new(control), migration, mtu, workshop, kept: Kept::default() }
+    }
+
+    /// It is one of several links of a migration.
+    pub(crate) fn keep_in(&mut self, kept: &Kept) {
+        self.kept = kept.clone();
     }
 
     pub(crate) fn path_mtu(&self) -> Mtu {
@@ -55,7 +63,15 @@ impl End {
         memory: &Arc<GuestMemory>,
         access: Access,
     ) -> Result<Registration, TransportError> {
+        self.check()?;
+        let context = self.workshop.pd.context();
+        if let Some(registered) = self.kept.find(context, memory, access) {
+            self.workshop.pd = Arc::clone(registered.domain());
+            self.stages.register(registered);
+            return Ok(Registration::default());
+        }
         let (registered, cost) = self.workshop.register(memory, access)?;
+        self.kept.keep(&registered);
         self.stages.register(registered);
         Ok(cost)
     }

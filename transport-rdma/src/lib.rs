@@ -61,6 +61,7 @@ mod frames;
 #[doc(hidden)]
 pub mod hot;
 mod inbox;
+mod kept;
 mod memory;
 mod options;
 mod pipe;

@@ -11,7 +11,7 @@ use pageferry::transport::{Registration, TransportError};
 
 use crate::pipe::Transfer;
 use crate::table::{Entry, Piece, find};
-use crate::verbs::{Access, MemoryRegion, ProtectionDomain, Span};
+use crate::verbs::{Access, Context, MemoryRegion, ProtectionDomain, Span};
 
 /// Threads that register all at once. The kernel pins pages one by one, so two halve the time; more
 /// compete with the guest.
@@ -69,6 +69,21 @@ impl Registered {
         }
         let next = AtomicUsize::new(0);
         Self { memory: Arc::clone(memory), pd: Arc::clone(pd), access, chunks, next }
+    }
+
+    /// Whether it is this memory, on this device, for this.
+    pub(crate) fn is_of(
+        &self,
+        context: Context,
+        memory: &Arc<GuestMemory>,
+        access: Access,
+    ) -> bool {
+        self.pd.context() == context && Arc::ptr_eq(&self.memory, memory) && self.access == access
+    }
+
+    /// What its memory regions belong to, and so must the queue pairs that use them.
+    pub(crate) fn domain(&self) -> &Arc<ProtectionDomain> {
+        &self.pd
     }
 
     /// Registers all that is left, by a few threads.

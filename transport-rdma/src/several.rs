@@ -13,11 +13,13 @@ use crate::acceptor::RdmaAcceptor;
 use crate::connector::RdmaConnector;
 use crate::destination::RdmaDestinationLink;
 use crate::dial::Request;
+use crate::kept::Kept;
 use crate::options::RdmaOptions;
 use crate::reception::Arrival;
 use crate::requests::Requests;
 
-/// Dials a destination, as often as its migration loses the link. A name is looked up each time.
+/// Dials a destination, as often as its migration loses the link. A name is looked up each time. Guest memory stays
+/// registered from one link to the next, until this is dropped.
 ///
 /// Each attempt is as [`connect()`](crate::connect()).
 #[derive(Debug)]
@@ -25,20 +27,23 @@ pub struct RdmaDialler {
     address: String,
     options: RdmaOptions,
     attempts: Arc<Attempts>,
+    kept: Kept,
 }
 
 impl RdmaDialler {
     /// To the destination at that address: `host:7400`.
     pub fn new(address: impl Into<String>, options: RdmaOptions) -> Self {
-        Self { address: address.into(), options, attempts: Arc::default() }
+        let (attempts, kept) = (Arc::default(), Kept::default());
+        Self { address: address.into(), options, attempts, kept }
     }
 }
 
 impl Connector for RdmaDialler {
     fn connect(&mut self, _: LinkPurpose) -> Result<Box<dyn SourceLink>, TransportError> {
         let connector = RdmaConnector::new(self.options.clone())?;
-        let link =
+        let mut link =
             self.attempts.make(connector.interrupter(), || connector.connect(&self.address))?;
+        link.keep_in(&self.kept);
         Ok(Box::new(link))
     }
 
@@ -51,14 +56,19 @@ impl Connector for RdmaDialler {
     }
 }
 
-/// Where the links of one migration come in: made by [`RdmaAcceptor::rendezvous`], and keeps its thread and port.
+/// Where the links of one migration come in: made by [`RdmaAcceptor::rendezvous`], and keeps its thread and port. Guest
+/// memory stays registered from one link to the next, until this is dropped; what a source could reach it by ends with
+/// its link.
 #[derive(Debug)]
-pub struct RdmaRendezvous(Entrance<Arrival, Requests<Request>>);
+pub struct RdmaRendezvous {
+    entrance: Entrance<Arrival, Requests<Request>>,
+    kept: Kept,
+}
 
 impl RdmaAcceptor {
     /// Waits for the links of one migration, which may be several. Interrupted, the acceptor goes on.
     pub fn rendezvous(&self) -> RdmaRendezvous {
-        RdmaRendezvous(Entrance::of(&self.desk))
+        RdmaRendezvous { entrance: Entrance::of(&self.desk), kept: Kept::default() }
     }
 }
 
@@ -68,8 +78,10 @@ impl Rendezvous for RdmaRendezvous {
         _: LinkPurpose,
         timeout: Option<Duration>,
     ) -> Result<Box<dyn DestinationLink>, TransportError> {
-        let (arrival, seat) = self.0.accept(timeout)?;
-        Ok(Box::new(RdmaDestinationLink::new(arrival, seat)?))
+        let (arrival, seat) = self.entrance.accept(timeout)?;
+        let mut link = RdmaDestinationLink::new(arrival, seat)?;
+        link.keep_in(&self.kept);
+        Ok(Box::new(link))
     }
 
     fn waits_again(&self) -> bool {
@@ -77,6 +89,6 @@ impl Rendezvous for RdmaRendezvous {
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
-        self.0.interrupter()
+        self.entrance.interrupter()
     }
 }

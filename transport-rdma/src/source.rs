@@ -14,6 +14,7 @@ use crate::cm::RemoteAccess;
 use crate::dial::Connected;
 use crate::end::End;
 use crate::inbox::Inbox;
+use crate::kept::Kept;
 use crate::memory::Registered;
 use crate::options::Mtu;
 use crate::preamble::Purpose;
@@ -26,8 +27,9 @@ use crate::{CAPABILITIES, NAME, control};
 ///
 /// # Resource cleanup
 ///
-/// Dropping it, after its channels, ends the registration of guest memory; nothing stays behind in
-/// the device but what the kernel keeps of a closed connection for a while (`TIMEWAIT`).
+/// Dropping it, after its channels, ends the registration of guest memory, unless that is for all links of an
+/// [`RdmaDialler`](crate::RdmaDialler); nothing else stays behind in the device but what the kernel keeps of a closed
+/// connection for a while (`TIMEWAIT`).
 #[derive(Debug)]
 pub struct RdmaSourceLink {
     inbox: Arc<Inbox>,
@@ -49,6 +51,11 @@ impl RdmaSourceLink {
     /// What this migration is called on the wire.
     pub fn link_id(&self) -> LinkId {
         self.end.migration
+    }
+
+    /// Guest memory is registered for all links of a migration.
+    pub(crate) fn keep_in(&mut self, kept: &Kept) {
+        self.end.keep_in(kept);
     }
 
     /// The path MTU that both sides have agreed on, of the control connection.

@@ -133,6 +133,12 @@ fn a_link_that_is_lost_again_and_again_comes_back_and_nothing_of_it_stays() {
         let (sent, all) = (departed.wire_bytes, PAGES * 4096);
         // What has landed is not sent again.
         assert!(sent < all + LOSSES * UNDER_WAY_BYTES, "{sent} bytes for {all}");
+        // Nor is memory registered again; each side has all of it once.
+        for side in [&departed, &arrived] {
+            let registered =
+                side.registration.registered_bytes + side.registered_on_the_way.registered_bytes;
+            assert_eq!(registered, all, "{registration:?}");
+        }
         assert_eq!(resources(), before);
         eprintln!("{registration:?}: {sent} bytes for {all}, {before:?}");
     }

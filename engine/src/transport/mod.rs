@@ -9,7 +9,7 @@
 //!    [control channel](ControlChannel) is reliable, ordered, framed and works both ways. The
 //!    handshake runs over it; only after it may the destination allocate memory;
 //! 2. **registration** of guest memory ([`Link::register`]): pinning, memory regions,
-//!    fixed buffers, or nothing. Explicit, since it costs; revoked when the link is dropped;
+//!    fixed buffers, or nothing. Explicit, since it costs; revoked when the link is dropped, or what made it;
 //! 3. N **data channels** ([`PageSender`], [`PageReceiver`]), each driven by one thread on each
 //!    side. Batches of one channel land in the order they were sent. Nothing is promised between
 //!    channels, nor between a data channel and the control channel.
@@ -206,7 +206,7 @@ pub trait Link: Send {
 
     /// Registers guest memory: at the source for reading, at the destination for writing by the
     /// source. A transport may leave some of it to the data channels
-    /// ([`ChannelCounters::registered`]).
+    /// ([`ChannelCounters::registered`]), and keep it for the next link of the migration, with what makes the links.
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError>;
 
     /// A handle that ends all operations of this end.
