@@ -85,10 +85,30 @@ fn a_source_whose_commit_is_not_answered() {
     let error = report.text("error");
     assert!(error.contains("the destination may be running the guest"), "{error}");
     // Nobody may know whether it can go: the copy is kept until someone does.
-    source.await_message("the guest's copy is kept here, paused");
-    assert!(source.lives());
+    source.await_message("the copy is kept here, paused");
+    source.say("migrate 127.0.0.1:1");
+    source.await_message("it is open who has the guest");
     source.signal(Signal::INT);
     source.finish().assert_status(4);
+}
+
+/// The other side's copy is destroyed, or its host is fenced off: the guest goes on here, whichever side it is.
+#[test]
+fn a_copy_is_let_run_by_who_knows_that_it_is_the_only_one() {
+    let (acceptor, address) = acceptor();
+    let mut source = source(&[]);
+    let beats = source.beats();
+    source.say(format!("migrate {address}"));
+    drop(take_in_until_commit(&acceptor));
+    assert_eq!(source.await_report().text("guest_at"), "unknown");
+    source.say("resume");
+    source.await_beats_beyond(beats);
+    // And it can be moved from there.
+    let (mut destination, address) = destination(&[]);
+    source.say(format!("migrate {address}"));
+    assert_eq!(source.await_report().text("outcome"), "completed");
+    source.finish().assert_status(0);
+    destination.finish().report(0).assert_arrived();
 }
 
 #[test]
@@ -188,8 +208,11 @@ fn a_destination_that_waits_for_a_commit() {
     let error = report.text("error");
     assert!(error.contains("the source may have committed"), "{error}");
     assert!(report.is_null("heartbeats"), "{report:?}");
-    destination.await_message("the copy is kept, paused");
+    destination.await_message("the copy is kept here, paused");
     assert!(destination.lives());
+    destination.say("resume");
+    destination.await_message("the guest runs here");
+    destination.await_beats_beyond(0);
     destination.signal(Signal::INT);
     destination.finish().assert_status(4);
 }

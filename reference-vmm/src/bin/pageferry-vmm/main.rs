@@ -11,6 +11,7 @@ mod report;
 mod run;
 mod saved;
 mod schema;
+mod uncertain;
 
 use std::process::ExitCode;
 

@@ -16,6 +16,7 @@ use pageferry_vmm::guest::Guest;
 use crate::args::OnwardArgs;
 use crate::check::ask;
 use crate::report::{check, describe, heartbeat, of_source};
+use crate::uncertain;
 
 /// For how long parts of a guest are sent to where it could go.
 const CHECK_TIME: Duration = Duration::from_secs(1);
@@ -159,9 +160,11 @@ impl Onward<'_> {
         if report.guest_at != GuestAt::Source {
             heartbeat(&mut report, guest.heartbeat());
             report.print(self.json)?;
-            say!("the guest's copy is kept here, paused; Ctrl-C destroys it");
-            wait_or_quit(self.wishes, None);
-            return Ok(true);
+            let is_ours = uncertain::decide(guest, self.wishes)?;
+            if is_ours {
+                status(guest);
+            }
+            return Ok(!is_ours);
         }
         let paused = guest.is_paused();
         let beats = guest.heartbeat().beats;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, unbounded};
+use crossbeam_channel::unbounded;
 use pageferry::memory::GuestMemory;
 use pageferry::{Offer, Statistics};
 use pageferry_cli::arrival::Reception;
@@ -11,7 +11,7 @@ use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_cli::report::{GuestAt, Report};
 use pageferry_cli::room;
 use pageferry_cli::say;
-use pageferry_cli::wishes::{Wish, listen_to_signals, listen_to_stdin, wait_or_quit};
+use pageferry_cli::wishes::{listen_to_signals, listen_to_stdin, wait_or_quit};
 use pageferry_rust_vmm::cpu::CpuProfile;
 use pageferry_vmm::embed::GuestMachine;
 use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind};
@@ -22,6 +22,7 @@ use crate::args::ReceiveArgs;
 use crate::cpu::limited_to;
 use crate::onward::Onward;
 use crate::report::{check, describe, heartbeat};
+use crate::uncertain;
 
 pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
     if args.with_parent {
@@ -43,24 +44,28 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<Outcome, Failure> {
         Err(why) => return nobody_came(args, transport, why),
     };
     let mut report = arrival.report();
+    let onward = Onward {
+        args: &args.onward,
+        run_for: args.run_for,
+        json: args.json,
+        timeline: args.timeline,
+        observers: &observers,
+        wishes: &wishes,
+    };
     match arrival.result {
         Ok(arrived) => {
             describe(&mut report, arrived.machine.guest.config());
-            let onward = Onward {
-                args: &args.onward,
-                run_for: args.run_for,
-                json: args.json,
-                timeline: args.timeline,
-                observers: &observers,
-                wishes: &wishes,
-            };
             run_on(args, arrived.machine, report, &onward)
         }
         Err(failure) => {
-            describe(&mut report, failure.machine.guest.config());
+            let mut machine = failure.machine;
+            describe(&mut report, machine.guest.config());
             let outcome = finish(&report, args.json)?;
-            if report.guest_at == GuestAt::Unknown {
-                keep_copy(&wishes);
+            if report.guest_at == GuestAt::Unknown
+                && uncertain::decide(&mut machine.guest, &wishes)?
+            {
+                say!("the guest runs here; Ctrl-C ends it, \"migrate ADDR\" moves it on");
+                return onward.serve(machine, Some(outcome));
             }
             Ok(outcome)
         }
@@ -150,12 +155,6 @@ fn run_on(
         say!("the guest runs here; Ctrl-C ends it, \"migrate ADDR\" moves it on");
     }
     onward.serve(machine, Some(outcome))
-}
-
-/// The copy of a guest whose owner is unknown is kept until the operator ends this process.
-fn keep_copy(wishes: &Receiver<Wish>) {
-    say!("the copy is kept, paused; Ctrl-C destroys it");
-    wait_or_quit(wishes, None);
 }
 
 fn finish(report: &Report, json: bool) -> Result<Outcome, Failure> {
