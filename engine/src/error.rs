@@ -11,7 +11,7 @@ use crate::control::protocol::{DecodeError, FailureReason, Incompatibility, Mess
 use crate::machine::{MachineError, MachineOperation};
 use crate::pages::dirty::DirtyError;
 use crate::pages::memory::{LayoutError, OutOfRange};
-use crate::transport::TransportError;
+use crate::transport::{TransportError, rounded};
 
 /// What an operator does about [`Error::Uncertain`]. These are the words, here and everywhere: a
 /// guest that is resumed for a weaker reason may run twice.
@@ -123,7 +123,7 @@ pub enum Error {
     #[error("this was a trial")]
     Trial(Option<Forecast>),
     /// The other side made no progress.
-    #[error("timed out after {after:?} while waiting for {what}")]
+    #[error("timed out after {} while waiting for {what}", rounded(*after))]
     TimedOut {
         /// What did not come.
         what: &'static str,

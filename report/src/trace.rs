@@ -117,11 +117,14 @@ impl From<Report> for Migration {
     }
 }
 
-/// Reads a trace: a migration for each that has ended in it. `None` if it is none, or none has. What is no line of
-/// JSON, such as half a line at the end of a program that was killed, is passed over.
+/// What became of a migration whose end is not in its trace.
+const UNKNOWN: &str = "unknown";
+
+/// Reads a trace: a migration for each in it, also for one that has no end there. `None` if it is none, or none began.
+/// What is no line of JSON, such as half a line at the end of a program that was killed, is passed over.
 pub fn read(text: &str) -> Option<Document> {
     let mut document = Document::new(Kind::Report, Facts::default());
-    let (mut rounds, mut samples) = (Vec::new(), Vec::new());
+    let (mut rounds, mut samples) = (Vec::<Round>::new(), Vec::<Sample>::new());
     for line in text.lines() {
         let line = serde_json::from_str::<Value>(line).and_then(serde_json::from_value::<Line>);
         let Ok(Line { realtime_ms: ms, event }) = line else { continue };
@@ -150,6 +153,21 @@ pub fn read(text: &str) -> Option<Document> {
             }
             Event::Other => {}
         }
+    }
+    if let Some(began_ms) = rounds.first().map(|round| round.ms) {
+        for round in &mut rounds {
+            round.ms -= began_ms;
+        }
+        for sample in &mut samples {
+            sample.ms -= began_ms;
+        }
+        let total_ms = samples.iter().map(|sample| sample.ms).fold(0.0, f64::max);
+        let error =
+            Some("its end is not in the file: the program was killed, or goes on".to_owned());
+        let outcome = UNKNOWN.to_owned();
+        let unended =
+            Migration { outcome, error, total_ms, rounds, samples, ..Migration::default() };
+        document.migrations.push(unended);
     }
     (!document.migrations.is_empty()).then_some(document)
 }

@@ -20,7 +20,9 @@ use crate::transport::{ControlChannel, ControlReceiver, Interrupt, Link, Transpo
 use control::Control;
 pub(crate) use loss::is_of_the_link;
 use outlet::Outlet;
-pub(crate) use patience::{COMMIT, FATE, HEARD, LANDINGS, PONG, Patience, SOURCE};
+pub(crate) use patience::{
+    COMMIT, COMPARED, FATE, HEARD, LANDINGS, OVERTIME, PONG, Patience, SOURCE,
+};
 
 /// How long a side that lost its link waits for the peer's own account of why: the last words
 /// come on the control channel, and data channels break at the same time.

@@ -66,7 +66,7 @@ pub enum TransportError {
     #[error("the other side sent {0}")]
     Violation(&'static str),
     /// Nothing came within the time given.
-    #[error("timed out after {after:?} while trying to {operation}")]
+    #[error("timed out after {} while trying to {operation}", rounded(*after))]
     TimedOut {
         /// What was being done.
         operation: &'static str,
@@ -118,6 +118,12 @@ pub enum TransportError {
         #[source]
         cause: io::Error,
     },
+}
+
+/// A time as people name it: what is left of a limit has nanoseconds.
+pub(crate) fn rounded(time: Duration) -> String {
+    let millis = Duration::from_millis(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+    if millis.is_zero() { format!("{time:?}") } else { format!("{millis:?}") }
 }
 
 impl From<StreamError> for TransportError {

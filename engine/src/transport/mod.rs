@@ -35,6 +35,7 @@ use std::time::Duration;
 
 pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
 pub use error::TransportError;
+pub(crate) use error::rounded;
 pub use fate::{Ending, Fate};
 pub use links::{Attempts, Connector, LinkPurpose, OneLink, Rendezvous, Returning};
 pub use reception::{

@@ -244,11 +244,7 @@ pub fn decode_header(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Header
     let (table_sum, rest) = take::<4>(rest);
     let (header_sum, runs_room) = take::<4>(rest);
     if u32::from_le_bytes(header_sum) != sum(&lead[..HEADER_SUM_AT]) {
-        // Who is no peer of ours has no checksums, and says so by its first word.
-        return Err(match magic {
-            MAGIC => StreamError::Damaged("the header of a batch"),
-            other => StreamError::BadMagic(other),
-        });
+        return Err(StreamError::Damaged("the header of a batch"));
     }
     if magic != MAGIC {
         return Err(StreamError::BadMagic(magic));

@@ -55,6 +55,14 @@ fn the_link_is_silent_while_the_guest_stands_still() {
 }
 
 #[test]
+fn the_link_is_silent_while_memory_is_compared() {
+    let more = ["--verify", "--stall-timeout=3s"];
+    let why = ["timed out after 3", "while waiting for the destination to compare memory"];
+    // As long as that, and what comparing takes itself.
+    assert_goes_on(Trouble::SilentComparison, &more, &why, 10_000.0);
+}
+
+#[test]
 fn the_destination_is_killed() {
     let (mut source, mut destination, beats) = under_way(&[]);
     destination.signal(Signal::KILL);

@@ -91,6 +91,11 @@ fn a_file_of_events_is_a_report() {
         let most = pageferry_report::trace::read(&text[..end]);
         assert!(most.is_none_or(|cut| cut.migrations.len() <= 2));
     }
+    // Without its end it is still seen how far it came.
+    let (unended, _) = text.trim_end().rsplit_once('\n').expect("two lines");
+    let document = pageferry_report::trace::read(unended).expect("a trace");
+    let [_, unended] = &document.migrations[..] else { panic!("{document:?}") };
+    assert_eq!((&*unended.outcome, unended.rounds.len()), ("unknown", completed.rounds.len()));
 }
 
 /// Of each try, in one file.

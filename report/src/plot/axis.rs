@@ -88,6 +88,10 @@ fn percent(nines: f64) -> String {
 
 /// With as many decimals as say something: 0, 0.25, 3.5, 12, 1200, 20 k.
 pub(crate) fn number(value: f64) -> String {
+    // Of no figure that was measured.
+    if value.abs() >= 1e15 {
+        return format!("{value:e}");
+    }
     for (unit, name) in [(1e6, "M"), (1e3, "k")] {
         if value.abs() >= 10.0 * unit {
             return format!("{} {name}", number(value / unit));
@@ -140,6 +144,18 @@ mod tests {
         assert_eq!(names(&Axis::linear(0.0, 4.0, number)), ["0", "0.5", "1"]);
         assert_eq!(names(&Axis::linear(f64::NAN, 4.0, number)).len(), 3);
         assert_eq!(names(&Axis::time(130.0, 4.0, number)), ["0", "50", "100"]);
+    }
+
+    #[test]
+    fn any_number_has_a_name() {
+        for value in [0.0, 1e14, 1e15, 1e308, f64::MAX, f64::INFINITY, f64::NAN] {
+            for value in [value, -value] {
+                assert!(number(value).len() < 30, "{value}: {}", number(value));
+            }
+            let axis = Axis::linear(value, 4.0, number);
+            assert!((1..=101).contains(&names(&axis).len()), "{value}: {axis:?}");
+            assert!(names(&Axis::time(value, 4.0, number)).len() <= 101, "{value}");
+        }
     }
 
     #[test]

@@ -11,11 +11,12 @@ pub(crate) const COMMIT: &str = "the commit";
 pub(crate) const FATE: &str = "the answer to the commit";
 pub(crate) const HEARD: &str = "the source to know what became of the guest";
 pub(crate) const SOURCE: &str = "a sign of life of the source";
-pub(super) const OF_THE_LINK: [&str; 6] = [LANDINGS, PONG, COMMIT, FATE, HEARD, SOURCE];
+pub(crate) const COMPARED: &str = "the destination to compare memory";
+pub(super) const OF_THE_LINK: [&str; 7] = [LANDINGS, PONG, COMMIT, FATE, HEARD, SOURCE, COMPARED];
 
 /// What came in time may be looked at for so much longer: a driver that was held up takes what is there,
 /// and a peer that never stops talking does not hold it.
-const OVERTIME: Duration = Duration::from_secs(1);
+pub(crate) const OVERTIME: Duration = Duration::from_secs(1);
 
 /// How long to wait, and for what.
 #[derive(Debug, Clone, Copy)]
@@ -23,21 +24,27 @@ pub(crate) struct Patience {
     pub(crate) what: &'static str,
     pub(crate) since: Instant,
     pub(crate) at_most: Duration,
+    /// What is said that it was, if it is over.
+    told: Duration,
 }
 
 impl Patience {
     pub(crate) fn now(what: &'static str, at_most: Duration) -> Self {
-        Self { what, since: Instant::now(), at_most }
+        Self::since(what, Instant::now(), at_most)
+    }
+
+    pub(crate) fn since(what: &'static str, since: Instant, at_most: Duration) -> Self {
+        Self { what, since, at_most, told: at_most }
     }
 
     /// When it is over: who was held up itself, by a signal or a host that slept, finds that what it waited for has
     /// come meanwhile.
     pub(crate) fn last_look(&self) -> Self {
-        Self::now(self.what, OVERTIME)
+        Self { told: self.told, ..Self::now(self.what, OVERTIME) }
     }
 
     pub(super) fn error(&self) -> Error {
-        Error::TimedOut { what: self.what, after: self.at_most }
+        Error::TimedOut { what: self.what, after: self.told }
     }
 
     pub(crate) fn left(&self) -> Duration {

@@ -20,7 +20,7 @@ use crate::support::peer::Noise;
 use model::{Case, End};
 
 /// Cases of a sample.
-const SAMPLE: usize = 64;
+const SAMPLE: usize = 48;
 /// Cases at a time: most of each is waiting.
 const AT_ONCE: usize = 4;
 

@@ -21,6 +21,8 @@ pub(crate) enum Trouble {
     DataCut,
     /// Nothing gets through any more, and nobody is told.
     Silence,
+    /// The same, when memory is about to be compared.
+    SilentComparison,
 }
 
 struct Link {
@@ -92,7 +94,11 @@ impl Link {
         let mut switching = false;
         loop {
             let Ok(message) = try_receive(&mut from) else { return to.shutdown(Shutdown::Write) };
-            if switching && matches!(message, Message::Round { .. }) {
+            let is_it = match self.trouble {
+                Trouble::SilentComparison => matches!(message, Message::Verify { .. }),
+                _ => switching && matches!(message, Message::Round { .. }),
+            };
+            if is_it {
                 break;
             }
             switching = matches!(message, Message::Switchover { .. });
@@ -104,7 +110,7 @@ impl Link {
             let cut = match self.trouble {
                 Trouble::Cut => true,
                 Trouble::DataCut => *kind != Kind::Control,
-                Trouble::Silence => false,
+                Trouble::Silence | Trouble::SilentComparison => false,
             };
             for end in ends.iter().filter(|_| cut) {
                 // It may be gone already.

@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Drive, accept};
-use crate::control::handover::{DestinationAction, DestinationInput};
+use crate::control::handover::{DestinationAction, DestinationInput, DestinationState};
 use crate::control::protocol::{FailureReason, Message, Rejoin, Rejoined};
 use crate::error::Error;
 use crate::host::caught;
 use crate::migration::destination::closing::Closing;
-use crate::migration::session::{Item, Patience, Session, is_of_the_link, unexpected};
+use crate::migration::session::{
+    Item, MEANT_SILENCE, OVERTIME, Patience, Session, is_of_the_link, unexpected,
+};
 use crate::pages::memory::GuestMemory;
 use crate::progress::Event;
 use crate::snapshot::Phase;
@@ -63,8 +65,13 @@ impl Drive {
             return Err(error);
         }
         let why = error.chain().to_string();
-        let at_most = self.timeouts.rejoin;
-        let patience = Patience { what: "the source to come back", since: lost, at_most };
+        // Once it may have committed the source has its own time to notice, where only this side has lost the link.
+        let notices = match self.handover.state() {
+            DestinationState::Receiving => Duration::ZERO,
+            _ => self.timeouts.commit.max(MEANT_SILENCE) + OVERTIME,
+        };
+        let at_most = self.timeouts.rejoin.saturating_add(notices);
+        let patience = Patience::since("the source to come back", lost, at_most);
         let phase = self.shared().set_phase(Phase::LinkLost);
         tracing::warn!(error = %why, "the link is lost");
         self.tell(&Event::LinkLost { why: why.clone(), at_most });

@@ -129,10 +129,12 @@ impl Drive<'_> {
         if others.is_empty() {
             return Ok(());
         }
-        let Some(alive) = self.steering.answered.filter(|answered| *answered >= last + stall / 2)
+        let silent_since = last + stall / 2;
+        let Some(answered) = self.steering.answered.filter(|answered| *answered >= silent_since)
         else {
             return self.ping();
         };
+        let alive = self.steering.answers_since.unwrap_or(answered).max(silent_since);
         if alive.elapsed() < stall / 8 {
             return Ok(());
         }

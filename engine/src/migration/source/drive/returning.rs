@@ -87,7 +87,7 @@ impl Drive<'_> {
         let why = error.chain().to_string();
         let at_most = self.source.common.timeouts.rejoin;
         let since = self.epoch.lost_since(self.channels.moved());
-        let patience = Patience { what: "the destination to be reached", since, at_most };
+        let patience = Patience::since("the destination to be reached", since, at_most);
         let phase = self.source.shared.set_phase(Phase::LinkLost);
         tracing::warn!(error = %why, "the link is lost");
         self.emit(&Event::LinkLost { why: why.clone(), at_most })?;

@@ -26,8 +26,9 @@ pub(super) struct Steering {
     unanswered: Option<Ping>,
     /// When the last one was sent.
     pinged: Option<Instant>,
-    /// When the destination answered last.
+    /// When the destination answered last, and since when it has without a long silence.
     pub(super) answered: Option<Instant>,
+    pub(super) answers_since: Option<Instant>,
     /// The switchover whose state the destination was asked to load, and has not, and for how long it may.
     loading: Option<(u32, Patience)>,
 }
@@ -43,7 +44,7 @@ impl Steering {
     /// The link is lost: nothing that was asked on it is answered.
     pub(super) fn begin_epoch(&mut self) {
         (self.pings, self.unanswered, self.answered, self.loading) = (0, None, None, None);
-        self.pinged = None;
+        (self.pinged, self.answers_since) = (None, None);
     }
 }
 
@@ -147,8 +148,9 @@ impl Drive<'_> {
 
     /// Asks for an answer if the last question was a while ago, however long a round takes.
     pub(super) fn keep_in_touch(&mut self) -> Result<(), Error> {
+        let at_least = IN_TOUCH.min(self.source.common.timeouts.stall / 8);
         match self.steering.pinged {
-            Some(pinged) if pinged.elapsed() < IN_TOUCH => Ok(()),
+            Some(pinged) if pinged.elapsed() < at_least => Ok(()),
             _ => self.ping(),
         }
     }
@@ -159,6 +161,11 @@ impl Drive<'_> {
             && let Some(Ping { sent, .. }) = self.steering.unanswered.take()
         {
             self.convergence.learn_round_trip(sent.elapsed());
+            // Less than what has a channel count as silent, and more than what is between two answers.
+            let long = self.source.common.timeouts.stall / 4;
+            if self.steering.answered.is_none_or(|last| last.elapsed() >= long) {
+                self.steering.answers_since = Some(Instant::now());
+            }
             self.steering.answered = Some(Instant::now());
         }
     }

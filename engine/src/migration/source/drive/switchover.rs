@@ -17,7 +17,7 @@ use crate::control::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepar
 use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::Machine;
-use crate::migration::session::{FATE, Item, Patience};
+use crate::migration::session::{COMPARED, FATE, Item, Patience};
 use crate::pages::digest::Digest;
 use crate::progress::{Event, SwitchoverStage};
 use crate::snapshot::Phase;
@@ -265,9 +265,11 @@ impl Drive<'_> {
     fn verify(&mut self) -> Result<(), Error> {
         let number = self.handover.attempt();
         self.session.send(&Message::Verify { attempt: number })?;
+        let began = Instant::now();
         let here = Digest::of(&self.memory)?;
-        let load = self.source.common.timeouts.load;
-        let patience = Patience::now("the destination to compare memory", load);
+        // There it takes about as long. Nothing else is said meanwhile, so the link may be lost.
+        let at_most = self.source.common.timeouts.stall + 4 * began.elapsed();
+        let patience = Patience::now(COMPARED, at_most);
         loop {
             match self.session.next(patience)? {
                 Item::Message(Message::Verified { attempt, digest: there })
