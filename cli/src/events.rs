@@ -53,7 +53,7 @@ impl EventArgs {
             format!("--events {}: {error}{hint}", path.display())
         })?;
         let events = Events { log: Some(Arc::new(Log::start(file)?)) };
-        // No secret is ever among these.
+        // Keys are in files, of which these have the names.
         let command = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
         let facts = Box::new(Facts::here(Vec::new()));
         events.tell(Happening::Began { command: command.collect(), facts });

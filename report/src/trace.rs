@@ -129,7 +129,10 @@ pub fn read(text: &str) -> Option<Document> {
         let line = serde_json::from_str::<Value>(line).and_then(serde_json::from_value::<Line>);
         let Ok(Line { realtime_ms: ms, event }) = line else { continue };
         match event {
-            Event::Began { facts } => document.facts = *facts,
+            Event::Began { facts } => {
+                document.migrations.extend(unended(&mut rounds, &mut samples));
+                document.facts = *facts;
+            }
             Event::RoundStarted { round, dirty_pages } => {
                 rounds.push(Round { round, ms, dirty_pages });
             }
@@ -141,8 +144,10 @@ pub fn read(text: &str) -> Option<Document> {
                 let (mut rounds, mut samples) =
                     (std::mem::take(&mut rounds), std::mem::take(&mut samples));
                 let Some(report) = report else { continue };
-                // From here on times count from its beginning.
+                // From here on times count from its beginning. What was before was a trial's, or a stranger's.
                 let began_ms = ms - report.total_ms;
+                rounds.retain(|round| round.ms >= began_ms);
+                samples.retain(|sample| sample.ms >= began_ms);
                 for round in &mut rounds {
                     round.ms -= began_ms;
                 }
@@ -154,20 +159,22 @@ pub fn read(text: &str) -> Option<Document> {
             Event::Other => {}
         }
     }
-    if let Some(began_ms) = rounds.first().map(|round| round.ms) {
-        for round in &mut rounds {
-            round.ms -= began_ms;
-        }
-        for sample in &mut samples {
-            sample.ms -= began_ms;
-        }
-        let total_ms = samples.iter().map(|sample| sample.ms).fold(0.0, f64::max);
-        let error =
-            Some("its end is not in the file: the program was killed, or goes on".to_owned());
-        let outcome = UNKNOWN.to_owned();
-        let unended =
-            Migration { outcome, error, total_ms, rounds, samples, ..Migration::default() };
-        document.migrations.push(unended);
-    }
+    document.migrations.extend(unended(&mut rounds, &mut samples));
     (!document.migrations.is_empty()).then_some(document)
+}
+
+/// A migration that has begun and whose end is not there.
+fn unended(rounds: &mut Vec<Round>, samples: &mut Vec<Sample>) -> Option<Migration> {
+    let (mut rounds, mut samples) = (std::mem::take(rounds), std::mem::take(samples));
+    let began_ms = rounds.first()?.ms;
+    for round in &mut rounds {
+        round.ms -= began_ms;
+    }
+    for sample in &mut samples {
+        sample.ms -= began_ms;
+    }
+    let total_ms = samples.iter().map(|sample| sample.ms).fold(0.0, f64::max);
+    let error = Some("its end is not in the file: the program was killed, or goes on".to_owned());
+    let outcome = UNKNOWN.to_owned();
+    Some(Migration { outcome, error, total_ms, rounds, samples, ..Migration::default() })
 }

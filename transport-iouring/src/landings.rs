@@ -123,7 +123,7 @@ mod tests {
         assert_eq!(landings.marks(), Watermarks { released: 9, landed: 0 });
         for (ack, landed) in [(1, 4), (2, 5), (3, 9)] {
             assert!(landings.are_due());
-            acknowledge(&mut landings, &u64::to_le_bytes(ack)).unwrap();
+            acknowledge(&mut landings, &stream::encode_ack(ack)).unwrap();
             landings.advance(None);
             assert_eq!(landings.marks().landed, landed);
         }
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn nothing_lands_before_it_is_released() {
         let mut landings = three();
-        acknowledge(&mut landings, &u64::to_le_bytes(3)).unwrap();
+        acknowledge(&mut landings, &stream::encode_ack(3)).unwrap();
         landings.advance(Some(2));
         assert_eq!(landings.marks(), Watermarks { released: 4, landed: 4 });
         landings.advance(None);
@@ -144,12 +144,12 @@ mod tests {
     #[test]
     fn acknowledgements_come_in_pieces_and_are_checked() {
         let mut landings = three();
-        let both = [u64::to_le_bytes(1), u64::to_le_bytes(2)].concat();
+        let both = [stream::encode_ack(1), stream::encode_ack(2)].concat();
         for piece in both.chunks(3) {
             acknowledge(&mut landings, piece).unwrap();
         }
         landings.advance(None);
         assert_eq!(landings.marks().landed, 5);
-        acknowledge(&mut landings, &u64::to_le_bytes(4)).unwrap_err();
+        acknowledge(&mut landings, &stream::encode_ack(4)).unwrap_err();
     }
 }

@@ -139,7 +139,10 @@ fn a_link_that_is_lost_again_and_again_comes_back_and_nothing_of_it_stays() {
                 side.registration.registered_bytes + side.registered_on_the_way.registered_bytes;
             assert_eq!(registered, all, "{registration:?}");
         }
-        assert_eq!(resources(), before);
+        match &before {
+            Some(before) => assert_eq!(resources().as_ref(), Some(before)),
+            None => eprintln!("what the device has is skipped, because rdma(8) does not tell"),
+        }
         eprintln!("{registration:?}: {sent} bytes for {all}, {before:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::ToSocketAddrs;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -69,15 +69,48 @@ impl TcpConnector {
         self,
         addr: impl ToSocketAddrs + fmt::Debug,
     ) -> Result<TcpSourceLink, TransportError> {
+        let address = addresses::text(&addr);
+        let found = addresses::resolve(&addr).map_err(|cause| {
+            let address = address.clone();
+            TransportError::Connect { address, cause }
+        })?;
+        self.connect_to(&address, &[found])
+    }
+
+    /// As [`connect()`], to a destination that has several addresses, by networks of their own, say: the control
+    /// connection goes to the first that answers, and data channels are dealt out over all of them. One that cannot be
+    /// looked up or reached is done without.
+    ///
+    /// By certificates the destination's name is that of the first, unless [`Tls::peer_name`](crate::Tls::peer_name) says.
+    pub fn connect_by_any(self, addrs: &[String]) -> Result<TcpSourceLink, TransportError> {
+        let address = addrs.join(",");
+        let (mut found, mut last) = (Vec::new(), io::Error::from(io::ErrorKind::NotFound));
+        for addr in addrs {
+            match addresses::resolve(&addr.as_str()) {
+                Ok(more) => found.push(more),
+                Err(cause) => last = cause,
+            }
+        }
+        if found.is_empty() {
+            return Err(TransportError::Connect { address, cause: last });
+        }
+        self.connect_to(&address, &found)
+    }
+
+    /// Each of `found` is what one way to the destination may go by.
+    fn connect_to(
+        self,
+        address: &str,
+        found: &[Vec<SocketAddr>],
+    ) -> Result<TcpSourceLink, TransportError> {
         let Self { options, state } = self;
-        let unreachable =
-            |cause| TransportError::Connect { address: addresses::text(&addr), cause };
-        let found = addresses::resolve(&addr).map_err(unreachable)?;
-        let trust = Trust::new(&options, &addresses::text(&addr))?;
+        let unreachable = |cause| TransportError::Connect { address: address.to_owned(), cause };
+        let name = address.split(',').next().unwrap_or(address);
+        let trust = Trust::new(&options, name)?;
         let id = LinkId::random()
             .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
         let preamble = Preamble { id, kind: Kind::Control };
-        let mut race = Race::new(found, unreachable(io::ErrorKind::NotFound.into()));
+        let mut race = Race::new(found.concat(), unreachable(io::ErrorKind::NotFound.into()));
         let begin = |peer| Dialling::begin(peer, &options, &trust, &state);
         loop {
             let winner = race.winner(begin, wait)?;
@@ -85,7 +118,12 @@ impl TcpConnector {
             // What listens there may be no destination of ours; another address may be.
             let Some(control) = race.note(answer)? else { continue };
             options.check_buffers(control.socket()).map_err(unreachable)?;
-            return Ok(TcpSourceLink::new(id, options, trust, state, &control));
+            let others = found.iter().filter(|way| !way.contains(&control.peer()));
+            // Of a name with addresses of both kinds that which is known to work here.
+            let alike = |addr: &&SocketAddr| addr.is_ipv4() == control.peer().is_ipv4();
+            let best = |way: &Vec<SocketAddr>| way.iter().find(alike).or(way.first()).copied();
+            let others = others.filter_map(best).collect();
+            return Ok(TcpSourceLink::new(id, options, trust, state, &control, others));
         }
     }
 }

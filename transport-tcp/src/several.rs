@@ -19,24 +19,29 @@ use crate::source::TcpSourceLink;
 
 /// Dials a destination, as often as its migration loses the link. A name is looked up each time.
 ///
-/// Each attempt is as [`connect()`](crate::connect()).
+/// Each attempt is as [`connect()`](crate::connect()), or where the destination has several addresses as
+/// [`TcpConnector::connect_by_any`].
 #[derive(Debug)]
 pub struct TcpDialler {
-    address: String,
+    addresses: Vec<String>,
     options: TcpOptions,
     attempts: Arc<Attempts>,
 }
 
 impl TcpDialler {
-    /// To the destination at that address: `host:7400`.
+    /// To the destination at that address, `host:7400`; or at these, `10.0.1.2:7400,10.0.2.2:7400`.
     pub fn new(address: impl Into<String>, options: TcpOptions) -> Self {
-        Self { address: address.into(), options, attempts: Arc::default() }
+        let addresses = address.into().split(',').map(|each| each.trim().to_owned()).collect();
+        Self { addresses, options, attempts: Arc::default() }
     }
 
     /// Makes a link.
     pub fn dial(&self) -> Result<TcpSourceLink, TransportError> {
         let connector = TcpConnector::new(self.options.clone());
-        self.attempts.make(connector.interrupter(), || connector.connect(&self.address))
+        self.attempts.make(connector.interrupter(), || match &self.addresses[..] {
+            [only] => connector.connect(only.as_str()),
+            several => connector.connect_by_any(several),
+        })
     }
 }
 

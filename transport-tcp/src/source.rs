@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
@@ -34,9 +35,14 @@ pub struct TcpSourceLink {
     options: TcpOptions,
     trust: Trust,
     inbox: Arc<Inbox>,
+    /// Where else the destination is reached.
+    others: Vec<SocketAddr>,
     /// Where the data channels' connections are there already.
     given: Option<Vec<Given>>,
 }
+
+/// For a way that others can make up for. A network that is gone does not say so.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl TcpSourceLink {
     pub(crate) fn new(
@@ -45,9 +51,10 @@ impl TcpSourceLink {
         trust: Trust,
         state: Arc<LinkState>,
         control: &Arc<Connection>,
+        others: Vec<SocketAddr>,
     ) -> Self {
         let inbox = Arc::new(Inbox::new(control, Side::Source, None));
-        Self { end: End::new(id, state, &inbox), options, trust, inbox, given: None }
+        Self { end: End::new(id, state, &inbox), options, trust, inbox, others, given: None }
     }
 
     pub(crate) fn given(
@@ -58,7 +65,7 @@ impl TcpSourceLink {
         control: &Arc<Connection>,
         data: Vec<Given>,
     ) -> Self {
-        Self { given: Some(data), ..Self::new(id, options, trust, state, control) }
+        Self { given: Some(data), ..Self::new(id, options, trust, state, control, Vec::new()) }
     }
 
     /// The migration, as the destination's logs call it.
@@ -95,10 +102,10 @@ impl TcpSourceLink {
     }
 
     fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
-        let Self { end, options, trust, inbox, given } = self;
+        let Self { end, options, trust, inbox, others, given } = self;
         end.open(channels, |end| {
             let connected = match given {
-                None => dial(end, channels, options, trust),
+                None => dial(end, others, channels, options, trust),
                 Some(sockets) => enough(sockets, channels)
                     .and_then(|()| greet(end, std::mem::take(sockets), options, trust)),
             };
@@ -126,20 +133,53 @@ fn greet(
     begun.into_iter().map(Dialled::await_answer).collect()
 }
 
+/// Where the control connection went, and by other ways in turn.
 fn dial(
     end: &End,
+    others: &[SocketAddr],
     channels: u16,
     options: &TcpOptions,
     trust: &Trust,
 ) -> Result<Vec<Arc<Connection>>, TransportError> {
+    let connect_timeout = options.connect_timeout.min(PATIENCE);
+    let brief = TcpOptions { connect_timeout, ..options.clone() };
+    let mut ways = [&[end.peer_addr()], others].concat();
+    let begin = |way, channel, options| {
+        let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
+        Dialled::begin(way, &preamble, options, trust, end.state())
+    };
+    let done_without = |way: SocketAddr, error: &TransportError| {
+        let why = pageferry::Chain::of(error).to_string();
+        tracing::warn!(peer = %way, "data channels go by other ways: {why}");
+    };
+    let mut dialled = Vec::with_capacity(channels.into());
     // All preambles go out before the first answer is waited for.
-    let dialled = (0..channels)
-        .map(|channel| {
-            let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
-            Dialled::begin(end.peer_addr(), &preamble, options, trust, end.state())
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    dialled.into_iter().map(Dialled::await_answer).collect()
+    for channel in 0..channels {
+        loop {
+            let at = usize::from(channel) % ways.len();
+            let options = if at == 0 { options } else { &brief };
+            match begin(ways[at], channel, options) {
+                Err(error @ TransportError::Connect { .. }) if at > 0 => {
+                    done_without(ways.remove(at), &error);
+                }
+                connected => {
+                    dialled.push((channel, ways[at], connected?));
+                    break;
+                }
+            }
+        }
+    }
+    let answered = dialled.into_iter().map(|(channel, way, dialled)| {
+        match dialled.await_answer() {
+            // It was reached, and says nothing.
+            Err(error @ TransportError::Connect { .. }) if way != end.peer_addr() => {
+                done_without(way, &error);
+                begin(end.peer_addr(), channel, options)?.await_answer()
+            }
+            answered => answered,
+        }
+    });
+    answered.collect()
 }
 
 impl Link for TcpSourceLink {

@@ -101,6 +101,7 @@ fn a_copy_is_let_run_by_who_knows_that_it_is_the_only_one() {
     source.say(format!("migrate {address}"));
     drop(take_in_until_commit(&acceptor));
     assert_eq!(source.await_report().text("guest_at"), "unknown");
+    source.await_message("the copy is kept here, paused");
     source.say("resume");
     source.await_beats_beyond(beats);
     // And it can be moved from there.

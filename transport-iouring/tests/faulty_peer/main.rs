@@ -230,8 +230,6 @@ impl Said {
 /// At the source and at the destination.
 fn expected(fault: Fault) -> [Said; 2] {
     match fault {
-        Fault::GarbageToDestination => [Said::Lost, Said::Malformed],
-        Fault::GarbageToSource => [Said::Malformed, Said::Lost],
         Fault::CancelSource => [Said::Interrupted, Said::Lost],
         Fault::CancelDestination => [Said::Lost, Said::Interrupted],
         Fault::Stall => [Said::Interrupted, Said::Interrupted],

@@ -1,5 +1,5 @@
 //! A source, by real sockets, and a destination that does whatever the input says. The migration ends, in bounded
-//! memory, its machine comes back; and unless it was heard to commit its guest runs here.
+//! memory, and its machine comes back, with a guest that runs where it is said to; it leaves only by a commit.
 #![no_main]
 
 use std::net::Shutdown;

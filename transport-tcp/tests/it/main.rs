@@ -13,4 +13,5 @@ mod paths;
 mod security;
 mod strangers;
 mod support;
+mod ways;
 mod zero_copy;

@@ -245,7 +245,7 @@ fn a_wait_for_releases_is_as_long_as_asked_after_a_hang_up() {
         (source, sender, peer.join().unwrap())
     });
     let ticket = sender.send(&[data(0, 0, 64)]).unwrap();
-    pages.write_all(&ticket.to_le_bytes()).unwrap();
+    pages.write_all(&pageferry::transport::stream::encode_ack(ticket)).unwrap();
     pages.shutdown(Shutdown::Write).unwrap();
     sender.finish().unwrap();
 

@@ -197,7 +197,8 @@ pub(crate) struct RunArgs {
 /// Where a guest that runs here goes next, and how.
 #[derive(Debug, Args)]
 pub(crate) struct OnwardArgs {
-    /// Where a `pageferry-vmm receive` listens: HOST:PORT, [IPV6]:PORT, [IPV6%INTERFACE]:PORT.
+    /// Where a `pageferry-vmm receive` listens: HOST:PORT, [IPV6]:PORT, [IPV6%INTERFACE]:PORT; or several
+    /// addresses of its host with commas between them, over which data channels are dealt out.
     #[arg(long, value_name = "ADDR")]
     pub(crate) migrate_to: Option<String>,
     /// How long the guest runs before it is migrated.

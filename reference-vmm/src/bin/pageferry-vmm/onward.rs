@@ -157,6 +157,14 @@ impl Onward<'_> {
     /// After a migration that failed: shows that the guest goes on, and reports. Returns whether the
     /// program should end.
     fn stay(&self, guest: &mut Guest, mut report: Report) -> Result<bool, Failure> {
+        if report.guest_at == GuestAt::Paused {
+            heartbeat(&mut report, guest.heartbeat());
+            report.print(self.json)?;
+            say!(
+                "the guest is here, paused: it could not be resumed; \"resume\" tries again, Ctrl-C ends it"
+            );
+            return Ok(false);
+        }
         if report.guest_at != GuestAt::Source {
             heartbeat(&mut report, guest.heartbeat());
             report.print(self.json)?;

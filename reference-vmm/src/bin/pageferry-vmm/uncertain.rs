@@ -9,6 +9,12 @@ use pageferry_vmm::guest::Guest;
 /// Waits for what the operator decides. Whether the copy is the guest from now on, and runs here; else it is to be
 /// destroyed.
 pub(crate) fn decide(guest: &mut Guest, wishes: &Receiver<Wish>) -> Result<bool, Failure> {
+    // What was said before does not count: nobody had been asked.
+    while let Ok(wish) = wishes.try_recv() {
+        if matches!(wish, Wish::Interrupt | Wish::Quit) {
+            return Ok(false);
+        }
+    }
     say!(
         "the copy is kept here, paused. Look at the other side: if it has the guest, or you do not know, let this one \
          stand or destroy it (Ctrl-C); if its copy is destroyed, or its host is fenced off for good, \"resume\" lets \

@@ -68,7 +68,7 @@ impl Drive {
         // Once it may have committed the source has its own time to notice, where only this side has lost the link.
         let notices = match self.handover.state() {
             DestinationState::Receiving => Duration::ZERO,
-            _ => self.timeouts.commit.max(MEANT_SILENCE) + OVERTIME,
+            _ => self.timeouts.commit.max(MEANT_SILENCE).saturating_add(OVERTIME),
         };
         let at_most = self.timeouts.rejoin.saturating_add(notices);
         let patience = Patience::since("the source to come back", lost, at_most);

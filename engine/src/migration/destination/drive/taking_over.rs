@@ -23,13 +23,15 @@ impl Drive {
         let commit = commit.max(MEANT_SILENCE);
         let mut patience = Patience::now(COMMIT, commit);
         let mut whole = Patience::now("the source to release its resources", release.max(commit));
-        let mut is_last = false;
+        let mut has_looked = false;
         loop {
             let sooner = if whole.left() < patience.left() { whole } else { patience };
             let item = match self.session.next_committed(sooner) {
-                Err(Error::TimedOut { .. }) if !is_last => {
-                    (patience, whole) = (patience.last_look(), whole.last_look());
-                    is_last = true;
+                Err(Error::TimedOut { .. }) if !has_looked => {
+                    if whole.left().is_zero() {
+                        whole = whole.last_look();
+                    }
+                    (patience, has_looked) = (patience.last_look(), true);
                     continue;
                 }
                 item => item?,
@@ -37,7 +39,7 @@ impl Drive {
             match item {
                 Item::Message(Message::Commit) => return Ok(Answer::Commit),
                 Item::Message(Message::Releasing) => {
-                    patience = Patience::now(COMMIT, commit);
+                    (patience, has_looked) = (Patience::now(COMMIT, commit), false);
                 }
                 Item::Message(Message::CalledOff { attempt }) => {
                     self.called_off(attempt)?;

@@ -26,6 +26,9 @@ use crate::transport::{LinkPurpose, TransportError};
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// What is waited for over links that come back.
+const MOVED: &str = "anything to land over the links that came back";
+
 /// The link that is used, among those of a migration.
 pub(super) struct Epoch {
     pub(super) key: MigrationKey,
@@ -86,8 +89,15 @@ impl Drive<'_> {
         }
         let why = error.chain().to_string();
         let at_most = self.source.common.timeouts.rejoin;
-        let since = self.epoch.lost_since(self.channels.moved());
+        let committed = self.handover.state() == SourceState::Committed;
+        // After the commit nothing moves over any link.
+        let since = if committed { lost } else { self.epoch.lost_since(self.channels.moved()) };
         let patience = Patience::since("the destination to be reached", since, at_most);
+        if patience.left().is_zero() && !committed {
+            // It came back, as often as there was time for.
+            let cause = Box::new(Error::TimedOut { what: MOVED, after: at_most });
+            return Err(Error::LinkLost { why, after: at_most, cause });
+        }
         let phase = self.source.shared.set_phase(Phase::LinkLost);
         tracing::warn!(error = %why, "the link is lost");
         self.emit(&Event::LinkLost { why: why.clone(), at_most })?;

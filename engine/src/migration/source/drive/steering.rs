@@ -26,6 +26,8 @@ pub(super) struct Steering {
     unanswered: Option<Ping>,
     /// When the last one was sent.
     pinged: Option<Instant>,
+    /// How often memory was to be compared.
+    pub(super) comparisons: u32,
     /// When the destination answered last, and since when it has without a long silence.
     pub(super) answered: Option<Instant>,
     pub(super) answers_since: Option<Instant>,

@@ -267,8 +267,12 @@ impl Drive<'_> {
         self.session.send(&Message::Verify { attempt: number })?;
         let began = Instant::now();
         let here = Digest::of(&self.memory)?;
-        // There it takes about as long. Nothing else is said meanwhile, so the link may be lost.
-        let at_most = self.source.common.timeouts.stall + 4 * began.elapsed();
+        // There it takes about as long. Nothing else is said meanwhile, so the link may be lost. Or that host is much
+        // slower: it has twice as long each time.
+        let about = began.elapsed().saturating_mul(4);
+        let at_most = self.source.common.timeouts.stall.saturating_add(about);
+        let at_most = at_most.saturating_mul(1 << self.steering.comparisons.min(16));
+        self.steering.comparisons += 1;
         let patience = Patience::now(COMPARED, at_most);
         loop {
             match self.session.next(patience)? {
