@@ -16,8 +16,10 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::support::peer::Noise;
+use crate::support::sides::{BUSY, TIGHT, destination, source_of};
 
 use model::{Case, End};
+use path::Path;
 
 /// Cases of a sample.
 const SAMPLE: usize = 48;
@@ -85,6 +87,27 @@ fn whatever_happens_to_a_migration_it_ends_as_the_model_says() {
     let wrong = wrong.into_inner().unwrap_or_else(PoisonError::into_inner);
     eprintln!("{}", table(&ends));
     assert!(wrong.is_empty(), "PAGEFERRY_SEED={seed}:\n{}", wrong.join("\n"));
+}
+
+/// Of two ways to the destination one is gone in the middle, with the control connection: the link comes back by the
+/// other.
+#[test]
+fn a_guest_moves_on_by_another_way_when_one_is_gone() {
+    let (mut destination, address) = destination(&[]);
+    let ways = [Path::to(&address, &[]), Path::to(&address, &[])];
+    let more = ["--channels=4", "--dirty-rate=20000", "--verify", "--run-for=100ms"];
+    let mut source = source_of(&[BUSY, TIGHT, &more].concat());
+    source.say(format!("migrate {},{}", ways[0].address, ways[1].address));
+    source.await_message("round 1: ");
+    assert!(ways.iter().all(|way| way.connections() > 1), "channels go by one way only");
+    ways[0].cut_for_good();
+    source.await_message("the link is back");
+    source.say("downtime-limit 30s");
+    let departed = source.finish().report(0);
+    let arrived = destination.finish().report(0);
+    departed.assert_departed();
+    arrived.assert_arrived();
+    assert_eq!(departed.count("rejoins"), 1, "{departed:?}");
 }
 
 /// What became of the guest by what happened, as in docs/reliability.md.

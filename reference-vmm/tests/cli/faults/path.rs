@@ -105,6 +105,11 @@ impl Path {
         self.held.recv_timeout(PATIENCE).ok()
     }
 
+    /// How many connections have gone by it.
+    pub(super) fn connections(&self) -> usize {
+        self.shared.lock().connections.len()
+    }
+
     pub(super) fn go_on(&self, verdict: Verdict) {
         // Its thread waits for this.
         self.verdicts.send(verdict).expect("somebody holds a message");
