@@ -22,15 +22,12 @@ impl Drive {
         let Timeouts { commit, release, .. } = self.timeouts;
         let commit = commit.max(MEANT_SILENCE);
         let mut patience = Patience::now(COMMIT, commit);
-        let mut whole = Patience::now("the source to release its resources", release.max(commit));
+        let whole = Patience::now("the source to release its resources", release.max(commit));
         let mut has_looked = false;
         loop {
             let sooner = if whole.left() < patience.left() { whole } else { patience };
             let item = match self.session.next_committed(sooner) {
-                Err(Error::TimedOut { .. }) if !has_looked => {
-                    if whole.left().is_zero() {
-                        whole = whole.last_look();
-                    }
+                Err(Error::TimedOut { .. }) if !has_looked && !whole.left().is_zero() => {
                     (patience, has_looked) = (patience.last_look(), true);
                     continue;
                 }
