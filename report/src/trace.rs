@@ -178,3 +178,44 @@ fn unended(rounds: &mut Vec<Round>, samples: &mut Vec<Sample>) -> Option<Migrati
     let outcome = UNKNOWN.to_owned();
     Some(Migration { outcome, error, total_ms, rounds, samples, ..Migration::default() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(ms: u32, round: u32) -> String {
+        format!(r#"{{"realtime_ms":{ms},"event":"round_started","round":{round},"dirty_pages":9}}"#)
+    }
+
+    /// A file that is there is added to: what a run has left open is not the next one's.
+    #[test]
+    fn runs_in_one_file_are_told_apart() {
+        let facts = serde_json::to_string(&Facts::default()).expect("JSON");
+        let began = |ms: u32| {
+            format!(r#"{{"realtime_ms":{ms},"event":"began","command":[],"facts":{facts}}}"#)
+        };
+        let lines = [
+            began(1),
+            round(10, 1),
+            round(20, 2),
+            "half a l".to_owned(),
+            began(1000),
+            round(1010, 1),
+        ];
+        let document = read(&lines.join("\n")).expect("a trace");
+        let rounds: Vec<Vec<f64>> = document
+            .migrations
+            .iter()
+            .map(|migration| migration.rounds.iter().map(|round| round.ms).collect())
+            .collect();
+        assert_eq!(rounds, [vec![0.0, 10.0], vec![0.0]]);
+        assert!(document.migrations.iter().all(|migration| migration.outcome == UNKNOWN));
+    }
+
+    #[test]
+    fn what_is_no_trace_is_none() {
+        for text in ["", "{}", "no JSON", r#"{"realtime_ms":1,"event":"began"}"#] {
+            assert!(read(text).is_none(), "{text}");
+        }
+    }
+}

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use device::address;
 use pageferry::digest::Digest;
 use pageferry::dirty::DirtySources;
-use pageferry::testing::TestMemory;
+use pageferry::testing::{IdleMachine, TestMemory};
 use pageferry::transport::{Connector, Interrupt, LinkPurpose, SourceLink, TransportError};
-use pageferry::{Destination, Machine, MachineError, Source, Statistics};
+use pageferry::{Destination, Source, Statistics};
 use pageferry_rdma::{RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode};
 
 const PAGES: u64 = 8192;
@@ -25,28 +25,6 @@ const UNDER_WAY_BYTES: u64 = 4 << 20;
 const BYTES_PER_SECOND: u64 = 8 << 20;
 /// No less than an emulated machine takes for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-/// A guest that has nothing but memory, and writes none of it.
-#[derive(Debug)]
-struct Idle;
-
-impl Machine for Idle {
-    fn pause(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn save(&mut self, _: &mut Vec<u8>) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn load(&mut self, _: &[u8]) -> Result<(), MachineError> {
-        Ok(())
-    }
-}
 
 type Ends = Arc<Mutex<Option<Arc<dyn Interrupt>>>>;
 
@@ -98,11 +76,14 @@ fn migrate(address: &str, options: &RdmaOptions) -> (Statistics, Statistics) {
     let (departed, arrived) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let offer = Destination::new().negotiate(rendezvous).expect("a source greets");
-            offer.receive(Idle, there.memory()).expect("it arrives").statistics
+            offer.receive(IdleMachine, there.memory()).expect("it arrives").statistics
         });
         let leaving = scope.spawn(|| {
             let dirty = DirtySources::new(Vec::new());
-            source.migrate(Idle, here.memory(), dirty, connector).expect("it leaves").statistics
+            source
+                .migrate(IdleMachine, here.memory(), dirty, connector)
+                .expect("it leaves")
+                .statistics
         });
         for loss in 1..=LOSSES {
             // More has landed each time.

@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pageferry::Destination;
+use pageferry::testing::IdleMachine;
 use pageferry::transport::{DestinationLink, OneLink, Received, TransportError};
-use pageferry::{Destination, Machine, MachineError};
 use pageferry_cli::outcome::{Failure, Outcome};
 use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::{Backing, Ram};
@@ -58,7 +59,7 @@ fn obey(what: Serve) -> Result<(), Failure> {
             let ram = Ram::allocate(&[(0, memory_bytes)], backing)?;
             let memory = Arc::new(guest_memory(Arc::clone(ram.memory()))?);
             let offer = Destination::new().negotiate(OneLink::destination(link))?;
-            offer.receive(NoMachine, &memory).map_err(|failure| failure.error)?;
+            offer.receive(IdleMachine, &memory).map_err(|failure| failure.error)?;
         }
     }
     answer(&Answer::Served)
@@ -73,27 +74,5 @@ fn echo(link: &mut dyn DestinationLink) -> Result<(), Failure> {
             Err(TransportError::Closed | TransportError::Lost { .. }) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
-    }
-}
-
-/// There is nothing but memory to move.
-#[derive(Debug)]
-pub(super) struct NoMachine;
-
-impl Machine for NoMachine {
-    fn pause(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn save(&mut self, _: &mut Vec<u8>) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn load(&mut self, _: &[u8]) -> Result<(), MachineError> {
-        Ok(())
     }
 }

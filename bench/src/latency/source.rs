@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::unbounded;
 use pageferry::dirty::{DirtySource, DirtySources};
 use pageferry::memory::PageRange;
+use pageferry::testing::IdleMachine;
 use pageferry::transport::{OneLink, Run, RunKind};
 use pageferry::{Source, Statistics};
 use pageferry_cli::outcome::Failure;
@@ -17,7 +18,6 @@ use pageferry_rust_vmm::guest_memory;
 use pageferry_vmm::ram::Ram;
 
 use super::args::LatencyArgs;
-use super::serve::NoMachine;
 use super::timed::{Rearms, timed};
 use super::wait_until;
 use crate::links::{Way, connect};
@@ -118,7 +118,7 @@ pub(super) fn migration(
     }
     let departed = Source::new()
         .channels(args.channels)
-        .migrate(NoMachine, &memory, DirtySources::new(trackers), OneLink::source(link))
+        .migrate(IdleMachine, &memory, DirtySources::new(trackers), OneLink::source(link))
         .map_err(|failure| failure.error)?;
     // Threads have ended, so each has handed over what it measured.
     let batches = recorded.then(|| {

@@ -4,8 +4,9 @@
 //! decode`, or the program that `ci/test fuzz` builds.
 #![no_main]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+#[path = "../src/allocator.rs"]
+mod allocator;
+
 use std::sync::{Arc, Mutex};
 
 use libfuzzer_sys::fuzz_target;
@@ -20,38 +21,9 @@ const MEMORY_PER_BYTE: usize = 64;
 /// And for what does not depend on the input.
 const MEMORY_BESIDES: usize = 64 << 10;
 
-/// The system's allocator, and how much is and was in use.
-struct Counting;
-
-static USED: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is the system's allocator's doing; only numbers are kept beside it.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(USED.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        USED.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// Does something, and fails if it takes more memory than an input of that length may.
 fn bounded<R>(len: usize, work: impl FnOnce() -> R) -> R {
-    let before = USED.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    let result = work();
-    let taken = PEAK.load(Relaxed) - before;
-    assert!(taken <= MEMORY_BESIDES + MEMORY_PER_BYTE * len, "{taken} bytes for {len}");
-    result
+    allocator::bounded(MEMORY_BESIDES + MEMORY_PER_BYTE * len, work)
 }
 
 #[derive(DeviceState, Debug, Default)]

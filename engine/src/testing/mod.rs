@@ -6,6 +6,7 @@
 //! - [`faulty`]: a wrapper that makes any transport slow, choppy, unordered between channels, or
 //!   breaks it, by a seed;
 //! - [`WrappedLink`] and [`WrappedChannel`]: as another link or channel in all but what a test wants otherwise;
+//! - [`IdleMachine`]: a machine that is nothing but its memory;
 //! - [`TestMemory`]: guest memory of its own, with a pattern to compare;
 //! - [`open_channel`], [`data`] and [`zero`], [`drain`] and [`settle`]: data channels, and what they carry, to
 //!   their end and until it has landed;
@@ -20,6 +21,7 @@ pub mod faulty;
 pub mod hot;
 pub mod memory_transport;
 
+mod idle;
 mod test_memory;
 mod wrapped;
 
@@ -35,6 +37,7 @@ use crate::transport::{
     SourceLink, Ticket,
 };
 
+pub use idle::IdleMachine;
 pub use test_memory::TestMemory;
 pub use wrapped::{
     ChannelCall, LinkCall, WrappedChannel, WrappedDestination, WrappedLink, WrappedSource,

@@ -189,6 +189,10 @@ fn sum(bytes: &[u8]) -> u32 {
 
 /// Puts the checksums into a record that is whole but for its payload, of a lead at least. What is encoded here has them
 /// already.
+///
+/// # Panics
+///
+/// If the record is shorter than a header.
 pub fn seal(record: &mut [u8]) {
     let table_sum = sum(&record[HEADER_BYTES..]);
     record[TABLE_SUM_AT..HEADER_SUM_AT].copy_from_slice(&table_sum.to_le_bytes());

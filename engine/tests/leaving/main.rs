@@ -123,6 +123,19 @@ fn begin(
     (link, control, channels)
 }
 
+/// The destination gives up, and says so.
+fn hear_that_time_is_over(control: &mut ControlChannel) {
+    let told = hear(control);
+    let is_over = matches!(told, Message::Failed { reason: FailureReason::TimedOut, .. });
+    assert!(is_over, "{told:?}");
+}
+
+fn assert_waited_for(failure: &DestinationFailure<Vacant>, what: &str) {
+    assert_eq!(failure.guest, GuestAtDestination::AtSource);
+    let said = failure.error.to_string();
+    assert!(said.contains(what), "{said}");
+}
+
 /// Its host answers for it, and the link seems to live.
 #[test]
 fn a_source_that_falls_silent_in_a_round_is_not_waited_for() {
@@ -135,15 +148,9 @@ fn a_source_that_falls_silent_in_a_round_is_not_waited_for() {
         say(&mut control, &Message::Round { round: 1, dirty_pages: 9 });
         say(&mut control, &Message::Ping { number: 1 });
         assert_eq!(hear(&mut control), Message::Pong { number: 1 });
-        let told = hear(&mut control);
-        assert!(
-            matches!(told, Message::Failed { reason: FailureReason::TimedOut, .. }),
-            "{told:?}"
-        );
+        hear_that_time_is_over(&mut control);
     });
-    assert_eq!(failure.guest, GuestAtDestination::AtSource);
-    let said = failure.error.to_string();
-    assert!(said.contains("a sign of life of the source"), "{said}");
+    assert_waited_for(&failure, "a sign of life of the source");
 }
 
 /// It holds the place of another one.
@@ -155,13 +162,7 @@ fn a_source_that_never_begins_is_not_waited_for() {
     let failure = destination_by(timeouts, |welcomed| {
         let (_link, mut control, _channels) = begin(welcomed);
         // And says nothing more.
-        let told = hear(&mut control);
-        assert!(
-            matches!(told, Message::Failed { reason: FailureReason::TimedOut, .. }),
-            "{told:?}"
-        );
+        hear_that_time_is_over(&mut control);
     });
-    assert_eq!(failure.guest, GuestAtDestination::AtSource);
-    let said = failure.error.to_string();
-    assert!(said.contains("the source's first round"), "{said}");
+    assert_waited_for(&failure, "the source's first round");
 }

@@ -60,6 +60,7 @@ struct Setup {
     populate: u16,
     max_rounds: u32,
     description_bytes: usize,
+    verify: bool,
     timeouts: [Timeouts; 2],
     /// Before it begins.
     first: Vec<Change>,
@@ -135,8 +136,9 @@ fn setup() -> impl Strategy<Value = Setup> {
         prop_oneof![0_u32..4, any::<u32>()],
         prop_oneof![8 => 0_usize..100, 1 => MAX_DESCRIPTION_BYTES - 1..MAX_DESCRIPTION_BYTES + 2],
     );
-    (numbers, [timeouts(), timeouts()], vec(change(), 0..4), vec(change(), 0..10)).prop_map(
-        |(numbers, timeouts, first, later)| {
+    let changes = (vec(change(), 0..4), vec(change(), 0..10));
+    (numbers, any::<bool>(), [timeouts(), timeouts()], changes).prop_map(
+        |(numbers, verify, timeouts, (first, later))| {
             let (channels, batch_bytes, most_channels, populate, max_rounds, description_bytes) =
                 numbers;
             Setup {
@@ -146,6 +148,7 @@ fn setup() -> impl Strategy<Value = Setup> {
                 populate,
                 max_rounds,
                 description_bytes,
+                verify,
                 timeouts,
                 first,
                 later,
@@ -170,6 +173,7 @@ fn check(setup: Setup) -> Result<(), TestCaseError> {
         .batch_bytes(setup.batch_bytes)
         .max_rounds(setup.max_rounds)
         .description(vec![7; setup.description_bytes])
+        .verify(setup.verify)
         .timeouts(source_timeouts);
     let destination = Destination::new()
         .most_channels(setup.most_channels)
@@ -247,7 +251,9 @@ fn limits_without_an_end_are_kept() {
         rejoin: longest,
         commit: longest,
     };
-    for bound in [Bound::Strict, Bound::BestEffort] {
+    for (bound, verify) in
+        [(Bound::Strict, false), (Bound::BestEffort, false), (Bound::Strict, true)]
+    {
         check(Setup {
             channels: 2,
             batch_bytes: u64::MAX,
@@ -255,6 +261,7 @@ fn limits_without_an_end_are_kept() {
             populate: 1,
             max_rounds: u32::MAX,
             description_bytes: 0,
+            verify,
             timeouts: [forever; 2],
             first: vec![
                 Change::DowntimeLimit(longest),

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::support::host::guest_kind;
 use crate::support::process::Process;
+use crate::support::report::Report;
 use crate::support::sides::{SMALL, destination, source, source_that_stays};
 
 /// The lines in a file, each of which has to be an object with an event and a time that does not go back.
@@ -62,11 +63,8 @@ fn both_sides_tell_what_happens_as_it_happens() {
     }
 }
 
-/// What was sent by somebody who wants to know why can be drawn.
-#[test]
-fn a_file_of_events_is_a_report() {
-    let root = tempfile::tempdir().expect("a folder");
-    let path = root.path().join("events");
+/// A guest that cannot go at first, and then can. What it says of its second move.
+fn fails_once(path: &Path) -> Report {
     let mut source = source_that_stays(&[&format!("--events={}", path.display())]);
     source.say("migrate 127.0.0.1:1");
     assert_eq!(source.await_report().text("outcome"), "failed");
@@ -75,6 +73,15 @@ fn a_file_of_events_is_a_report() {
     let report = source.await_report();
     source.finish().assert_status(0);
     destination.finish().report(0).assert_arrived();
+    report
+}
+
+/// What was sent by somebody who wants to know why can be drawn.
+#[test]
+fn a_file_of_events_is_a_report() {
+    let root = tempfile::tempdir().expect("a folder");
+    let path = root.path().join("events");
+    let report = fails_once(&path);
     let text = fs::read_to_string(&path).expect("the events");
     let document = pageferry_report::trace::read(&text).expect("a trace");
     assert!(!document.facts.kernel.is_empty(), "{:?}", document.facts);
@@ -103,13 +110,7 @@ fn a_file_of_events_is_a_report() {
 fn each_migration_has_its_end() {
     let root = tempfile::tempdir().expect("a folder");
     let path = root.path().join("events");
-    let mut source = source_that_stays(&[&format!("--events={}", path.display())]);
-    source.say("migrate 127.0.0.1:1");
-    assert_eq!(source.await_report().text("outcome"), "failed");
-    let (mut destination, address) = destination(&[]);
-    source.say(format!("migrate {address}"));
-    source.finish().assert_status(0);
-    destination.finish().report(0).assert_arrived();
+    fails_once(&path);
     let lines = lines(&path);
     let ended: Vec<_> = lines.iter().filter(|line| line["event"] == "ended").collect();
     let outcomes: Vec<_> = ended.iter().map(|line| line["outcome"].as_str()).collect();

@@ -2,13 +2,16 @@
 //! what is said in any order has a place in the table or is refused.
 #![no_main]
 
+#[path = "../../../device-state/fuzz/src/allocator.rs"]
+mod allocator;
+
+use allocator::bounded;
 use libfuzzer_sys::fuzz_target;
 use pageferry::memory::{Layout, PAGE_BYTES, RegionLayout};
 use pageferry::protocol::{Conversation, Message, Side};
 use pageferry::transport::MAX_BATCH_RUNS;
 use pageferry::transport::stream::{self, FrameHeader, Header, LEAD_BYTES};
 use pageferry_tcp::preamble::{Answer, Preamble, check_start};
-use pageferry_tcp_fuzz::allocator::bounded;
 use pageferry_tcp_fuzz::input::Input;
 use pageferry_tcp_fuzz::peer::some_message;
 

@@ -3,9 +3,13 @@
 //! and a guest runs only if there was a commit.
 #![no_main]
 
+#[path = "../../../device-state/fuzz/src/allocator.rs"]
+mod allocator;
+
 use std::net::Shutdown;
 use std::thread;
 
+use allocator::bounded;
 use libfuzzer_sys::fuzz_target;
 use pageferry::protocol::{Hello, Message, MigrationKey, Prepare, Welcome};
 use pageferry::testing::TestMemory;
@@ -13,7 +17,6 @@ use pageferry::transport::{OneLink, stream};
 use pageferry::{Destination, GuestAtDestination};
 use pageferry_tcp::preamble::Kind;
 use pageferry_tcp::{GivenSockets, TcpOptions};
-use pageferry_tcp_fuzz::allocator::bounded;
 use pageferry_tcp_fuzz::guest::{Guest, PAGES, STATE};
 use pageferry_tcp_fuzz::input::Input;
 use pageferry_tcp_fuzz::peer::{CHANNELS, Peer, link, some_message};

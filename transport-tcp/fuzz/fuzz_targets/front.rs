@@ -2,14 +2,17 @@
 //! little.
 #![no_main]
 
+#[path = "../../../device-state/fuzz/src/allocator.rs"]
+mod allocator;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::thread;
 
+use allocator::bounded;
 use libfuzzer_sys::fuzz_target;
 use pageferry_tcp::testing::shared_key;
 use pageferry_tcp::{GivenSockets, KernelTls};
-use pageferry_tcp_fuzz::allocator::bounded;
 use pageferry_tcp_fuzz::peer::link;
 
 const MOST_BYTES: usize = 2 << 20;

@@ -2,9 +2,13 @@
 //! memory, and its machine comes back, with a guest that runs where it is said to; it leaves only by a commit.
 #![no_main]
 
+#[path = "../../../device-state/fuzz/src/allocator.rs"]
+mod allocator;
+
 use std::net::Shutdown;
 use std::thread;
 
+use allocator::bounded;
 use libfuzzer_sys::fuzz_target;
 use pageferry::dirty::DirtySources;
 use pageferry::protocol::{Hello, Message, Prepared, negotiate};
@@ -12,7 +16,6 @@ use pageferry::testing::TestMemory;
 use pageferry::transport::{OneLink, stream};
 use pageferry::{GuestAtSource, Source};
 use pageferry_tcp::{GivenSockets, TcpOptions};
-use pageferry_tcp_fuzz::allocator::bounded;
 use pageferry_tcp_fuzz::guest::{Guest, PAGES};
 use pageferry_tcp_fuzz::input::Input;
 use pageferry_tcp_fuzz::peer::{CHANNELS, Peer, link, some_message};

@@ -1,6 +1,5 @@
-//! What the targets share: how an input is read, a guest, and memory that is counted.
+//! What the targets share: how an input is read, a guest, and its other side.
 
-pub mod allocator;
 pub mod guest;
 pub mod input;
 pub mod peer;

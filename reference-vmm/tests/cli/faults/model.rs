@@ -305,6 +305,7 @@ impl Case {
             Fault::DestinationStopped if step == Step::RejoinCommitted => {
                 vec![End::AtDestination, End::Uncertain]
             }
+            // Also late: it is there when it goes on.
             _ if hears_the_commit => vec![End::AtDestination],
             Fault::DestinationStopped if step >= Step::Prepared => {
                 vec![End::AtDestination, End::Uncertain, End::AtSource]
