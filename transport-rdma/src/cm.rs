@@ -38,6 +38,9 @@ const RECEIVER_NOT_READY_RETRIES: u8 = 7;
 const OPTION_LEVEL_ID: i32 = 0;
 const OPTION_TYPE_OF_SERVICE: i32 = 0;
 
+/// A port's address as the connection manager has it.
+pub(crate) type Gid = [u8; 16];
+
 /// How a queue pair is to be connected.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PathSettings {
@@ -110,10 +113,14 @@ pub(crate) enum Event {
     Requested {
         id: Id,
         said: Vec<u8>,
+        /// The number of its queue pair.
+        queue_pair: u32,
     },
     /// The other side accepted.
     Accepted {
         said: Vec<u8>,
+        /// The number of its queue pair.
+        queue_pair: u32,
     },
     Established,
     Rejected {
@@ -202,13 +209,24 @@ impl Id {
     }
 
     fn gids_are_the_same(&self) -> bool {
+        let (here, there) = self.gids();
+        here == there
+    }
+
+    /// The number of a queue pair, as far as both sides are told: not by iWARP's connection manager.
+    pub(crate) fn told_of(&self, queue_pair: u32) -> u32 {
+        if self.context().is_some_and(Context::is_iwarp) { 0 } else { queue_pair }
+    }
+
+    /// Of this side's port and the other's.
+    pub(crate) fn gids(&self) -> (Gid, Gid) {
         // SAFETY: it is there as long as `self`.
         let route = &unsafe { self.raw.as_ref() }.route;
         // SAFETY: the union has no other member.
         let ends = unsafe { &route.addr.addr.ibaddr };
         // SAFETY: a GID is 16 bytes, whatever they mean.
         let [here, there] = [&ends.sgid, &ends.dgid].map(|gid| unsafe { gid.raw });
-        here == there
+        (here, there)
     }
 
     pub(crate) fn set_traffic_class(&self, class: u8) -> io::Result<()> {
@@ -398,6 +416,8 @@ struct Seen {
     said: Vec<u8>,
     /// Reads at once that a request serves.
     reads: u8,
+    /// The number of the other side's queue pair.
+    queue_pair: u32,
 }
 
 impl Seen {
@@ -420,6 +440,7 @@ impl Seen {
             id: event.id,
             said,
             reads: conn.initiator_depth,
+            queue_pair: conn.qp_num,
         }
     }
 
@@ -447,9 +468,11 @@ impl Seen {
                 let id = Id { raw: id, reads_there: self.reads, channel };
                 // SAFETY: id and channel are there, and the event is acknowledged.
                 check(unsafe { sys::rdma_migrate_id(id.raw.as_ptr(), id.channel.0.as_ptr()) })?;
-                Event::Requested { id, said: self.said }
+                Event::Requested { id, said: self.said, queue_pair: self.queue_pair }
             }
-            kind::RDMA_CM_EVENT_CONNECT_RESPONSE => Event::Accepted { said: self.said },
+            kind::RDMA_CM_EVENT_CONNECT_RESPONSE => {
+                Event::Accepted { said: self.said, queue_pair: self.queue_pair }
+            }
             kind::RDMA_CM_EVENT_CONNECT_ERROR => failed("failed to connect"),
             kind::RDMA_CM_EVENT_UNREACHABLE => failed("no answer"),
             kind::RDMA_CM_EVENT_REJECTED => Event::Rejected { said: self.said },

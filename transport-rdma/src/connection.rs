@@ -9,6 +9,7 @@ use pageferry::transport::{Interrupt, TransportError, WorkRequestCounts};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cm::{Event, Id};
+use crate::proof::Proof;
 use crate::state::ChannelState;
 use crate::verbs::{Completion, QueuePair};
 
@@ -24,6 +25,8 @@ pub(crate) struct Connection {
     pub(crate) state: Arc<ChannelState>,
     /// The path MTU that was agreed on, as verbs encode it; 0 before that.
     pub(crate) mtu: u32,
+    /// By which it was asked for, at the source; zeros without TLS.
+    pub(crate) asked: Proof,
     /// The other side is there, and has gone.
     established: bool,
     gone: bool,
@@ -35,7 +38,17 @@ pub(crate) struct Connection {
 impl Connection {
     pub(crate) fn new(qp: QueuePair, id: Id, state: ChannelState) -> Self {
         let (id, state) = (Arc::new(id), Arc::new(state));
-        Self { qp, id, state, mtu: 0, established: false, gone: false, system_calls: 0, polls: 0 }
+        Self {
+            qp,
+            id,
+            state,
+            mtu: 0,
+            asked: Proof::default(),
+            established: false,
+            gone: false,
+            system_calls: 0,
+            polls: 0,
+        }
     }
 
     /// Ends this connection alone.

@@ -17,6 +17,7 @@ use crate::options::RdmaOptions;
 use crate::preamble::Purpose;
 use crate::source::RdmaSourceLink;
 use crate::state::LinkState;
+use crate::trust::{Trust, check_path};
 use crate::{after, check_libraries};
 
 /// Connects to a destination that listens at an RDMA device's address.
@@ -66,19 +67,26 @@ impl RdmaConnector {
         let found = addresses::resolve(&address).map_err(failed)?;
         check_libraries().map_err(|unavailable| failed(unavailable.into()))?;
         check_device(&self.options, &text)?;
+        let trust = Trust::new(&self.options, &text)?;
         let mut race = Race::new(found, failed(io::ErrorKind::NotFound.into()));
-        let connected = race
-            .winner(|address| self.begin(address), |attempts, until| self.wait(attempts, until))?;
+        let connected = race.winner(
+            |address| self.begin(&trust, address),
+            |attempts, until| self.wait(attempts, until),
+        )?;
         // Nothing is left of those that lost while this one goes on.
         drop(race);
         RdmaSourceLink::new(*connected)
     }
 
-    fn begin(&self, address: SocketAddr) -> Result<Dialling<'_>, TransportError> {
+    fn begin<'a>(
+        &'a self,
+        trust: &'a Trust,
+        address: SocketAddr,
+    ) -> Result<Dialling<'a>, TransportError> {
         self.state.check()?;
         let deadline = after(self.options.connect_timeout);
         let stage = Stage::Searching(Search::begin(address, &self.options)?);
-        Ok(Dialling { by: self, address, deadline, stage })
+        Ok(Dialling { by: self, trust, address, deadline, stage })
     }
 
     /// Sleeps until something happens to one of them.
@@ -109,6 +117,7 @@ impl RdmaConnector {
 #[derive(Debug)]
 struct Dialling<'a> {
     by: &'a RdmaConnector,
+    trust: &'a Trust,
     address: SocketAddr,
     deadline: Instant,
     stage: Stage,
@@ -144,7 +153,10 @@ impl Attempt for Dialling<'_> {
             self.stage = match self.stage {
                 Stage::Searching(search) => match search.go_on(event, options)? {
                     Found::NotYet(search) => Stage::Searching(search),
-                    Found::Way(id) => Stage::Asking(Box::new(ask(id, address, options, state)?)),
+                    Found::Way(id) => {
+                        let asked = ask(id, address, self.trust, options, state)?;
+                        Stage::Asking(Box::new(asked))
+                    }
                 },
                 Stage::Asking(mut asked) => {
                     let Connected { workshop, outlet, .. } = &mut *asked;
@@ -165,19 +177,19 @@ impl Attempt for Dialling<'_> {
 fn ask(
     id: Id,
     address: SocketAddr,
+    trust: &Trust,
     options: &RdmaOptions,
     state: &Arc<LinkState>,
 ) -> Result<Connected, TransportError> {
-    if !options.plain_text && !id.is_within_host() {
-        let reason = "it is another host, and rdma encrypts nothing: it has to be told that plain text will do \
-                      (--insecure)";
+    check_path(options, &id).map_err(|reason| {
         let (address, reason) = (address.to_string(), reason.to_owned());
-        return Err(TransportError::Security { address, reason });
-    }
+        TransportError::Security { address, reason }
+    })?;
     let migration = LinkId::random()
         .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
+    let seal = trust.seal(address)?;
     let workshop = Workshop::at(&id, address, options.clone(), Arc::clone(state))?;
     let say = workshop.preamble(Purpose::Control, migration);
     let outlet = workshop.ask_for_outlet(id, &say, RemoteAccess::Nothing)?;
-    Ok(Connected { workshop, migration, outlet })
+    Ok(Connected { workshop, migration, outlet, seal })
 }

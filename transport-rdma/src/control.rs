@@ -10,19 +10,96 @@ use pageferry::transport::{
 };
 
 use crate::dial::LINGER;
-use crate::frames::{END, HEAD_BYTES, PIECE, REFUSED};
+use crate::frames::{END, PIECE, PIECE_BYTES, REFUSED, shown};
 use crate::inbox::Inbox;
-use crate::pipe::{KEEPALIVE, Outlet, SLOT_BYTES};
+use crate::pipe::{Inlet, KEEPALIVE, Message, Outlet};
+use crate::seal::Seal;
 
 /// How long a source has to be told that it is turned away: its NIC, which needs nobody for that.
 const FAREWELL: Duration = Duration::from_millis(100);
 
 /// Tells a source that it is turned away. If it is gone, nobody misses it.
-pub(crate) fn refuse(outlet: &mut Outlet, reason: &str) {
+pub(crate) fn refuse(outlet: &mut Outlet, seal: Option<&Seal>, reason: &str) {
     let mut message = vec![REFUSED];
-    message.extend(reason.bytes().take(SLOT_BYTES - 1));
-    if let Err(error) = outlet.last_word(&message, FAREWELL) {
+    message.extend(reason.bytes().take(PIECE_BYTES));
+    let said = match seal {
+        // TLS has its own words for what it says no to, mostly.
+        Some(seal) if seal.has_failed() => match seal.due() {
+            due if due.is_empty() && seal.is_shaking_hands() => Ok(vec![message]),
+            due => Ok(due),
+        },
+        // It may be done at the source, which takes this for what anybody may have said.
+        Some(seal) if seal.is_shaking_hands() => Ok(vec![message]),
+        Some(seal) => seal.seal(&message),
+        None => Ok(vec![message]),
+    };
+    if let Err(error) = said.and_then(|said| say_last(outlet, &said)) {
         tracing::debug!("failed to tell a source that it is turned away: {error}");
+    }
+}
+
+/// The last messages of a link, as far as there is room and time for them.
+fn say_last(outlet: &mut Outlet, messages: &[Vec<u8>]) -> Result<(), TransportError> {
+    let deadline = Instant::now() + FAREWELL;
+    messages.iter().try_for_each(|message| {
+        outlet.last_word(message, deadline.saturating_duration_since(Instant::now()))
+    })
+}
+
+/// The source's half of a handshake. What follows from it proves whose the link's other connections are.
+pub(crate) fn shake_hands(
+    seal: &Seal,
+    outlet: &mut Outlet,
+    inlet: &mut Inlet,
+    deadline: Instant,
+) -> Result<(), TransportError> {
+    loop {
+        let due = seal.due();
+        let said = due
+            .iter()
+            .try_for_each(|message| outlet.message(message, Some(deadline)).map(drop))
+            .and_then(|()| outlet.pump(None));
+        if let Err(error) = said {
+            // The destination may have said why.
+            while let Ok(Some(message)) = inlet.next(Some(Instant::now())) {
+                hear(seal, outlet, &message)?;
+            }
+            return Err(error);
+        }
+        if !seal.is_shaking_hands() {
+            return Ok(());
+        }
+        let message = match inlet.next(Some(deadline))? {
+            Some(message) if Instant::now() < deadline => message,
+            _ => {
+                let reason = "its TLS handshake was not answered in time".to_owned();
+                let address = seal.peer().to_string();
+                return Err(TransportError::Security { address, reason });
+            }
+        };
+        hear(seal, outlet, &message)?;
+    }
+}
+
+/// Takes in what the destination says in a handshake.
+fn hear(seal: &Seal, outlet: &mut Outlet, message: &Message) -> Result<(), TransportError> {
+    // A mark says that somebody is there.
+    let Message::Bytes(message) = message else { return Ok(()) };
+    match seal.open(message) {
+        Ok(said) => match &said[..] {
+            [] => Ok(()),
+            [REFUSED, reason @ ..] => {
+                Err(outlet.connection.state.link.refuse(seal.peer(), shown(reason)))
+            }
+            _ => Err(TransportError::Violation("a frame before it was greeted")),
+        },
+        Err(unopened) => {
+            // The destination is to know why, if it is there.
+            if let Err(error) = say_last(outlet, &seal.due()) {
+                tracing::debug!("failed to say what is wrong with a TLS handshake: {error}");
+            }
+            Err(seal.explain(&unopened))
+        }
     }
 }
 
@@ -49,15 +126,35 @@ fn locked(outlet: &Mutex<Outlet>) -> MutexGuard<'_, Outlet> {
     outlet.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Sends a message. Where that fails nothing can be said behind it: a record may be missing.
+fn say(
+    outlet: &mut Outlet,
+    seal: Option<&Seal>,
+    message: &[u8],
+    deadline: Option<Instant>,
+) -> Result<(), TransportError> {
+    match seal {
+        None => outlet.message(message, deadline).map(drop),
+        Some(seal) => {
+            seal.seal(message)?.iter().try_for_each(|it| outlet.message(it, deadline).map(drop))
+        }
+    }
+}
+
 /// Sends a frame in pieces, at most until `deadline`.
-fn put(outlet: &mut Outlet, frame: &[u8], deadline: Option<Instant>) -> Result<(), TransportError> {
+fn put(
+    outlet: &mut Outlet,
+    seal: Option<&Seal>,
+    frame: &[u8],
+    deadline: Option<Instant>,
+) -> Result<(), TransportError> {
     let mut left = frame;
     while !left.is_empty() {
-        let (now, later) = left.split_at(left.len().min(SLOT_BYTES - HEAD_BYTES));
+        let (now, later) = left.split_at(left.len().min(PIECE_BYTES));
         let mut message = vec![PIECE];
         message.extend(u32::try_from(left.len()).unwrap_or(u32::MAX).to_le_bytes());
         message.extend(now);
-        outlet.message(&message, deadline)?;
+        say(outlet, seal, &message, deadline)?;
         left = later;
     }
     // What is known by now.
@@ -77,7 +174,7 @@ impl ControlSender for RdmaControlSender {
         }
         // Before the answer can come.
         outlet.connection.state.link.fate.note_told();
-        let result = put(&mut outlet, frame, deadline);
+        let result = put(&mut outlet, self.inbox.seal(), frame, deadline);
         self.broken = result.is_err();
         result.map_err(|error| match self.inbox.explain(error) {
             TransportError::TimedOut { .. } => {
@@ -91,14 +188,17 @@ impl ControlSender for RdmaControlSender {
 impl Drop for RdmaControlSender {
     fn drop(&mut self) {
         let mut outlet = locked(&self.outlet);
-        if outlet.connection.state.link.fate.was_displaced() && !self.broken {
-            return refuse(&mut outlet, &TurnedAway::Displaced.to_string());
+        // A record may be missing before it, where there is TLS.
+        let mute = self.broken && self.inbox.seal().is_some();
+        if outlet.connection.state.link.fate.was_displaced() && !mute {
+            let displaced = TurnedAway::Displaced.to_string();
+            return refuse(&mut outlet, self.inbox.seal(), &displaced);
         }
         if self.broken || outlet.check().is_err() {
             return;
         }
-        let ended = match outlet.message(&[END], Some(Instant::now())) {
-            Ok(_) => outlet.flush(LINGER),
+        let ended = match say(&mut outlet, self.inbox.seal(), &[END], Some(Instant::now())) {
+            Ok(()) => outlet.flush(LINGER),
             Err(error) => Err(error),
         };
         if let Err(error) = ended {

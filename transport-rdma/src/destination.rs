@@ -38,7 +38,7 @@ use crate::{CAPABILITIES, NAME, control};
 pub struct RdmaDestinationLink {
     /// Given up first.
     seat: Seat<Arrival, Requests<Request>>,
-    end: End,
+    pub(crate) end: End,
 }
 
 impl RdmaDestinationLink {
@@ -47,10 +47,12 @@ impl RdmaDestinationLink {
         arrival: Arrival,
         seat: Seat<Arrival, Requests<Request>>,
     ) -> Result<Self, TransportError> {
-        let Arrival { migration, inlet, outlet, greeting, workshop, .. } = arrival;
+        let Arrival { migration, inlet, outlet, seal, greeting, workshop, .. } = arrival;
         let outlet = outlet.ok_or(TransportError::OutOfOrder("half of a control channel"))?;
         let mtu = inlet.connection.mtu;
-        let control = control::channel(outlet, &Inbox::at_destination(inlet, greeting)?);
+        let control = control::channel(outlet, &Inbox::at_destination(inlet, seal, greeting)?);
+        // Of a source that has displaced another one: its place was not there yet when it was admitted.
+        seat.connections(|requests| requests.set_key(workshop.key.clone()));
         Ok(Self { seat, end: End::new(migration, control, mtu, workshop) })
     }
 

@@ -102,7 +102,7 @@ fn deaf_half(workshop: &Workshop, migration: LinkId) -> Result<Connection, Trans
     let depths = (u32::try_from(UNDER_WAY).unwrap_or(1) + RECEIVES, ACKS);
     let mut connection = workshop.prepare(workshop.way()?, depths, path)?;
     let say = workshop.preamble(Purpose::Control, migration);
-    workshop.ask(&connection, &say, path)?;
+    workshop.ask(&mut connection, &say, path)?;
     workshop.await_answer(&mut connection, RemoteAccess::Nothing)?;
     Ok(connection)
 }

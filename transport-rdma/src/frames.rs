@@ -9,6 +9,8 @@
 //! +--+
 //! |3 |  text: the destination does not serve this source, or no longer
 //! +--+
+//! |4 |  records of TLS: of the handshake, then each of these, sealed
+//! +--+
 //! ```
 //!
 //! left: bytes of the frame from this message on, little-endian; so the first message of a frame
@@ -16,10 +18,23 @@
 
 use pageferry::transport::{MAX_FRAME_BYTES, TransportError};
 
+use crate::pipe::SLOT_BYTES;
+
 pub(crate) const PIECE: u8 = 1;
 pub(crate) const END: u8 = 2;
 pub(crate) const REFUSED: u8 = 3;
+pub(crate) const SEALED: u8 = 4;
 pub(crate) const HEAD_BYTES: usize = 5;
+/// Most bytes of a frame in one message: its record fits into one too (RFC 8446, section 5.2).
+pub(crate) const PIECE_BYTES: usize = SLOT_BYTES - HEAD_BYTES - SEAL_BYTES;
+/// What stands for a record, its header, the kind of what is in it, and the code that it ends with.
+const SEAL_BYTES: usize = 1 + 5 + 1 + 16;
+
+/// Why a source is turned away, as it will be shown on a terminal.
+pub(crate) fn shown(reason: &[u8]) -> String {
+    let reason = String::from_utf8_lossy(reason);
+    reason.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
 
 /// A frame as its pieces come.
 #[derive(Debug, Default)]

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use pageferry::transport::TransportError;
 
 use crate::connection::{SPIN, Sleeper};
-use crate::frames::{END, Frame, REFUSED};
+use crate::frames::{END, Frame, REFUSED, shown};
 use crate::pipe::{Inlet, Message, RECEIVES};
+use crate::seal::Seal;
 
 /// Most frames that are read before anybody asks for them.
 const MOST_AHEAD: usize = 8;
@@ -19,6 +20,8 @@ const MOST_AHEAD: usize = 8;
 pub(crate) struct Inbox {
     /// At the source: who may say that it is turned away.
     destination: Option<SocketAddr>,
+    /// Where there is TLS.
+    seal: Option<Seal>,
     sleeper: Sleeper,
     arriving: Mutex<Arriving>,
 }
@@ -40,21 +43,24 @@ impl Inbox {
     /// At the source, of the control channel to `destination`.
     pub(crate) fn at_source(
         inlet: Inlet,
+        seal: Option<Seal>,
         destination: SocketAddr,
     ) -> Result<Arc<Self>, TransportError> {
-        Self::new(inlet, Some(destination), None)
+        Self::new(inlet, seal, Some(destination), None)
     }
 
     /// At the destination; with the first frame, if that has come.
     pub(crate) fn at_destination(
         inlet: Inlet,
+        seal: Option<Seal>,
         first: Option<Vec<u8>>,
     ) -> Result<Arc<Self>, TransportError> {
-        Self::new(inlet, None, first)
+        Self::new(inlet, seal, None, first)
     }
 
     fn new(
         inlet: Inlet,
+        seal: Option<Seal>,
         destination: Option<SocketAddr>,
         first: Option<Vec<u8>>,
     ) -> Result<Arc<Self>, TransportError> {
@@ -70,7 +76,12 @@ impl Inbox {
             more: false,
             over: false,
         };
-        Ok(Arc::new(Self { destination, sleeper, arriving: Mutex::new(arriving) }))
+        Ok(Arc::new(Self { destination, seal, sleeper, arriving: Mutex::new(arriving) }))
+    }
+
+    /// What frames of the other half go through too.
+    pub(crate) fn seal(&self) -> Option<&Seal> {
+        self.seal.as_ref()
     }
 
     fn arriving(&self) -> MutexGuard<'_, Arriving> {
@@ -118,7 +129,20 @@ impl Inbox {
                 Err(error) => arriving.failed = Some(error),
             }
         }
-        state.check().err().unwrap_or(error)
+        let told = match &arriving.failed {
+            Some(TransportError::Security { address, reason }) => {
+                let (address, reason) = (address.clone(), reason.clone());
+                TransportError::Security { address, reason }
+            }
+            _ => error,
+        };
+        state.check().err().unwrap_or(told)
+    }
+
+    /// What a message says.
+    fn open(&self, message: Vec<u8>) -> Result<Vec<u8>, TransportError> {
+        let Some(seal) = &self.seal else { return Ok(message) };
+        seal.open(&message).map_err(|unopened| seal.explain(&unopened))
     }
 
     /// Reads the next frame, as far as it is there until then: in turns, of as many messages as there are
@@ -138,14 +162,12 @@ impl Inbox {
             };
             // It says that somebody is there.
             let Message::Bytes(message) = message else { continue };
+            let message = self.open(message)?;
             match (&message[..], self.destination) {
+                ([], _) => {}
                 ([END], _) if arriving.frame.bytes().is_empty() => arriving.over = true,
                 ([REFUSED, reason @ ..], Some(destination)) => {
-                    let reason = String::from_utf8_lossy(reason);
-                    // It will be shown on a terminal.
-                    let shown = reason.chars().map(|c| if c.is_control() { '?' } else { c });
-                    let link = &self.sleeper.state().link;
-                    return Err(link.refuse(destination, shown.collect()));
+                    return Err(self.sleeper.state().link.refuse(destination, shown(reason)));
                 }
                 (message, _) => {
                     if arriving.frame.take_in(message)? {

@@ -67,10 +67,14 @@ mod options;
 mod pipe;
 mod port;
 mod preamble;
+mod proof;
 mod reader;
 mod receiver;
 mod reception;
 mod requests;
+mod seal;
+#[cfg(test)]
+mod sealed;
 mod sender;
 mod several;
 mod source;
@@ -78,6 +82,7 @@ mod state;
 #[cfg(test)]
 mod strangers;
 mod table;
+mod trust;
 mod verbs;
 mod zeros;
 
@@ -92,6 +97,7 @@ pub use addresses::{DeviceAddress, addresses};
 pub use connector::{RdmaConnector, connect};
 pub use destination::RdmaDestinationLink;
 pub use options::{Mtu, RdmaOptions, RegistrationMode};
+pub use pageferry_identity::{Certificates, Identity, KernelTls, Material, Security, Tls};
 pub use several::{RdmaDialler, RdmaRendezvous};
 pub use source::RdmaSourceLink;
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use pageferry::transport::Admission;
+use pageferry_identity::Security;
 
 /// Most bytes of a packet's payload on the path (path MTU).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,9 +81,13 @@ pub struct RdmaOptions {
     /// connection that was accepted may take to be there, and a source may say nothing more before it has
     /// greeted.
     pub connect_timeout: Duration,
-    /// Whether there may be another host at the other end. Nothing is encrypted, and nobody proves who it is: whoever
-    /// is on the way reads the guest's memory, and can change it. Without, connections are from an address to itself.
-    pub plain_text: bool,
+    /// Who may be at the other end; both sides need the same. With [`Security::Tls`] both prove who they are before
+    /// either says anything of the guest, control frames are encrypted, and nobody else can join the link. Pages never are
+    /// encrypted: [`Self::plain_text_pages`]. [`KernelTls`](crate::KernelTls) is of no meaning.
+    pub security: Security,
+    /// Whether pages may go to and come from another host, where [`Self::security`] is TLS: NICs encrypt nothing, so
+    /// whoever is on the way reads the guest's memory, and can change it.
+    pub plain_text_pages: bool,
     /// At the destination: what a source must have said to be served.
     pub admission: Admission,
     /// Time without acknowledgement after which a packet is sent again; rounded up to 4.096 µs
@@ -114,7 +119,8 @@ impl Default for RdmaOptions {
             mtu: None,
             traffic_class: None,
             connect_timeout: Duration::from_secs(10),
-            plain_text: false,
+            security: Security::default(),
+            plain_text_pages: false,
             admission: Admission::default(),
             ack_timeout: Duration::from_millis(250),
             retries: 7,

@@ -1,26 +1,28 @@
 //! What a connection says when it asks to be accepted.
 //!
 //! ```text
-//! 0        4  5  6       8                 24  25        28
-//! +--------+--+--+-------+-----------------+---+---------+
-//! | "PFRD" |v |k |channel| id of the link  |mtu| zero    |
-//! +--------+--+--+-------+-----------------+---+---------+
+//! 0        4  5  6       8                 24  25  26   28        44
+//! +--------+--+--+-------+-----------------+---+---+----+---------+
+//! | "PFRD" |v |k |channel| id of the link  |mtu|tls|zero|  proof  |
+//! +--------+--+--+-------+-----------------+---+---+----+---------+
 //! ```
 //!
-//! v: version, 2. k: what the connection is for. The channel counts from 0, little-endian; 0
+//! v: version, 3. k: what the connection is for. The channel counts from 0, little-endian; 0
 //! where it is not for pages. mtu: the largest path MTU that the source's port can do, as verbs encode
-//! it.
+//! it. tls: 1 where control frames are in a session of TLS, else 0. With TLS all but the control connections
+//! have a proof that the source is that session's ([`proof`](crate::proof)), over the bytes before it; else it is zero.
 //!
 //! What it says that accepts:
 //!
 //! ```text
-//! 0        4  5   6
-//! +--------+--+---+
-//! | "PFRD" |v |mtu|
-//! +--------+--+---+
+//! 0        4  5   6    8       24
+//! +--------+--+---+----+-------+
+//! | "PFRD" |v |mtu|zero| proof |
+//! +--------+--+---+----+-------+
 //! ```
 //!
-//! mtu: the path MTU of the connection, at most what was asked for. rdma_cm may pad what it delivers
+//! mtu: the path MTU of the connection, at most what was asked for. The proof is the destination's, over the bytes before
+//! it and the proof that it was asked with. rdma_cm may pad what it delivers
 //! with zeros.
 
 use std::fmt;
@@ -28,11 +30,14 @@ use std::fmt;
 use pageferry::transport::LinkId;
 
 use crate::cm::MAX_REQUEST_BYTES;
+use crate::proof::{PROOF_BYTES, Proof};
 
 const MAGIC: [u8; 4] = *b"PFRD";
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 
-pub(crate) const PREAMBLE_BYTES: usize = 28;
+/// What a proof is over.
+pub(crate) const SAID_BYTES: usize = 28;
+pub(crate) const PREAMBLE_BYTES: usize = SAID_BYTES + PROOF_BYTES;
 
 const _: () = assert!(PREAMBLE_BYTES <= MAX_REQUEST_BYTES);
 
@@ -69,6 +74,9 @@ pub(crate) struct Preamble {
     pub(crate) migration: LinkId,
     /// As verbs encode it.
     pub(crate) mtu: u8,
+    /// Whether there is TLS.
+    pub(crate) sealed: bool,
+    pub(crate) proof: Proof,
 }
 
 impl Preamble {
@@ -87,6 +95,8 @@ impl Preamble {
         bytes[6..8].copy_from_slice(&channel.to_le_bytes());
         bytes[8..24].copy_from_slice(&self.migration.0);
         bytes[24] = self.mtu;
+        bytes[25] = self.sealed.into();
+        bytes[SAID_BYTES..].copy_from_slice(&self.proof);
         bytes
     }
 
@@ -100,7 +110,7 @@ impl Preamble {
         if bytes[4] != VERSION {
             return Err("a version that is not spoken here");
         }
-        if bytes[25..].iter().chain(padding).any(|byte| *byte != 0) {
+        if bytes[25] > 1 || bytes[26..SAID_BYTES].iter().chain(padding).any(|byte| *byte != 0) {
             return Err("a request with reserved bytes set");
         }
         let channel = u16::from_le_bytes([bytes[6], bytes[7]]);
@@ -114,24 +124,35 @@ impl Preamble {
         };
         let mut id = [0; 16];
         id.copy_from_slice(&bytes[8..24]);
-        Ok(Self { purpose, migration: LinkId(id), mtu: bytes[24] })
+        let mut proof = Proof::default();
+        proof.copy_from_slice(&bytes[SAID_BYTES..]);
+        Ok(Self { purpose, migration: LinkId(id), mtu: bytes[24], sealed: bytes[25] == 1, proof })
     }
 }
 
-const ACCEPTANCE_BYTES: usize = 6;
+/// What an acceptance's proof is over.
+pub(crate) const ACCEPTANCE_SAID_BYTES: usize = 8;
+const ACCEPTANCE_BYTES: usize = ACCEPTANCE_SAID_BYTES + PROOF_BYTES;
 
-/// What is said with an acceptance: the path MTU, as verbs encode it.
+/// What is said with an acceptance: the path MTU, as verbs encode it; and nothing yet where its proof goes, behind
+/// [`ACCEPTANCE_SAID_BYTES`].
 pub(crate) fn encode_acceptance(mtu: u32) -> [u8; ACCEPTANCE_BYTES] {
-    let [m0, m1, m2, m3] = MAGIC;
-    [m0, m1, m2, m3, VERSION, u8::try_from(mtu).unwrap_or(0)]
+    let mut bytes = [0; ACCEPTANCE_BYTES];
+    bytes[..4].copy_from_slice(&MAGIC);
+    bytes[4] = VERSION;
+    bytes[5] = u8::try_from(mtu).unwrap_or(0);
+    bytes
 }
 
-/// Any bytes: the path MTU, if they are an acceptance of one that is at most what was asked for.
-pub(crate) fn decode_acceptance(bytes: &[u8], asked_for: u32) -> Option<u32> {
+/// Any bytes: the path MTU and the proof, if they are an acceptance of one that is at most what was asked for.
+pub(crate) fn decode_acceptance(bytes: &[u8], asked_for: u32) -> Option<(u32, Proof)> {
     let (bytes, padding) = bytes.split_first_chunk::<ACCEPTANCE_BYTES>()?;
     let mtu = u32::from(bytes[5]);
-    let fits = bytes[..4] == MAGIC && bytes[4] == VERSION && padding.iter().all(|byte| *byte == 0);
-    (fits && mtu >= 1 && mtu <= asked_for).then_some(mtu)
+    let zeros = bytes[6..8].iter().chain(padding).all(|byte| *byte == 0);
+    let fits = bytes[..4] == MAGIC && bytes[4] == VERSION && zeros;
+    let mut proof = Proof::default();
+    proof.copy_from_slice(&bytes[8..]);
+    (fits && mtu >= 1 && mtu <= asked_for).then_some((mtu, proof))
 }
 
 /// The path MTU of a connection: the smallest of what the source asks for, what this side can do, and
@@ -150,6 +171,14 @@ pub(crate) fn agree_on_mtu(asked_for: u8, here: u32, way: u32) -> Option<u32> {
 mod tests {
     use super::*;
 
+    const PROOF: Proof = [9; PROOF_BYTES];
+
+    fn proven(mtu: u32) -> [u8; ACCEPTANCE_BYTES] {
+        let mut said = encode_acceptance(mtu);
+        said[ACCEPTANCE_SAID_BYTES..].copy_from_slice(&PROOF);
+        said
+    }
+
     #[test]
     fn what_is_encoded_is_decoded_padded_or_not() {
         for purpose in [
@@ -160,7 +189,8 @@ mod tests {
             Purpose::Pages { channel: 0x1234 },
             Purpose::Reads,
         ] {
-            let preamble = Preamble { purpose, migration: LinkId([7; 16]), mtu: 5 };
+            let migration = LinkId([7; 16]);
+            let preamble = Preamble { purpose, migration, mtu: 5, sealed: true, proof: PROOF };
             let mut bytes = preamble.encode().to_vec();
             assert_eq!(Preamble::decode(&bytes), Ok(preamble));
             bytes.resize(MAX_REQUEST_BYTES, 0);
@@ -187,24 +217,24 @@ mod tests {
             (1, 5, 5, 1),
         ] {
             assert_eq!(agree_on_mtu(asked_for, here, way), Some(agreed));
-            let said = encode_acceptance(agreed);
-            assert_eq!(decode_acceptance(&said, asked_for.into()), Some(agreed));
+            let said = proven(agreed);
+            assert_eq!(decode_acceptance(&said, asked_for.into()), Some((agreed, PROOF)));
         }
         assert_eq!((agree_on_mtu(0, 5, 5), agree_on_mtu(6, 5, 5)), (None, None));
     }
 
     #[test]
     fn an_acceptance_is_checked() {
-        let mut said = encode_acceptance(4).to_vec();
+        let mut said = proven(4).to_vec();
         said.resize(196, 0);
-        assert_eq!(decode_acceptance(&said, 5), Some(4), "padded");
+        assert_eq!(decode_acceptance(&said, 5), Some((4, PROOF)), "padded");
         assert_eq!(decode_acceptance(&said, 3), None, "more than was asked for");
         for index in 0..said.len() {
             let mut changed = said.clone();
             changed[index] ^= 0x40;
-            assert_eq!(decode_acceptance(&changed, 5), None, "byte {index}");
+            assert_ne!(decode_acceptance(&changed, 5), Some((4, PROOF)), "byte {index}");
         }
-        assert_eq!(decode_acceptance(&encode_acceptance(0), 5), None);
+        assert_eq!(decode_acceptance(&proven(0), 5), None);
         assert_eq!(decode_acceptance(&[], 5), None);
     }
 }

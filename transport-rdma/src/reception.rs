@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pageferry::transport::reception::{Arrived, Bell, Board, Served, TurnedAway};
+use pageferry::transport::reception::{Arrived, Bell, Board, Holder, Served, TurnedAway};
 use pageferry::transport::{
     Admission, Greeted, LinkId, MAX_GREETING_BYTES, Standing, TransportError, WaitingRoom,
     Warnings, check_greeting, first_of_the_most,
@@ -23,7 +23,9 @@ use crate::options::RdmaOptions;
 use crate::pipe::{Inlet, Message, Outlet, RECEIVES};
 use crate::preamble::{Preamble, Purpose};
 use crate::requests::{Part, Requests, judge};
+use crate::seal::Seal;
 use crate::state::LinkState;
+use crate::trust::{Doorkeeper, check_path};
 
 /// Most sources whose control connections are not there yet, or that have not greeted. With more, the
 /// oldest goes of those from one address, from the one that has most: a source of ours makes them at once.
@@ -48,6 +50,8 @@ pub(crate) struct Arrival {
     pub(crate) migration: LinkId,
     pub(crate) inlet: Inlet,
     pub(crate) outlet: Option<Outlet>,
+    /// Where there is TLS.
+    pub(crate) seal: Option<Seal>,
     /// When the second connection was accepted.
     accepted: Instant,
     arriving: Frame,
@@ -64,11 +68,11 @@ impl Arrival {
     /// Accepts the first connection of a migration.
     fn begin(
         request: Request,
-        local: SocketAddr,
+        peer: SocketAddr,
+        seal: Option<Seal>,
         options: &RdmaOptions,
         board: &Arc<RdmaBoard>,
     ) -> Result<Self, TransportError> {
-        let peer = request.id.peer().unwrap_or(local);
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
         let state = LinkState::new(board.waker()).map_err(failed)?;
         let migration = request.preamble.migration;
@@ -79,6 +83,7 @@ impl Arrival {
             migration,
             inlet,
             outlet: None,
+            seal,
             accepted: Instant::now(),
             arriving: Frame::default(),
             greeting: None,
@@ -107,22 +112,47 @@ impl Arrival {
             return Err("the source has left".to_owned());
         }
         let back = self.outlet.as_ref().is_some_and(|outlet| outlet.connection.is_established());
-        if back && self.inlet.connection.is_established() {
-            let known = match self.workshop.options.admission {
-                Admission::Anyone => true,
-                Admission::Greeted => self.listen()?,
-            };
-            if known {
-                return Ok(true);
-            }
+        let is_there = back && self.inlet.connection.is_established();
+        if is_there && (!self.is_unknown() || self.listen()?) {
+            return Ok(true);
         }
         if self.deadline <= Instant::now() {
             return Err(match self.arriving.bytes().len() {
                 0 if !back => "its connections were not there in time".to_owned(),
+                0 if self.is_shaking_hands() => "its TLS handshake was not done in time".to_owned(),
                 came => format!("{came} bytes of its greeting came in time"),
             });
         }
         Ok(false)
+    }
+
+    /// Whether it has something to say yet before it is known to be a source.
+    fn is_unknown(&self) -> bool {
+        self.workshop.options.admission == Admission::Greeted || self.is_shaking_hands()
+    }
+
+    fn is_shaking_hands(&self) -> bool {
+        self.seal.as_ref().is_some_and(Seal::is_shaking_hands)
+    }
+
+    /// What a message says; nothing where that is TLS's own matter. Answers for TLS.
+    fn open(&mut self, message: Vec<u8>) -> Result<Vec<u8>, String> {
+        let Some(seal) = &self.seal else { return Ok(message) };
+        let failed = |error: TransportError| pageferry::Chain::of(&error).to_string();
+        let shaking = seal.is_shaking_hands();
+        let said = seal.open(&message).map_err(|unopened| unopened.to_string())?;
+        if shaking {
+            let outlet = self.outlet.as_mut().ok_or("half of a control channel")?;
+            for due in seal.due() {
+                outlet.message(&due, Some(Instant::now())).map_err(failed)?;
+            }
+            if !seal.is_shaking_hands() {
+                self.workshop.key = Some(seal.key(self.migration).map_err(failed)?);
+                // Who greets has waited for this.
+                self.accepted = Instant::now();
+            }
+        }
+        Ok(said)
     }
 
     /// Takes what has come of its greeting, as many messages as there are credits for, and nothing of what
@@ -134,6 +164,14 @@ impl Arrival {
                 break;
             };
             let Message::Bytes(message) = message else { continue };
+            let shaking = self.is_shaking_hands();
+            let message = self.open(message)?;
+            match (shaking, message.is_empty()) {
+                (true, true) if !self.is_unknown() => return Ok(true),
+                (_, true) => continue,
+                (true, false) => return Err("a frame in the middle of a handshake".to_owned()),
+                (false, false) => {}
+            }
             let whole = self.arriving.take_in(&message).map_err(failed)?;
             check_greeting(self.arriving.bytes(), self.arriving.len())
                 .map_err(|error| format!("no greeting: {error}"))?;
@@ -154,7 +192,7 @@ impl Arrival {
     fn refuse(mut self, why: &str, warnings: &Warnings) {
         warnings.warn(self.workshop.peer, format_args!("turned a source away: {why}"));
         if let Some(outlet) = self.outlet.as_mut().filter(|it| it.connection.is_established()) {
-            control::refuse(outlet, why);
+            control::refuse(outlet, self.seal.as_ref(), why);
         }
     }
 }
@@ -182,12 +220,23 @@ impl Arrived for Arrival {
     }
 }
 
+/// Gives a source its place, or gives it back; what its other connections are known by is known with the place.
+fn admit(board: &RdmaBoard, arrival: Arrival) -> Option<(Arrival, Holder)> {
+    let (link, key) = (arrival.migration, arrival.workshop.key.clone());
+    let kept_out = board.admit(arrival);
+    if kept_out.is_none() {
+        board.connections(link, |requests| requests.map(|requests| requests.set_key(key)));
+    }
+    kept_out
+}
+
 pub(crate) struct Reception {
     listener: Id,
     local: SocketAddr,
     bell: Arc<Bell>,
     board: Arc<RdmaBoard>,
     options: RdmaOptions,
+    doorkeeper: Doorkeeper,
     /// Oldest first.
     half_open: Vec<Arrival>,
     /// Have greeted.
@@ -203,9 +252,10 @@ impl Reception {
         board: Arc<RdmaBoard>,
         options: RdmaOptions,
     ) -> Self {
-        let half_open = Vec::new();
+        let (half_open, doorkeeper) = (Vec::new(), Doorkeeper::new(&options.security));
         let waiting = WaitingRoom::new(MAX_WAITING, MAX_WAITING * MAX_GREETING_BYTES);
-        Self { listener, local, bell, board, options, half_open, waiting, rests_until: None }
+        let rests_until = None;
+        Self { listener, local, bell, board, options, doorkeeper, half_open, waiting, rests_until }
     }
 
     /// Runs until the board is stopped.
@@ -276,7 +326,7 @@ impl Reception {
         for arrival in greeted {
             if board.is_returning(&arrival) {
                 // Its own place.
-                if let Some((arrival, _)) = board.admit(arrival) {
+                if let Some((arrival, _)) = admit(&board, arrival) {
                     arrival.refuse(&TurnedAway::Busy.to_string(), &board.warnings);
                 }
                 continue;
@@ -287,7 +337,7 @@ impl Reception {
                 crowded.refuse(&TurnedAway::Crowded.to_string(), &board.warnings);
             }
         }
-        for later in self.waiting.serve(now, |arrival| board.admit(arrival)) {
+        for later in self.waiting.serve(now, |arrival| admit(&board, arrival)) {
             later.refuse(&TurnedAway::Busy.to_string(), &board.warnings);
         }
     }
@@ -296,7 +346,9 @@ impl Reception {
     fn take_in(&mut self) -> io::Result<()> {
         for _ in 0..REQUESTS_AT_ONCE {
             match self.listener.take_event() {
-                Ok(Some(Event::Requested { id, said })) => self.hear(id, &said),
+                Ok(Some(Event::Requested { id, said, queue_pair })) => {
+                    self.hear(id, &said, queue_pair);
+                }
                 Ok(Some(Event::DeviceRemoved)) => {
                     let gone = "the RDMA device was removed";
                     return Err(io::Error::new(io::ErrorKind::NotFound, gone));
@@ -314,13 +366,13 @@ impl Reception {
     }
 
     /// Hears what a request is for.
-    fn hear(&mut self, id: Id, said: &[u8]) {
-        if !self.options.plain_text && !id.is_within_host() {
-            return self
-                .refuse(&id, "plain text from another host: this side wants --insecure for that");
-        }
-        match Preamble::decode(said) {
-            Ok(preamble) => self.answer(Request { id, preamble }),
+    fn hear(&mut self, id: Id, said: &[u8], queue_pair: u32) {
+        let heard = check_path(&self.options, &id).and_then(|()| {
+            let preamble = Preamble::decode(said)?;
+            self.doorkeeper.check(preamble.sealed).map(|()| preamble)
+        });
+        match heard {
+            Ok(preamble) => self.answer(Request { id, preamble, queue_pair }),
             Err(why) => self.refuse(&id, why),
         }
     }
@@ -333,8 +385,9 @@ impl Reception {
             arrival.migration == migration && !complete
         });
         let peer = request.id.peer();
-        let served =
-            |requests: Option<&mut Requests<_>>| judge(purpose, begun, requests.as_deref());
+        let served = |requests: Option<&mut Requests<_>>| {
+            judge(purpose, begun, requests.as_deref().filter(|it| it.is_of(&request)))
+        };
         let accepted = match self.board.connections(migration, served) {
             Err(why) => return self.refuse(&request.id, &why),
             Ok(Part::Waits) => {
@@ -362,12 +415,21 @@ impl Reception {
     }
 
     fn begin(&mut self, request: Request) -> Result<(), TransportError> {
+        let peer = request.id.peer().unwrap_or(self.local);
+        let seal = match self.doorkeeper.seal(peer) {
+            Ok(seal) => seal,
+            Err(why) => {
+                self.board.warnings.warn(peer, format_args!("refused a connection: {why}"));
+                request.id.reject(b"the destination cannot show who it is; its log says why");
+                return Ok(());
+            }
+        };
         if self.half_open.len() >= MAX_HALF_OPEN {
             let from = self.half_open.iter().map(|arrival| arrival.workshop.peer);
             let at = first_of_the_most(from).unwrap_or(0);
             self.half_open.remove(at).refuse("too many others came", &self.board.warnings);
         }
-        let arrival = Arrival::begin(request, self.local, &self.options, &self.board)?;
+        let arrival = Arrival::begin(request, peer, seal, &self.options, &self.board)?;
         self.half_open.push(arrival);
         Ok(())
     }

@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use pageferry::MAX_CHANNELS;
 use pageferry::transport::reception::TurnedAway;
 
-use crate::preamble::Purpose;
+use crate::dial::Request;
+use crate::preamble::{Purpose, SAID_BYTES};
+use crate::proof::{Ends, LinkKey, is_proven};
 
 /// Connections for reads that may wait.
 const MAX_READERS: usize = 64;
@@ -49,11 +51,14 @@ pub(crate) struct Requests<R> {
     /// Connections that came, whether they were taken or not; each comes once.
     seen: BTreeSet<Purpose>,
     waiting: Vec<(Purpose, R)>,
+    /// By which they show whose they are, where there is TLS; once the link is there.
+    key: Option<LinkKey>,
 }
 
 impl<R> Default for Requests<R> {
     fn default() -> Self {
-        Self { channels: MAX_CHANNELS, seen: BTreeSet::new(), waiting: Vec::new() }
+        let (seen, waiting) = (BTreeSet::new(), Vec::new());
+        Self { channels: MAX_CHANNELS, seen, waiting, key: None }
     }
 }
 
@@ -82,6 +87,10 @@ impl<R> Requests<R> {
         self.waiting.push((purpose, request));
     }
 
+    pub(crate) fn set_key(&mut self, key: Option<LinkKey>) {
+        self.key = key;
+    }
+
     /// From here on there are so many data channels; gives back those beyond.
     pub(crate) fn set_channels(&mut self, channels: u16) -> Vec<R> {
         self.channels = channels;
@@ -92,6 +101,21 @@ impl<R> Requests<R> {
     pub(crate) fn take(&mut self, wanted: Purpose) -> Option<R> {
         let at = self.waiting.iter().position(|(purpose, _)| *purpose == wanted)?;
         Some(self.waiting.remove(at).1)
+    }
+}
+
+impl Requests<Request> {
+    /// Whether a request is one of this migration's own, also where others know its id.
+    pub(crate) fn is_of(&self, request: &Request) -> bool {
+        let Request { id, preamble, queue_pair } = request;
+        match &self.key {
+            None => !preamble.sealed,
+            Some(key) => {
+                let said = &preamble.encode()[..SAID_BYTES];
+                let asks = key.asks(said, Ends::at_destination(id, *queue_pair));
+                preamble.sealed && is_proven(&asks, &preamble.proof)
+            }
+        }
     }
 }
 

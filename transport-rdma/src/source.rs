@@ -21,7 +21,7 @@ use crate::preamble::Purpose;
 use crate::reader::RdmaReadGrant;
 use crate::sender::RdmaPageSender;
 use crate::verbs::Access;
-use crate::{CAPABILITIES, NAME, control};
+use crate::{CAPABILITIES, NAME, after, control};
 
 /// The source's end of a link over RDMA.
 ///
@@ -33,17 +33,23 @@ use crate::{CAPABILITIES, NAME, control};
 #[derive(Debug)]
 pub struct RdmaSourceLink {
     inbox: Arc<Inbox>,
-    end: End,
+    pub(crate) end: End,
 }
 
 impl RdmaSourceLink {
     /// Of a destination that has let in the first control connection.
     pub(crate) fn new(connected: Connected) -> Result<Self, TransportError> {
-        let Connected { workshop, migration, outlet } = connected;
+        let Connected { mut workshop, migration, mut outlet, seal } = connected;
         workshop.watch(&outlet.connection.id)?;
-        let inlet = workshop.dial_inlet(&workshop.preamble(Purpose::ControlBack, migration))?;
+        let say = workshop.preamble(Purpose::ControlBack, migration);
+        let mut inlet = workshop.dial_inlet(&say)?;
+        if let Some(seal) = &seal {
+            let deadline = after(workshop.options.connect_timeout);
+            control::shake_hands(seal, &mut outlet, &mut inlet, deadline)?;
+            workshop.key = Some(seal.key(migration)?);
+        }
         let mtu = outlet.connection.mtu;
-        let inbox = Inbox::at_source(inlet, workshop.peer)?;
+        let inbox = Inbox::at_source(inlet, seal, workshop.peer)?;
         let control = control::channel(outlet, &inbox);
         Ok(Self { inbox, end: End::new(migration, control, mtu, workshop) })
     }

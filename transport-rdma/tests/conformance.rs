@@ -8,7 +8,8 @@ use std::time::Duration;
 use pageferry::testing::conformance::acceptors::{self, Venue};
 use pageferry::testing::conformance::{CASES, run_all};
 use pageferry::transport::{DestinationLink, SourceLink, TransportError};
-use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions, RegistrationMode, connect};
+use pageferry_identity::testing::shared_key;
+use pageferry_rdma::{Mtu, RdmaAcceptor, RdmaOptions, RegistrationMode, Security, connect};
 
 fn suite(options: &RdmaOptions) {
     let Some(address) = support::address() else { return };
@@ -34,6 +35,13 @@ fn with_everything_as_small_as_can_be() {
         send_queue_depth: 4,
         ..RdmaOptions::default()
     });
+}
+
+/// Control frames in a session of TLS, and proofs on all other connections.
+#[test]
+fn with_a_shared_key() {
+    let security = Security::Tls(shared_key());
+    suite(&RdmaOptions { security, ..RdmaOptions::default() });
 }
 
 /// Several chunks, and pages that are sent before theirs is registered. A receiver registers them, so

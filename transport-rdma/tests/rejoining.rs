@@ -14,7 +14,8 @@ use pageferry::dirty::DirtySources;
 use pageferry::testing::{IdleMachine, TestMemory};
 use pageferry::transport::{Connector, Interrupt, LinkPurpose, SourceLink, TransportError};
 use pageferry::{Destination, Source, Statistics};
-use pageferry_rdma::{RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode};
+use pageferry_identity::testing::shared_key;
+use pageferry_rdma::{RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode, Security};
 
 const PAGES: u64 = 8192;
 /// How often the link is lost.
@@ -107,7 +108,9 @@ fn migrate(address: &str, options: &RdmaOptions) -> (Statistics, Statistics) {
 fn a_link_that_is_lost_again_and_again_comes_back_and_nothing_of_it_stays() {
     let Some(address) = address() else { return };
     for registration in [RegistrationMode::AtStart, RegistrationMode::Ahead] {
-        let options = RdmaOptions { registration, ..RdmaOptions::default() };
+        // Both prove who they are on each link anew.
+        let security = Security::Tls(shared_key());
+        let options = RdmaOptions { registration, security, ..RdmaOptions::default() };
         let before = resources();
         let (departed, arrived) = migrate(&address, &options);
         assert_eq!((u64::from(departed.rejoins), u64::from(arrived.rejoins)), (LOSSES, LOSSES));

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::transport::reception::{Served, TurnedAway};
 use pageferry::transport::{Ending, Fate, Interrupt, Place, TransportError, ZeroCopyCounts};
+use pageferry_identity::words;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -19,7 +20,7 @@ use crate::options;
 use crate::outstanding::{Outstanding, Unreleased};
 use crate::preamble::{Answer, Status};
 use crate::raw_io;
-use crate::tls::{Broken, Stage, words};
+use crate::tls::{Broken, Stage};
 use crate::waiting::lock;
 use crate::wire::{Seal, Wire};
 

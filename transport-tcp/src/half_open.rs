@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Admission, Warnings};
+use pageferry_identity::words;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 
@@ -13,7 +14,7 @@ use crate::greeting::Greeting;
 use crate::incoming::{Incoming, Unwanted};
 use crate::newcomer::{Newcomer, TcpBoard};
 use crate::preamble::{Kind, PREAMBLE_BYTES, Preamble, PreambleError, Status, check_start};
-use crate::tls::{Broken, HANDSHAKE_BYTE, Stage, words};
+use crate::tls::{Broken, HANDSHAKE_BYTE, Stage};
 use crate::wire::Seal;
 
 /// How long a refused connection may take to read why.

@@ -89,7 +89,6 @@ pub mod preamble;
 mod raw_io;
 mod receiver;
 mod reception;
-mod security;
 mod sender;
 mod several;
 mod source;
@@ -109,7 +108,7 @@ pub use data_socket::DataSocket;
 pub use destination::TcpDestinationLink;
 pub use given::GivenSockets;
 pub use options::{Keepalive, LEAST_BUFFER_BYTES, TcpOptions, ZeroCopy};
-pub use security::{Certificates, Identity, KernelTls, Material, Security, Tls};
+pub use pageferry_identity::{Certificates, Identity, KernelTls, Material, Security, Tls};
 pub use several::{TcpDialler, TcpRendezvous};
 pub use source::TcpSourceLink;
 

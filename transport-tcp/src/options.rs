@@ -5,9 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use pageferry::transport::Admission;
+use pageferry_identity::Security;
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
-
-use crate::security::Security;
 
 /// The send buffer of a connection within one host, unless told otherwise. Such a path holds no
 /// bytes itself, and wakes a waiting thread within microseconds; what the kernel's tuning would

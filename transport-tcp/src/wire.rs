@@ -6,14 +6,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
+use pageferry_identity::{KernelTls, words};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use socket2::{Protocol, Socket};
 
-use crate::security::KernelTls;
 use crate::tls::kernel::{self, Records};
-use crate::tls::{Broken, Session, Stage, words};
+use crate::tls::{Broken, Session, Stage};
 use crate::waiting::{lock, until};
 
 /// Who encrypts.

@@ -51,14 +51,11 @@ impl Transport {
 
     /// Decides; if that is up to this kernel and it has no io_uring, says so on stderr.
     pub fn choose(self, tcp: TcpOptions, rdma: &RdmaArgs) -> Result<Chosen, TransportError> {
-        let in_process = check_security(&tcp)?;
-        let asked_for = match self.meant(rdma) {
+        let meant = self.meant(rdma);
+        check_security(&tcp)?;
+        let in_process = meant != Self::Rdma && encrypts_in_process(&tcp)?;
+        let asked_for = match meant {
             Self::Tcp => return Ok(Chosen::Tcp(tcp)),
-            Self::Rdma if matches!(tcp.security, Security::Tls(_)) => {
-                return Err(TransportError::Unsupported(
-                    "encryption and identity: --insecure does without, or --transport tcp has them",
-                ));
-            }
             Self::Rdma => {
                 let TcpOptions { source_address, interface, dscp, congestion_control, .. } = &tcp;
                 if source_address.is_some()
@@ -71,7 +68,7 @@ impl Transport {
                          --rdma-port and --rdma-traffic-class",
                     ));
                 }
-                return with_rdma(rdma, tcp.security == Security::PlainText);
+                return with_rdma(rdma, tcp.security);
             }
             Self::IoUring if in_process => {
                 return Err(TransportError::Unsupported(
@@ -99,14 +96,19 @@ impl Transport {
     }
 }
 
-/// Fails where what TLS needs is not there; whether it will be in this process, which is said on stderr if it is for
-/// want of something.
-fn check_security(tcp: &TcpOptions) -> Result<bool, TransportError> {
-    let Security::Tls(tls) = &tcp.security else { return Ok(false) };
-    let Tls { kernel, .. } = tls;
-    let unusable =
-        |reason| TransportError::Security { address: "the other side".to_owned(), reason };
-    tls.check().map_err(unusable)?;
+fn unusable(reason: String) -> TransportError {
+    TransportError::Security { address: "the other side".to_owned(), reason }
+}
+
+/// Fails where what TLS needs is not there.
+fn check_security(tcp: &TcpOptions) -> Result<(), TransportError> {
+    let Security::Tls(tls) = &tcp.security else { return Ok(()) };
+    tls.check().map_err(unusable)
+}
+
+/// Whether TLS of sockets will be in this process, which is said on stderr if it is for want of something.
+fn encrypts_in_process(tcp: &TcpOptions) -> Result<bool, TransportError> {
+    let Security::Tls(Tls { kernel, .. }) = &tcp.security else { return Ok(false) };
     match (kernel, pageferry_tcp::kernel_tls_unavailable()) {
         (KernelTls::On, Some(why)) => Err(unusable(why.to_owned())),
         (KernelTls::Auto, Some(why)) => {
@@ -118,7 +120,23 @@ fn check_security(tcp: &TcpOptions) -> Result<bool, TransportError> {
 }
 
 #[cfg(feature = "rdma")]
-fn with_rdma(args: &RdmaArgs, plain_text: bool) -> Result<Chosen, TransportError> {
+fn with_rdma(args: &RdmaArgs, security: Security) -> Result<Chosen, TransportError> {
+    match &security {
+        Security::Tls(tls) if tls.kernel != KernelTls::Auto => {
+            return Err(TransportError::Unsupported("use for --kernel-tls: it encrypts no pages"));
+        }
+        Security::Tls(_) if args.plaintext_data => {
+            say!(
+                "rdma encrypts no pages: whoever is on the way can read the guest's memory, and change it"
+            );
+        }
+        Security::WithinHost | Security::PlainText if args.plaintext_data => {
+            return Err(TransportError::Unsupported(
+                "use for --plaintext-data without --shared-key or certificates; --insecure does without both",
+            ));
+        }
+        _ => {}
+    }
     pageferry_rdma::available().map_err(|unavailable| TransportError::Io {
         operation: "use RDMA",
         cause: unavailable.into(),
@@ -141,7 +159,8 @@ fn with_rdma(args: &RdmaArgs, plain_text: bool) -> Result<Chosen, TransportError
         registration,
         ack_timeout: args.rdma_ack_timeout.unwrap_or(defaults.ack_timeout),
         retries: args.rdma_retries.unwrap_or(defaults.retries),
-        plain_text,
+        security,
+        plain_text_pages: args.plaintext_data,
         ..defaults
     }))
 }
@@ -166,11 +185,11 @@ fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
 
 #[cfg(not(feature = "rdma"))]
 fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
-    with_rdma(args, false).map(|_| String::new())
+    with_rdma(args, Security::default()).map(|_| String::new())
 }
 
 #[cfg(not(feature = "rdma"))]
-fn with_rdma(_: &RdmaArgs, _: bool) -> Result<Chosen, TransportError> {
+fn with_rdma(_: &RdmaArgs, _: Security) -> Result<Chosen, TransportError> {
     let cause = std::io::Error::other(WITHOUT_RDMA);
     Err(TransportError::Io { operation: "use RDMA", cause })
 }

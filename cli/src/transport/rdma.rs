@@ -39,6 +39,10 @@ pub struct RdmaArgs {
     /// How often it is sent again before the link is lost [default: 7].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=7))]
     pub rdma_retries: Option<u8>,
+    /// Pages may go in plain text to or from another host, where a shared key or certificates keep the rest: NICs
+    /// encrypt nothing, so whoever is on the way can read the guest's memory, and change it.
+    #[arg(long)]
+    pub plaintext_data: bool,
 }
 
 /// When guest memory is registered.
@@ -68,7 +72,7 @@ impl RdmaArgs {
 
     /// As options of a command line.
     pub fn to_command_line(&self) -> Vec<String> {
-        options([
+        let mut list = options([
             ("rdma-device", self.rdma_device.clone()),
             ("rdma-port", self.rdma_port.map(|port| port.to_string())),
             ("rdma-gid-index", self.rdma_gid_index.map(|index| index.to_string())),
@@ -77,7 +81,9 @@ impl RdmaArgs {
             ("rdma-registration", self.rdma_registration.as_ref().map(value_name)),
             ("rdma-ack-timeout", self.rdma_ack_timeout.as_ref().map(time_text)),
             ("rdma-retries", self.rdma_retries.map(|retries| retries.to_string())),
-        ])
+        ]);
+        list.extend(self.plaintext_data.then(|| "--plaintext-data".to_owned()));
+        list
     }
 }
 
@@ -103,5 +109,8 @@ mod tests {
         assert_eq!(Transport::Auto.meant(&RdmaArgs::default()), Transport::Auto);
         let refused = args.rdma.check(Transport::Tcp).unwrap_err();
         assert_eq!(refused, "--rdma-mtu is for --transport rdma");
+        let args = Command::try_parse_from(["program", "--plaintext-data"]).unwrap();
+        let refused = args.rdma.check(Transport::Tcp).unwrap_err();
+        assert_eq!(refused, "--plaintext-data is for --transport rdma");
     }
 }

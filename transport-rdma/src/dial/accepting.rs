@@ -10,7 +10,8 @@ use crate::after;
 use crate::cm::{Event, PathSettings, RemoteAccess};
 use crate::connection::Connection;
 use crate::pipe::{Inlet, Outlet};
-use crate::preamble::{agree_on_mtu, encode_acceptance};
+use crate::preamble::{ACCEPTANCE_SAID_BYTES, agree_on_mtu, encode_acceptance};
+use crate::proof::Proof;
 
 impl Workshop {
     /// Accepts a connection into which the source puts messages. The source is
@@ -21,8 +22,9 @@ impl Workshop {
         remote_access: RemoteAccess,
     ) -> Result<Inlet, TransportError> {
         let path = self.path(remote_access, self.agree(&request)?);
+        let asked = request.preamble.proof;
         let mut inlet = self.inlet(request.id, path)?;
-        self.accept(&mut inlet.connection, path)?;
+        self.accept(&mut inlet.connection, path, &asked)?;
         Ok(inlet)
     }
 
@@ -30,8 +32,9 @@ impl Workshop {
     /// messages.
     pub(crate) fn begin_outlet(&self, request: Request) -> Result<Outlet, TransportError> {
         let path = self.path(RemoteAccess::Nothing, self.agree(&request)?);
+        let asked = request.preamble.proof;
         let mut outlet = self.outlet(request.id, path)?;
-        self.accept(&mut outlet.connection, path)?;
+        self.accept(&mut outlet.connection, path, &asked)?;
         Ok(outlet)
     }
 
@@ -70,9 +73,16 @@ impl Workshop {
         &self,
         connection: &mut Connection,
         path: PathSettings,
+        asked: &Proof,
     ) -> Result<(), TransportError> {
         let (id, qp) = (&connection.id, &connection.qp);
-        id.accept(qp, path, &encode_acceptance(path.mtu)).map_err(self.failed())?;
+        let mut say = encode_acceptance(path.mtu);
+        if let (Some(key), Some((said, proof))) =
+            (&self.key, say.split_at_mut_checked(ACCEPTANCE_SAID_BYTES))
+        {
+            proof.copy_from_slice(&key.accepts(said, asked, id.told_of(qp.number())));
+        }
+        id.accept(qp, path, &say).map_err(self.failed())?;
         connection.mtu = path.mtu;
         Ok(())
     }

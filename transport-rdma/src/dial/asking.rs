@@ -10,8 +10,10 @@ use super::search::resolve;
 use crate::after;
 use crate::cm::{Event, Id, PathSettings, RemoteAccess};
 use crate::connection::Connection;
+use crate::frames::shown;
 use crate::pipe::{Inlet, Outlet};
-use crate::preamble::decode_acceptance;
+use crate::preamble::{ACCEPTANCE_SAID_BYTES, SAID_BYTES, decode_acceptance};
+use crate::proof::{Ends, is_proven};
 
 impl Workshop {
     /// Asks for a connection that says so, into which the source puts messages.
@@ -22,8 +24,8 @@ impl Workshop {
         remote_access: RemoteAccess,
     ) -> Result<Outlet, TransportError> {
         let path = self.path(remote_access, self.mtu);
-        let outlet = self.outlet(id, path)?;
-        self.ask(&outlet.connection, say, path)?;
+        let mut outlet = self.outlet(id, path)?;
+        self.ask(&mut outlet.connection, say, path)?;
         Ok(outlet)
     }
 
@@ -42,7 +44,7 @@ impl Workshop {
     pub(crate) fn dial_inlet(&self, say: &[u8]) -> Result<Inlet, TransportError> {
         let path = self.path(RemoteAccess::Nothing, self.mtu);
         let mut inlet = self.inlet(self.way()?, path)?;
-        self.ask(&inlet.connection, say, path)?;
+        self.ask(&mut inlet.connection, say, path)?;
         self.await_answer(&mut inlet.connection, RemoteAccess::Nothing)?;
         Ok(inlet)
     }
@@ -53,11 +55,17 @@ impl Workshop {
 
     pub(crate) fn ask(
         &self,
-        connection: &Connection,
+        connection: &mut Connection,
         say: &[u8],
         path: PathSettings,
     ) -> Result<(), TransportError> {
-        connection.id.connect(&connection.qp, path, say).map_err(self.failed())
+        let mut say = say.to_vec();
+        if let (Some(key), Some((said, proof))) = (&self.key, say.split_at_mut_checked(SAID_BYTES))
+        {
+            connection.asked = key.asks(said, Ends::at_source(&connection.id, &connection.qp));
+            proof.copy_from_slice(&connection.asked);
+        }
+        connection.id.connect(&connection.qp, path, &say).map_err(self.failed())
     }
 
     pub(crate) fn await_answer(
@@ -81,22 +89,32 @@ impl Workshop {
         let path = self.path(remote_access, self.mtu);
         let (id, qp) = (&connection.id, &connection.qp);
         match answer {
-            Event::Accepted { said } => {
-                let mtu = decode_acceptance(&said, path.mtu)
+            Event::Accepted { said, queue_pair } => {
+                let (mtu, proof) = decode_acceptance(&said, path.mtu)
                     .ok_or(TransportError::Violation("an acceptance that makes no sense"))?;
+                if let Some(key) = &self.key {
+                    let queue_pair = id.told_of(queue_pair);
+                    let accepts =
+                        key.accepts(&said[..ACCEPTANCE_SAID_BYTES], &connection.asked, queue_pair);
+                    if !is_proven(&accepts, &proof) {
+                        let reason = "who accepts a connection of the link is not its destination";
+                        let (address, reason) = (self.peer.to_string(), reason.to_owned());
+                        return Err(TransportError::Security { address, reason });
+                    }
+                }
                 self.check_gid(id).map_err(&failed)?;
                 id.establish(qp, PathSettings { mtu, ..path }).map_err(&failed)?;
                 connection.mtu = mtu;
                 Ok(())
             }
             Event::Rejected { said } => {
-                let said = String::from_utf8_lossy(&said);
-                let said = said.trim_end_matches('\0');
+                let end = said.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+                let said = shown(&said[..end]);
                 if said.is_empty() {
                     return Err(failed(io::ErrorKind::ConnectionRefused.into()));
                 }
                 let address = self.peer.to_string();
-                Err(TransportError::Refused { address, reason: said.to_owned() })
+                Err(TransportError::Refused { address, reason: said })
             }
             Event::Failed { what, cause } => {
                 Err(failed(io::Error::new(cause.kind(), format!("{what}: {cause}"))))

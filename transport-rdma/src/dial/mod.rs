@@ -14,6 +14,7 @@ use pageferry::transport::LinkId;
 use crate::cm::Id;
 use crate::pipe::Outlet;
 use crate::preamble::Preamble;
+use crate::seal::Seal;
 
 pub(crate) use device::check_device;
 #[cfg(test)]
@@ -26,6 +27,8 @@ pub(crate) use workshop::Workshop;
 pub(crate) struct Request {
     pub(crate) id: Id,
     pub(crate) preamble: Preamble,
+    /// The number of its queue pair.
+    pub(crate) queue_pair: u32,
 }
 
 /// The first control connection of a link.
@@ -34,6 +37,8 @@ pub(crate) struct Connected {
     pub(crate) workshop: Workshop,
     pub(crate) migration: LinkId,
     pub(crate) outlet: Outlet,
+    /// Where there is TLS.
+    pub(crate) seal: Option<Seal>,
 }
 
 /// How long ends of pipes have to be heard of before a connection is closed.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{LinkId, Registration, TransportError};
+use pageferry_identity::Security;
 
 use super::device::check_port;
 use crate::cm::{Id, PathSettings, READS_AT_ONCE, RemoteAccess};
@@ -14,6 +15,7 @@ use crate::memory::Registered;
 use crate::options::{RdmaOptions, RegistrationMode};
 use crate::pipe::{ACKS, Inlet, Outlet, RECEIVES};
 use crate::preamble::{PREAMBLE_BYTES, Preamble, Purpose};
+use crate::proof::{LinkKey, Proof};
 use crate::state::{ChannelState, LinkState};
 use crate::verbs::{Access, Limits, ProtectionDomain, QueuePair};
 
@@ -27,6 +29,8 @@ pub(crate) struct Workshop {
     /// The largest path MTU here, as verbs encode it.
     pub(crate) mtu: u32,
     pub(crate) peer: SocketAddr,
+    /// Of a link whose two sides have shown who they are.
+    pub(crate) key: Option<LinkKey>,
 }
 
 impl Workshop {
@@ -41,7 +45,7 @@ impl Workshop {
         let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         let (limits, mtu) = check_port(&options, context, id.port()).map_err(failed)?;
         let pd = ProtectionDomain::new(context).map_err(failed)?;
-        Ok(Self { options, state, pd, limits, mtu, peer })
+        Ok(Self { options, state, pd, limits, mtu, peer, key: None })
     }
 
     /// From here on the link notices what happens to the device.
@@ -50,10 +54,11 @@ impl Workshop {
         self.state.watch(context, id.port(), patience).map_err(self.failed())
     }
 
-    /// What a connection of this purpose says.
+    /// What a connection of this purpose says, but for a proof.
     pub(crate) fn preamble(&self, purpose: Purpose, migration: LinkId) -> [u8; PREAMBLE_BYTES] {
         let mtu = u8::try_from(self.mtu).unwrap_or(0);
-        Preamble { purpose, migration, mtu }.encode()
+        let sealed = matches!(self.options.security, Security::Tls(_));
+        Preamble { purpose, migration, mtu, sealed, proof: Proof::default() }.encode()
     }
 
     /// Requests that a send queue holds.

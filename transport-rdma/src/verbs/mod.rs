@@ -93,11 +93,15 @@ impl Context {
 
     /// iWARP has none.
     pub(crate) fn has_write_with_immediate(self) -> bool {
+        !self.is_iwarp()
+    }
+
+    pub(crate) fn is_iwarp(self) -> bool {
         // SAFETY: rdma_cm never closes a context.
         let device = unsafe { self.0.as_ref() }.device;
         // SAFETY: the device of an open context is there.
         let transport = unsafe { (*device).transport_type };
-        transport != sys::ibv_transport_type::IBV_TRANSPORT_IWARP
+        transport == sys::ibv_transport_type::IBV_TRANSPORT_IWARP
     }
 
     fn port(self, port: u8) -> io::Result<sys::ibv_port_attr> {

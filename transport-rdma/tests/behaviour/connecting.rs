@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::testing::until_asleep;
 use pageferry::transport::TransportError;
-use pageferry_rdma::{RdmaAcceptor, RdmaConnector, RdmaOptions, connect};
+use pageferry_rdma::{RdmaAcceptor, RdmaConnector, RdmaOptions, Security, connect};
 use rustix::thread::gettid;
 
 use crate::common::{alone, interface};
@@ -25,7 +25,7 @@ fn silent(address: &str) -> SocketAddr {
 
 /// Of a source whose destination may be another host.
 fn to_others() -> RdmaOptions {
-    RdmaOptions { plain_text: true, ..RdmaOptions::default() }
+    RdmaOptions { security: Security::PlainText, ..RdmaOptions::default() }
 }
 
 #[test]

@@ -69,7 +69,7 @@ impl fmt::Debug for Session {
 }
 
 impl Session {
-    pub(super) fn new(mut tls: Connection) -> Self {
+    pub(crate) fn new(mut tls: Connection) -> Self {
         tls.set_buffer_limit(Some(MOST_UNSENT_BYTES));
         Self {
             tls,

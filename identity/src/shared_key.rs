@@ -22,7 +22,7 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 /// Fewer can be guessed, also where each is random.
-pub(super) const LEAST_BYTES: usize = 32;
+pub(crate) const LEAST_BYTES: usize = 32;
 
 const SEED_BYTES: usize = 32;
 /// What is before the seed of a key pair of Ed25519 in PKCS#8 (RFC 8410, section 7).
@@ -35,7 +35,7 @@ const SPKI_HEAD: [u8; 12] =
 
 /// Which side a key pair is for.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Role {
+pub(crate) enum Role {
     Source,
     Destination,
 }
@@ -57,14 +57,14 @@ impl Role {
 }
 
 /// What one side has of a secret.
-pub(super) struct Derived {
-    pub(super) own: Arc<CertifiedKey>,
-    pub(super) other: Arc<OtherKey>,
+pub(crate) struct Derived {
+    pub(crate) own: Arc<CertifiedKey>,
+    pub(crate) other: Arc<OtherKey>,
 }
 
 impl Derived {
     /// `None` if it is too short.
-    pub(super) fn of(
+    pub(crate) fn of(
         secret: &[u8],
         role: Role,
         provider: &CryptoProvider,
@@ -102,7 +102,7 @@ fn key_pair(secret: &[u8], role: Role) -> Result<(Zeroizing<Vec<u8>>, Vec<u8>), 
 
 /// The only one that the other side may have.
 #[derive(Debug)]
-pub(super) struct OtherKey {
+pub(crate) struct OtherKey {
     public: Vec<u8>,
     algorithms: WebPkiSupportedAlgorithms,
 }

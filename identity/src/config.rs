@@ -24,28 +24,27 @@ use rustls::{
     ServerConfig, ServerConnection, SignatureScheme,
 };
 
-use super::session::Session;
-use super::shared_key::{Derived, LEAST_BYTES, Role};
-use super::words::words;
 use crate::security::{Certificates, Identity, KernelTls, Material, Tls};
+use crate::shared_key::{Derived, LEAST_BYTES, Role};
+use crate::words::words;
 
 /// Why there can be no session: for who has set it up so.
 type Why = String;
 
-/// As a source has it, for all connections of one link.
+/// What a source has made of [`Tls`], for all connections of one link.
 #[derive(Debug, Clone)]
-pub(crate) struct ClientTls {
+pub struct ClientTls {
     config: Arc<ClientConfig>,
     /// Whom it connects to: as was said, or written. `None` if that is nothing but an address.
     name: Option<ServerName<'static>>,
-    pub(crate) kernel: KernelTls,
+    kernel: KernelTls,
 }
 
-/// As a destination has it.
+/// What a destination has made of [`Tls`].
 #[derive(Debug, Clone)]
-pub(crate) struct ServerTls {
+pub struct ServerTls {
     config: Arc<ServerConfig>,
-    pub(crate) kernel: KernelTls,
+    kernel: KernelTls,
 }
 
 impl Tls {
@@ -58,12 +57,13 @@ impl Tls {
 }
 
 impl ClientTls {
-    /// For a link to that host.
-    pub(crate) fn load(tls: &Tls, host: &str) -> Result<Self, Why> {
+    /// For a link to somebody at that address, as it was written: `host:7400`. Reads files. What fails is for who has
+    /// set it up so.
+    pub fn load(tls: &Tls, address: &str) -> Result<Self, String> {
         let provider = provider();
         let name = match &tls.peer_name {
             Some(name) => Some(name_of(name)?),
-            None => name_of(host).ok(),
+            None => name_of(host(address)).ok(),
         };
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&TLS13])
@@ -103,16 +103,22 @@ impl ClientTls {
         Ok(Self { config: Arc::new(config), name, kernel: tls.kernel })
     }
 
-    /// To that address.
-    pub(crate) fn session(&self, peer: SocketAddr) -> Result<Session, Why> {
+    /// Whether data channels are to be encrypted by the kernel.
+    pub fn kernel(&self) -> KernelTls {
+        self.kernel
+    }
+
+    /// A session with who is at that address, before its first byte.
+    pub fn session(&self, peer: SocketAddr) -> Result<ClientConnection, String> {
         let name = self.name.clone().unwrap_or_else(|| ServerName::from(peer.ip()));
-        let client = ClientConnection::new(Arc::clone(&self.config), name);
-        Ok(Session::new(client.map_err(unusable)?.into()))
+        ClientConnection::new(Arc::clone(&self.config), name).map_err(unusable)
     }
 }
 
 impl ServerTls {
-    pub(crate) fn load(tls: &Tls) -> Result<Self, Why> {
+    /// For all who connect. Reads files; [`ServerFiles`](crate::ServerFiles) does where they have changed. What fails is
+    /// for who has set it up so.
+    pub fn load(tls: &Tls) -> Result<Self, String> {
         let provider = provider();
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&TLS13])
@@ -151,10 +157,21 @@ impl ServerTls {
         Ok(Self { config: Arc::new(config), kernel: tls.kernel })
     }
 
-    pub(crate) fn session(&self) -> Result<Session, Why> {
-        let server = ServerConnection::new(Arc::clone(&self.config)).map_err(unusable)?;
-        Ok(Session::new(server.into()))
+    /// Whether data channels are to be encrypted by the kernel.
+    pub fn kernel(&self) -> KernelTls {
+        self.kernel
     }
+
+    /// A session with somebody who connects, before its first byte.
+    pub fn session(&self) -> Result<ServerConnection, String> {
+        ServerConnection::new(Arc::clone(&self.config)).map_err(unusable)
+    }
+}
+
+/// The host of an address with a port.
+fn host(address: &str) -> &str {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    host.trim_start_matches('[').trim_end_matches(']')
 }
 
 /// Those that the kernel has too, the fastest first.

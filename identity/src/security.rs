@@ -11,11 +11,10 @@ use zeroize::Zeroizing;
 
 /// How the connections of a link are kept from others; both sides need the same.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Security {
     /// Plain text, from an address to itself or over the loopback device, and nowhere else: what stays within one host
     /// can only be read by who may read the guest's memory anyway. A connection to or from another host fails with
-    /// [`TransportError::Security`](pageferry::transport::TransportError::Security); so does one that is given. Sockets
+    /// `TransportError::Security`; so does one that is given. Sockets
     /// of a kind that has no IP addresses, and tunnels that begin on this host, are the host's own matter.
     #[default]
     WithinHost,
@@ -27,8 +26,7 @@ pub enum Security {
 
 /// Settings of TLS.
 ///
-/// Both sides prove who they are before either says anything else: a stranger learns no id of a link, and has no
-/// place at the destination. There is no resumption, no early data and no older version.
+/// Both sides prove who they are before either says anything of the guest, and a stranger has no place at the destination. There is no resumption, no early data and no older version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tls {
     /// Who this side is, and whom it takes for the other one.
@@ -51,7 +49,6 @@ impl Tls {
 /// Whether the kernel encrypts and decrypts what data channels carry (`Documentation/networking/tls.rst`): pages go
 /// straight from and into guest memory then, as in plain text. Each side decides for itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum KernelTls {
     /// Where the kernel has it (`modprobe tls`).
     #[default]

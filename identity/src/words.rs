@@ -2,8 +2,8 @@
 
 use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, PeerIncompatible};
 
-/// In the words of who has to mend it.
-pub(crate) fn words(error: &Error) -> String {
+/// An error of TLS in the words of who has to mend it.
+pub fn words(error: &Error) -> String {
     use CertificateError as Bad;
     const THEIRS: &str = "the other side's certificate";
     match error {
