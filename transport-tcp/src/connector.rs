@@ -97,7 +97,7 @@ impl TcpConnector {
         self.connect_to(&address, &found)
     }
 
-    /// Each of `found` is what one way to the destination may go by.
+    /// Each of `found` is what one way to the destination may go to.
     fn connect_to(
         self,
         address: &str,
@@ -110,21 +110,48 @@ impl TcpConnector {
         let id = LinkId::random()
             .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
         let preamble = Preamble { id, kind: Kind::Control };
-        let mut race = Race::new(found.concat(), unreachable(io::ErrorKind::NotFound.into()));
-        let begin = |peer| Dialling::begin(peer, &options, &trust, &state);
-        loop {
-            let winner = race.winner(begin, wait)?;
-            let answer = winner.greet(&preamble, &options, &trust).and_then(Dialled::await_answer);
-            // What listens there may be no destination of ours; another address may be.
-            let Some(control) = race.note(answer)? else { continue };
-            options.check_buffers(control.socket()).map_err(unreachable)?;
-            let others = found.iter().filter(|way| !way.contains(&control.peer()));
-            // Of a name with addresses of both kinds that which is known to work here.
-            let alike = |addr: &&SocketAddr| addr.is_ipv4() == control.peer().is_ipv4();
-            let best = |way: &Vec<SocketAddr>| way.iter().find(alike).or(way.first()).copied();
-            let others = others.filter_map(best).collect();
-            return Ok(TcpSourceLink::new(id, options, trust, state, &control, others));
-        }
+        let turns = options.source_addresses.len().max(1);
+        let mut turn = 0;
+        let control = loop {
+            let is_last = turn + 1 == turns;
+            let by = if is_last { options.clone() } else { options.for_one_of_several() };
+            let begin = |to| Dialling::begin(by.way(to, turn), &by, &trust, &state);
+            let mut race = Race::new(found.concat(), unreachable(io::ErrorKind::NotFound.into()));
+            let connected = loop {
+                let answer = race.winner(begin, wait).and_then(|winner| {
+                    // What listens there may be no destination of ours; another address may be.
+                    race.note(winner.greet(&preamble, &by, &trust).and_then(Dialled::await_answer))
+                });
+                match answer {
+                    Ok(None) => {}
+                    Ok(Some(control)) => break Ok(control),
+                    Err(error) => break Err(error),
+                }
+            };
+            match connected {
+                Err(error @ TransportError::Connect { .. }) if !is_last => {
+                    let from = options.source_addresses[turn];
+                    let why = pageferry::Chain::of(&error).to_string();
+                    tracing::warn!(%from, "the control connection comes from elsewhere: {why}");
+                    turn += 1;
+                }
+                connected => break connected?,
+            }
+        };
+        options.check_buffers(control.socket()).map_err(unreachable)?;
+        // Of a name with addresses of both kinds that which is known to work here.
+        let peer = control.peer();
+        let alike = |addr: &&SocketAddr| addr.is_ipv4() == peer.is_ipv4();
+        let best = |to: &Vec<SocketAddr>| {
+            let reached = to.contains(&peer).then_some(&peer);
+            reached.or_else(|| to.iter().find(alike)).or(to.first()).copied()
+        };
+        let ends: Vec<_> = found.iter().filter_map(best).collect();
+        let own = options.way(peer, turn);
+        let all = (0..ends.len().max(turns)).map(|way| options.way(ends[way % ends.len()], way));
+        let mut ways = vec![own];
+        ways.extend(all.filter(|way| *way != own));
+        Ok(TcpSourceLink::new(id, options, trust, state, &control, ways))
     }
 }
 

@@ -1,7 +1,6 @@
 //! A connection of a source's, from the first packet to the destination's answer.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,7 +13,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::connection::{Connection, LinkState};
 use crate::hearing::Given;
-use crate::options::TcpOptions;
+use crate::options::{TcpOptions, Way};
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use crate::trust::Trust;
 use crate::waiting::{deadline_after, is_past};
@@ -28,14 +27,15 @@ pub(crate) struct Dialling {
 
 impl Dialling {
     pub(crate) fn begin(
-        peer: SocketAddr,
+        way: Way,
         options: &TcpOptions,
         trust: &Trust,
         state: &Arc<LinkState>,
     ) -> Result<Self, TransportError> {
+        let peer = way.to;
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
         let deadline = deadline_after(Some(options.connect_timeout));
-        let socket = start(peer, options).map_err(failed)?;
+        let socket = start(way, options).map_err(failed)?;
         // Part of the link while it still connects, so that an interrupt ends that too: shutting
         // down a socket in SYN_SENT aborts the attempt.
         let connection = state.adopt(trust.wire(socket, peer)?, peer)?;
@@ -137,13 +137,13 @@ pub(crate) struct Dialled {
 
 impl Dialled {
     pub(crate) fn begin(
-        peer: SocketAddr,
+        way: Way,
         preamble: &Preamble,
         options: &TcpOptions,
         trust: &Trust,
         state: &Arc<LinkState>,
     ) -> Result<Self, TransportError> {
-        let dialling = Dialling::begin(peer, options, trust, state)?;
+        let dialling = Dialling::begin(way, options, trust, state)?;
         Connected::after(dialling)?.greet(preamble, options, trust)
     }
 
@@ -219,13 +219,13 @@ fn connected(kind: Kind) -> String {
 }
 
 /// Starts to connect; the socket is left in non-blocking mode.
-fn start(peer: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(peer), Type::STREAM, Some(Protocol::TCP))?;
+fn start(way: Way, options: &TcpOptions) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(way.to), Type::STREAM, Some(Protocol::TCP))?;
     options.apply_buffers(&socket)?;
     options.apply(&socket)?;
-    options.apply_source(&socket, peer)?;
+    options.apply_source(&socket, way)?;
     socket.set_nonblocking(true)?;
-    match socket.connect(&SockAddr::from(peer)) {
+    match socket.connect(&SockAddr::from(way.to)) {
         Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => Err(error),
         _ => Ok(socket),
     }

@@ -48,6 +48,14 @@ pub(crate) fn stays_within_host(socket: &Socket) -> io::Result<bool> {
     Ok(local == peer || (local.is_loopback() && peer.is_loopback()))
 }
 
+/// A way to a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub(crate) to: SocketAddr,
+    /// An address here, if that is not left to the kernel.
+    pub(crate) from: Option<IpAddr>,
+}
+
 /// When a silent connection is probed, and given up. The kernel counts whole seconds, 1 to 32,767, and
 /// up to 127 probes: times are rounded up, and more is as much as there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,8 +134,9 @@ pub struct TcpOptions {
     pub receive_buffer_bytes: Option<usize>,
     /// At the source: zero-copy sends on data connections.
     pub zero_copy: ZeroCopy,
-    /// At the source: this host's address that connections come from. `None` leaves it to the kernel's routes.
-    pub source_address: Option<IpAddr>,
+    /// At the source: this host's addresses that connections come from, in turn with the destination's addresses: the
+    /// control connection from the first by which that is reached. None leaves it to the kernel's routes.
+    pub source_addresses: Vec<IpAddr>,
     /// The interface that connections are bound to (`SO_BINDTODEVICE`), by its name.
     pub interface: Option<String>,
     /// Differentiated services code point of all packets that go out, 0 to 63 (RFC 2474).
@@ -150,7 +159,7 @@ impl Default for TcpOptions {
             send_buffer_bytes: None,
             receive_buffer_bytes: None,
             zero_copy: ZeroCopy::default(),
-            source_address: None,
+            source_addresses: Vec::new(),
             interface: None,
             dscp: None,
             congestion_control: None,
@@ -215,11 +224,29 @@ impl TcpOptions {
             .map_err(|error| io::Error::new(error.kind(), format!("interface {name}: {error}")))
     }
 
-    /// Has a connection to this address come from where it is to.
-    pub(crate) fn apply_source(&self, socket: &Socket, peer: SocketAddr) -> io::Result<()> {
+    /// For a way that others can make up for. A network that is gone does not say so.
+    pub(crate) fn for_one_of_several(&self) -> Self {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        Self { connect_timeout: self.connect_timeout.min(PATIENCE), ..self.clone() }
+    }
+
+    /// The way to an address, from one address here after the other.
+    pub(crate) fn way(&self, to: SocketAddr, turn: usize) -> Way {
+        let alike = |from: &&IpAddr| from.is_ipv4() == to.is_ipv4();
+        let count = self.source_addresses.iter().filter(alike).count();
+        let from = match count {
+            // Of another kind: an error that names it.
+            0 => self.source_addresses.first(),
+            count => self.source_addresses.iter().filter(alike).nth(turn % count),
+        };
+        Way { to, from: from.copied() }
+    }
+
+    /// Has a connection come from where it is to.
+    pub(crate) fn apply_source(&self, socket: &Socket, way: Way) -> io::Result<()> {
         self.apply_interface(socket)?;
-        let Some(address) = self.source_address else { return Ok(()) };
-        if address.is_ipv4() != peer.is_ipv4() {
+        let Some(address) = way.from else { return Ok(()) };
+        if address.is_ipv4() != way.to.is_ipv4() {
             let why = format!("{address}, which it is to come from, is an address of another kind");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
@@ -16,7 +15,7 @@ use crate::dial::Dialled;
 use crate::end::End;
 use crate::hearing::{Given, enough};
 use crate::inbox::{Inbox, Side};
-use crate::options::{TcpOptions, ZeroCopy};
+use crate::options::{TcpOptions, Way, ZeroCopy};
 use crate::preamble::{Kind, Preamble};
 use crate::sender::TcpPageSender;
 use crate::trust::Trust;
@@ -35,14 +34,11 @@ pub struct TcpSourceLink {
     options: TcpOptions,
     trust: Trust,
     inbox: Arc<Inbox>,
-    /// Where else the destination is reached.
-    others: Vec<SocketAddr>,
+    /// How the destination is reached, by the control connection first.
+    ways: Vec<Way>,
     /// Where the data channels' connections are there already.
     given: Option<Vec<Given>>,
 }
-
-/// For a way that others can make up for. A network that is gone does not say so.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 impl TcpSourceLink {
     pub(crate) fn new(
@@ -51,10 +47,10 @@ impl TcpSourceLink {
         trust: Trust,
         state: Arc<LinkState>,
         control: &Arc<Connection>,
-        others: Vec<SocketAddr>,
+        ways: Vec<Way>,
     ) -> Self {
         let inbox = Arc::new(Inbox::new(control, Side::Source, None));
-        Self { end: End::new(id, state, &inbox), options, trust, inbox, others, given: None }
+        Self { end: End::new(id, state, &inbox), options, trust, inbox, ways, given: None }
     }
 
     pub(crate) fn given(
@@ -102,10 +98,10 @@ impl TcpSourceLink {
     }
 
     fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
-        let Self { end, options, trust, inbox, others, given } = self;
+        let Self { end, options, trust, inbox, ways, given } = self;
         end.open(channels, |end| {
             let connected = match given {
-                None => dial(end, others, channels, options, trust),
+                None => dial(end, ways.clone(), channels, options, trust),
                 Some(sockets) => enough(sockets, channels)
                     .and_then(|()| greet(end, std::mem::take(sockets), options, trust)),
             };
@@ -136,21 +132,19 @@ fn greet(
 /// Where the control connection went, and by other ways in turn.
 fn dial(
     end: &End,
-    others: &[SocketAddr],
+    mut ways: Vec<Way>,
     channels: u16,
     options: &TcpOptions,
     trust: &Trust,
 ) -> Result<Vec<Arc<Connection>>, TransportError> {
-    let connect_timeout = options.connect_timeout.min(PATIENCE);
-    let brief = TcpOptions { connect_timeout, ..options.clone() };
-    let mut ways = [&[end.peer_addr()], others].concat();
+    let brief = options.for_one_of_several();
     let begin = |way, channel, options| {
         let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
         Dialled::begin(way, &preamble, options, trust, end.state())
     };
-    let done_without = |way: SocketAddr, error: &TransportError| {
+    let done_without = |way: Way, error: &TransportError| {
         let why = pageferry::Chain::of(error).to_string();
-        tracing::warn!(peer = %way, "data channels go by other ways: {why}");
+        tracing::warn!(peer = %way.to, from = ?way.from, "data channels go by other ways: {why}");
     };
     let mut dialled = Vec::with_capacity(channels.into());
     // All preambles go out before the first answer is waited for.
@@ -172,9 +166,9 @@ fn dial(
     let answered = dialled.into_iter().map(|(channel, way, dialled)| {
         match dialled.await_answer() {
             // It was reached, and says nothing.
-            Err(error @ TransportError::Connect { .. }) if way != end.peer_addr() => {
+            Err(error @ TransportError::Connect { .. }) if way != ways[0] => {
                 done_without(way, &error);
-                begin(end.peer_addr(), channel, options)?.await_answer()
+                begin(ways[0], channel, options)?.await_answer()
             }
             answered => answered,
         }

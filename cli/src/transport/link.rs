@@ -57,9 +57,10 @@ pub struct LinkArgs {
     /// Receive buffer of each connection, 64K to net.core.rmem_max [default: as the kernel tunes it].
     #[arg(long, value_name = "SIZE", value_parser = buffer)]
     pub receive_buffer: Option<usize>,
-    /// This host's address that connections come from [default: by the kernel's routes].
-    #[arg(long, value_name = "IP")]
-    pub source_address: Option<IpAddr>,
+    /// This host's addresses that connections come from, with commas between them, over which data channels are dealt
+    /// out [default: by the kernel's routes].
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    pub source_address: Vec<IpAddr>,
     /// Interface that connections are bound to, at either side: eth1 [default: any].
     #[arg(long, value_name = "NAME")]
     pub interface: Option<String>,
@@ -191,7 +192,7 @@ impl LinkArgs {
             send_buffer_bytes: self.send_buffer.or(defaults.send_buffer_bytes),
             receive_buffer_bytes: self.receive_buffer.or(defaults.receive_buffer_bytes),
             zero_copy,
-            source_address: self.source_address,
+            source_addresses: self.source_address.clone(),
             interface: self.interface.clone(),
             dscp: self.dscp,
             congestion_control: self.congestion_control.clone(),
@@ -201,6 +202,7 @@ impl LinkArgs {
 
     /// As options of a command line.
     pub fn to_command_line(&self) -> Vec<String> {
+        let sources: Vec<_> = self.source_address.iter().map(ToString::to_string).collect();
         let probes = |Keepalive { idle, interval, probes }: &Keepalive| {
             format!("{},{},{probes}", time_text(idle), time_text(interval))
         };
@@ -221,7 +223,7 @@ impl LinkArgs {
             ("keepalive", self.keepalive.map(|keepalive| keepalive.to_text(probes))),
             ("send-buffer", self.send_buffer.map(|bytes| bytes.to_string())),
             ("receive-buffer", self.receive_buffer.map(|bytes| bytes.to_string())),
-            ("source-address", self.source_address.map(|address| address.to_string())),
+            ("source-address", (!sources.is_empty()).then(|| sources.join(","))),
             ("interface", self.interface.clone()),
             ("dscp", self.dscp.map(|code_point| code_point.to_string())),
             ("congestion-control", self.congestion_control.clone()),
@@ -262,7 +264,7 @@ mod tests {
         let given = "--handshake-timeout 1s --registration-timeout-per-gib 11s --stall-timeout 2s --load-timeout 3s --release-timeout 12s --commit-timeout \
                      4s500ms --rejoin-timeout 13s --connect-timeout 5s --preamble-timeout 6s --tcp-user-timeout 7s \
                      --keepalive 8s,9s,10 --send-buffer 1M --receive-buffer 2M \
-                     --source-address 192.0.2.7 --interface eth1 --dscp 10 --congestion-control bbr \
+                     --source-address 192.0.2.7,192.0.2.8 --interface eth1 --dscp 10 --congestion-control bbr \
                      --tls-cert /c --tls-key /k --tls-ca /a --tls-crl /r --tls-crl /s --tls-peer-name there \
                      --kernel-tls off";
         let given: Vec<_> = given.split_whitespace().map(str::to_owned).collect();
@@ -285,7 +287,7 @@ mod tests {
                 send_buffer_bytes: Some(1 << 20),
                 receive_buffer_bytes: Some(2 << 20),
                 zero_copy: ZeroCopy::Off,
-                source_address: Some(IpAddr::from([192, 0, 2, 7])),
+                source_addresses: [7, 8].map(|host| IpAddr::from([192, 0, 2, host])).to_vec(),
                 interface: Some("eth1".to_owned()),
                 dscp: Some(10),
                 congestion_control: Some("bbr".to_owned()),

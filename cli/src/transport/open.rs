@@ -57,8 +57,8 @@ impl Transport {
         let asked_for = match meant {
             Self::Tcp => return Ok(Chosen::Tcp(tcp)),
             Self::Rdma => {
-                let TcpOptions { source_address, interface, dscp, congestion_control, .. } = &tcp;
-                if source_address.is_some()
+                let TcpOptions { source_addresses, interface, dscp, congestion_control, .. } = &tcp;
+                if !source_addresses.is_empty()
                     || interface.is_some()
                     || dscp.is_some()
                     || congestion_control.is_some()

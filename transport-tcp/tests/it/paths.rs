@@ -28,7 +28,7 @@ fn connection(options: &TcpOptions) -> [DataSocket; 2] {
 #[test]
 fn connections_come_from_where_they_are_to() {
     let address = IpAddr::from([127, 0, 0, 5]);
-    let options = TcpOptions { source_address: Some(address), ..TcpOptions::default() };
+    let options = TcpOptions { source_addresses: vec![address], ..TcpOptions::default() };
     let [_, there] = connection(&options);
     assert_eq!(there.peer_addr().ip(), address);
 }
@@ -72,12 +72,12 @@ fn what_cannot_be_had_is_named() {
         ),
         (TcpOptions { dscp: Some(64), ..default() }, "64 is no code point", true),
         (
-            TcpOptions { source_address: Some(IpAddr::from([203, 0, 113, 7])), ..default() },
+            TcpOptions { source_addresses: vec![IpAddr::from([203, 0, 113, 7])], ..default() },
             "from 203.0.113.7",
             false,
         ),
         (
-            TcpOptions { source_address: "::1".parse().ok(), ..default() },
+            TcpOptions { source_addresses: vec!["::1".parse().unwrap()], ..default() },
             "an address of another kind",
             false,
         ),

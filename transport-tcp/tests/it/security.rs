@@ -287,8 +287,8 @@ fn plain_text_goes_no_further_than_this_host() {
         let options = TcpOptions { security, ..TcpOptions::default() };
         TcpAcceptor::bind((address.ip(), 0), options).unwrap()
     };
-    let loopback = Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let careful = TcpOptions { source_address: loopback, ..TcpOptions::default() };
+    let loopback = vec![IpAddr::V4(Ipv4Addr::LOCALHOST)];
+    let careful = TcpOptions { source_addresses: loopback, ..TcpOptions::default() };
     let careless = TcpOptions { security: Security::PlainText, ..careful.clone() };
     let reason = heard(try_to(&there(Security::PlainText), &careful));
     assert!(reason.contains("it is another host"), "{reason}");

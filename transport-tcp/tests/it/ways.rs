@@ -1,7 +1,7 @@
 //! A destination that is reached by several ways: some may be closed, and data channels go by all that are not.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -74,6 +74,53 @@ fn data_channels_go_by_all_ways() {
     let source = TcpDialler::new(both, TcpOptions::default()).dial().unwrap();
     assert_eq!(source.peer_addr(), acceptor.local_addr());
     let destination = acceptor.accept(Some(PATIENCE)).unwrap();
+    assert_moves(&mut Pair { source, destination });
+    assert_eq!(connections.load(Ordering::Relaxed), 2);
+}
+
+/// From where the connections of so many data channels come.
+fn sources(options: TcpOptions, channels: u16) -> (IpAddr, Vec<IpAddr>) {
+    let acceptor = acceptor(&TcpOptions::default());
+    let mut source = TcpConnector::new(options).connect(acceptor.local_addr()).unwrap();
+    let mut destination = acceptor.accept(Some(PATIENCE)).unwrap();
+    let control = destination.peer_addr().ip();
+    let (here, there) = (guest_memory(&[1]), guest_memory(&[1]));
+    source.register(&here).unwrap();
+    destination.register(&there).unwrap();
+    let sockets = thread::scope(|scope| {
+        let accepting = scope.spawn(|| destination.open_sockets(channels, PATIENCE).unwrap());
+        let _here = source.open_sockets(channels).unwrap();
+        accepting.join().expect("no panic")
+    });
+    (control, sockets.iter().map(|socket| socket.peer_addr().ip()).collect())
+}
+
+#[test]
+fn data_channels_come_from_all_addresses_in_turn_and_one_that_is_gone_is_done_without() {
+    let ip = |host| IpAddr::from([127, 0, 0, host]);
+    let gone = IpAddr::from([203, 0, 113, 7]);
+    let from = |source_addresses: &[IpAddr]| {
+        let source_addresses = source_addresses.to_vec();
+        sources(TcpOptions { source_addresses, ..TcpOptions::default() }, 4)
+    };
+    assert_eq!(from(&[ip(5), ip(6)]), (ip(5), vec![ip(5), ip(6), ip(5), ip(6)]));
+    assert_eq!(from(&[ip(5), gone]), (ip(5), vec![ip(5); 4]));
+    assert_eq!(from(&[gone, ip(6)]), (ip(6), vec![ip(6); 4]));
+    let three = (ip(5), vec![ip(5), ip(6), ip(7), ip(5)]);
+    assert_eq!(from(&[ip(5), "::1".parse().unwrap(), ip(6), ip(7)]), three);
+}
+
+/// The first of one side with the first of the other.
+#[test]
+fn addresses_of_both_sides_are_paired() {
+    let acceptor = acceptor(&TcpOptions::default());
+    let (other, connections) = another_way(acceptor.local_addr());
+    let both = format!("{},{other}", acceptor.local_addr());
+    let source_addresses = [5, 6].map(|host| IpAddr::from([127, 0, 0, host])).to_vec();
+    let options = TcpOptions { source_addresses, ..TcpOptions::default() };
+    let source = TcpDialler::new(both, options).dial().unwrap();
+    let destination = acceptor.accept(Some(PATIENCE)).unwrap();
+    assert_eq!(destination.peer_addr().ip(), IpAddr::from([127, 0, 0, 5]));
     assert_moves(&mut Pair { source, destination });
     assert_eq!(connections.load(Ordering::Relaxed), 2);
 }
