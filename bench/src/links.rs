@@ -151,6 +151,8 @@ pub(crate) const NOWHERE: Capabilities = Capabilities {
     one_sided_read: false,
     zero_copy: false,
     needs_registration: false,
+    protects_pages: true,
+    tells_landings: false,
     max_batch_bytes: 4 << 20,
     max_batch_runs: MAX_BATCH_RUNS,
 };

@@ -209,6 +209,7 @@ pub enum Happening {
         version: u16,
         channels: u16,
         verify: bool,
+        page_sums: bool,
     },
     Registering {
         memory_bytes: u64,
@@ -313,6 +314,7 @@ impl Happening {
                 version: agreement.version,
                 channels: agreement.channels,
                 verify: agreement.verify,
+                page_sums: agreement.page_sums,
             },
             &Event::Registering { bytes } => Self::Registering { memory_bytes: bytes },
             Event::Registered(registration) => Self::Registered {
@@ -395,7 +397,9 @@ mod tests {
             Some(match happening {
                 Began { .. } => Listening { address: text() },
                 Listening { .. } => Connected { peer: text() },
-                Connected { .. } => Agreed { version: 1, channels: 2, verify: true },
+                Connected { .. } => {
+                    Agreed { version: 1, channels: 2, verify: true, page_sums: true }
+                }
                 Agreed { .. } => Registering { memory_bytes: 1 },
                 Registering { .. } => Registered { registered_bytes: 4096, took_ms: 1.0 },
                 Registered { .. } => RoundStarted { round: 1, dirty_pages: 1 },

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use pageferry::Source;
 use pageferry::convergence::{Bound, Policy, Throttling};
 use pageferry::threads::PinnedThreads;
 use pageferry::transport::TransportError;
+use pageferry::{PageChecks, Source};
 use pageferry_tcp::Security;
 
 use crate::transport::{Chosen, LinkArgs, RdmaArgs, Transport, ZeroCopyChoice};
@@ -56,6 +56,27 @@ impl From<PolicyChoice> for Policy {
     }
 }
 
+/// Whether the pages that landed are compared with those that were sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PageChecksChoice {
+    /// Where nothing else makes sure of it: in plain text, to another host.
+    Auto,
+    /// Never.
+    Off,
+    /// Always.
+    On,
+}
+
+impl From<PageChecksChoice> for PageChecks {
+    fn from(choice: PageChecksChoice) -> Self {
+        match choice {
+            PageChecksChoice::Auto => Self::Auto,
+            PageChecksChoice::Off => Self::Off,
+            PageChecksChoice::On => Self::On,
+        }
+    }
+}
+
 /// How a source migrates.
 #[derive(Debug, Clone, Args)]
 pub struct MigrationArgs {
@@ -94,6 +115,10 @@ pub struct MigrationArgs {
     /// before the guest is slowed down for it].
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub switchover_bandwidth: Option<NonZeroU64>,
+    /// Keep checksums of pages on both sides, and send again what arrived otherwise than it was sent, by a fault of what
+    /// is on the way; over RDMA some pages are compared, at random.
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub page_checks: PageChecksChoice,
     /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].
     #[arg(long, value_name = "CPUS", value_delimiter = ',')]
     pub pin: Vec<usize>,
@@ -123,6 +148,7 @@ impl MigrationArgs {
             .downtime_limit(self.downtime_limit)
             .bound(self.downtime_bound.into())
             .policy(self.not_converging.into())
+            .page_checks(self.page_checks.into())
             .timeouts(self.link.timeouts())
             .threads(Arc::new(PinnedThreads::new(self.pin.clone())));
         let source = match self.max_rounds {
@@ -157,6 +183,7 @@ impl MigrationArgs {
                 "switchover-bandwidth",
                 self.switchover_bandwidth.map(|expected| expected.to_string()),
             ),
+            ("page-checks", Some(value_name(&self.page_checks))),
         ]));
         list
     }
@@ -192,7 +219,7 @@ mod tests {
     fn every_option_is_passed_on() {
         let given = "--transport iouring --channels 3 --zero-copy on --downtime-limit 20ms --downtime-bound \
                      best-effort --not-converging give-up --deadline 1m --max-rounds 7 --bandwidth-limit 1M \
-                     --switchover-bandwidth 2M --pin 1,0 --stall-timeout 2s --rdma-mtu 1024";
+                     --switchover-bandwidth 2M --page-checks on --pin 1,0 --stall-timeout 2s --rdma-mtu 1024";
         let parsed = |given: Vec<String>| {
             let command = std::iter::once("program".to_owned()).chain(given);
             Command::try_parse_from(command).expect("a command line").migration
@@ -209,6 +236,7 @@ mod tests {
             max_rounds,
             bandwidth_limit,
             switchover_bandwidth,
+            page_checks,
             pin,
             link,
             rdma,
@@ -220,6 +248,7 @@ mod tests {
         assert_eq!((deadline, max_rounds), (Some(Duration::from_secs(60)), Some(7)));
         assert_eq!(bandwidth_limit, NonZeroU64::new(1 << 20));
         assert_eq!(switchover_bandwidth, NonZeroU64::new(2 << 20));
+        assert_eq!(page_checks, PageChecksChoice::On);
         assert_eq!(pin, [1, 0]);
         assert_eq!(link.stall_timeout, Some(Duration::from_secs(2)));
         assert_eq!(rdma.rdma_mtu.as_deref(), Some("1024"));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use pageferry::convergence::{Forecast, Verdict};
 use pageferry::memory::PAGE_BYTES;
-use pageferry::{Event, MigrationHandle, Phase, Snapshot};
+use pageferry::{Event, MigrationHandle, Phase, Snapshot, SwitchoverStage};
 
 use crate::events::{DAY, Events, Happening};
 use crate::metrics::Side;
@@ -211,6 +211,11 @@ fn line(event: &Event) -> Option<String> {
         Event::CannotThrottle => {
             "the guest cannot be slowed down here, and is waited for".to_owned()
         }
+        Event::CalledOff { attempt, stage: Some(SwitchoverStage::DamagedPages), stood } => format!(
+            "switchover {attempt} called off: pages had arrived otherwise than they were sent, and are sent again; the \
+             guest goes on here after {:.1} ms",
+            stood.as_secs_f64() * 1e3,
+        ),
         Event::CalledOff { attempt, stage: Some(stage), stood } => format!(
             "switchover {attempt} called off while {stage}: it would have taken too long; the guest \
              goes on here after {:.1} ms",

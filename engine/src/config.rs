@@ -57,6 +57,26 @@ impl Timeouts {
     }
 }
 
+/// Whether the engine makes sure that the pages which landed are those that were sent, before the guest runs on them.
+///
+/// Over streams both sides keep a checksum of each page ([`sums`](crate::sums)); what differs is sent again, and the
+/// switchover is called off for that. Over RDMA, where the destination's CPU sees no page land, up to
+/// [`MAX_SAMPLES`](crate::protocol::MAX_SAMPLES) pages that are drawn at random are compared while the guest stands still,
+/// and one that differs ends the migration: where 256 are drawn damage of a hundredth of the pages that hold data is found
+/// with a probability of 0.92, that of a single page most likely not. Fewer are drawn of a guest that uses little of its
+/// memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PageChecks {
+    /// Where nothing else does: in plain text, to another host, or over a byte stream of the host's own
+    /// ([`Capabilities::protects_pages`](crate::transport::Capabilities::protects_pages)).
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always. Fails over a transport of somebody else's that has no way to.
+    On,
+}
+
 /// What [`crate::Source`] and [`crate::Destination`] have in common.
 #[derive(Clone)]
 pub(crate) struct Common {

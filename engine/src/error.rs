@@ -164,6 +164,28 @@ pub enum Error {
         /// Digest of what arrived.
         destination_digest: crate::pages::digest::Digest,
     },
+    /// Pages arrived otherwise than they were sent, and that was no passing trouble.
+    #[error(
+        "pages arrived otherwise than they were sent, {times} times, and sent again each time: in parts of memory of {pages} \
+         pages the last time; what is between the two hosts changes them"
+    )]
+    PagesDamaged {
+        /// How many in those parts the last time.
+        pages: u64,
+        /// How often it was found.
+        times: u32,
+    },
+    /// Of some pages that were compared, over a transport by which the destination sees no page land.
+    #[error(
+        "{pages} of {of} pages that were compared are not as they are at the source: they were changed on the way, or \
+         something wrote to them that dirty tracking does not see"
+    )]
+    SamplesDiffer {
+        /// How many.
+        pages: usize,
+        /// How many were compared.
+        of: usize,
+    },
     /// The migration broke off, by whatever it was, after the commit was sent and before its answer came.
     #[error(
         "uncertain: the commit was sent and not answered, so the destination may be running the \
@@ -224,10 +246,14 @@ impl Error {
             }
             Self::Incompatible(_) => Blame::PeerIncompatible,
             Self::PeerFailed { .. } | Self::GivenBack { .. } => Blame::PeerFailed,
-            Self::Transport(_) | Self::LinkLost { .. } => Blame::Transport,
-            Self::Dirty(_) | Self::Layout(_) | Self::OutOfRange(_) | Self::MemoryDiffers { .. } => {
-                Blame::GuestMemory
+            Self::Transport(_) | Self::LinkLost { .. } | Self::PagesDamaged { .. } => {
+                Blame::Transport
             }
+            Self::Dirty(_)
+            | Self::Layout(_)
+            | Self::OutOfRange(_)
+            | Self::MemoryDiffers { .. }
+            | Self::SamplesDiffer { .. } => Blame::GuestMemory,
             Self::Machine { .. } | Self::StillHeld { .. } => Blame::Machine,
             Self::Thread(_) | Self::Host { .. } | Self::Internal(_) | Self::Panicked { .. } => {
                 Blame::Host

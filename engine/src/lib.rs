@@ -33,9 +33,9 @@ pub mod transport;
 
 pub use control::{convergence, handover, protocol};
 pub use migration::{destination, source};
-pub use pages::{digest, dirty, ledger, memory, partition};
+pub use pages::{digest, dirty, ledger, memory, partition, sums};
 
-pub use config::{MAX_CHANNELS, Timeouts};
+pub use config::{MAX_CHANNELS, PageChecks, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};
 pub use error::{Blame, Chain, Error, UNCERTAIN_AT_DESTINATION, UNCERTAIN_AT_SOURCE};
 pub use machine::{GuestAlarm, Machine, MachineError, Rehearsal};

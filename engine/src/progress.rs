@@ -87,12 +87,12 @@ pub enum Event {
         /// For how long there was none.
         after: Duration,
     },
-    /// A switchover would have taken too long: the guest goes on at the source, and so does the
-    /// migration.
+    /// A switchover would have taken too long, or pages had arrived damaged: the guest goes on at the source, and so
+    /// does the migration.
     CalledOff {
         /// Its number.
         attempt: u32,
-        /// What was being done when time was up; known at the source. None where the link was lost.
+        /// What was being done when that was known; known at the source. None where the link was lost.
         stage: Option<SwitchoverStage>,
         /// How long the guest stood still; known at the source.
         stood: Duration,
@@ -126,6 +126,8 @@ pub enum SwitchoverStage {
     DeviceState,
     /// All is done but the commit.
     Commit,
+    /// Pages had arrived otherwise than they were sent ([`PageChecks`](crate::PageChecks)), and are sent again.
+    DamagedPages,
 }
 
 impl fmt::Display for SwitchoverStage {
@@ -134,6 +136,7 @@ impl fmt::Display for SwitchoverStage {
             Self::Pages => "sending the last pages",
             Self::DeviceState => "moving the device state",
             Self::Commit => "committing",
+            Self::DamagedPages => "comparing pages, of which some were damaged",
         })
     }
 }

@@ -123,6 +123,8 @@ pub struct Statistics {
     pub rejoins: u32,
     /// Data channels that were lost on the way; others took over.
     pub lost_channels: u16,
+    /// At the source: pages that had arrived otherwise than they were sent, with those that lie near, and were sent again.
+    pub damaged_pages: u64,
     /// How often pages were dealt out anew since a channel lagged.
     pub rebalances: u32,
     /// The machine's own part in the last switchover.

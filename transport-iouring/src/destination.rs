@@ -52,7 +52,8 @@ impl Link for IoUringDestinationLink {
 
     fn capabilities(&self) -> Capabilities {
         let needs_registration = self.0.rings.options().register_destination;
-        Capabilities { needs_registration, ..CAPABILITIES }
+        let protects_pages = self.0.tcp.capabilities().protects_pages;
+        Capabilities { needs_registration, protects_pages, ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {

@@ -100,12 +100,14 @@ pub use source::{IoUringSourceLink, connect};
 
 const NAME: &str = "iouring";
 
-/// Of both ends; zero-copy and registration depend on the options.
+/// Of both ends; zero-copy and registration depend on the options, and what protects pages on the connection.
 const CAPABILITIES: Capabilities = Capabilities {
     one_sided_write: false,
     one_sided_read: false,
     zero_copy: false,
     needs_registration: false,
+    protects_pages: false,
+    tells_landings: true,
     // As many as tcp takes, which goes on where there are no rings.
     max_batch_bytes: pageferry_tcp::MAX_BATCH_BYTES,
     max_batch_runs: MAX_BATCH_RUNS,

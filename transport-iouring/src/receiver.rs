@@ -22,8 +22,8 @@ use pageferry::transport::stream::{
     self, AckWriter, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
 };
 use pageferry::transport::{
-    ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Run, RunKind, Ticket,
-    TransportError,
+    ChannelCounters, Interrupt, LandingWatch, PageCounts, PageReceiver, Received, Run, RunKind,
+    Ticket, TransportError,
 };
 use pageferry_tcp::DataSocket;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -43,6 +43,7 @@ pub(crate) struct IoUringPageReceiver {
     head: Box<[u8; MAX_HEAD_BYTES]>,
     head_filled: usize,
     runs: Vec<Run>,
+    watch: LandingWatch,
     landed: Ticket,
     acks: AckWriter,
     ended: bool,
@@ -63,6 +64,7 @@ impl IoUringPageReceiver {
             head: Box::new([0; MAX_HEAD_BYTES]),
             head_filled: 0,
             runs: Vec::new(),
+            watch: LandingWatch::default(),
             landed: 0,
             acks: AckWriter::default(),
             ended: false,
@@ -216,7 +218,10 @@ impl IoUringPageReceiver {
         for run in self.runs.iter().filter(|run| run.kind == RunKind::Zero) {
             self.incoming.memory().fill_zero_while(run.range, || self.socket.check())?;
         }
-        self.receive_pages(header.ack.then_some(header.ticket))?;
+        // Who is told of it is told before the source is.
+        let at_once = header.ack && !self.watch.is_set();
+        self.receive_pages(at_once.then_some(header.ticket))?;
+        self.watch.landed(&self.runs);
         self.landed = header.ticket;
         // A request that came behind the pages is answered before the caller is told of them.
         let asked =
@@ -270,6 +275,11 @@ impl PageReceiver for IoUringPageReceiver {
             self.socket.break_off();
         }
         result
+    }
+
+    fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
+        self.watch = watch;
+        Ok(())
     }
 
     fn counters(&self) -> ChannelCounters {

@@ -85,7 +85,8 @@ impl Link for IoUringSourceLink {
 
     fn capabilities(&self) -> Capabilities {
         let (zero_copy, needs_registration) = (self.may_be_zero_copy(), self.registers());
-        Capabilities { zero_copy, needs_registration, ..CAPABILITIES }
+        let protects_pages = self.0.tcp.capabilities().protects_pages;
+        Capabilities { zero_copy, needs_registration, protects_pages, ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {

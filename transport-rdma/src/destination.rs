@@ -97,7 +97,8 @@ impl Link for RdmaDestinationLink {
     }
 
     fn capabilities(&self) -> Capabilities {
-        CAPABILITIES
+        // A NIC has its own checksum of each packet, and nothing makes sure of what lies between NIC and memory.
+        Capabilities { protects_pages: self.end.workshop.within_host, ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {

@@ -108,6 +108,8 @@ const CAPABILITIES: Capabilities = Capabilities {
     one_sided_read: true,
     zero_copy: true,
     needs_registration: true,
+    protects_pages: false,
+    tells_landings: false,
     max_batch_bytes: 16 << 20,
     max_batch_runs: MAX_BATCH_RUNS,
 };

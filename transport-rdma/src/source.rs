@@ -111,7 +111,8 @@ impl Link for RdmaSourceLink {
     }
 
     fn capabilities(&self) -> Capabilities {
-        CAPABILITIES
+        // A NIC has its own checksum of each packet, and nothing makes sure of what lies between NIC and memory.
+        Capabilities { protects_pages: self.end.workshop.within_host, ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {

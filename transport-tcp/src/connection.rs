@@ -165,6 +165,11 @@ impl Connection {
         options::is_within_host(self.socket()).unwrap_or(false)
     }
 
+    /// Whether nobody outside this host is on the way.
+    pub(crate) fn stays_within_host(&self) -> bool {
+        options::stays_within_host(self.socket()).unwrap_or(false)
+    }
+
     pub(crate) fn peer(&self) -> SocketAddr {
         self.peer
     }

@@ -139,7 +139,7 @@ impl Link for TcpDestinationLink {
     }
 
     fn capabilities(&self) -> Capabilities {
-        CAPABILITIES
+        Capabilities { protects_pages: self.end.protects_pages(), ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {

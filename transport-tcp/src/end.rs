@@ -21,6 +21,7 @@ pub(crate) struct End {
     /// after what was sent last.
     connections: Vec<Arc<Connection>>,
     stages: Stages<Arc<GuestMemory>>,
+    protects_pages: bool,
 }
 
 impl End {
@@ -28,7 +29,9 @@ impl End {
     pub(crate) fn new(id: LinkId, state: Arc<LinkState>, inbox: &Arc<Inbox>) -> Self {
         let connections = vec![Arc::clone(inbox.connection())];
         let stages = Stages::new(control::channel(Arc::clone(inbox)));
-        Self { id, state, connections, stages }
+        let control = &connections[0];
+        let protects_pages = control.seal() != Seal::Plain || control.stays_within_host();
+        Self { id, state, connections, stages, protects_pages }
     }
 
     pub(crate) fn link_id(&self) -> LinkId {
@@ -65,6 +68,11 @@ impl End {
 
     pub(crate) fn is_encrypted(&self) -> bool {
         self.connections[0].seal() != Seal::Plain
+    }
+
+    /// Whether what lands is what was sent.
+    pub(crate) fn protects_pages(&self) -> bool {
+        self.protects_pages
     }
 
     pub(crate) fn encrypts_in_process(&self) -> bool {

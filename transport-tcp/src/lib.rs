@@ -125,12 +125,15 @@ pub const MAX_BATCH_BYTES: u64 = 4 << 20;
 
 const NAME: &str = "tcp";
 
-/// Of both ends. The source's has `zero_copy` too, if the options ask for it.
+/// Of both ends. The source's has `zero_copy` too, if the options ask for it; and `protects_pages` is a matter of the
+/// connection.
 const CAPABILITIES: Capabilities = Capabilities {
     one_sided_write: false,
     one_sided_read: false,
     zero_copy: false,
     needs_registration: false,
+    protects_pages: false,
+    tells_landings: true,
     max_batch_bytes: MAX_BATCH_BYTES,
     max_batch_runs: MAX_BATCH_RUNS,
 };

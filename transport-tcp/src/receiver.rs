@@ -25,8 +25,8 @@ use pageferry::transport::stream::{
     self, AckWriter, BatchHeader, HEADER_BYTES, Header, LEAD_BYTES, MAX_HEAD_BYTES, StreamError,
 };
 use pageferry::transport::{
-    ChannelCounters, Interrupt, PageCounts, PageReceiver, Received, Run, RunKind, Ticket,
-    TransportError,
+    ChannelCounters, Interrupt, LandingWatch, PageCounts, PageReceiver, Received, Run, RunKind,
+    Ticket, TransportError,
 };
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -50,6 +50,7 @@ pub(crate) struct TcpPageReceiver {
     runs: Vec<Run>,
     /// Of pages that are decrypted in this process.
     copy: Vec<u8>,
+    watch: LandingWatch,
     landed: Ticket,
     acks: AckWriter,
     ended: bool,
@@ -68,6 +69,7 @@ impl TcpPageReceiver {
             head_filled: 0,
             runs: Vec::new(),
             copy: Vec::new(),
+            watch: LandingWatch::default(),
             landed: 0,
             acks: AckWriter::default(),
             ended: false,
@@ -217,6 +219,7 @@ impl TcpPageReceiver {
         } else {
             self.receive_payload()?;
         }
+        self.watch.landed(&self.runs);
         self.landed = header.ticket;
         // A request behind it is answered now, not when the caller comes back.
         if header.ack || matches!(self.next_header(), Some(Ok(Header::AckRequest))) {
@@ -267,6 +270,11 @@ impl PageReceiver for TcpPageReceiver {
             self.connection.break_off();
         }
         result
+    }
+
+    fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
+        self.watch = watch;
+        Ok(())
     }
 
     fn counters(&self) -> ChannelCounters {

@@ -182,7 +182,11 @@ impl Link for TcpSourceLink {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { zero_copy: self.options.zero_copy != ZeroCopy::Off, ..CAPABILITIES }
+        Capabilities {
+            zero_copy: self.options.zero_copy != ZeroCopy::Off,
+            protects_pages: self.end.protects_pages(),
+            ..CAPABILITIES
+        }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {

@@ -108,6 +108,8 @@ pub struct Report {
     pub rejoins: u32,
     /// Data channels lost on the way; others took over.
     pub lost_channels: u16,
+    /// Pages that arrived otherwise than they were sent, with those that lie near; they were sent again. The source knows.
+    pub damaged_pages: u64,
     /// How often pages were dealt out anew since a channel lagged.
     pub rebalances: u32,
     /// What was done at the destination ahead of the data.
@@ -226,6 +228,7 @@ impl Report {
             system_calls: statistics.system_calls,
             rejoins: statistics.rejoins,
             lost_channels: statistics.lost_channels,
+            damaged_pages: statistics.damaged_pages,
             rebalances: statistics.rebalances,
             populated: PopulatedReport {
                 threads: statistics.populated.threads,

@@ -89,6 +89,10 @@ impl Report {
         let data = HumanBytes(self.pages.data * PAGE_BYTES);
         row("pages sent", format!("{} ({data})", HumanCount(self.pages.data)));
         row("pages zero", format!("{}, not sent", HumanCount(self.pages.zero)));
+        if self.damaged_pages > 0 {
+            let pages = HumanCount(self.damaged_pages);
+            row("pages damaged", format!("{pages} with those near them, sent again"));
+        }
         row("copied in user space", HumanBytes(self.user_copied_bytes).to_string());
         let ZeroCopy { sent_bytes, copied_bytes, .. } = self.zero_copy;
         let (sent, copied) = (HumanBytes(sent_bytes), HumanBytes(copied_bytes));

@@ -22,6 +22,7 @@ use crate::pages::dirty::{DirtySources, STRIPE_WORDS, WORD_PAGES, runs};
 use crate::pages::ledger::{Share, StripeBits};
 use crate::pages::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use crate::pages::partition::Stripe;
+use crate::pages::sums::PageSums;
 use crate::progress::Shared;
 use crate::stats::ChannelGauge;
 use crate::threads::ThreadRole;
@@ -86,6 +87,8 @@ pub(crate) struct SenderSetup {
     pub(crate) capabilities: Capabilities,
     /// Page bytes to put into a batch, at most.
     pub(crate) batch_bytes: u64,
+    /// Where checksums of what is sent are kept, if they are.
+    pub(crate) sums: Option<Arc<PageSums>>,
     /// How long nothing may land before the link is given up.
     pub(crate) stall: Duration,
     pub(crate) gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
@@ -120,6 +123,8 @@ struct SenderThread {
     spare: Vec<Vec<Run>>,
     /// Page bytes sent since the last look at what has landed.
     unreaped_bytes: u64,
+    /// A page of which the checksum is taken.
+    page: Vec<u8>,
 }
 
 /// The body of a sender thread.
@@ -137,6 +142,7 @@ pub(crate) fn run(setup: SenderSetup) {
         in_flight_pages: PageCounts::default(),
         spare: Vec::new(),
         unreaped_bytes: 0,
+        page: Vec::new(),
         setup,
     };
     // Whatever happens, what has not landed is put back.
@@ -358,6 +364,7 @@ impl SenderThread {
             self.reap(Some(GLANCE))?;
         }
         self.wait_for_bandwidth()?;
+        self.note_sums()?;
         // Handing it over may take as long as most of it takes to land.
         let sent = Instant::now();
         let ticket = self.setup.pages.send(&self.batch)?;
@@ -374,6 +381,18 @@ impl SenderThread {
             return Ok(());
         }
         self.reap(None)
+    }
+
+    /// Takes the checksums of what goes out. What is written from here on is dirty, and goes out again.
+    fn note_sums(&mut self) -> Result<(), Error> {
+        let Some(sums) = &self.setup.sums else { return Ok(()) };
+        for run in &self.batch {
+            match run.kind {
+                RunKind::Data => sums.note_data(&self.setup.memory, run.range, &mut self.page)?,
+                RunKind::Zero => sums.note_zero(run.range),
+            }
+        }
+        Ok(())
     }
 
     /// Waits for the batch's turn under the bandwidth limit, and looks often: the limit may be raised

@@ -65,7 +65,6 @@ impl Ledger {
     }
 
     /// Whether a page may hold data at the destination.
-    #[cfg(all(test, not(loom)))]
     pub(crate) fn is_marked(&self, region: u16, page: u64) -> bool {
         self.sent.get(region, page)
     }

@@ -6,4 +6,5 @@ pub mod dirty;
 pub mod ledger;
 pub mod memory;
 pub mod partition;
+pub mod sums;
 mod sync;

@@ -52,6 +52,7 @@ pub fn send_round(
         pages,
         capabilities,
         batch_bytes,
+        sums: None,
         stall: Timeouts::default().stall,
         gauges: Arc::clone(&gauges),
         stop: Arc::new(AtomicBool::new(false)),

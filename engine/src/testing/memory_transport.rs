@@ -12,9 +12,9 @@ use crossbeam_channel::{
 use crate::pages::memory::GuestMemory;
 use crate::transport::{
     Attempts, Capabilities, ChannelCounters, Connector, ControlChannel, ControlReceiver,
-    ControlSender, DestinationLink, Interrupt, Link, LinkPurpose, MAX_BATCH_RUNS, PageCounts,
-    PageReceiver, PageSender, Received, Registration, Rendezvous, Run, RunKind, SourceLink, Stages,
-    Ticket, TransportError, Watermarks, check_frame,
+    ControlSender, DestinationLink, Interrupt, LandingWatch, Link, LinkPurpose, MAX_BATCH_RUNS,
+    PageCounts, PageReceiver, PageSender, Received, Registration, Rendezvous, Run, RunKind,
+    SourceLink, Stages, Ticket, TransportError, Watermarks, check_frame,
 };
 
 /// Batches and frames that may wait on a channel before its sender does.
@@ -26,6 +26,8 @@ const CAPABILITIES: Capabilities = Capabilities {
     one_sided_read: false,
     zero_copy: false,
     needs_registration: false,
+    protects_pages: true,
+    tells_landings: true,
     max_batch_bytes: MAX_BATCH_BYTES,
     max_batch_runs: MAX_BATCH_RUNS,
 };
@@ -344,6 +346,7 @@ impl DestinationLink for MemoryDestination {
                     memory: Arc::clone(&memory),
                     stop: self.end.stop.with_own(),
                     landed: 0,
+                    watch: LandingWatch::default(),
                     counters: ChannelCounters::default(),
                 })
             })
@@ -497,6 +500,7 @@ struct LaneReceiver {
     memory: Arc<GuestMemory>,
     stop: LaneStop,
     landed: Ticket,
+    watch: LandingWatch,
     counters: ChannelCounters,
 }
 
@@ -526,10 +530,16 @@ impl PageReceiver for LaneReceiver {
         }
         self.counters.user_copied_bytes += payload.len() as u64;
         self.counters.wire_bytes += payload.len() as u64;
+        self.watch.landed(&runs);
         self.landed += 1;
         // A sender that is gone does not wait for landings.
         let _ = self.lane.landings.send(self.landed);
         Ok(Received::Batch(PageCounts::of(&runs)))
+    }
+
+    fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
+        self.watch = watch;
+        Ok(())
     }
 
     fn counters(&self) -> ChannelCounters {

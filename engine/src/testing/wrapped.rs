@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use crate::pages::memory::GuestMemory;
 use crate::transport::{
-    Capabilities, ChannelCounters, ControlChannel, DestinationLink, Interrupt, Link, PageReader,
-    PageReceiver, PageSender, ReadGrant, Received, Registration, Run, SourceLink, Ticket,
-    TransportError, Watermarks,
+    Capabilities, ChannelCounters, ControlChannel, DestinationLink, Interrupt, LandingWatch, Link,
+    PageReader, PageReceiver, PageSender, ReadGrant, Received, Registration, Run, SourceLink,
+    Ticket, TransportError, Watermarks,
 };
 
 /// What a link is asked to do.
@@ -25,6 +25,7 @@ pub enum LinkCall {
 }
 
 type BeforeLink = Box<dyn FnMut(LinkCall) -> Result<(), TransportError> + Send>;
+type OfCapabilities = Box<dyn Fn(Capabilities) -> Capabilities + Send>;
 type OnControl = Box<dyn FnMut(ControlChannel) -> ControlChannel + Send>;
 type OnChannel<C> = Box<dyn FnMut(u16, Box<C>) -> Box<C> + Send>;
 
@@ -34,7 +35,7 @@ pub struct WrappedLink<L: ?Sized, C: ?Sized> {
     before: BeforeLink,
     control: OnControl,
     channels: OnChannel<C>,
-    max_batch_bytes: Option<u64>,
+    capabilities: OfCapabilities,
     interrupt: Option<Arc<dyn Interrupt>>,
 }
 
@@ -51,7 +52,7 @@ impl<L: Link + ?Sized, C: ?Sized> WrappedLink<L, C> {
             before: Box::new(|_| Ok(())),
             control: Box::new(|channel| channel),
             channels: Box::new(|_, channel| channel),
-            max_batch_bytes: None,
+            capabilities: Box::new(|capabilities| capabilities),
             interrupt: None,
         }
     }
@@ -86,11 +87,20 @@ impl<L: Link + ?Sized, C: ?Sized> WrappedLink<L, C> {
         self
     }
 
+    /// Makes others of the capabilities of `inner`.
+    #[must_use]
+    pub fn capabilities(
+        mut self,
+        capabilities: impl Fn(Capabilities) -> Capabilities + Send + 'static,
+    ) -> Self {
+        self.capabilities = Box::new(capabilities);
+        self
+    }
+
     /// Page bytes that a batch has at most, instead of what `inner` says.
     #[must_use]
-    pub fn max_batch_bytes(mut self, bytes: u64) -> Self {
-        self.max_batch_bytes = Some(bytes);
-        self
+    pub fn max_batch_bytes(self, max_batch_bytes: u64) -> Self {
+        self.capabilities(move |inner| Capabilities { max_batch_bytes, ..inner })
     }
 
     /// What interrupts it is made of what interrupts `inner`.
@@ -120,11 +130,7 @@ impl<L: Link + ?Sized, C: ?Sized> Link for WrappedLink<L, C> {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let inner = self.inner.capabilities();
-        Capabilities {
-            max_batch_bytes: self.max_batch_bytes.unwrap_or(inner.max_batch_bytes),
-            ..inner
-        }
+        (self.capabilities)(self.inner.capabilities())
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
@@ -275,6 +281,10 @@ impl PageSender for WrappedChannel<dyn PageSender> {
 impl PageReceiver for WrappedChannel<dyn PageReceiver> {
     fn receive(&mut self) -> Result<Received, TransportError> {
         self.around(ChannelCall::Receive, PageReceiver::receive)
+    }
+
+    fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
+        self.inner.watch_landings(watch)
     }
 
     fn counters(&self) -> ChannelCounters {

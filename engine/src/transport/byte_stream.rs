@@ -29,6 +29,9 @@ const CAPABILITIES: Capabilities = Capabilities {
     one_sided_read: false,
     zero_copy: false,
     needs_registration: false,
+    // Whatever it is.
+    protects_pages: false,
+    tells_landings: true,
     max_batch_bytes: 1 << 20,
     max_batch_runs: MAX_BATCH_RUNS,
 };

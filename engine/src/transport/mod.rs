@@ -22,6 +22,7 @@ mod batch;
 pub mod byte_stream;
 mod error;
 mod fate;
+mod landing;
 mod links;
 pub mod race;
 pub mod reception;
@@ -37,6 +38,7 @@ pub use batch::{MAX_BATCH_RUNS, MAX_BATCH_ZERO_PAGES, PageCounts, Run, RunKind};
 pub use error::TransportError;
 pub(crate) use error::rounded;
 pub use fate::{Ending, Fate};
+pub use landing::LandingWatch;
 pub use links::{Attempts, Connector, LinkPurpose, OneLink, Rendezvous, Returning};
 pub use reception::{
     Admission, Greeted, Holder, MAX_GREETING_BYTES, Place, Standing, Turn, WaitingRoom, Warnings,
@@ -89,6 +91,11 @@ pub struct Capabilities {
     pub zero_copy: bool,
     /// Guest memory must be registered, and so must not be discarded meanwhile.
     pub needs_registration: bool,
+    /// What lands is what was sent, or the link is lost: it is authenticated, or stays within one host. Else the engine
+    /// makes sure of it ([`PageChecks`](crate::PageChecks)).
+    pub protects_pages: bool,
+    /// Receivers tell what has landed ([`PageReceiver::watch_landings`]).
+    pub tells_landings: bool,
     /// Most page bytes in one batch.
     pub max_batch_bytes: u64,
     /// Most runs in one batch, at most [`MAX_BATCH_RUNS`].
@@ -404,6 +411,13 @@ pub trait PageReceiver: Send {
     /// written a piece at a time ([`GuestMemory::fill_zero_while`]), so that an interrupt is heeded
     /// in the middle of a batch too.
     fn receive(&mut self) -> Result<Received, TransportError>;
+
+    /// From now on each batch is told of, once its bytes are in guest memory and before it is acknowledged. For
+    /// transports with [`Capabilities::tells_landings`].
+    fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
+        let _ = watch;
+        Err(TransportError::Unsupported("word of what has landed"))
+    }
 
     /// What this channel has done.
     fn counters(&self) -> ChannelCounters;

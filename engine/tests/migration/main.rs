@@ -4,6 +4,7 @@
 mod bandwidth;
 mod cancelling;
 mod channels;
+mod damaged;
 mod guest_ends;
 mod links;
 mod machines;

@@ -9,7 +9,7 @@ use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::{Connector, DestinationLink, OneLink, Rendezvous, SourceLink};
 use pageferry::{
     Arrived, Departed, Destination, DestinationFailure, Error, GuestAlarm, GuestAtDestination,
-    GuestAtSource, Source, SourceFailure, Timeouts,
+    GuestAtSource, PageChecks, Source, SourceFailure, Timeouts,
 };
 
 use crate::support::{Refuse, SharedLog, SoftwareLog, TestMachine};
@@ -65,6 +65,7 @@ impl Scene {
             destination_refuses: Refuse::Nothing,
             source: Source::new()
                 .verify(true)
+                .page_checks(PageChecks::On)
                 .channels(3)
                 .downtime_limit(Duration::from_secs(2))
                 .timeouts(timeouts()),
@@ -158,6 +159,7 @@ impl Outcome {
         let departed = self.source.expect("the source hands over");
         let arrived = self.destination.expect("the greeting fits").expect("the guest arrives");
         assert!(arrived.verified);
+        assert_eq!(departed.statistics.damaged_pages, 0, "nothing was damaged");
         assert!(arrived.machine.is_running() && !departed.machine.is_running());
         arrived.machine.await_writes();
         assert_eq!(arrived.machine.loaded, Some(departed.machine.writes()));

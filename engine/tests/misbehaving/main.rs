@@ -193,7 +193,16 @@ fn nothing_is_loaded_before_memory_was_compared_as_agreed() {
     let failure = destination_of(Destination::new(), true, |control| {
         say(control, &Message::Round { round: 1, dirty_pages: 0 });
         say(control, &Message::Switchover { attempt: 1 });
-        say(control, &Message::Prepare(Prepare { attempt: 1, state_bytes: 0, paused: false }));
+        say(
+            control,
+            &Message::Prepare(Prepare {
+                attempt: 1,
+                state_bytes: 0,
+                paused: false,
+                sums: Vec::new(),
+                samples: Vec::new(),
+            }),
+        );
         let Message::Failed { reason, text } = hear(control) else { panic!("it goes on") };
         assert_eq!(reason, FailureReason::PeerMisbehaved, "{text}");
     });

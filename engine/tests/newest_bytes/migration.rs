@@ -10,7 +10,7 @@ use pageferry::dirty::DirtySources;
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::{TestMemory, memory_transport};
 use pageferry::transport::{DestinationLink, OneLink};
-use pageferry::{Destination, Error, GuestAtSource, Source, Timeouts};
+use pageferry::{Destination, Error, GuestAtSource, PageChecks, Source, Timeouts};
 
 use crate::guest::{
     Arriving, Guest, LIMIT, PAGES, REGION_PAGES, Scripted, Stall, Tracker, Write, write,
@@ -83,7 +83,9 @@ pub(crate) fn play(migration: Migration) -> Result<(Option<(u16, u64)>, bool), E
             Source::new().downtime_limit(Duration::from_millis(1)).bound(Bound::BestEffort)
         };
         source.handle().limit_bandwidth(link.limit);
-        let outcome = source.channels(channels).timeouts(timeouts).max_rounds(10_000).migrate(
+        let source = source.channels(channels).timeouts(timeouts).max_rounds(10_000);
+        // Whatever becomes of a page, both sides have the same checksum of it in the end.
+        let outcome = source.page_checks(PageChecks::On).migrate(
             Scripted(Arc::clone(&guest)),
             guest.memory.memory(),
             dirty,
@@ -103,6 +105,7 @@ pub(crate) fn play(migration: Migration) -> Result<(Option<(u16, u64)>, bool), E
         let stalls = wanted - guest.state.lock().unwrap().stalls.len();
         let attempts = departed.statistics.switchover_attempts;
         assert!(stalls == 0 || attempts > 1, "{attempts} switchovers with {stalls} stalls");
+        assert_eq!(departed.statistics.damaged_pages, 0, "nothing was damaged");
         assert_eq!(departed.statistics.called_off > Duration::ZERO, attempts > 1);
         Ok(())
     })?;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use pageferry::memory::{GuestMemory, PAGE_BYTES, PageRange};
 use pageferry::transport::{
-    ChannelCounters, Interrupt, PageCounts, PageReceiver, PageSender, Received, Run, RunKind,
-    Ticket, TransportError, Watermarks,
+    ChannelCounters, Interrupt, LandingWatch, PageCounts, PageReceiver, PageSender, Received, Run,
+    RunKind, Ticket, TransportError, Watermarks,
 };
 
 use crate::fault::Fault;
@@ -305,6 +305,8 @@ pub(crate) struct PlantedReceiver {
     /// Where the inner channel writes, if not there.
     shadow: Option<Arc<GuestMemory>>,
     batches: u64,
+    /// Told when it should have been before.
+    late: LandingWatch,
     /// Earlier bytes of pages.
     history: HashMap<(u16, u64), Vec<u8>>,
 }
@@ -317,7 +319,8 @@ impl PlantedReceiver {
         memory: Arc<GuestMemory>,
         shadow: Option<Arc<GuestMemory>>,
     ) -> Self {
-        Self { inner, plot, channel, memory, shadow, batches: 0, history: HashMap::new() }
+        let (late, history) = (LandingWatch::default(), HashMap::new());
+        Self { inner, plot, channel, memory, shadow, batches: 0, late, history }
     }
 
     fn page(&self, range: PageRange) -> Vec<u8> {
@@ -383,6 +386,10 @@ impl PageReceiver for PlantedReceiver {
                     write_late(&self.plot, shadow, &self.memory, &runs);
                 }
                 self.harm(&runs);
+                if self.late.is_set() {
+                    self.plot.idle(Duration::from_millis(2));
+                    self.late.landed(&runs);
+                }
                 match fault {
                     Fault::EndBeforeLastBatch if self.batches == 3 => Ok(Received::End),
                     Fault::CountsOfReceiverWrong => {
@@ -414,6 +421,26 @@ impl PageReceiver for PlantedReceiver {
             (Err(TransportError::Lost { .. }), Fault::LossIsEnd) => Ok(Received::End),
             (Err(TransportError::Lost { .. }), Fault::LostSourceNotNoticed) => self.plot.hang(),
             (result, _) => result,
+        }
+    }
+
+    fn watch_landings(&mut self, mut watch: LandingWatch) -> Result<(), TransportError> {
+        match self.plot.fault {
+            Fault::LandingsUntold => Ok(()),
+            Fault::LandingsToldLate => {
+                self.late = watch;
+                Ok(())
+            }
+            Fault::LandingsOfZeroesUntold => {
+                self.inner.watch_landings(LandingWatch::new(move |runs| {
+                    let data = |run: &&Run| run.kind == RunKind::Data;
+                    watch.landed(&runs.iter().filter(data).copied().collect::<Vec<_>>());
+                }))
+            }
+            Fault::LandingsInNameOnly => {
+                Err(TransportError::Unsupported("word of what has landed"))
+            }
+            _ => self.inner.watch_landings(watch),
         }
     }
 

@@ -8,6 +8,7 @@ mod check;
 mod command_line;
 mod convergence;
 mod cpu;
+mod damaged;
 mod demo;
 #[path = "../shared/documented.rs"]
 mod documented;

@@ -54,7 +54,8 @@ fn take_in_until_commit(acceptor: &TcpAcceptor) -> (TcpDestinationLink, ControlC
     loop {
         match hear(&mut control) {
             Message::Prepare(Prepare { attempt, .. }) => {
-                let prepared = Prepared { attempt, load_ns: 10_000, written: Vec::new() };
+                let (written, damaged) = (Vec::new(), Vec::new());
+                let prepared = Prepared { attempt, load_ns: 10_000, written, damaged };
                 say(&mut control, &Message::Prepared(prepared));
             }
             Message::Commit => return (link, control),

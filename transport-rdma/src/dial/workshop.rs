@@ -29,6 +29,8 @@ pub(crate) struct Workshop {
     /// The largest path MTU here, as verbs encode it.
     pub(crate) mtu: u32,
     pub(crate) peer: SocketAddr,
+    /// Nobody is on the way.
+    pub(crate) within_host: bool,
     /// Of a link whose two sides have shown who they are.
     pub(crate) key: Option<LinkKey>,
 }
@@ -45,7 +47,8 @@ impl Workshop {
         let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         let (limits, mtu) = check_port(&options, context, id.port()).map_err(failed)?;
         let pd = ProtectionDomain::new(context).map_err(failed)?;
-        Ok(Self { options, state, pd, limits, mtu, peer, key: None })
+        let within_host = id.is_within_host();
+        Ok(Self { options, state, pd, limits, mtu, peer, within_host, key: None })
     }
 
     /// From here on the link notices what happens to the device.

@@ -140,6 +140,7 @@ fn step(peer: &mut Peer, number: u32, heard: &mut Heard) -> bool {
             attempt: prepare.attempt,
             load_ns: 1,
             written: Vec::new(),
+            damaged: Vec::new(),
         }),
         Message::Commit => Message::Resumed { resume_ns: 1 },
         Message::CloseChannel { channel } => Message::ChannelClosed { channel },

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use pageferry::memory::PageRange;
-use pageferry::protocol::{FailureReason, Message, Prepare, Prepared};
+use pageferry::protocol::{FailureReason, Message, PageSample, Prepare, Prepared};
 use pageferry::transport::stream::{self, FRAME_HEADER_BYTES, FrameHeader};
 use pageferry::transport::{LinkId, Run, RunKind};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, PREAMBLE_BYTES, Preamble, Status};
@@ -150,8 +150,18 @@ pub fn some_message(input: &mut Input<'_>) -> Message {
             attempt: number,
             state_bytes: u64::from(input.byte()),
             paused: input.byte() % 2 == 0,
+            sums: vec![u64::from(input.byte()); usize::from(input.byte() % 4)],
+            samples: vec![
+                PageSample { region: 0, page: u64::from(input.byte()), sum: 1 };
+                usize::from(input.byte() % 4)
+            ],
         }),
-        13 => Message::Prepared(Prepared { attempt: number, load_ns: 1, written: ranges(input) }),
+        13 => Message::Prepared(Prepared {
+            attempt: number,
+            load_ns: 1,
+            written: ranges(input),
+            damaged: ranges(input),
+        }),
         14 => Message::CalledOff { attempt: number },
         15 => Message::Releasing,
         16 => Message::Commit,

@@ -11,9 +11,10 @@ use thiserror::Error;
 
 use super::kind::{Kind, Side};
 use super::table::{Stage, follows};
-use super::{MAX_DEVICE_STATE_BYTES, Message, Prepared};
+use super::{MAX_DEVICE_STATE_BYTES, Message, PageSample, Prepared};
 use crate::pages::digest::Digest;
 use crate::pages::memory::{Layout, PageRange, RegionLayout};
+use crate::pages::sums::chunk_count;
 
 /// Why a message has no place in a conversation.
 #[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +103,12 @@ pub enum Why {
     /// A source has committed, and gives up.
     #[error("it has committed")]
     Committed,
+    /// Checksums of pages that were not agreed on, or of another number of chunks.
+    #[error("{0} checksums of pages")]
+    Sums(usize),
+    /// Damaged pages where none were looked for, or something was loaded all the same; or a commit after that.
+    #[error("pages are damaged, or cannot be known to be")]
+    Damaged,
     /// An answer to the return of another epoch.
     #[error("epoch {epoch} where {asked} was asked for")]
     Epoch {
@@ -122,6 +129,7 @@ enum Question {
 
 /// One side's account of a conversation. Pure: knows no channel and no clock.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 pub struct Conversation {
     stage: Stage,
     /// What the greeting settled, once there is one.
@@ -133,6 +141,8 @@ pub struct Conversation {
     pings: u32,
     switchovers: u32,
     state_bytes: u64,
+    /// Whether the destination has found pages damaged in this switchover.
+    damaged: bool,
     /// Channels that the source wants closed, and those that the destination has closed.
     unwanted: Vec<u16>,
     closed: Vec<u16>,
@@ -148,6 +158,7 @@ struct Greeting {
     layout: Layout,
     channels: u16,
     verify: bool,
+    page_sums: bool,
     wants_data_ranges: bool,
     /// Of the hello, then of hello and welcome.
     digest: Digest,
@@ -164,6 +175,7 @@ impl Default for Conversation {
             pings: 0,
             switchovers: 0,
             state_bytes: 0,
+            damaged: false,
             unwanted: Vec::new(),
             closed: Vec::new(),
             questions: VecDeque::new(),
@@ -266,18 +278,30 @@ impl Conversation {
                 self.is_compared()?;
                 self.is_current(prepare.attempt)?;
                 let complete = prepare.state_bytes == self.state_bytes;
-                require(complete, Why::StateBytes(prepare.state_bytes))
+                require(complete, Why::StateBytes(prepare.state_bytes))?;
+                let sums = prepare.sums.len();
+                require(sums == self.chunks(), Why::Sums(sums))?;
+                let sampled = |sample: &PageSample| PageRange {
+                    region: sample.region,
+                    first_page: sample.page,
+                    pages: 1,
+                };
+                let inside = |sample| self.are_in_order(&[sampled(sample)]);
+                require(prepare.samples.iter().all(inside), Why::Ranges)?;
+                require(sums == 0 || prepare.samples.is_empty(), Why::Sums(sums))
             }
             Message::Prepared(prepared) => {
                 self.answers(Question::Prepare(prepared.attempt))?;
-                require(self.are_in_order(&prepared.written), Why::Ranges)
+                require(self.are_in_order(&prepared.written), Why::Ranges)?;
+                require(self.are_in_order(&prepared.damaged), Why::Ranges)?;
+                let found = !prepared.damaged.is_empty();
+                require(!found || (self.chunks() > 0 && prepared.written.is_empty()), Why::Damaged)
             }
+            Message::Releasing | Message::Commit => require(!self.damaged, Why::Damaged),
             Message::Hello(_) => require(self.greeting.is_none(), Why::NotFirst),
             Message::Rejoin(_) => require(self.greeting.is_some(), Why::Unknown),
             Message::Registered
             | Message::Ready
-            | Message::Releasing
-            | Message::Commit
             | Message::Resumed { .. }
             | Message::GaveBack { .. }
             | Message::Heard
@@ -293,6 +317,7 @@ impl Conversation {
                     layout: hello.layout.clone(),
                     channels: hello.channels,
                     verify: hello.verify,
+                    page_sums: hello.page_sums,
                     wants_data_ranges: false,
                     digest: hello.digest(),
                 });
@@ -326,6 +351,7 @@ impl Conversation {
             Message::Switchover { attempt } => {
                 self.switchovers = *attempt;
                 self.state_bytes = 0;
+                self.damaged = false;
             }
             Message::Verify { attempt } => self.questions.push_back(Question::Verify(*attempt)),
             Message::Prepare(prepare) => {
@@ -333,6 +359,11 @@ impl Conversation {
             }
             Message::Verified { attempt, .. } | Message::Prepared(Prepared { attempt, .. }) => {
                 self.questions.pop_front();
+                if let Message::Prepared(prepared) = message
+                    && *attempt == self.switchovers
+                {
+                    self.damaged = !prepared.damaged.is_empty();
+                }
                 if *attempt != self.switchovers {
                     // Of one that was called off, in the midst of the next.
                     self.stage = before;
@@ -359,6 +390,12 @@ impl Conversation {
 
     fn verifies(&self) -> bool {
         self.greeting.as_ref().is_some_and(|greeting| greeting.verify)
+    }
+
+    /// Checksums that go with each *prepare*.
+    fn chunks(&self) -> usize {
+        let greeting = self.greeting.as_ref().filter(|greeting| greeting.page_sums);
+        greeting.map_or(0, |greeting| chunk_count(&greeting.layout))
     }
 
     /// Pages of the guest.

@@ -31,9 +31,11 @@ pub const MAX_HELLO_BYTES: usize = START_BYTES
 const FLAG_VERIFY: u8 = 1;
 const FLAG_TRIAL: u8 = 2;
 const FLAG_REJOINS: u8 = 4;
+const FLAG_PAGE_SUMS: u8 = 8;
 
 /// The source's greeting.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent wishes")]
 pub struct Hello {
     /// Oldest protocol version it speaks.
     pub oldest_version: u16,
@@ -50,6 +52,8 @@ pub struct Hello {
     pub trial: bool,
     /// Whether the source comes back when the link is lost.
     pub rejoins: bool,
+    /// Whether both sides keep checksums of pages, which are compared before the commit.
+    pub page_sums: bool,
     /// By which it is known then.
     pub key: MigrationKey,
     /// The guest's memory map.
@@ -136,7 +140,8 @@ impl Hello {
         w.u16(self.channels);
         w.u8((u8::from(self.verify) * FLAG_VERIFY)
             | (u8::from(self.trial) * FLAG_TRIAL)
-            | (u8::from(self.rejoins) * FLAG_REJOINS));
+            | (u8::from(self.rejoins) * FLAG_REJOINS)
+            | (u8::from(self.page_sums) * FLAG_PAGE_SUMS));
         self.key.encode(w);
         let regions = self.layout.regions();
         w.u32(u32::try_from(regions.len()).unwrap_or(u32::MAX));
@@ -154,7 +159,7 @@ impl Hello {
         let page_bytes = r.u32("page_bytes")?;
         let channels = r.u16("channels")?;
         let flags = r.u8("flags")?;
-        if flags & !(FLAG_VERIFY | FLAG_TRIAL | FLAG_REJOINS) != 0 {
+        if flags & !(FLAG_VERIFY | FLAG_TRIAL | FLAG_REJOINS | FLAG_PAGE_SUMS) != 0 {
             return Err(DecodeError::UnknownValue { field: "flags", value: u64::from(flags) });
         }
         let key = MigrationKey::decode(r)?;
@@ -177,6 +182,7 @@ impl Hello {
             verify: flags & FLAG_VERIFY != 0,
             trial: flags & FLAG_TRIAL != 0,
             rejoins: flags & FLAG_REJOINS != 0,
+            page_sums: flags & FLAG_PAGE_SUMS != 0,
             key,
             layout: Layout::new(regions)?,
             description,

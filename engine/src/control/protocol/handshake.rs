@@ -91,6 +91,8 @@ pub struct Agreement {
     pub verify: bool,
     /// Whether the source comes back when the link is lost, and the destination waits for it.
     pub rejoins: bool,
+    /// Whether both sides keep checksums of pages, which are compared before the commit.
+    pub page_sums: bool,
 }
 
 /// The destination's side: looks at a greeting and answers.
@@ -119,7 +121,13 @@ pub fn negotiate(
     }
     let version = hello.newest_version.min(PROTOCOL_VERSION);
     let rejoins = rejoins && hello.rejoins;
-    let agreement = Agreement { version, channels: hello.channels, verify: hello.verify, rejoins };
+    let agreement = Agreement {
+        version,
+        channels: hello.channels,
+        verify: hello.verify,
+        rejoins,
+        page_sums: hello.page_sums,
+    };
     let welcome = Welcome {
         version,
         channels: hello.channels,
@@ -148,6 +156,7 @@ impl Hello {
             verify,
             trial: false,
             rejoins: false,
+            page_sums: false,
             key,
             layout,
             description,
@@ -174,6 +183,7 @@ impl Hello {
             channels: self.channels,
             verify: self.verify,
             rejoins: self.rejoins && welcome.rejoins,
+            page_sums: self.page_sums,
         })
     }
 
@@ -213,7 +223,8 @@ mod tests {
         let hello = hello();
         let (agreement, welcome) = negotiate(&hello, 8, false, false).unwrap();
         assert_eq!(hello.check(&welcome), Ok(agreement));
-        let expected = Agreement { version: 1, channels: 2, verify: true, rejoins: false };
+        let expected =
+            Agreement { version: 1, channels: 2, verify: true, rejoins: false, page_sums: false };
         assert_eq!(agreement, expected);
     }
 

@@ -6,6 +6,7 @@ use super::codec::{Reader, Writer};
 use super::{DecodeError, Hello, Kind, Rejoin, Rejoined, Welcome};
 use crate::pages::digest::Digest;
 use crate::pages::memory::PageRange;
+use crate::pages::sums::MAX_CHUNKS;
 
 /// Most bytes of device state in one message.
 pub const MAX_STATE_CHUNK_BYTES: usize = 512 << 10;
@@ -132,7 +133,7 @@ pub enum Message {
 }
 
 /// The source has sent everything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepare {
     /// Number of the switchover.
     pub attempt: u32,
@@ -140,9 +141,27 @@ pub struct Prepare {
     pub state_bytes: u64,
     /// Whether the guest was paused before, and is to stay so: it is not resumed at the commit.
     pub paused: bool,
+    /// Checksums of all pages by chunks ([`PageSums`](crate::sums::PageSums)), if they were agreed on.
+    pub sums: Vec<u64>,
+    /// Checksums of some pages, at most [`MAX_SAMPLES`], where the destination sees no page land.
+    pub samples: Vec<PageSample>,
 }
 
-/// The destination has loaded everything.
+/// Most pages of which a [`Prepare`] has the checksum.
+pub const MAX_SAMPLES: usize = 256;
+
+/// The checksum of one page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageSample {
+    /// Its region.
+    pub region: u16,
+    /// Its number in there.
+    pub page: u64,
+    /// CRC-32 (IEEE 802.3).
+    pub sum: u32,
+}
+
+/// The destination has loaded everything, or something is wrong with its pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
     /// Number of the switchover.
@@ -152,6 +171,9 @@ pub struct Prepared {
     /// Pages that the load may have written: if the switchover is called off they are to be sent again. At most
     /// [`MAX_DATA_RANGES`].
     pub written: Vec<PageRange>,
+    /// Pages that are otherwise here than the source's checksums say, or lie near such: nothing was loaded, and the
+    /// switchover has to be called off. At most [`MAX_DATA_RANGES`].
+    pub damaged: Vec<PageRange>,
 }
 
 /// Classification of a failure as the other side tells it.
@@ -280,11 +302,21 @@ impl Message {
                 w.u32(prepare.attempt);
                 w.u64(prepare.state_bytes);
                 w.u8(u8::from(prepare.paused));
+                w.u32(u32::try_from(prepare.sums.len()).unwrap_or(u32::MAX));
+                prepare.sums.iter().for_each(|sum| w.u64(*sum));
+                let samples = &prepare.samples[..prepare.samples.len().min(MAX_SAMPLES)];
+                w.u32(u32::try_from(samples.len()).unwrap_or(u32::MAX));
+                for sample in samples {
+                    w.u16(sample.region);
+                    w.u64(sample.page);
+                    w.u32(sample.sum);
+                }
             }
             Self::Prepared(prepared) => {
                 w.u32(prepared.attempt);
                 w.u64(prepared.load_ns);
                 encode_ranges(&prepared.written, &mut w);
+                encode_ranges(&prepared.damaged, &mut w);
             }
             Self::Resumed { resume_ns } => w.u64(*resume_ns),
             Self::GaveBack { text } => encode_text(text, &mut w),
@@ -334,11 +366,14 @@ impl Message {
                 attempt: r.u32("attempt")?,
                 state_bytes: r.u64("state_bytes")?,
                 paused: r.bool("paused")?,
+                sums: decode_sums(&mut r)?,
+                samples: decode_samples(&mut r)?,
             }),
             Kind::Prepared => Self::Prepared(Prepared {
                 attempt: r.u32("attempt")?,
                 load_ns: r.u64("load_ns")?,
                 written: decode_ranges(&mut r)?,
+                damaged: decode_ranges(&mut r)?,
             }),
             Kind::Releasing => Self::Releasing,
             Kind::Commit => Self::Commit,
@@ -386,6 +421,18 @@ fn decode_ranges(r: &mut Reader<'_>) -> Result<Vec<PageRange>, DecodeError> {
         })
     };
     (0..count).map(range).collect()
+}
+
+fn decode_sums(r: &mut Reader<'_>) -> Result<Vec<u64>, DecodeError> {
+    let most = usize::try_from(MAX_CHUNKS).unwrap_or(usize::MAX);
+    (0..r.count(most, "sums")?).map(|_| r.u64("sum")).collect()
+}
+
+fn decode_samples(r: &mut Reader<'_>) -> Result<Vec<PageSample>, DecodeError> {
+    let count = r.count(MAX_SAMPLES, "samples")?;
+    let sample =
+        |_| Ok(PageSample { region: r.u16("region")?, page: r.u64("page")?, sum: r.u32("sum")? });
+    (0..count).map(sample).collect()
 }
 
 fn encode_text(text: &str, w: &mut Writer) {

@@ -27,8 +27,8 @@ pub use handshake::{Agreement, Incompatibility, negotiate};
 pub use key::{MigrationId, MigrationKey};
 pub use kind::{Kind, Side};
 pub use message::{
-    FailureReason, MAX_DATA_RANGES, MAX_DEVICE_STATE_BYTES, MAX_STATE_CHUNK_BYTES, MAX_TEXT_BYTES,
-    Message, Prepare, Prepared,
+    FailureReason, MAX_DATA_RANGES, MAX_DEVICE_STATE_BYTES, MAX_SAMPLES, MAX_STATE_CHUNK_BYTES,
+    MAX_TEXT_BYTES, Message, PageSample, Prepare, Prepared,
 };
 pub use table::{Stage, table};
 

@@ -172,18 +172,18 @@ pub(super) const TABLE: &[Row] = &[
         "not empty; 256 MiB in all; if agreed on, only once memory was compared"),
     row!(Prepare, Source, [Switching => Loading, Compared => Loading, Saving => Loading],
         "of this switchover, and all its device state was sent; if agreed on, only once memory was \
-         compared"),
+         compared; a checksum for each chunk of pages if those were agreed on, else samples inside guest memory"),
     row!(Prepared, Destination,
         [Loading => Prepared, Copying => Copying, Switching => Switching, Comparing => Comparing,
          Saving => Saving],
-        "what was asked first and is unanswered is this; the stage stays if it was called off; ranges as in \
-         *data ranges*"),
+        "what was asked first and is unanswered is this; the stage stays if it was called off; both lists of \
+         ranges as in *data ranges*, damaged ones only if checksums were agreed on and nothing was loaded"),
     row!(CalledOff, Source,
         [Switching => Copying, Comparing => Copying, Answered => Copying, Compared => Copying,
          Saving => Copying, Loading => Copying, Prepared => Copying],
         "of this switchover"),
-    row!(Releasing, Source, [Prepared => Prepared], ""),
-    row!(Commit, Source, [Prepared => Committed], ""),
+    row!(Releasing, Source, [Prepared => Prepared], "unless pages are damaged"),
+    row!(Commit, Source, [Prepared => Committed], "unless pages are damaged"),
     row!(Resumed, Destination, [Committed => Told], ""),
     row!(GaveBack, Destination, [Committed => Told], ""),
     row!(Heard, Source, [Told => Over], ""),

@@ -20,8 +20,8 @@ use crate::control::handover::{
     DestinationAction, DestinationHandover, DestinationInput, DestinationState,
 };
 use crate::control::protocol::{
-    Agreement, Conversation, FailureReason, Hello, Incompatibility, Message, Prepare, Side,
-    Welcome, negotiate as negotiate_hello,
+    Agreement, Conversation, FailureReason, Hello, Incompatibility, Message, PageSample, Prepare,
+    Prepared, Side, Welcome, negotiate as negotiate_hello,
 };
 use crate::error::{Chain, Error};
 use crate::host::{Guarded, caught};
@@ -30,11 +30,14 @@ use crate::migration::receiver::{self, ReceiverReport};
 use crate::migration::session::{Item, Patience, SOURCE, Session, SessionSettings, unexpected};
 use crate::pages::digest::Digest;
 use crate::pages::memory::{GuestMemory, Layout, PageRange};
+use crate::pages::sums::{PageSums, sum_of};
 use crate::progress::{Event, EventSink, Shared, UnderWay};
 use crate::snapshot::Phase;
 use crate::stats::{ChannelGauge, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{DestinationLink, LinkPurpose, Rendezvous, Returning, TransportError};
+use crate::transport::{
+    DestinationLink, LandingWatch, LinkPurpose, Rendezvous, Returning, RunKind, TransportError,
+};
 use returning::{Back, Epoch};
 
 /// What a trial may take in all, as a multiple of the time for any page to land: it keeps others out.
@@ -61,6 +64,8 @@ pub(super) struct Drive {
     populate_threads: u16,
     populating: Arc<Populating>,
     gauges: Arc<Vec<CachePadded<ChannelGauge>>>,
+    /// Checksums of what has landed, where both sides keep them.
+    sums: Option<Arc<PageSums>>,
     /// The digest of memory that this side took for the switchover under way.
     digest: Option<Digest>,
     /// Whether the source's was the same.
@@ -147,6 +152,7 @@ pub(super) fn negotiate(
                 populate_threads,
                 populating: Populating::new(),
                 gauges,
+                sums: None,
                 digest: None,
                 verified: false,
                 paused: false,
@@ -178,6 +184,20 @@ fn accept(
 ) -> Result<Box<dyn DestinationLink>, Error> {
     let interrupter = caught("the rendezvous", || rendezvous.interrupter())?;
     settings.shared.while_dialling(&interrupter, || rendezvous.accept(purpose, timeout))
+}
+
+/// Takes the checksums of what has landed.
+fn watch(sums: Arc<PageSums>, memory: Arc<GuestMemory>) -> LandingWatch {
+    let mut page = Vec::new();
+    LandingWatch::new(move |runs| {
+        for run in runs {
+            match run.kind {
+                // The transport has looked every run up.
+                RunKind::Data => drop(sums.note_data(&memory, run.range, &mut page)),
+                RunKind::Zero => sums.note_zero(run.range),
+            }
+        }
+    })
 }
 
 /// What this side wants of a migration.
@@ -301,8 +321,18 @@ impl Drive {
             let (prepare, state) =
                 tracing::info_span!("pages").in_scope(|| self.take_in_pages(memory))?;
             let attempt = prepare.attempt;
+            let damaged = self.damaged(memory, &prepare)?;
+            if !damaged.is_empty() {
+                // The source calls it off, and sends them again.
+                let pages = damaged.iter().map(|range| u64::from(range.pages)).sum::<u64>();
+                tracing::warn!(pages, "pages arrived otherwise than they were sent");
+                let (load_ns, written) = (0, Vec::new());
+                let answer = Prepared { attempt, load_ns, written, damaged };
+                self.session.send(&Message::Prepared(answer))?;
+                continue;
+            }
             let span = tracing::info_span!("switchover", attempt).entered();
-            let prepared = load(machine, prepare, &state, memory.layout())?;
+            let prepared = load(machine, attempt, &state, memory.layout())?;
             self.statistics.device_state.bytes = prepare.state_bytes;
             self.statistics.device_state.load = Duration::from_nanos(prepared.load_ns);
             if self.handover.handle(DestinationInput::Loaded { attempt })
@@ -347,6 +377,9 @@ impl Drive {
             other => return Err(unexpected(&other, "waiting for the source to agree")),
         }
         self.emit(&Event::Agreed(self.agreement))?;
+        if self.agreement.page_sums {
+            self.sums = Some(Arc::new(PageSums::new(memory.layout())));
+        }
         self.open_channels(memory)
     }
 
@@ -370,7 +403,11 @@ impl Drive {
         let link = link.as_deref_mut().ok_or(TransportError::Closed)?;
         let channels =
             session.wait_in(|| link.open_receivers(agreement.channels, timeouts.handshake))?;
-        for (channel, pages) in (0..).zip(channels) {
+        for (channel, mut pages) in (0..).zip(channels) {
+            if let Some(sums) = &self.sums {
+                let watch = watch(Arc::clone(sums), Arc::clone(memory));
+                caught("the transport", || pages.watch_landings(watch))??;
+            }
             self.closing.add(caught("the transport", || pages.interrupter())?);
             let gauges = Arc::clone(&self.gauges);
             let feed = self.session.feed();
@@ -467,6 +504,19 @@ impl Drive {
                 Item::Report(ReceiverReport::Ended) => {}
             }
         }
+    }
+
+    /// Pages that arrived otherwise than they were sent, with those that lie near. Fails where only some are compared, and
+    /// differ: nobody knows of the others, and what is known here would be lost with the link.
+    fn damaged(&self, memory: &GuestMemory, prepare: &Prepare) -> Result<Vec<PageRange>, Error> {
+        let (mut copy, mut differing) = (Vec::new(), 0);
+        for &PageSample { region, page, sum } in &prepare.samples {
+            differing += usize::from(sum_of(memory, region, page, &mut copy)? != sum);
+        }
+        if differing > 0 {
+            return Err(Error::SamplesDiffer { pages: differing, of: prepare.samples.len() });
+        }
+        Ok(self.sums.as_ref().map(|sums| sums.differing(&prepare.sums)).unwrap_or_default())
     }
 
     /// The source lets the guest go on.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::control::protocol::{MAX_DATA_RANGES, Prepare, Prepared};
+use crate::control::protocol::{MAX_DATA_RANGES, Prepared};
 use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::{Machine, MachineOperation};
@@ -15,7 +15,7 @@ const MOST_RANGES: usize = MAX_DATA_RANGES / 4;
 /// Loads what has arrived.
 pub(super) fn load<M: Machine>(
     machine: &mut Guarded<M>,
-    prepare: Prepare,
+    attempt: u32,
     state: &[u8],
     layout: &Layout,
 ) -> Result<Prepared, Error> {
@@ -23,7 +23,7 @@ pub(super) fn load<M: Machine>(
     machine.load(state)?;
     let load_ns = nanoseconds(began.elapsed());
     let written = in_order(&machine.written_by_load()?, layout)?;
-    Ok(Prepared { attempt: prepare.attempt, load_ns, written })
+    Ok(Prepared { attempt, load_ns, written, damaged: Vec::new() })
 }
 
 /// The same pages as the protocol has them, and more of them where there would be too many ranges.

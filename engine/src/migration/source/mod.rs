@@ -7,7 +7,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{Common, MAX_CHANNELS, Timeouts, common_settings};
+use crate::config::{Common, MAX_CHANNELS, PageChecks, Timeouts, common_settings};
 use crate::control::convergence::{Bound, Forecast, Policy};
 use crate::control::protocol::MAX_DESCRIPTION_BYTES;
 use crate::error::Error;
@@ -41,6 +41,7 @@ pub struct Source {
     channels: u16,
     batch_bytes: u64,
     verify: bool,
+    page_checks: PageChecks,
     description: Vec<u8>,
     events: EventSink,
     shared: Arc<Shared>,
@@ -153,6 +154,7 @@ impl Source {
             channels: 2,
             batch_bytes: BATCH_BYTES,
             verify: false,
+            page_checks: PageChecks::default(),
             description: Vec::new(),
             events: Box::new(|_| {}),
             _under_way: shared.under_way(),
@@ -228,6 +230,13 @@ impl Source {
     #[must_use]
     pub fn verify(mut self, verify: bool) -> Self {
         self.verify = verify;
+        self
+    }
+
+    /// Whether to make sure that the pages which landed are those that were sent.
+    #[must_use]
+    pub fn page_checks(mut self, checks: PageChecks) -> Self {
+        self.page_checks = checks;
         self
     }
 

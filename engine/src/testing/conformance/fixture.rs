@@ -78,6 +78,10 @@ impl Opened {
         (self.source.capabilities().max_batch_bytes / PAGE_BYTES).clamp(1, REGION_PAGES[2])
     }
 
+    pub(super) fn tells_landings(&self) -> bool {
+        self.destination.capabilities().tells_landings
+    }
+
     pub(super) fn one_sided(&self) -> bool {
         self.source.capabilities().one_sided_write
     }

@@ -239,6 +239,7 @@ cases! {
     watermarks:
         tickets_count_from_one
         landed_means_landed
+        landings_are_told_before_the_source_knows
         released_means_released
         watermarks_only_grow
         a_look_does_not_wait

@@ -8,8 +8,8 @@ use super::watch::Watch;
 use crate::pages::memory::{GuestMemory, PageRange};
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
-    Interrupt, Link, PageReader, PageReceiver, PageSender, ReadGrant, Received, Registration, Run,
-    SourceLink, Ticket, TransportError, Watermarks,
+    Interrupt, LandingWatch, Link, PageReader, PageReceiver, PageSender, ReadGrant, Received,
+    Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
 };
 
 pub(super) fn watched((source, destination): Pair, watch: &Arc<Watch>) -> Pair {
@@ -172,6 +172,10 @@ impl PageSender for WatchedChannel<dyn PageSender> {
 impl PageReceiver for WatchedChannel<dyn PageReceiver> {
     fn receive(&mut self) -> Result<Received, TransportError> {
         self.name.on_channel(self.channel, "receive", || self.inner.receive())
+    }
+
+    fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
+        self.name.on_channel(self.channel, "watch_landings", || self.inner.watch_landings(watch))
     }
 
     fn counters(&self) -> ChannelCounters {

@@ -1,5 +1,7 @@
 //! Tickets and watermarks: true, growing, and as prompt as the caller asked.
 
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
@@ -8,7 +10,7 @@ use super::Trial;
 use super::fixture::{
     VERY_LONG, batches, check_marks, data, drain, is_zero, look, release, send, settle, wait, zero,
 };
-use crate::transport::Watermarks;
+use crate::transport::{LandingWatch, Run, RunKind, TransportError, Watermarks};
 
 /// Tickets are 1, 2, 3 and so on, of zero runs as of data.
 pub(super) fn tickets_count_from_one(trial: &Trial) {
@@ -72,6 +74,54 @@ pub(super) fn landed_means_landed(trial: &Trial) {
             let there = is_zero(&opened.there, 2, most - 1);
             assert!(there, "the last page of a large zero run landed and is not there");
         }
+        sender.finish().expect("the channel ends");
+    });
+}
+
+/// Who watches what lands is told of every page once its bytes are there, and before the source can know.
+pub(super) fn landings_are_told_before_the_source_knows(trial: &Trial) {
+    let (opened, mut sender, mut receiver) = trial.open_one();
+    let told = Arc::new(Mutex::new(HashSet::new()));
+    let (here, there, sink) = (opened.here.clone(), opened.there.clone(), Arc::clone(&told));
+    let watched = receiver.watch_landings(LandingWatch::new(move |runs| {
+        for Run { range, kind } in runs {
+            for page in range.first_page..range.first_page + u64::from(range.pages) {
+                let is_there = match kind {
+                    RunKind::Data => {
+                        here.read(range.region, page) == there.read(range.region, page)
+                    }
+                    RunKind::Zero => is_zero(&there, range.region, page),
+                };
+                assert!(is_there, "page {page} was told of and is not there");
+                sink.lock().expect("no panic").insert((range.region, page));
+            }
+        }
+    }));
+    if !opened.tells_landings() {
+        assert!(matches!(watched, Err(TransportError::Unsupported(_))), "{watched:?}");
+        return;
+    }
+    watched.expect("a watch");
+    let most = opened.batch_pages();
+    trial.watch.together(|crew| {
+        crew.spawn(|| drain(&mut receiver));
+        for version in 1..=100 {
+            opened.here.fill_page(0, version, version);
+            opened.there.fill_page(0, 500, version);
+            let runs = [data(0, version, 1), zero(0, 500, 1)];
+            let ticket = send(&mut sender, &runs);
+            settle(&mut sender, ticket);
+            let mut told = told.lock().expect("no panic");
+            let all = told.remove(&(0, version)) && told.remove(&(0, 500));
+            assert!(
+                all && told.is_empty(),
+                "batch {version} landed, and it was told of others: {told:?}"
+            );
+        }
+        let ticket = send(&mut sender, &batches(most, 2, most).remove(0));
+        settle(&mut sender, ticket);
+        let count = told.lock().expect("no panic").len() as u64;
+        assert_eq!(count, most, "pages of a large batch that were told of");
         sender.finish().expect("the channel ends");
     });
 }

@@ -8,8 +8,8 @@ use super::{ByteStream, CAPABILITIES};
 use crate::pages::memory::{GuestMemory, PageRange};
 use crate::transport::stream::{self, ACK_BYTES, AckSchedule, HEADER_BYTES, Header, LEAD_BYTES};
 use crate::transport::{
-    ChannelCounters, Interrupt, PageReceiver, PageSender, Received, Run, RunKind, Ticket,
-    TransportError, Watermarks,
+    ChannelCounters, Interrupt, LandingWatch, PageReceiver, PageSender, Received, Run, RunKind,
+    Ticket, TransportError, Watermarks,
 };
 
 /// Page bytes are placed in pieces of so many pages, however long a run the other side announces:
@@ -27,6 +27,8 @@ pub(super) struct Pages<S> {
     /// At the source.
     acks: AckSchedule,
     scratch: Vec<u8>,
+    /// At the destination.
+    watch: LandingWatch,
 }
 
 impl<S> Pages<S> {
@@ -38,6 +40,7 @@ impl<S> Pages<S> {
             marks: Watermarks::default(),
             acks: AckSchedule::default(),
             scratch: Vec::new(),
+            watch: LandingWatch::default(),
         }
     }
 
@@ -127,7 +130,7 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
         let table = &self.half.held()[HEADER_BYTES..];
         let counts = stream::decode_table(&header, table, self.memory.layout(), &mut runs)?;
         self.half.clear();
-        for run in runs {
+        for run in &runs {
             if run.kind == RunKind::Zero {
                 let half = &self.half;
                 self.memory.fill_zero_while(run.range, || half.check("", Ok(())))?;
@@ -144,11 +147,17 @@ impl<S: ByteStream> PageReceiver for Pages<S> {
             }
         }
         self.user_copied_bytes += header.payload_bytes;
+        self.watch.landed(&runs);
         self.marks.landed = due;
         if header.ack {
             self.acknowledge()?;
         }
         Ok(Received::Batch(counts))
+    }
+
+    fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
+        self.watch = watch;
+        Ok(())
     }
 
     fn counters(&self) -> ChannelCounters {

@@ -242,3 +242,33 @@ pub(crate) fn relayed(destination: &str, relay: &Arc<Relay>) -> String {
     };
     passing(destination, come, move |from, to| relay.pass(from, to))
 }
+
+/// By way of something that changes a bit of every so many bytes on a connection, so many times in all. Whatever is said
+/// on a control channel is less.
+pub(crate) fn damaging(destination: &str, every_bytes: u64, times: u64) -> String {
+    let left = Arc::new(AtomicU64::new(times));
+    passing(
+        destination,
+        |_, _| {},
+        move |mut from, mut to| {
+            let (mut bytes, mut passed) = (vec![0; 64 << 10], 0);
+            loop {
+                let read = from.read(&mut bytes).unwrap_or(0);
+                let next = (passed / every_bytes + 1) * every_bytes;
+                let here = next - passed;
+                let less = |left: u64| left.checked_sub(1);
+                if here < read as u64
+                    && left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+                {
+                    bytes[usize::try_from(here).expect("less than a buffer")] ^= 0x04;
+                }
+                passed += read as u64;
+                if read == 0 || to.write_all(&bytes[..read]).is_err() {
+                    // Fails if it is gone altogether.
+                    let _ = to.shutdown(Shutdown::Write);
+                    return;
+                }
+            }
+        },
+    )
+}

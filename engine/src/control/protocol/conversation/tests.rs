@@ -74,11 +74,13 @@ fn round(round: u32) -> Message {
 }
 
 fn prepare(attempt: u32, state_bytes: u64) -> Message {
-    Message::Prepare(Prepare { attempt, state_bytes, paused: false })
+    let (sums, samples) = (Vec::new(), Vec::new());
+    Message::Prepare(Prepare { attempt, state_bytes, paused: false, sums, samples })
 }
 
 fn prepared(attempt: u32) -> Message {
-    Message::Prepared(Prepared { attempt, load_ns: 1, written: Vec::new() })
+    let (written, damaged) = (Vec::new(), Vec::new());
+    Message::Prepared(Prepared { attempt, load_ns: 1, written, damaged })
 }
 
 fn failed() -> Message {
@@ -358,7 +360,7 @@ fn data_ranges_ascend_and_are_disjoint() {
     let switchover = [(S, Message::Switchover { attempt: 1 }), (S, prepare(1, 0))];
     let loading = [opening(false, false), switchover.to_vec()].concat();
     let written = |written: Vec<PageRange>| {
-        let prepared = Prepared { attempt: 1, load_ns: 1, written };
+        let prepared = Prepared { attempt: 1, load_ns: 1, written, damaged: Vec::new() };
         after(&loading).take(D, &Message::Prepared(prepared))
     };
     for right in [vec![], vec![range(0, 0, 1), range(0, 1, 99), range(1, 0, 7)]] {
@@ -376,6 +378,73 @@ fn data_ranges_ascend_and_are_disjoint() {
     ] {
         assert_eq!(data(bad.clone()).unwrap_err().why, Why::Ranges, "{bad:?}");
         assert_eq!(written(bad.clone()).unwrap_err().why, Why::Ranges, "{bad:?}");
+    }
+}
+
+/// Checksums come as agreed on; damage ends in *called off*, and is forgotten by the next switchover.
+#[test]
+fn checksums_of_pages_come_as_agreed_and_damage_is_not_committed_to() {
+    let loading = |page_sums: bool, sums: usize, samples: Vec<PageSample>| {
+        let mut conversation = Conversation::default();
+        let hello = Hello { page_sums, ..hello(false) };
+        let answer = welcome(&hello, false);
+        let agreed = answer.agreed(&hello);
+        for (by, message) in [
+            (S, Message::Hello(hello)),
+            (D, Message::Welcome(answer)),
+            (S, agreed),
+            (D, Message::Registered),
+            (S, Message::Registered),
+            (D, Message::Ready),
+            (S, round(1)),
+            (S, Message::Switchover { attempt: 1 }),
+        ] {
+            conversation.take(by, &message).unwrap_or_else(|refusal| panic!("{refusal}"));
+        }
+        let sums = vec![7; sums];
+        let prepare = Prepare { attempt: 1, state_bytes: 0, paused: false, sums, samples };
+        conversation.take(S, &Message::Prepare(prepare)).map(|()| conversation)
+    };
+    let sample = |region, page| PageSample { region, page, sum: 1 };
+    // 107 pages.
+    for (page_sums, sums) in [(true, 0), (true, 1), (true, 3), (false, 2)] {
+        let refusal = loading(page_sums, sums, Vec::new()).unwrap_err();
+        assert_eq!(refusal.why, Why::Sums(sums));
+    }
+    for outside in [sample(0, 100), sample(1, 7), sample(2, 0)] {
+        let refusal = loading(false, 0, vec![outside]).unwrap_err();
+        assert_eq!(refusal.why, Why::Ranges, "{outside:?}");
+    }
+    loading(false, 0, vec![sample(1, 6), sample(0, 99)]).unwrap();
+    assert_eq!(loading(true, 2, vec![sample(0, 0)]).unwrap_err().why, Why::Sums(2));
+
+    let damaged = |attempt, written: Vec<PageRange>| {
+        let damaged = vec![range(0, 0, 64)];
+        Message::Prepared(Prepared { attempt, load_ns: 0, written, damaged })
+    };
+    let mut unchecked = loading(false, 0, vec![sample(0, 0)]).unwrap();
+    assert_eq!(unchecked.take(D, &damaged(1, Vec::new())).unwrap_err().why, Why::Damaged);
+    let mut checked = loading(true, 2, Vec::new()).unwrap();
+    let loaded = damaged(1, vec![range(0, 0, 1)]);
+    assert_eq!(checked.take(D, &loaded).unwrap_err().why, Why::Damaged);
+    checked.take(D, &damaged(1, Vec::new())).unwrap();
+    for unfit in [Message::Releasing, Message::Commit] {
+        assert_eq!(checked.take(S, &unfit).unwrap_err().why, Why::Damaged);
+    }
+    checked.take(S, &Message::CalledOff { attempt: 1 }).unwrap();
+    // And late, in the midst of the next one.
+    let mut late = loading(true, 2, Vec::new()).unwrap();
+    let (sums, samples) = (vec![7; 2], Vec::new());
+    let next = Prepare { attempt: 2, state_bytes: 0, paused: false, sums, samples };
+    for (by, message) in [
+        (S, Message::CalledOff { attempt: 1 }),
+        (S, Message::Switchover { attempt: 2 }),
+        (D, damaged(1, Vec::new())),
+        (S, Message::Prepare(next)),
+        (D, prepared(2)),
+        (S, Message::Commit),
+    ] {
+        late.take(by, &message).unwrap_or_else(|refusal| panic!("{refusal}"));
     }
 }
 

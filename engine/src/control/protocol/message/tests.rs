@@ -28,9 +28,9 @@ fn ranges() -> impl Strategy<Value = Vec<PageRange>> {
 fn a_message() -> impl Strategy<Value = Message> {
     let bytes = |max| prop::collection::vec(any::<u8>(), 0..max);
     prop_oneof![
-        (1_u16.., any::<(u16, u32, [bool; 3])>(), a_layout(), bytes(100), bytes(100)).prop_map(
+        (1_u16.., any::<(u16, u32, [bool; 4])>(), a_layout(), bytes(100), bytes(100)).prop_map(
             |(newest_version, (channels, page_bytes, flags), layout, d, state_schema)| {
-                let [verify, trial, rejoins] = flags;
+                let [verify, trial, rejoins, page_sums] = flags;
                 Message::Hello(Hello {
                     oldest_version: 1,
                     newest_version,
@@ -39,6 +39,7 @@ fn a_message() -> impl Strategy<Value = Message> {
                     verify,
                     trial,
                     rejoins,
+                    page_sums,
                     key: MigrationKey::random().unwrap(),
                     layout,
                     description: d,
@@ -93,12 +94,21 @@ fn a_message() -> impl Strategy<Value = Message> {
             Message::Compared { attempt, digest: Digest(digest) }
         }),
         any::<u32>().prop_map(|attempt| Message::Switchover { attempt }),
-        any::<(u32, u64, bool)>().prop_map(|(attempt, state_bytes, paused)| {
-            Message::Prepare(Prepare { attempt, state_bytes, paused })
-        }),
-        (any::<(u32, u64)>(), ranges()).prop_map(|((attempt, load_ns), written)| {
-            Message::Prepared(Prepared { attempt, load_ns, written })
-        }),
+        (
+            any::<(u32, u64, bool)>(),
+            prop::collection::vec(any::<u64>(), 0..20),
+            prop::collection::vec(any::<(u16, u64, u32)>(), 0..20),
+        )
+            .prop_map(|((attempt, state_bytes, paused), sums, samples)| {
+                let sample = |(region, page, sum)| PageSample { region, page, sum };
+                let samples = samples.into_iter().map(sample).collect();
+                Message::Prepare(Prepare { attempt, state_bytes, paused, sums, samples })
+            }),
+        (any::<(u32, u64)>(), ranges(), ranges()).prop_map(
+            |((attempt, load_ns), written, damaged)| {
+                Message::Prepared(Prepared { attempt, load_ns, written, damaged })
+            }
+        ),
         Just(Message::Releasing),
         Just(Message::Commit),
         any::<u64>().prop_map(|resume_ns| Message::Resumed { resume_ns }),

@@ -14,6 +14,7 @@ use crate::pages::dirty::DirtyBitmap;
 use crate::pages::ledger::{Ledger, Loan, Share};
 use crate::pages::memory::{Layout, PageRange};
 use crate::pages::partition::Partition;
+use crate::pages::sums::draw;
 use crate::stats::ChannelGauge;
 use crate::transport::{Interrupt, Run};
 
@@ -169,6 +170,25 @@ impl Channels {
             ledger.written_there(range);
         }
         Ok(())
+    }
+
+    /// These pages are sent again, as far as they were sent. Between rounds.
+    pub(super) fn send_again(&mut self, ranges: Vec<PageRange>) -> Result<(), Error> {
+        let ledger = self.books.ledger()?;
+        for range in ranges {
+            for page in range.first_page..range.first_page + u64::from(range.pages) {
+                if ledger.is_marked(range.region, page) {
+                    ledger.dirty.set(range.region, page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages that may hold data at the destination, drawn at random. Between rounds.
+    pub(super) fn draw(&mut self, most: usize, seed: u64) -> Result<Vec<(u16, u64)>, Error> {
+        let ledger = self.books.ledger()?;
+        Ok(draw(&self.layout, most, seed, |region, page| ledger.is_marked(region, page)))
     }
 
     /// Lends the ledger to all threads: a round, or what is left of one.

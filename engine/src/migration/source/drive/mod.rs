@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::unbounded;
 
 use super::{Departed, GuestAtSource, Source, SourceFailure};
+use crate::config::PageChecks;
 use crate::control::convergence::Convergence;
 use crate::control::handover::{SourceHandover, SourceInput, SourceState};
 use crate::control::protocol::{
@@ -31,10 +32,11 @@ use crate::migration::sender::{self, SenderReport, SenderSetup};
 use crate::migration::session::{LIFE_SIGNS, Patience, Session, SessionSettings, unexpected};
 use crate::pages::dirty::DirtySources;
 use crate::pages::memory::{GuestMemory, PageRange};
+use crate::pages::sums::PageSums;
 use crate::progress::Event;
 use crate::stats::{Ending, Statistics};
 use crate::threads::ThreadRole;
-use crate::transport::{Connector, LinkPurpose, SourceLink, TransportError};
+use crate::transport::{Capabilities, Connector, LinkPurpose, SourceLink, TransportError};
 use channels::Channels;
 use closing::Closing;
 use returning::{Back, Epoch};
@@ -81,6 +83,8 @@ pub(super) fn migrate<M: Machine>(
         epoch: Epoch::first(key),
         memory: Arc::clone(memory),
         dirty: Arc::new(dirty),
+        sums: None,
+        damages: 0,
         tracking: false,
         handover: SourceHandover::default(),
         may_be_released: false,
@@ -89,6 +93,7 @@ pub(super) fn migrate<M: Machine>(
         stands_since: Instant::now(),
         channels: Channels::new(memory.layout().clone(), source.channels),
         written_there: Vec::new(),
+        damaged_there: Vec::new(),
         closing: Closing::new(source.channels),
         late: VecDeque::new(),
         convergence: Convergence::new(source.shared.settings()),
@@ -156,6 +161,10 @@ struct Drive<'a> {
     epoch: Epoch,
     memory: Arc<GuestMemory>,
     dirty: Arc<DirtySources>,
+    /// Checksums of what was sent, where both sides keep them.
+    sums: Option<Arc<PageSums>>,
+    /// How often the destination had other ones.
+    damages: u32,
     /// Whether `dirty` was started.
     tracking: bool,
     handover: SourceHandover,
@@ -170,6 +179,8 @@ struct Drive<'a> {
     closing: Closing,
     /// Pages that the destination wrote as it loaded device state, since the last harvest.
     written_there: Vec<PageRange>,
+    /// Pages that arrived otherwise than they were sent, or lie near such, since the last harvest.
+    damaged_there: Vec<PageRange>,
     /// Reports that came while nobody waited for any.
     late: VecDeque<SenderReport>,
     convergence: Convergence,
@@ -273,6 +284,7 @@ impl Drive<'_> {
         hello.rejoins = !hello.trial
             && !self.source.common.timeouts.rejoin.is_zero()
             && caught("the connector", || self.connector.redials())?;
+        hello.page_sums = self.keeps_sums()? && !hello.trial;
         hello.state_schema = machine.state_schema()?;
         if hello.state_schema.len() > MAX_STATE_SCHEMA_BYTES {
             return Err(Error::Configuration(format!(
@@ -296,8 +308,38 @@ impl Drive<'_> {
         if agreement.rejoins {
             self.session.outlives_its_link();
         }
+        if agreement.page_sums {
+            self.sums = Some(Arc::new(PageSums::new(self.memory.layout())));
+        }
         self.emit(&Event::Agreed(agreement))?;
         Ok((agreement, wants_data_ranges))
+    }
+
+    /// Whether both sides are to keep checksums of pages.
+    fn keeps_sums(&mut self) -> Result<bool, Error> {
+        let Capabilities { protects_pages, tells_landings, one_sided_write, .. } =
+            self.link()?.capabilities();
+        match self.source.page_checks {
+            PageChecks::Off => Ok(false),
+            PageChecks::Auto => Ok(!protects_pages && tells_landings),
+            PageChecks::On if tells_landings || one_sided_write => Ok(tells_landings),
+            PageChecks::On => Err(Error::Configuration(
+                "pages cannot be checked over this transport: it does not tell what has landed"
+                    .to_owned(),
+            )),
+        }
+    }
+
+    /// Whether some pages are compared with those at the destination, whose CPU sees none land.
+    fn takes_samples(&mut self) -> Result<bool, Error> {
+        let Capabilities { protects_pages, one_sided_write, .. } = self.link()?.capabilities();
+        Ok(one_sided_write
+            && self.sums.is_none()
+            && match self.source.page_checks {
+                PageChecks::Off => false,
+                PageChecks::Auto => !protects_pages,
+                PageChecks::On => true,
+            })
     }
 
     fn open_channels(&mut self, agreement: Agreement) -> Result<(), Error> {
@@ -336,6 +378,7 @@ impl Drive<'_> {
                 pages,
                 capabilities,
                 batch_bytes: self.source.batch_bytes,
+                sums: self.sums.clone(),
                 stall: self.source.common.timeouts.stall,
                 gauges: Arc::clone(&self.channels.gauges),
                 stop: Arc::clone(&self.stop),

@@ -111,6 +111,7 @@ impl Drive<'_> {
     pub(super) fn harvest(&mut self) -> Result<u64, Error> {
         let began = Instant::now();
         self.channels.written_there(std::mem::take(&mut self.written_there))?;
+        self.channels.send_again(std::mem::take(&mut self.damaged_there))?;
         let dirty = self.channels.dirty()?;
         caught(DIRTY_SOURCES, || self.dirty.harvest(dirty))??;
         let pages = dirty.count();

@@ -5,6 +5,7 @@
 //! and what was being sent goes on as a round like any other. Pages were re-armed before they were
 //! read, so the guest may write again at any time, and what was not sent is still to be sent.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use super::Drive;
@@ -13,12 +14,16 @@ use super::steering::check_state_bytes;
 use super::waiting::Waiting;
 use crate::control::convergence::{Attempt, Bound};
 use crate::control::handover::{SourceAction, SourceInput, SourceState};
-use crate::control::protocol::{Agreement, MAX_STATE_CHUNK_BYTES, Message, Prepare, Prepared};
+use crate::control::protocol::{
+    Agreement, MAX_SAMPLES, MAX_STATE_CHUNK_BYTES, Message, PageSample, Prepare, Prepared,
+};
 use crate::error::Error;
 use crate::host::Guarded;
 use crate::machine::Machine;
 use crate::migration::session::{COMPARED, FATE, Item, Patience};
 use crate::pages::digest::Digest;
+use crate::pages::memory::{OutOfRange, PageRange};
+use crate::pages::sums::sum_of;
 use crate::progress::{Event, SwitchoverStage};
 use crate::snapshot::Phase;
 use crate::stats::Downtime;
@@ -26,6 +31,9 @@ use crate::stats::Downtime;
 /// Device state up to here fits into any buffer on its way; more goes out by a thread of its own, whose
 /// start costs some ten microseconds.
 const STATE_AT_ONCE_BYTES: usize = 16 << 10;
+
+/// How often pages may arrive damaged, and be sent again. A link that goes on like this is of no use.
+const MOST_DAMAGES: u32 = 8;
 
 /// What became of a switchover.
 pub(super) enum Switchover {
@@ -165,8 +173,12 @@ impl Drive<'_> {
             }
             return Ok(Some(Overdue::at(SwitchoverStage::DeviceState)));
         };
+        if !prepared.damaged.is_empty() {
+            self.note_damage(&prepared.damaged)?;
+            return Ok(Some(Overdue::at(SwitchoverStage::DamagedPages)));
+        }
         // Of no matter unless this is called off after all.
-        self.written_there = std::mem::take(&mut prepared.written);
+        self.written_there.extend(std::mem::take(&mut prepared.written));
         let lap = watch.lap();
         let loaded = Duration::from_nanos(prepared.load_ns);
         self.statistics.device_state.load = loaded;
@@ -174,6 +186,38 @@ impl Drive<'_> {
         self.convergence.learn_load(loaded);
         self.convergence.learn_state_exchange(lap.saturating_sub(loaded));
         self.hand_over(machine, attempt, &mut watch)
+    }
+
+    /// Pages arrived damaged: they are sent again, while the guest goes on. Fails where that is no passing trouble.
+    pub(super) fn note_damage(&mut self, damaged: &[PageRange]) -> Result<(), Error> {
+        let pages = damaged.iter().map(|range| u64::from(range.pages)).sum();
+        self.damages += 1;
+        if self.damages > MOST_DAMAGES {
+            return Err(Error::PagesDamaged { pages, times: self.damages });
+        }
+        tracing::warn!(pages, "pages arrived otherwise than they were sent, and are sent again");
+        self.statistics.damaged_pages += pages;
+        self.damaged_there.extend(damaged);
+        Ok(())
+    }
+
+    /// Checksums for the destination to compare with its own; the guest stands still, and all has landed.
+    fn checks(&mut self) -> Result<(Vec<u64>, Vec<PageSample>), Error> {
+        let sums = self.sums.as_ref().map(|sums| sums.chunks()).unwrap_or_default();
+        if !self.takes_samples()? {
+            return Ok((sums, Vec::new()));
+        }
+        let mut seed = [0; 8];
+        let failed = |cause| Error::Host { operation: "draw pages at random", cause };
+        getrandom::fill(&mut seed).map_err(|error| failed(io::Error::other(error)))?;
+        let mut copy = Vec::new();
+        let drawn = self.channels.draw(MAX_SAMPLES, u64::from_le_bytes(seed))?;
+        let sample = |(region, page)| {
+            let sum = sum_of(&self.memory, region, page, &mut copy)?;
+            Ok(PageSample { region, page, sum })
+        };
+        let samples: Result<_, OutOfRange> = drawn.into_iter().map(sample).collect();
+        Ok((sums, samples?))
     }
 
     /// The point of no return, if there is still time for it.
@@ -232,8 +276,12 @@ impl Drive<'_> {
         self.source.shared.set_phase(Phase::PreCopy);
         self.statistics.called_off += stood;
         self.statistics.downtime = Downtime::default();
-        let now = self.now();
-        self.convergence.called_off(now);
+        let Overdue { stage, round } = overdue;
+        // It is the link's doing, not the guest's, and need not wait until that writes less.
+        if stage != SwitchoverStage::DamagedPages {
+            let now = self.now();
+            self.convergence.called_off(now);
+        }
         let number = self.handover.attempt();
         let action = self.handover.handle(SourceInput::CalledOff);
         debug_assert_eq!(action, SourceAction::SendCalledOff(number));
@@ -243,7 +291,6 @@ impl Drive<'_> {
             self.loads_no_more(number);
         }
         self.session.send(&Message::CalledOff { attempt: number })?;
-        let Overdue { stage, round } = overdue;
         self.source.shared.board.write(|written| written.called_off += 1);
         self.emit(&Event::CalledOff { attempt: number, stage: Some(stage), stood })?;
         if let Some((began, mut waiting)) = round {
@@ -299,7 +346,10 @@ impl Drive<'_> {
         let number = self.handover.attempt();
         let load = self.source.common.timeouts.load;
         self.asked_to_load(number, Patience::now("the destination to load the guest", load));
-        self.send_state(state, Prepare { attempt: number, state_bytes, paused: self.paused })?;
+        let (sums, samples) = self.checks()?;
+        let paused = self.paused;
+        let prepare = Prepare { attempt: number, state_bytes, paused, sums, samples };
+        self.send_state(state, prepare)?;
         let due = attempt.due(self.convergence.after_commit()).and_then(|due| self.instant(due));
         let is_over = |due: Option<Instant>| due.is_some_and(|due| Instant::now() >= due);
         let in_time = due.map(|due| due.saturating_duration_since(Instant::now()));
@@ -318,7 +368,13 @@ impl Drive<'_> {
                     self.loads_no_more(number);
                     // Who answers what has not gone out yet must not have the commit wait for it.
                     return match self.session.sent_aside(patience) {
-                        Err(Error::TimedOut { .. }) if is_over(due) => Ok(None),
+                        Err(Error::TimedOut { .. }) if is_over(due) => {
+                            self.written_there.extend(&prepared.written);
+                            if !prepared.damaged.is_empty() {
+                                self.note_damage(&prepared.damaged)?;
+                            }
+                            Ok(None)
+                        }
                         sent => sent.map(|_| Some(prepared)),
                     };
                 }

@@ -225,7 +225,11 @@ impl Drive<'_> {
             Message::Prepared(prepared) if self.was_called_off(prepared.attempt) => {
                 self.loads_no_more(prepared.attempt);
                 self.written_there.extend(&prepared.written);
-                self.convergence.learn_load(Duration::from_nanos(prepared.load_ns));
+                if prepared.damaged.is_empty() {
+                    self.convergence.learn_load(Duration::from_nanos(prepared.load_ns));
+                } else {
+                    self.note_damage(&prepared.damaged)?;
+                }
             }
             _ => return Err(unexpected(message, state)),
         }
