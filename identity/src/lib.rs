@@ -2,7 +2,7 @@
 //! key, or certificates. Transports make sessions of TLS 1.3 of it, each in its own way.
 //!
 //! A host says it by [`Security`], among the options of its transport. [`ClientTls`] and [`ServerTls`] are for authors
-//! of transports: what a source and a destination have made of it, and [`words`] for what may be wrong.
+//! of transports: what a source and a destination have made of it, and [`words()`] for what may be wrong.
 //!
 //! # Thread safety
 //!
