@@ -115,8 +115,9 @@ pub struct MigrationArgs {
     /// before the guest is slowed down for it].
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub switchover_bandwidth: Option<NonZeroU64>,
-    /// Keep checksums of pages on both sides, and send again what arrived otherwise than it was sent, by a fault of what
-    /// is on the way; over RDMA some pages are compared, at random.
+    /// Have both sides keep checksums of pages, and send again what arrived otherwise than it was sent, by a fault of what
+    /// is on the way; over RDMA some pages are compared, at random. With --verify, which comes first, a difference ends
+    /// the migration.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub page_checks: PageChecksChoice,
     /// CPUs to bind the threads of data channels to, in turn: 0,1 [default: not bound].

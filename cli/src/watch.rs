@@ -222,7 +222,7 @@ fn line(event: &Event) -> Option<String> {
             stood.as_secs_f64() * 1e3,
         ),
         Event::CalledOff { attempt, .. } => {
-            format!("switchover {attempt} called off by the source; more pages come")
+            format!("switchover {attempt} called off; more pages come")
         }
         Event::LinkLost { why, at_most } => {
             format!("the link is lost ({why}); for up to {} it may come back", time_text(at_most))

@@ -166,8 +166,9 @@ pub enum Error {
     },
     /// Pages arrived otherwise than they were sent, and that was no passing trouble.
     #[error(
-        "pages arrived otherwise than they were sent, {times} times, and sent again each time: in parts of memory of {pages} \
-         pages the last time; what is between the two hosts changes them"
+        "pages arrived otherwise than they were sent at {times} switchovers, the last time in parts of memory of {pages} \
+         pages: something between the two hosts changes them (a NIC or its offloads, a cable, a switch); with TLS it \
+         is found at once"
     )]
     PagesDamaged {
         /// How many in those parts the last time.

@@ -106,8 +106,8 @@ pub enum Why {
     /// Checksums of pages that were not agreed on, or of another number of chunks.
     #[error("{0} checksums of pages")]
     Sums(usize),
-    /// Damaged pages where none were looked for, or something was loaded all the same; or a commit after that.
-    #[error("pages are damaged, or cannot be known to be")]
+    /// Damaged pages where none were looked for, or something was loaded all the same.
+    #[error("pages that cannot be known to be damaged, or were loaded over")]
     Damaged,
     /// An answer to the return of another epoch.
     #[error("epoch {epoch} where {asked} was asked for")]
@@ -129,7 +129,6 @@ enum Question {
 
 /// One side's account of a conversation. Pure: knows no channel and no clock.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 pub struct Conversation {
     stage: Stage,
     /// What the greeting settled, once there is one.
@@ -141,8 +140,6 @@ pub struct Conversation {
     pings: u32,
     switchovers: u32,
     state_bytes: u64,
-    /// Whether the destination has found pages damaged in this switchover.
-    damaged: bool,
     /// Channels that the source wants closed, and those that the destination has closed.
     unwanted: Vec<u16>,
     closed: Vec<u16>,
@@ -175,7 +172,6 @@ impl Default for Conversation {
             pings: 0,
             switchovers: 0,
             state_bytes: 0,
-            damaged: false,
             unwanted: Vec::new(),
             closed: Vec::new(),
             questions: VecDeque::new(),
@@ -297,11 +293,12 @@ impl Conversation {
                 let found = !prepared.damaged.is_empty();
                 require(!found || (self.chunks() > 0 && prepared.written.is_empty()), Why::Damaged)
             }
-            Message::Releasing | Message::Commit => require(!self.damaged, Why::Damaged),
             Message::Hello(_) => require(self.greeting.is_none(), Why::NotFirst),
             Message::Rejoin(_) => require(self.greeting.is_some(), Why::Unknown),
             Message::Registered
             | Message::Ready
+            | Message::Releasing
+            | Message::Commit
             | Message::Resumed { .. }
             | Message::GaveBack { .. }
             | Message::Heard
@@ -351,7 +348,6 @@ impl Conversation {
             Message::Switchover { attempt } => {
                 self.switchovers = *attempt;
                 self.state_bytes = 0;
-                self.damaged = false;
             }
             Message::Verify { attempt } => self.questions.push_back(Question::Verify(*attempt)),
             Message::Prepare(prepare) => {
@@ -359,13 +355,9 @@ impl Conversation {
             }
             Message::Verified { attempt, .. } | Message::Prepared(Prepared { attempt, .. }) => {
                 self.questions.pop_front();
-                if let Message::Prepared(prepared) = message
-                    && *attempt == self.switchovers
-                {
-                    self.damaged = !prepared.damaged.is_empty();
-                }
-                if *attempt != self.switchovers {
-                    // Of one that was called off, in the midst of the next.
+                let is_loaded = !matches!(message, Message::Prepared(it) if !it.damaged.is_empty());
+                // Of one that was called off, in the midst of the next; or nothing was loaded, and it has to be.
+                if *attempt != self.switchovers || !is_loaded {
                     self.stage = before;
                 }
             }

@@ -176,14 +176,14 @@ pub(super) const TABLE: &[Row] = &[
     row!(Prepared, Destination,
         [Loading => Prepared, Copying => Copying, Switching => Switching, Comparing => Comparing,
          Saving => Saving],
-        "what was asked first and is unanswered is this; the stage stays if it was called off; both lists of \
+        "what was asked first and is unanswered is this; the stage stays if it was called off or pages are damaged; both lists of \
          ranges as in *data ranges*, damaged ones only if checksums were agreed on and nothing was loaded"),
     row!(CalledOff, Source,
         [Switching => Copying, Comparing => Copying, Answered => Copying, Compared => Copying,
          Saving => Copying, Loading => Copying, Prepared => Copying],
         "of this switchover"),
-    row!(Releasing, Source, [Prepared => Prepared], "unless pages are damaged"),
-    row!(Commit, Source, [Prepared => Committed], "unless pages are damaged"),
+    row!(Releasing, Source, [Prepared => Prepared], ""),
+    row!(Commit, Source, [Prepared => Committed], ""),
     row!(Resumed, Destination, [Committed => Told], ""),
     row!(GaveBack, Destination, [Committed => Told], ""),
     row!(Heard, Source, [Told => Over], ""),

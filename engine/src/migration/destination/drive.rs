@@ -325,7 +325,10 @@ impl Drive {
             if !damaged.is_empty() {
                 // The source calls it off, and sends them again.
                 let pages = damaged.iter().map(|range| u64::from(range.pages)).sum::<u64>();
-                tracing::warn!(pages, "pages arrived otherwise than they were sent");
+                tracing::warn!(
+                    pages,
+                    "pages arrived otherwise than they were sent, in parts of memory of so many"
+                );
                 let (load_ns, written) = (0, Vec::new());
                 let answer = Prepared { attempt, load_ns, written, damaged };
                 self.session.send(&Message::Prepared(answer))?;

@@ -429,8 +429,11 @@ fn checksums_of_pages_come_as_agreed_and_damage_is_not_committed_to() {
     assert_eq!(checked.take(D, &loaded).unwrap_err().why, Why::Damaged);
     checked.take(D, &damaged(1, Vec::new())).unwrap();
     for unfit in [Message::Releasing, Message::Commit] {
-        assert_eq!(checked.take(S, &unfit).unwrap_err().why, Why::Damaged);
+        assert_eq!(checked.take(S, &unfit).unwrap_err().why, Why::Stage);
     }
+    assert_eq!(checked.take(D, &prepared(1)).unwrap_err().why, Why::Unasked);
+    // Pages may be lost meanwhile.
+    checked.take(D, &Message::ChannelClosed { channel: 0 }).unwrap();
     checked.take(S, &Message::CalledOff { attempt: 1 }).unwrap();
     // And late, in the midst of the next one.
     let mut late = loading(true, 2, Vec::new()).unwrap();

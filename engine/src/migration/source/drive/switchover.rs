@@ -195,7 +195,10 @@ impl Drive<'_> {
         if self.damages > MOST_DAMAGES {
             return Err(Error::PagesDamaged { pages, times: self.damages });
         }
-        tracing::warn!(pages, "pages arrived otherwise than they were sent, and are sent again");
+        tracing::warn!(
+            pages,
+            "pages arrived otherwise than they were sent; parts of memory of so many are sent again"
+        );
         self.statistics.damaged_pages += pages;
         self.damaged_there.extend(damaged);
         Ok(())
