@@ -245,6 +245,11 @@ pub enum Happening {
     ChannelLost {
         channel: u16,
     },
+    ChannelsReopened {
+        channels: u32,
+        epoch: u32,
+        after_ms: f64,
+    },
     Rebalanced {
         weights: Vec<u32>,
     },
@@ -333,6 +338,9 @@ impl Happening {
                 expected_ms: verdict.expected().and_then(estimate_ms),
             },
             &Event::ChannelLost { channel } => Self::ChannelLost { channel },
+            &Event::ChannelsReopened { channels, epoch, after } => {
+                Self::ChannelsReopened { channels, epoch, after_ms: ms(after) }
+            }
             Event::Rebalanced { weights } => Self::Rebalanced { weights: weights.clone() },
             Event::Forecast(forecast) => Self::Forecast {
                 meets_limit: forecast.meets_limit,
@@ -431,7 +439,8 @@ mod tests {
                     dirty_pages_per_second: 1.0,
                 },
                 Forecast { .. } => ChannelLost { channel: 1 },
-                ChannelLost { .. } => Rebalanced { weights: vec![1, 2] },
+                ChannelLost { .. } => ChannelsReopened { channels: 1, epoch: 1, after_ms: 1.0 },
+                ChannelsReopened { .. } => Rebalanced { weights: vec![1, 2] },
                 Rebalanced { .. } => Throttled { percent: 10 },
                 Throttled { .. } => CannotThrottle,
                 CannotThrottle => GuestPaused,

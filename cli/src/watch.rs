@@ -230,6 +230,10 @@ fn line(event: &Event) -> Option<String> {
         Event::Rejoined { after, .. } => {
             format!("the link is back after {:.1} ms", after.as_secs_f64() * 1e3)
         }
+        Event::ChannelsReopened { channels, after, .. } => format!(
+            "data channels that were lost are there again, {channels} of them, on another link; that took {:.1} ms",
+            after.as_secs_f64() * 1e3,
+        ),
         Event::GuestPaused => "guest paused at the source".to_owned(),
         Event::Loaded => "guest loaded at the destination".to_owned(),
         Event::GuestRunsThere => "guest runs at the destination".to_owned(),

@@ -55,6 +55,16 @@ pub enum Event {
         /// Which one.
         channel: u16,
     },
+    /// At the source: data channels that were lost are there again, on another link. The destination only sees that the
+    /// link was [lost](Self::LinkLost) and [came back](Self::Rejoined).
+    ChannelsReopened {
+        /// How many.
+        channels: u32,
+        /// Number of the link; the first one of the migration was 0.
+        epoch: u32,
+        /// How long it took. The guest ran meanwhile.
+        after: Duration,
+    },
     /// At the source: a channel lagged, and pages were dealt out anew.
     Rebalanced {
         /// The channels' shares from now on.

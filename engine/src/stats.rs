@@ -119,10 +119,12 @@ pub struct Statistics {
     pub dirty_pages_per_second: f64,
     /// Page bytes that landed a second, as the switchover was decided on it.
     pub bytes_per_second: f64,
-    /// How often the link was lost and came back.
+    /// How often the link was made anew: because it was lost, or lacked data channels.
     pub rejoins: u32,
     /// Data channels that were lost on the way; others took over.
-    pub lost_channels: u16,
+    pub lost_channels: u32,
+    /// How many of them were there again later, on another link.
+    pub reopened_channels: u32,
     /// At the source: pages that had arrived otherwise than they were sent, with those that lie near, and were sent again.
     pub damaged_pages: u64,
     /// How often pages were dealt out anew since a channel lagged.

@@ -104,10 +104,12 @@ pub struct Report {
     pub zero_copy: ZeroCopy,
     /// System calls that moved data.
     pub system_calls: u64,
-    /// How often the link was lost and came back.
+    /// How often the link was made anew: because it was lost, or lacked data channels.
     pub rejoins: u32,
     /// Data channels lost on the way; others took over.
-    pub lost_channels: u16,
+    pub lost_channels: u32,
+    /// How many of them were there again later, on another link.
+    pub reopened_channels: u32,
     /// Pages that arrived otherwise than they were sent, with those that lie near; they were sent again. The source knows.
     pub damaged_pages: u64,
     /// How often pages were dealt out anew since a channel lagged.
@@ -228,6 +230,7 @@ impl Report {
             system_calls: statistics.system_calls,
             rejoins: statistics.rejoins,
             lost_channels: statistics.lost_channels,
+            reopened_channels: statistics.reopened_channels,
             damaged_pages: statistics.damaged_pages,
             rebalances: statistics.rebalances,
             populated: PopulatedReport {

@@ -101,21 +101,6 @@ fn a_link_may_break_before_any_message_of_the_destination() {
 }
 
 #[test]
-fn a_channel_that_was_lost_is_there_again_on_the_next_link() {
-    let mut scene = scene();
-    scene.source = scene.source.channels(2);
-    // Both channels of the first link are lost, one after the other.
-    let (dialler, rendezvous) = meeting(|link| Faults {
-        lose_channel: (link == 0).then_some((1, 300 * 4096)),
-        cut_after_page_bytes: (link == 0).then_some(1200 * 4096),
-        ..Faults::default()
-    });
-    let (departed, arrived) = scene.play_by(Box::new(dialler), Box::new(rendezvous)).expect_moved();
-    assert_eq!((departed.statistics.rejoins, arrived.statistics.rejoins), (1, 1));
-    assert!(departed.statistics.lost_channels <= 1);
-}
-
-#[test]
 fn the_last_channel_is_made_anew_with_its_link() {
     let mut scene = scene();
     scene.source = scene.source.channels(1);

@@ -2,6 +2,7 @@
 
 mod given_up;
 mod lost;
+mod reopened;
 #[path = "../migration/scene.rs"]
 #[expect(dead_code, reason = "shared with the tests of migrations over one link")]
 mod scene;

@@ -58,6 +58,10 @@ impl Told {
             let what = match event {
                 Event::LinkLost { .. } => "lost".to_owned(),
                 Event::Rejoined { epoch, .. } => format!("rejoined {epoch}"),
+                Event::ChannelLost { channel } => format!("channel {channel} lost"),
+                Event::ChannelsReopened { channels, epoch, .. } => {
+                    format!("{channels} reopened by {epoch}")
+                }
                 Event::CalledOff { stage: None, .. } => "called off".to_owned(),
                 Event::GuestRunsThere => "there".to_owned(),
                 _ => return,

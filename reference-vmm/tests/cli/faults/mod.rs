@@ -15,6 +15,8 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use pageferry_tcp::preamble::Kind;
+
 use crate::support::peer::Noise;
 use crate::support::sides::{BUSY, TIGHT, destination, source_of};
 
@@ -108,6 +110,39 @@ fn a_guest_moves_on_by_another_way_when_one_is_gone() {
     departed.assert_departed();
     arrived.assert_arrived();
     assert_eq!(departed.count("rejoins"), 1, "{departed:?}");
+}
+
+/// A data channel alone is reset, three times: each time another link has all of them, and nobody waits for anything.
+fn assert_channels_come_back(both: &[&str]) {
+    let (mut destination, address) = destination(both);
+    let path = Path::to(&address, &[]);
+    let more = ["--channels=2", "--dirty-rate=20000", "--verify", "--run-for=100ms"];
+    let mut source = source_of(&[BUSY, TIGHT, &more, both].concat());
+    source.say(format!("migrate {}", path.address));
+    source.await_message("round 1: ");
+    for _ in 0..3 {
+        assert!(path.reset(|kind| kind == Kind::Data { channel: 1 }) > 0);
+        source.await_message("data channels that were lost are there again");
+    }
+    source.say("downtime-limit 30s");
+    let departed = source.finish().report(0);
+    let arrived = destination.finish().report(0);
+    departed.assert_departed();
+    arrived.assert_arrived();
+    for report in [&departed, &arrived] {
+        let counts = ["lost_channels", "reopened_channels", "rejoins"];
+        assert_eq!(counts.map(|count| report.count(count)), [3, 3, 3], "{report:?}");
+    }
+}
+
+#[test]
+fn a_data_channel_that_is_reset_is_there_again_by_tcp() {
+    assert_channels_come_back(&["--transport=tcp"]);
+}
+
+#[test]
+fn a_data_channel_that_is_reset_is_there_again_by_io_uring() {
+    assert_channels_come_back(&["--transport=auto"]);
 }
 
 /// What became of the guest by what happened, as in docs/reliability.md.

@@ -33,6 +33,7 @@ const COUNTS: &[&str] = &[
     "system_calls",
     "rejoins",
     "lost_channels",
+    "reopened_channels",
     "damaged_pages",
     "rebalances",
     "device_state_bytes",

@@ -34,6 +34,8 @@ pub(super) struct Epoch {
     number: u32,
     /// Data channels of this link that are lost.
     pub(super) lost_channels: u16,
+    /// Those of links before that are not there again.
+    missing: u16,
     /// Bytes of control messages on links before this one.
     pub(super) control_bytes: u64,
 }
@@ -110,7 +112,7 @@ impl Drive {
         self.closing = Closing::default();
         self.late.clear();
         self.gauges.iter().for_each(|gauge| gauge.begin_epoch());
-        self.epoch.lost_channels = 0;
+        self.epoch.missing = self.epoch.missing.max(std::mem::take(&mut self.epoch.lost_channels));
     }
 
     /// Waits until the source is back, and hears what for.
@@ -198,6 +200,7 @@ impl Drive {
             return Ok(Back::Committed);
         }
         self.open_channels(memory)?;
+        self.statistics.reopened_channels += u32::from(std::mem::take(&mut self.epoch.missing));
         Ok(Back::Copying)
     }
 }

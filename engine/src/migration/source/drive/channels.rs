@@ -153,6 +153,12 @@ impl Channels {
         self.commands.iter().flatten().count()
     }
 
+    /// How many are lost.
+    pub(super) fn missing(&self) -> u32 {
+        let lost = self.commands.iter().filter(|commands| commands.is_none());
+        u32::try_from(lost.count()).unwrap_or(u32::MAX)
+    }
+
     /// Which channels are not lost.
     pub(super) fn are_live(&self) -> impl Iterator<Item = bool> {
         self.commands.iter().map(Option::is_some)

@@ -3,6 +3,7 @@
 
 mod channels;
 mod closing;
+mod reopening;
 mod returning;
 mod rounds;
 mod steering;
@@ -39,6 +40,7 @@ use crate::threads::ThreadRole;
 use crate::transport::{Capabilities, Connector, LinkPurpose, SourceLink, TransportError};
 use channels::Channels;
 use closing::Closing;
+use reopening::Reopening;
 use returning::{Back, Epoch};
 use steering::Steering;
 use switchover::Switchover;
@@ -81,6 +83,7 @@ pub(super) fn migrate<M: Machine>(
         connector,
         settings,
         epoch: Epoch::first(key),
+        reopening: None,
         memory: Arc::clone(memory),
         dirty: Arc::new(dirty),
         sums: None,
@@ -159,6 +162,8 @@ struct Drive<'a> {
     connector: Box<dyn Connector>,
     settings: SessionSettings,
     epoch: Epoch,
+    /// `None` where it is the only link.
+    reopening: Option<Reopening>,
     memory: Arc<GuestMemory>,
     dirty: Arc<DirtySources>,
     /// Checksums of what was sent, where both sides keep them.
@@ -307,6 +312,7 @@ impl Drive<'_> {
         };
         if agreement.rejoins {
             self.session.outlives_its_link();
+            self.reopening = Some(Reopening::new(agreement));
         }
         if agreement.page_sums {
             self.sums = Some(Arc::new(PageSums::new(self.memory.layout())));

@@ -20,7 +20,7 @@ use crate::migration::session::{Item, Patience, Session, is_of_the_link, unexpec
 use crate::progress::Event;
 use crate::snapshot::Phase;
 use crate::stats::Downtime;
-use crate::transport::{LinkPurpose, TransportError};
+use crate::transport::{LinkPurpose, SourceLink, TransportError};
 
 /// Time between two attempts to reach the destination. It doubles, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -40,11 +40,18 @@ pub(super) struct Epoch {
     lost: Option<(u64, Instant)>,
     /// Before the next attempt: none where something has landed over the link before.
     pause: Duration,
+    /// Data channels that the link lacked in the end.
+    missing: u32,
 }
 
 impl Epoch {
     pub(super) fn first(key: MigrationKey) -> Self {
-        Self { key, number: 0, control_bytes: 0, lost: None, pause: Duration::ZERO }
+        let (number, control_bytes, missing) = (0, 0, 0);
+        Self { key, number, control_bytes, lost: None, pause: Duration::ZERO, missing }
+    }
+
+    pub(super) fn number(&self) -> u32 {
+        self.number
     }
 }
 
@@ -176,7 +183,8 @@ impl Drive<'_> {
     }
 
     /// Nothing is left of the link: neither threads nor what they had under way, which is dirty again.
-    fn end_epoch(&mut self) -> Result<(), Error> {
+    pub(super) fn end_epoch(&mut self) -> Result<(), Error> {
+        self.epoch.missing = self.epoch.missing.max(self.channels.missing());
         self.stop.store(true, Ordering::Relaxed);
         self.channels.dismiss();
         self.epoch.control_bytes += self.session.end();
@@ -191,16 +199,29 @@ impl Drive<'_> {
 
     /// Makes the next link, and has the destination answer on it.
     fn rejoin(&mut self, agreement: Agreement, patience: Patience) -> Result<Back, Error> {
+        let link = self.dial_again()?;
+        self.go_on_with(link, agreement, patience)
+    }
+
+    pub(super) fn dial_again(&mut self) -> Result<Box<dyn SourceLink>, Error> {
         self.epoch.number = self.epoch.number.saturating_add(1);
         let Epoch { ref key, number: epoch, .. } = self.epoch;
-        let committed = self.handover.state() == SourceState::Committed;
         let purpose = LinkPurpose::Rejoin { migration: key.id, epoch };
-        let mut link = if committed {
+        if self.handover.state() == SourceState::Committed {
             // Too late to cancel.
-            caught("the transport", || self.connector.connect(purpose))??
-        } else {
-            dial(&mut *self.connector, purpose, &self.settings)?
-        };
+            return Ok(caught("the transport", || self.connector.connect(purpose))??);
+        }
+        dial(&mut *self.connector, purpose, &self.settings)
+    }
+
+    /// Has the destination answer on a link that takes the place of the one before.
+    pub(super) fn go_on_with(
+        &mut self,
+        mut link: Box<dyn SourceLink>,
+        agreement: Agreement,
+        patience: Patience,
+    ) -> Result<Back, Error> {
+        let committed = self.handover.state() == SourceState::Committed;
         let conversation = self.session.conversation_on_next_link();
         self.session = Session::on(&mut *link, self.settings.clone(), conversation)?;
         self.session.outlives_its_link();
@@ -208,8 +229,8 @@ impl Drive<'_> {
         let rejoin = Rejoin {
             oldest_version: OLDEST_PROTOCOL_VERSION,
             newest_version: PROTOCOL_VERSION,
-            key: key.clone(),
-            epoch,
+            key: self.epoch.key.clone(),
+            epoch: self.epoch.number,
             rounds: self.number_of_rounds(),
             switchovers: self.handover.attempt(),
             committed,
@@ -237,6 +258,7 @@ impl Drive<'_> {
         // At once: a destination that says this over and over does not have it pile up.
         self.channels.written_there(rejoined.written)?;
         self.open_channels(agreement)?;
+        self.statistics.reopened_channels += std::mem::take(&mut self.epoch.missing);
         Ok(Back::Copying)
     }
 

@@ -34,6 +34,7 @@ impl Drive<'_> {
             let _span = tracing::info_span!("round", number).entered();
             self.take_wishes();
             self.rehearse(machine)?;
+            self.reopen_channels()?;
             let settle = self.channels.dirty()?.count() * PAGE_BYTES <= SETTLED_BYTES;
             let began = self.begin_round(settle)?;
             self.ping()?;
@@ -134,6 +135,13 @@ impl Drive<'_> {
         self.session.send(&Message::Round { round, dirty_pages })?;
         self.emit(&Event::RoundStarted { round, dirty_pages })?;
         Ok(began)
+    }
+
+    /// Tells the destination of the round that goes on over another link.
+    pub(super) fn announce_round(&mut self) -> Result<(), Error> {
+        let round = self.number_of_rounds().saturating_add(1);
+        let dirty_pages = self.channels.dirty()?.count();
+        self.session.send(&Message::Round { round, dirty_pages })
     }
 
     pub(super) fn finish_round(&mut self, began: &RoundBegan) -> RoundStatistics {

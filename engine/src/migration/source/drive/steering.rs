@@ -179,7 +179,7 @@ impl Drive<'_> {
         let overdue = |ping: Ping| ping.due.elapsed() >= stall;
         // An answer may have come that was not looked at yet.
         if self.steering.unanswered.is_some_and(overdue)
-            && self.steering.loading.is_none()
+            && !self.is_loading()
             && self.session.waiting() == 0
         {
             return Err(Error::TimedOut { what: PONG, after: stall });
@@ -198,6 +198,11 @@ impl Drive<'_> {
         if let (Some(_), Some(ping)) = (loaded, &mut self.steering.unanswered) {
             ping.due = Instant::now();
         }
+    }
+
+    /// Whether it is loading still, as far as is known.
+    pub(super) fn is_loading(&self) -> bool {
+        self.steering.loading.is_some()
     }
 
     /// Waits until the destination has loaded what it was asked to, though that was called off: it does

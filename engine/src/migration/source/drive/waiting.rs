@@ -63,7 +63,8 @@ impl Drive<'_> {
     /// Waits until all that was lent is sent, and landed if it is to `settle`. Returns when the last
     /// sender was done; `None` if that was not the case `until` then. The wait may be taken up again.
     ///
-    /// What a lost or a lagging channel leaves is dealt out again: a new epoch.
+    /// What a lost or a lagging channel leaves is dealt out again: a new epoch. Channels that are lost are
+    /// [reopened](Self::reopen_channels) then.
     pub(super) fn await_round(
         &mut self,
         waiting: &mut Waiting,
@@ -91,6 +92,9 @@ impl Drive<'_> {
                     self.deal(waiting)?;
                     if self.channels.dirty()?.is_empty() {
                         return Ok(Some(waiting.last));
+                    }
+                    if self.reopen_channels()? {
+                        self.announce_round()?;
                     }
                     self.channels.lend(settle)?;
                     *waiting = self.waiting_for_round();
@@ -152,7 +156,7 @@ impl Drive<'_> {
                 let most = self.source.shared.channels();
                 waiting.weights =
                     self.channels.restricted_to(most).or_else(|| self.channels.lagging());
-                if waiting.weights.is_some() {
+                if waiting.weights.is_some() || self.lacks_channels() {
                     waiting.gathering.asked_back();
                     self.channels.ask_back();
                 }
