@@ -21,6 +21,8 @@ pub(crate) enum Blocked {
     /// Another call, in which nobody sends and nothing is committed. The last word is said before the
     /// link is interrupted: afterwards there is none to say it on.
     Waiting(Arc<dyn Interrupt>, Box<SayLast>),
+    /// Making a link. There is nobody to say anything to; a peer that ends has an older link, if any.
+    Dialling(Arc<dyn Interrupt>),
 }
 
 /// Whether the driver is in such a call.
@@ -44,11 +46,19 @@ impl Blocking {
         result
     }
 
+    /// Ends the call that the driver is in, if it is in one that waits for the peer. The word is what the peer is told.
+    pub(crate) fn end_wait(&self, word: Option<&Message>) {
+        if !matches!(&*self.blocked(), Some(Blocked::Dialling(_))) {
+            self.end(word);
+        }
+    }
+
     /// Ends the call that the driver is in, if it is in one. The word is what the peer is told.
     pub(crate) fn end(&self, word: Option<&Message>) {
         let blocked = self.blocked();
         match &*blocked {
             None => {}
+            Some(Blocked::Dialling(interrupt)) => interrupt.interrupt(),
             Some(Blocked::Waiting(interrupt, say)) => {
                 // The lock is held, so the driver does nothing until it is out.
                 if let Some(word) = word

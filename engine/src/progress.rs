@@ -313,7 +313,7 @@ impl Shared {
     /// link is interrupted.
     pub(crate) fn end_peer(&self, word: Option<&Message>) {
         self.peer_ended.store(true, Ordering::SeqCst);
-        self.blocking.end(word);
+        self.blocking.end_wait(word);
     }
 
     /// Another link: who is at the other end of it has said nothing yet.
@@ -409,9 +409,7 @@ impl Shared {
         interrupt: &Arc<dyn Interrupt>,
         call: impl FnOnce() -> Result<T, TransportError>,
     ) -> Result<T, Error> {
-        // There is nobody to say anything to.
-        let say = Box::new(|_: &Message, _| Ok(()));
-        let blocked = Blocked::Waiting(Arc::clone(interrupt), say);
+        let blocked = Blocked::Dialling(Arc::clone(interrupt));
         let result = self.blocking.during(blocked, || {
             if self.is_cancelled() || self.alarmed.load(Ordering::SeqCst) {
                 interrupt.interrupt();

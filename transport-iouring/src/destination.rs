@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReceiver,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReceiver, ReadLane,
     Registration, Returning, TransportError,
 };
 use pageferry_tcp::TcpDestinationLink;
@@ -106,5 +106,15 @@ impl DestinationLink for IoUringDestinationLink {
                 Ok(Box::new(receiver) as Box<dyn PageReceiver>)
             })
             .collect()
+    }
+
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
+        // As at the source.
+        self.0.tcp.open_readers(lanes, into, timeout)
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, Registration, SourceLink,
-    TransportError,
+    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, PageServer, Registration,
+    SourceLink, TransportError,
 };
 use pageferry_tcp::{TcpOptions, TcpSourceLink, ZeroCopy};
 
@@ -144,5 +144,10 @@ impl SourceLink for IoUringSourceLink {
                 Ok(Box::new(sender) as Box<dyn PageSender>)
             })
             .collect()
+    }
+
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        // Each waits for one answer: there is nothing to gain from a ring.
+        self.0.tcp.serve_reads(lanes)
     }
 }

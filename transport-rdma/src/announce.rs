@@ -28,6 +28,7 @@ pub(crate) struct Announcer {
     over: AtomicBool,
     /// After the teller's queue pair.
     registered: Arc<Registered>,
+    rail: u16,
 }
 
 #[derive(Debug)]
@@ -38,9 +39,9 @@ struct Teller {
 }
 
 impl Announcer {
-    pub(crate) fn new(outlet: Outlet, registered: Arc<Registered>) -> Self {
+    pub(crate) fn new(outlet: Outlet, registered: Arc<Registered>, rail: u16) -> Self {
         let teller = Mutex::new(Teller { outlet, told: 0 });
-        Self { teller, over: AtomicBool::new(false), registered }
+        Self { teller, over: AtomicBool::new(false), registered, rail }
     }
 
     /// Tells what is registered and was not told, as far as there are credits. Does not wait for
@@ -71,7 +72,13 @@ impl Announcer {
         if self.over.load(Ordering::Acquire) {
             return Ok(None);
         }
-        let more = self.registered.go_ahead(cost)?;
+        let more = self.registered.go_ahead(cost).map_err(|error| match error {
+            // The other rails go on.
+            TransportError::Register { cause, .. } if self.rail > 0 => {
+                TransportError::Lost { operation: "register guest memory for another rail", cause }
+            }
+            error => error,
+        })?;
         if let Err(error) = self.announce() {
             // The source may have all it wants, and be about to end its channels. If it has not,
             // it misses the rest and says so.

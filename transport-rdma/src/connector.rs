@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry::transport::race::{Attempt, Progress, Race};
+use pageferry::transport::ways::{Way, resolve_any};
 use pageferry::transport::{Interrupt, LinkId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -63,30 +64,62 @@ impl RdmaConnector {
         address: impl ToSocketAddrs + fmt::Debug,
     ) -> Result<RdmaSourceLink, TransportError> {
         let text = addresses::text(&address);
-        let failed = |cause| TransportError::Connect { address: text.clone(), cause };
-        let found = addresses::resolve(&address).map_err(failed)?;
-        check_libraries().map_err(|unavailable| failed(unavailable.into()))?;
-        check_device(&self.options, &text)?;
-        let trust = Trust::new(&self.options, &text)?;
-        let mut race = Race::new(found, failed(io::ErrorKind::NotFound.into()));
-        let connected = race.winner(
-            |address| self.begin(&trust, address),
-            |attempts, until| self.wait(attempts, until),
-        )?;
-        // Nothing is left of those that lost while this one goes on.
-        drop(race);
-        RdmaSourceLink::new(*connected)
+        let found = addresses::resolve(&address);
+        self.connect_to(&text, found.map(|found| vec![found]))
     }
 
-    fn begin<'a>(
-        &'a self,
-        trust: &'a Trust,
-        address: SocketAddr,
-    ) -> Result<Dialling<'a>, TransportError> {
+    /// As [`connect()`], to a destination that has several addresses, of several devices or ports, say: the control
+    /// connections go to the first that answers, and data channels are dealt out over all of them. One that cannot be
+    /// looked up or reached is done without. The destination has to listen at all of them: at the unspecified address,
+    /// `0.0.0.0`.
+    ///
+    /// By certificates the destination's name is that of the first, unless [`Tls::peer_name`](crate::Tls::peer_name) says.
+    pub fn connect_by_any(self, addresses: &[String]) -> Result<RdmaSourceLink, TransportError> {
+        let found = resolve_any(addresses);
+        self.connect_to(&addresses.join(","), found)
+    }
+
+    /// Each of `found` is what one way to the destination may go to.
+    fn connect_to(
+        self,
+        text: &str,
+        found: io::Result<Vec<Vec<SocketAddr>>>,
+    ) -> Result<RdmaSourceLink, TransportError> {
+        let failed = |cause| TransportError::Connect { address: text.to_owned(), cause };
+        let found = found.map_err(failed)?;
+        check_libraries().map_err(|unavailable| failed(unavailable.into()))?;
+        check_device(&self.options, text)?;
+        let trust = Trust::new(&self.options, text.split(',').next().unwrap_or(text))?;
+        let sources = &self.options.source_addresses;
+        let last = sources.len().saturating_sub(1);
+        let mut turn = 0;
+        let connected = loop {
+            let mut race = Race::new(found.concat(), failed(io::ErrorKind::NotFound.into()));
+            let connected = race.winner(
+                |address| self.begin(&trust, self.options.way(address, turn)),
+                |attempts, until| self.wait(attempts, until),
+            );
+            // Nothing is left of those that lost while this one goes on.
+            drop(race);
+            match connected {
+                Err(error @ TransportError::Connect { .. }) if turn < last => {
+                    let why = pageferry::Chain::of(&error).to_string();
+                    tracing::warn!(from = %sources[turn], "the control connections come from elsewhere: {why}");
+                    turn += 1;
+                }
+                connected => break connected?,
+            }
+        };
+        let own = self.options.way(connected.workshop.peer, turn);
+        let ways = own.and_others(&found, sources).split_off(1);
+        RdmaSourceLink::new(*connected, ways)
+    }
+
+    fn begin<'a>(&'a self, trust: &'a Trust, way: Way) -> Result<Dialling<'a>, TransportError> {
         self.state.check()?;
         let deadline = after(self.options.connect_timeout);
-        let stage = Stage::Searching(Search::begin(address, &self.options)?);
-        Ok(Dialling { by: self, trust, address, deadline, stage })
+        let stage = Stage::Searching(Search::begin(way, &self.options)?);
+        Ok(Dialling { by: self, trust, way, deadline, stage })
     }
 
     /// Sleeps until something happens to one of them.
@@ -118,7 +151,7 @@ impl RdmaConnector {
 struct Dialling<'a> {
     by: &'a RdmaConnector,
     trust: &'a Trust,
-    address: SocketAddr,
+    way: Way,
     deadline: Instant,
     stage: Stage,
 }
@@ -147,14 +180,14 @@ impl Attempt for Dialling<'_> {
     }
 
     fn go_on(mut self) -> Result<Progress<Self>, TransportError> {
-        let (address, RdmaConnector { options, state }) = (self.address, self.by);
-        let failed = |cause| TransportError::Connect { address: address.to_string(), cause };
+        let (way, RdmaConnector { options, state }) = (self.way, self.by);
+        let failed = |cause| TransportError::Connect { address: way.to.to_string(), cause };
         while let Some(event) = self.id().take_event().map_err(failed)? {
             self.stage = match self.stage {
                 Stage::Searching(search) => match search.go_on(event, options)? {
                     Found::NotYet(search) => Stage::Searching(search),
                     Found::Way(id) => {
-                        let asked = ask(id, address, self.trust, options, state)?;
+                        let asked = ask(id, way, self.trust, options, state)?;
                         Stage::Asking(Box::new(asked))
                     }
                 },
@@ -176,19 +209,19 @@ impl Attempt for Dialling<'_> {
 /// was silent answer after all, it is another one that comes to nothing.
 fn ask(
     id: Id,
-    address: SocketAddr,
+    way: Way,
     trust: &Trust,
     options: &RdmaOptions,
     state: &Arc<LinkState>,
 ) -> Result<Connected, TransportError> {
     check_path(options, &id).map_err(|reason| {
-        let (address, reason) = (address.to_string(), reason.to_owned());
+        let (address, reason) = (way.to.to_string(), reason.to_owned());
         TransportError::Security { address, reason }
     })?;
     let migration = LinkId::random()
         .map_err(|cause| TransportError::Io { operation: "make an id for a link", cause })?;
-    let seal = trust.seal(address)?;
-    let workshop = Workshop::at(&id, address, options.clone(), Arc::clone(state))?;
+    let seal = trust.seal(way.to)?;
+    let workshop = Workshop::at(&id, way, options.clone(), Arc::clone(state))?;
     let say = workshop.preamble(Purpose::Control, migration);
     let outlet = workshop.ask_for_outlet(id, &say, RemoteAccess::Nothing)?;
     Ok(Connected { workshop, migration, outlet, seal })

@@ -1,5 +1,6 @@
 //! The destination's end of a link.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,20 +8,20 @@ use std::time::{Duration, Instant};
 use pageferry::memory::GuestMemory;
 use pageferry::transport::reception::Seat;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReader,
-    PageReceiver, Registration, Returning, TransportError,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReceiver, ReadLane,
+    Registration, Returning, TransportError,
 };
 
-use crate::announce::{Announcer, hear_all};
+use crate::announce::hear_all;
 use crate::cm::RemoteAccess;
 use crate::dial::Request;
 use crate::end::End;
 use crate::inbox::Inbox;
 use crate::kept::Kept;
+use crate::lanes::lane as lane_of;
 use crate::options::Mtu;
 use crate::preamble::Purpose;
-use crate::reader::RdmaPageReader;
-use crate::receiver::RdmaPageReceiver;
+use crate::rails::Laid;
 use crate::reception::Arrival;
 use crate::requests::Requests;
 use crate::verbs::Access;
@@ -77,18 +78,84 @@ impl RdmaDestinationLink {
     }
 }
 
+/// Data channels are being opened.
+struct Opening<'a> {
+    seat: &'a Seat<Arrival, Requests<Request>>,
+    end: &'a End,
+    memory: &'a Arc<GuestMemory>,
+    rails: BTreeMap<u16, Laid>,
+    deadline: Option<Instant>,
+    timeout: Duration,
+}
+
+impl Opening<'_> {
+    /// The receiver of a channel, and before that the rails that a source asks for: by their tables, and how many there are
+    /// it does not say. A rail that comes to nothing is done without, and the source goes another way.
+    fn receiver(&mut self, due: u16) -> Result<Box<dyn PageReceiver>, TransportError> {
+        let is_due = |purpose| match purpose {
+            Purpose::Table { .. } => true,
+            Purpose::Pages { channel, .. } => channel == due,
+            _ => false,
+        };
+        loop {
+            let request = take(self.seat, self.end, is_due, self.deadline, self.timeout)?;
+            let purpose = request.preamble.purpose;
+            let (rail, failed) = match purpose {
+                Purpose::Table { rail } => match Laid::new(self.end, self.memory, rail, request) {
+                    Ok(laid) => {
+                        self.rails.insert(rail, laid);
+                        continue;
+                    }
+                    Err(error) => (rail, error),
+                },
+                Purpose::Pages { rail, .. } => {
+                    let laid = self.rails.get(&rail).filter(|laid| laid.is_of(&request.id));
+                    let accepted = if let Some(laid) = laid {
+                        laid.accept(request)
+                    } else {
+                        request.id.reject(b"there is no such rail");
+                        Err(TransportError::OutOfOrder("a data channel by no rail"))
+                    };
+                    match accepted {
+                        Ok(receiver) => return Ok(receiver),
+                        Err(error) => (rail, error),
+                    }
+                }
+                _ => return Err(TransportError::OutOfOrder("a connection of another kind")),
+            };
+            if rail == 0 {
+                return Err(failed);
+            }
+            self.end.workshop.state.check()?;
+            let why = pageferry::Chain::of(&failed).to_string();
+            tracing::warn!(rail, "a rail is done without: {why}");
+            self.seat.connections(|requests| requests.forget(purpose));
+        }
+    }
+}
+
 /// Takes a connection of a link's.
 fn take(
     seat: &Seat<Arrival, Requests<Request>>,
     end: &End,
-    wanted: Purpose,
+    is_wanted: impl Fn(Purpose) -> bool,
     deadline: Option<Instant>,
     timeout: Duration,
 ) -> Result<Request, TransportError> {
-    let check = || end.workshop.state.check();
-    let found = seat.take(deadline, check, |requests| requests.take(wanted))?;
-    let operation = "accept the source's connections";
-    found.ok_or(TransportError::TimedOut { operation, after: timeout })
+    let check = || {
+        end.workshop.state.check()?;
+        // Also where there is always somebody who waits.
+        match deadline {
+            Some(deadline) if Instant::now() > deadline => Err(late(timeout)),
+            _ => Ok(()),
+        }
+    };
+    let found = seat.take(deadline, check, |requests| requests.take(&is_wanted))?;
+    found.ok_or_else(|| late(timeout))
+}
+
+fn late(after: Duration) -> TransportError {
+    TransportError::TimedOut { operation: "accept the source's connections", after }
 }
 
 impl Link for RdmaDestinationLink {
@@ -134,30 +201,40 @@ impl DestinationLink for RdmaDestinationLink {
                 beyond.id.reject(what.as_bytes());
             }
             let deadline = Instant::now().checked_add(timeout);
-            let table = take(seat, end, Purpose::Table, deadline, timeout)?;
-            let outlet = end.workshop.accept_outlet(table)?;
-            let announcer = Arc::new(Announcer::new(outlet, Arc::clone(registered)));
-            announcer.announce()?;
-            (0..channels)
-                .map(|channel| -> Result<Box<dyn PageReceiver>, TransportError> {
-                    let wanted = Purpose::Pages { channel };
-                    let request = take(seat, end, wanted, deadline, timeout)?;
-                    let inlet = end.workshop.accept_inlet(request, RemoteAccess::Write)?;
-                    let (registered, announcer) = (Arc::clone(registered), Arc::clone(&announcer));
-                    Ok(Box::new(RdmaPageReceiver::new(inlet, registered, announcer)))
-                })
-                .collect()
+            let mut opening = Opening {
+                seat,
+                end,
+                memory: &registered.memory,
+                rails: BTreeMap::new(),
+                deadline,
+                timeout,
+            };
+            (0..channels).map(|channel| opening.receiver(channel)).collect()
         })
     }
 
-    fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
         let Self { seat, end } = self;
-        let here = end.registered()?;
+        let registered = end.open_reads()?;
+        let mut workshop = end.workshop.clone();
+        // What lands in the memory of data channels is registered for more than this.
+        let same = Arc::ptr_eq(into, &registered.memory);
+        let access = if same { Access::RemoteWrite } else { Access::LocalWrite };
+        let when = workshop.options.registration;
+        let (here, _) = end.register_beside(&mut workshop, into, access, when)?;
         let deadline = Instant::now().checked_add(timeout);
-        let request = take(seat, end, Purpose::Reads, deadline, timeout)?;
-        let mut inlet = end.workshop.accept_inlet(request, RemoteAccess::Nothing)?;
-        let there = hear_all(&mut inlet, here.memory.layout(), timeout)?;
-        let slice_bytes = end.workshop.slice_bytes();
-        Ok(Box::new(RdmaPageReader::new(inlet, here, there, slice_bytes)))
+        let open = |lane| {
+            let wanted = Purpose::Lane { lane };
+            let request = take(seat, end, |purpose| purpose == wanted, deadline, timeout)?;
+            let mut inlet = workshop.accept_inlet(request, RemoteAccess::Nothing)?;
+            let there = hear_all(&mut inlet, here.memory.layout(), timeout)?;
+            lane_of(inlet, Arc::clone(&here), there, workshop.slice_bytes())
+        };
+        (0..lanes).map(open).collect()
     }
 }

@@ -11,7 +11,7 @@ use pageferry::transport::{
 use crate::dial::Workshop;
 use crate::kept::Kept;
 use crate::memory::Registered;
-use crate::options::Mtu;
+use crate::options::{Mtu, RegistrationMode};
 use crate::verbs::Access;
 
 #[derive(Debug)]
@@ -64,21 +64,34 @@ impl End {
         access: Access,
     ) -> Result<Registration, TransportError> {
         self.check()?;
-        let context = self.workshop.pd.context();
-        if let Some(registered) = self.kept.find(context, memory, access) {
-            self.workshop.pd = Arc::clone(registered.domain());
-            self.stages.register(registered);
-            return Ok(Registration::default());
-        }
-        let (registered, cost) = self.workshop.register(memory, access)?;
-        self.kept.keep(&registered);
+        let when = self.workshop.options.registration;
+        let (registered, cost) =
+            register_with(&self.kept, &mut self.workshop, memory, access, when)?;
         self.stages.register(registered);
         Ok(cost)
+    }
+
+    /// The same memory on the device of another rail's workshop.
+    pub(crate) fn register_beside(
+        &self,
+        workshop: &mut Workshop,
+        memory: &Arc<GuestMemory>,
+        access: Access,
+        when: RegistrationMode,
+    ) -> Result<(Arc<Registered>, Registration), TransportError> {
+        self.check()?;
+        register_with(&self.kept, workshop, memory, access, when)
     }
 
     pub(crate) fn registered(&self) -> Result<Arc<Registered>, TransportError> {
         self.check()?;
         self.stages.registered()
+    }
+
+    /// Lanes for reads are opened, once, of the memory that is registered.
+    pub(crate) fn open_reads(&mut self) -> Result<Arc<Registered>, TransportError> {
+        self.check()?;
+        self.stages.open_reads()
     }
 
     /// Opens data channels, once, for the memory that is registered.
@@ -96,4 +109,25 @@ impl End {
     pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
         Arc::clone(&self.workshop.state) as Arc<dyn Interrupt>
     }
+}
+
+/// Guest memory on the device of a workshop, which makes its connections in the domain of that memory from here on.
+/// Registered, unless it was before.
+fn register_with(
+    kept: &Kept,
+    workshop: &mut Workshop,
+    memory: &Arc<GuestMemory>,
+    access: Access,
+    when: RegistrationMode,
+) -> Result<(Arc<Registered>, Registration), TransportError> {
+    let known = kept.find(workshop.pd.context(), memory, access);
+    let (registered, cost) = if let Some(registered) = known {
+        (registered, Registration::default())
+    } else {
+        let (registered, cost) = workshop.register(memory, access, when)?;
+        kept.keep(&registered);
+        (registered, cost)
+    };
+    workshop.pd = Arc::clone(registered.domain());
+    Ok((registered, cost))
 }

@@ -13,12 +13,12 @@ use pageferry::memory::GuestMemory;
 use crate::memory::Registered;
 use crate::verbs::{Access, Context};
 
-/// Held by what makes the links of one migration, and by each link.
+/// Held by what makes the links of one migration, and by each link: what was registered, on each device.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Kept(Arc<Mutex<Option<Arc<Registered>>>>);
+pub(crate) struct Kept(Arc<Mutex<Vec<Arc<Registered>>>>);
 
 impl Kept {
-    /// What a link before has registered, if it is this memory on this device, for this.
+    /// What was registered before, by this link or another, if it is this memory on this device, for this.
     pub(crate) fn find(
         &self,
         context: Context,
@@ -26,11 +26,10 @@ impl Kept {
         access: Access,
     ) -> Option<Arc<Registered>> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.as_ref().filter(|kept| kept.is_of(context, memory, access)).cloned()
+        kept.iter().find(|kept| kept.is_of(context, memory, access)).cloned()
     }
 
     pub(crate) fn keep(&self, registered: &Arc<Registered>) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *kept = Some(Arc::clone(registered));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(registered));
     }
 }

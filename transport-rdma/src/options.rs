@@ -1,8 +1,10 @@
 //! Settings of connections, registration and queues.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use pageferry::transport::Admission;
+use pageferry::transport::ways::Way;
 use pageferry_identity::Security;
 
 /// Most bytes of a packet's payload on the path (path MTU).
@@ -68,6 +70,9 @@ pub struct RdmaOptions {
     pub device: Option<String>,
     /// The port of it that the address must lead to, from 1.
     pub port: Option<u8>,
+    /// At the source: addresses here that connections come from, and with them which device and port; paired with the
+    /// destination's in turn, where either has several. Empty: as the routes to the destination say.
+    pub source_addresses: Vec<IpAddr>,
     /// Index in the port's table of GIDs that this side is to have, on RoCE. At the source it decides
     /// which of the port's addresses is connected from; at the destination the address that is listened
     /// at has to lead to it. `None`: the one of the address.
@@ -115,6 +120,7 @@ impl Default for RdmaOptions {
         Self {
             device: None,
             port: None,
+            source_addresses: Vec::new(),
             gid_index: None,
             mtu: None,
             traffic_class: None,
@@ -134,6 +140,17 @@ impl Default for RdmaOptions {
 }
 
 impl RdmaOptions {
+    /// The way to an address, from one address here after the other.
+    pub(crate) fn way(&self, to: SocketAddr, turn: usize) -> Way {
+        Way::by_turns(to, &self.source_addresses, turn)
+    }
+
+    /// For a way that others can make up for. A network that is gone does not say so.
+    pub(crate) fn for_one_of_several(&self) -> Self {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        Self { connect_timeout: self.connect_timeout.min(PATIENCE), ..self.clone() }
+    }
+
     /// [`Self::ack_timeout`] as the wire encodes it: n for 4.096 µs × 2ⁿ, 1 to 31.
     pub(crate) fn ack_timeout_exponent(&self) -> u8 {
         let wanted = self.ack_timeout.as_nanos();

@@ -3,12 +3,12 @@
 //! ```text
 //! 0        4  5  6       8                 24  25  26   28        44
 //! +--------+--+--+-------+-----------------+---+---+----+---------+
-//! | "PFRD" |v |k |channel| id of the link  |mtu|tls|zero|  proof  |
+//! | "PFRD" |v |k |channel| id of the link  |mtu|tls|rail|  proof  |
 //! +--------+--+--+-------+-----------------+---+---+----+---------+
 //! ```
 //!
-//! v: version, 3. k: what the connection is for. The channel counts from 0, little-endian; 0
-//! where it is not for pages. mtu: the largest path MTU that the source's port can do, as verbs encode
+//! v: version, 4. k: what the connection is for. The channel counts from 0, little-endian; 0
+//! where it is not for pages, or a lane. The rail, by which pages go, or whose table it is, likewise. mtu: the largest path MTU that the source's port can do, as verbs encode
 //! it. tls: 1 where control frames are in a session of TLS, else 0. With TLS all but the control connections
 //! have a proof that the source is that session's ([`proof`](crate::proof)), over the bytes before it; else it is zero.
 //!
@@ -33,7 +33,7 @@ use crate::cm::MAX_REQUEST_BYTES;
 use crate::proof::{PROOF_BYTES, Proof};
 
 const MAGIC: [u8; 4] = *b"PFRD";
-const VERSION: u8 = 3;
+const VERSION: u8 = 4;
 
 /// What a proof is over.
 pub(crate) const SAID_BYTES: usize = 28;
@@ -48,12 +48,12 @@ pub(crate) enum Purpose {
     Control,
     /// Control frames from the destination.
     ControlBack,
-    /// Where guest memory is, from the destination.
-    Table,
-    /// Pages.
-    Pages { channel: u16 },
+    /// Where guest memory is for the devices of one rail, from the destination.
+    Table { rail: u16 },
+    /// Pages, by one rail.
+    Pages { channel: u16, rail: u16 },
     /// Pages that the destination reads.
-    Reads,
+    Lane { lane: u16 },
 }
 
 impl fmt::Display for Purpose {
@@ -61,9 +61,9 @@ impl fmt::Display for Purpose {
         match self {
             Self::Control => f.write_str("the control channel"),
             Self::ControlBack => f.write_str("the control channel's other half"),
-            Self::Table => f.write_str("the table of memory"),
-            Self::Pages { channel } => write!(f, "data channel {channel}"),
-            Self::Reads => f.write_str("a connection for reads"),
+            Self::Table { rail } => write!(f, "the table of memory of rail {rail}"),
+            Self::Pages { channel, .. } => write!(f, "data channel {channel}"),
+            Self::Lane { lane } => write!(f, "lane {lane}"),
         }
     }
 }
@@ -81,12 +81,12 @@ pub(crate) struct Preamble {
 
 impl Preamble {
     pub(crate) fn encode(&self) -> [u8; PREAMBLE_BYTES] {
-        let (kind, channel) = match self.purpose {
-            Purpose::Control => (0, 0),
-            Purpose::ControlBack => (1, 0),
-            Purpose::Table => (2, 0),
-            Purpose::Pages { channel } => (3, channel),
-            Purpose::Reads => (4, 0),
+        let (kind, channel, rail) = match self.purpose {
+            Purpose::Control => (0, 0, 0),
+            Purpose::ControlBack => (1, 0, 0),
+            Purpose::Table { rail } => (2, 0, rail),
+            Purpose::Pages { channel, rail } => (3, channel, rail),
+            Purpose::Lane { lane } => (4, lane, 0),
         };
         let mut bytes = [0; PREAMBLE_BYTES];
         bytes[..4].copy_from_slice(&MAGIC);
@@ -96,6 +96,7 @@ impl Preamble {
         bytes[8..24].copy_from_slice(&self.migration.0);
         bytes[24] = self.mtu;
         bytes[25] = self.sealed.into();
+        bytes[26..SAID_BYTES].copy_from_slice(&rail.to_le_bytes());
         bytes[SAID_BYTES..].copy_from_slice(&self.proof);
         bytes
     }
@@ -110,16 +111,17 @@ impl Preamble {
         if bytes[4] != VERSION {
             return Err("a version that is not spoken here");
         }
-        if bytes[25] > 1 || bytes[26..SAID_BYTES].iter().chain(padding).any(|byte| *byte != 0) {
+        if bytes[25] > 1 || padding.iter().any(|byte| *byte != 0) {
             return Err("a request with reserved bytes set");
         }
         let channel = u16::from_le_bytes([bytes[6], bytes[7]]);
-        let purpose = match (bytes[5], channel) {
-            (0, 0) => Purpose::Control,
-            (1, 0) => Purpose::ControlBack,
-            (2, 0) => Purpose::Table,
-            (3, channel) => Purpose::Pages { channel },
-            (4, 0) => Purpose::Reads,
+        let rail = u16::from_le_bytes([bytes[26], bytes[27]]);
+        let purpose = match (bytes[5], channel, rail) {
+            (0, 0, 0) => Purpose::Control,
+            (1, 0, 0) => Purpose::ControlBack,
+            (2, 0, rail) => Purpose::Table { rail },
+            (3, channel, rail) => Purpose::Pages { channel, rail },
+            (4, lane, 0) => Purpose::Lane { lane },
             _ => return Err("a request for nothing that is known"),
         };
         let mut id = [0; 16];
@@ -184,10 +186,12 @@ mod tests {
         for purpose in [
             Purpose::Control,
             Purpose::ControlBack,
-            Purpose::Table,
-            Purpose::Pages { channel: 0 },
-            Purpose::Pages { channel: 0x1234 },
-            Purpose::Reads,
+            Purpose::Table { rail: 0 },
+            Purpose::Table { rail: 0x1234 },
+            Purpose::Pages { channel: 0, rail: 0 },
+            Purpose::Pages { channel: 0x1234, rail: 0x4321 },
+            Purpose::Lane { lane: 0 },
+            Purpose::Lane { lane: 0x1234 },
         ] {
             let migration = LinkId([7; 16]);
             let preamble = Preamble { purpose, migration, mtu: 5, sealed: true, proof: PROOF };

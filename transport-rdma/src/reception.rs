@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::reception::{Arrived, Bell, Board, Holder, Served, TurnedAway};
+use pageferry::transport::ways::Way;
 use pageferry::transport::{
     Admission, Greeted, LinkId, MAX_GREETING_BYTES, Standing, TransportError, WaitingRoom,
     Warnings, check_greeting, first_of_the_most,
@@ -76,7 +77,8 @@ impl Arrival {
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
         let state = LinkState::new(board.waker()).map_err(failed)?;
         let migration = request.preamble.migration;
-        let workshop = Workshop::at(&request.id, peer, options.clone(), state)?;
+        let way = Way { to: peer, from: None };
+        let workshop = Workshop::at(&request.id, way, options.clone(), state)?;
         workshop.watch(&request.id)?;
         let inlet = workshop.begin_inlet(request, RemoteAccess::Nothing)?;
         Ok(Self {

@@ -3,14 +3,12 @@
 use std::collections::BTreeSet;
 
 use pageferry::MAX_CHANNELS;
+use pageferry::transport::MAX_LANES;
 use pageferry::transport::reception::TurnedAway;
 
 use crate::dial::Request;
 use crate::preamble::{Purpose, SAID_BYTES};
 use crate::proof::{Ends, LinkKey, is_proven};
-
-/// Connections for reads that may wait.
-const MAX_READERS: usize = 64;
 
 /// What becomes of a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,10 +34,18 @@ pub(crate) fn judge<R>(
         }
         (Purpose::Control, _) => Ok(Part::Begins),
         (Purpose::ControlBack, _) if begun => Ok(Part::Completes),
-        (Purpose::Table | Purpose::Pages { .. } | Purpose::Reads, Some(requests)) => {
+        (Purpose::Table { .. } | Purpose::Pages { .. } | Purpose::Lane { .. }, Some(requests)) => {
             requests.judge(purpose).map(|()| Part::Waits)
         }
         _ => Err(TurnedAway::Unknown.to_string()),
+    }
+}
+
+/// What there is one connection for at a time: a data channel goes by one rail.
+fn place(purpose: Purpose) -> Purpose {
+    match purpose {
+        Purpose::Pages { channel, .. } => Purpose::Pages { channel, rail: 0 },
+        purpose => purpose,
     }
 }
 
@@ -65,17 +71,16 @@ impl<R> Default for Requests<R> {
 impl<R> Requests<R> {
     fn judge(&self, purpose: Purpose) -> Result<(), String> {
         match purpose {
-            Purpose::Pages { channel } if channel >= self.channels => {
+            Purpose::Pages { channel, .. } if channel >= self.channels => {
                 Err(format!("data channel {channel} of only {} channels", self.channels))
             }
-            Purpose::Reads => {
-                let readers = self.waiting.iter().filter(|(purpose, _)| *purpose == Purpose::Reads);
-                if readers.count() < MAX_READERS {
-                    return Ok(());
-                }
-                Err("too many connections for reads are waiting".to_owned())
+            Purpose::Table { rail } | Purpose::Pages { rail, .. } if rail >= self.channels => {
+                Err(format!("rail {rail} of only {} channels", self.channels))
             }
-            purpose if self.seen.contains(&purpose) => {
+            Purpose::Lane { lane } if lane >= MAX_LANES => {
+                Err(format!("lane {lane} of at most {MAX_LANES}"))
+            }
+            purpose if self.seen.contains(&place(purpose)) => {
                 Err(format!("{purpose} is connected already"))
             }
             _ => Ok(()),
@@ -83,8 +88,13 @@ impl<R> Requests<R> {
     }
 
     pub(crate) fn keep(&mut self, purpose: Purpose, request: R) {
-        self.seen.insert(purpose);
+        self.seen.insert(place(purpose));
         self.waiting.push((purpose, request));
+    }
+
+    /// What was taken for this came to nothing, and may come again by another rail.
+    pub(crate) fn forget(&mut self, purpose: Purpose) {
+        self.seen.remove(&place(purpose));
     }
 
     pub(crate) fn set_key(&mut self, key: Option<LinkKey>) {
@@ -94,12 +104,18 @@ impl<R> Requests<R> {
     /// From here on there are so many data channels; gives back those beyond.
     pub(crate) fn set_channels(&mut self, channels: u16) -> Vec<R> {
         self.channels = channels;
-        let beyond = |purpose: &Purpose| matches!(purpose, Purpose::Pages { channel } if *channel >= channels);
-        self.waiting.extract_if(.., |(purpose, _)| beyond(purpose)).map(|(_, r)| r).collect()
+        let is_beyond = |purpose: &Purpose| match purpose {
+            Purpose::Pages { channel: number, .. } | Purpose::Table { rail: number } => {
+                *number >= channels
+            }
+            _ => false,
+        };
+        self.waiting.extract_if(.., |(purpose, _)| is_beyond(purpose)).map(|(_, r)| r).collect()
     }
 
-    pub(crate) fn take(&mut self, wanted: Purpose) -> Option<R> {
-        let at = self.waiting.iter().position(|(purpose, _)| *purpose == wanted)?;
+    /// The first that came of those for this.
+    pub(crate) fn take(&mut self, is_wanted: impl Fn(Purpose) -> bool) -> Option<R> {
+        let at = self.waiting.iter().position(|(purpose, _)| is_wanted(*purpose))?;
         Some(self.waiting.remove(at).1)
     }
 }
@@ -138,7 +154,11 @@ mod tests {
 
     #[test]
     fn connections_of_a_migration_that_is_not_served_are_refused() {
-        for purpose in [Purpose::Table, Purpose::Pages { channel: 0 }, Purpose::Reads] {
+        for purpose in [
+            Purpose::Table { rail: 0 },
+            Purpose::Pages { channel: 0, rail: 0 },
+            Purpose::Lane { lane: 0 },
+        ] {
             for begun in [false, true] {
                 let refused = judge(purpose, begun, None::<&Requests<u32>>).unwrap_err();
                 assert_eq!(refused, "no migration with this id is being served");
@@ -150,30 +170,43 @@ mod tests {
     fn data_connections_must_name_a_free_channel() {
         let mut requests = Requests::default();
         let judge = |requests: &Requests<u32>, purpose| judge(purpose, false, Some(requests));
-        let pages = |channel| Purpose::Pages { channel };
-        for (purpose, request) in [(Purpose::Table, 7), (pages(0), 8), (pages(3), 9)] {
+        let pages = |channel| Purpose::Pages { channel, rail: 0 };
+        let table = |rail| Purpose::Table { rail };
+        for (purpose, request) in
+            [(table(0), 7), (pages(0), 8), (pages(3), 9), (table(1), 5), (table(2), 6)]
+        {
             assert_eq!(judge(&requests, purpose), Ok(Part::Waits));
             requests.keep(purpose, request);
             judge(&requests, purpose).unwrap_err();
         }
         judge(&requests, pages(MAX_CHANNELS)).unwrap_err();
-        assert_eq!(requests.set_channels(2), [9]);
-        assert_eq!((requests.take(pages(0)), requests.take(pages(1))), (Some(8), None));
+        judge(&requests, table(MAX_CHANNELS)).unwrap_err();
+        assert_eq!(requests.set_channels(2), [9, 6]);
+        let mut take = |wanted| requests.take(|purpose| purpose == wanted);
+        assert_eq!((take(pages(0)), take(pages(1)), take(table(1))), (Some(8), None, Some(5)));
         let refused = judge(&requests, pages(0)).unwrap_err();
         assert_eq!(refused, "data channel 0 is connected already", "though it was taken");
         let refused = judge(&requests, pages(2)).unwrap_err();
         assert_eq!(refused, "data channel 2 of only 2 channels");
+        let by_another_rail = Purpose::Pages { channel: 0, rail: 1 };
+        let refused = judge(&requests, by_another_rail).unwrap_err();
+        assert_eq!(refused, "data channel 0 is connected already", "by another rail");
+        requests.forget(pages(0));
+        assert_eq!(judge(&requests, by_another_rail), Ok(Part::Waits));
+        let refused = judge(&requests, table(2)).unwrap_err();
+        assert_eq!(refused, "rail 2 of only 2 channels");
     }
 
     #[test]
-    fn connections_for_reads_are_many_and_not_without_bound() {
+    fn lanes_are_many_and_not_without_bound() {
         let mut requests = Requests::default();
-        for reader in 0..64 {
-            assert_eq!(judge(Purpose::Reads, false, Some(&requests)), Ok(Part::Waits));
-            requests.keep(Purpose::Reads, reader);
+        for lane in 0..MAX_LANES {
+            let purpose = Purpose::Lane { lane };
+            assert_eq!(judge(purpose, false, Some(&requests)), Ok(Part::Waits));
+            requests.keep(purpose, lane);
+            judge(purpose, false, Some(&requests)).unwrap_err();
         }
-        judge(Purpose::Reads, false, Some(&requests)).unwrap_err();
-        assert_eq!(requests.take(Purpose::Reads), Some(0), "the first that came");
-        assert_eq!(judge(Purpose::Reads, false, Some(&requests)), Ok(Part::Waits));
+        judge(Purpose::Lane { lane: MAX_LANES }, false, Some(&requests)).unwrap_err();
+        assert_eq!(requests.take(|purpose| purpose == Purpose::Lane { lane: 7 }), Some(7));
     }
 }

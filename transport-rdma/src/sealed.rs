@@ -134,7 +134,11 @@ fn who_knows_an_id_cannot_join() {
         };
         other.end.workshop.key.clone().expect("it has a key")
     };
-    for purpose in [Purpose::Table, Purpose::Pages { channel: 0 }, Purpose::Reads] {
+    for purpose in [
+        Purpose::Table { rail: 0 },
+        Purpose::Pages { channel: 0, rail: 0 },
+        Purpose::Lane { lane: 0 },
+    ] {
         assert_eq!(refused(purpose, None, None), unknown, "without a proof");
         assert_eq!(refused(purpose, Some(&other), None), unknown, "by another link's key");
         assert_eq!(refused(purpose, Some(&ours), Some(1)), unknown, "of another queue pair");

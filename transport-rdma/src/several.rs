@@ -21,20 +21,21 @@ use crate::requests::Requests;
 /// Dials a destination, as often as its migration loses the link. A name is looked up each time. Guest memory stays
 /// registered from one link to the next, until this is dropped.
 ///
-/// Each attempt is as [`connect()`](crate::connect()).
+/// Each attempt is as [`connect()`](crate::connect()), or where the destination has several addresses as
+/// [`RdmaConnector::connect_by_any`].
 #[derive(Debug)]
 pub struct RdmaDialler {
-    address: String,
+    addresses: Vec<String>,
     options: RdmaOptions,
     attempts: Arc<Attempts>,
     kept: Kept,
 }
 
 impl RdmaDialler {
-    /// To the destination at that address: `host:7400`.
+    /// To the destination at that address, `host:7400`; or at these, `10.0.1.2:7400,10.0.2.2:7400`.
     pub fn new(address: impl Into<String>, options: RdmaOptions) -> Self {
-        let (attempts, kept) = (Arc::default(), Kept::default());
-        Self { address: address.into(), options, attempts, kept }
+        let addresses = address.into().split(',').map(|each| each.trim().to_owned()).collect();
+        Self { addresses, options, attempts: Arc::default(), kept: Kept::default() }
     }
 }
 
@@ -42,7 +43,10 @@ impl Connector for RdmaDialler {
     fn connect(&mut self, _: LinkPurpose) -> Result<Box<dyn SourceLink>, TransportError> {
         let connector = RdmaConnector::new(self.options.clone())?;
         let mut link =
-            self.attempts.make(connector.interrupter(), || connector.connect(&self.address))?;
+            self.attempts.make(connector.interrupter(), || match &self.addresses[..] {
+                [only] => connector.connect(only.as_str()),
+                several => connector.connect_by_any(several),
+            })?;
         link.keep_in(&self.kept);
         Ok(Box::new(link))
     }

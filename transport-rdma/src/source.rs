@@ -4,22 +4,23 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
+use pageferry::transport::ways::Way;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, ReadGrant, Registration,
+    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, PageServer, Registration,
     SourceLink, TransportError,
 };
 
-use crate::announce::{Directory, tell_all};
+use crate::announce::tell_all;
 use crate::cm::RemoteAccess;
 use crate::dial::Connected;
 use crate::end::End;
 use crate::inbox::Inbox;
 use crate::kept::Kept;
+use crate::lanes::RdmaPageServer;
 use crate::memory::Registered;
 use crate::options::Mtu;
 use crate::preamble::Purpose;
-use crate::reader::RdmaReadGrant;
-use crate::sender::RdmaPageSender;
+use crate::rails::{Beside, dial_senders};
 use crate::verbs::Access;
 use crate::{CAPABILITIES, NAME, after, control};
 
@@ -34,11 +35,15 @@ use crate::{CAPABILITIES, NAME, after, control};
 pub struct RdmaSourceLink {
     inbox: Arc<Inbox>,
     pub(crate) end: End,
+    /// Beside the one of the control connections, and what came of those that were looked for.
+    ways: Vec<Way>,
+    rails: Vec<Beside>,
 }
 
 impl RdmaSourceLink {
-    /// Of a destination that has let in the first control connection.
-    pub(crate) fn new(connected: Connected) -> Result<Self, TransportError> {
+    /// Of a destination that has let in the first control connection; data channels go by these ways too, as far as there are
+    /// some.
+    pub(crate) fn new(connected: Connected, ways: Vec<Way>) -> Result<Self, TransportError> {
         let Connected { mut workshop, migration, mut outlet, seal } = connected;
         workshop.watch(&outlet.connection.id)?;
         let say = workshop.preamble(Purpose::ControlBack, migration);
@@ -51,7 +56,8 @@ impl RdmaSourceLink {
         let mtu = outlet.connection.mtu;
         let inbox = Inbox::at_source(inlet, seal, workshop.peer)?;
         let control = control::channel(outlet, &inbox);
-        Ok(Self { inbox, end: End::new(migration, control, mtu, workshop) })
+        let end = End::new(migration, control, mtu, workshop);
+        Ok(Self { inbox, end, ways, rails: Vec::new() })
     }
 
     /// What this migration is called on the wire.
@@ -75,34 +81,15 @@ impl RdmaSourceLink {
     }
 }
 
-fn dial_senders(
+fn dial_lane(
     end: &End,
-    here: &Arc<Registered>,
-    channels: u16,
-) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-    let End { workshop, migration, .. } = end;
-    let preamble = |purpose| workshop.preamble(purpose, *migration);
-    let table = workshop.dial_inlet(&preamble(Purpose::Table))?;
-    let directory = Arc::new(Directory::new(table, here.memory.layout()));
-    let slice_bytes = workshop.slice_bytes();
-    (0..channels)
-        .map(|channel| -> Result<Box<dyn PageSender>, TransportError> {
-            let preamble = preamble(Purpose::Pages { channel });
-            let outlet = workshop.dial_outlet(&preamble, RemoteAccess::Nothing)?;
-            let (here, directory) = (Arc::clone(here), Arc::clone(&directory));
-            let sender = RdmaPageSender::new(outlet, here, directory, CAPABILITIES, slice_bytes);
-            Ok(Box::new(sender))
-        })
-        .collect()
-}
-
-fn dial_grant(end: &End, registered: Arc<Registered>) -> Result<RdmaReadGrant, TransportError> {
-    // The destination may ask for any page.
-    registered.all_now()?;
-    let preamble = end.workshop.preamble(Purpose::Reads, end.migration);
+    registered: &Arc<Registered>,
+    lane: u16,
+) -> Result<Box<dyn PageServer>, TransportError> {
+    let preamble = end.workshop.preamble(Purpose::Lane { lane }, end.migration);
     let mut outlet = end.workshop.dial_outlet(&preamble, RemoteAccess::Read)?;
-    tell_all(&mut outlet, &registered)?;
-    Ok(RdmaReadGrant::new(outlet, registered))
+    tell_all(&mut outlet, registered)?;
+    Ok(Box::new(RdmaPageServer::new(outlet, Arc::clone(registered))))
 }
 
 impl Link for RdmaSourceLink {
@@ -112,7 +99,9 @@ impl Link for RdmaSourceLink {
 
     fn capabilities(&self) -> Capabilities {
         // A NIC has its own checksum of each packet, and nothing makes sure of what lies between NIC and memory.
-        Capabilities { protects_pages: self.end.workshop.within_host, ..CAPABILITIES }
+        // Where other ways lead is not known before they are looked for.
+        let within_host = self.end.workshop.within_host && self.ways.is_empty();
+        Capabilities { protects_pages: within_host, ..CAPABILITIES }
     }
 
     fn control(&mut self) -> Result<ControlChannel, TransportError> {
@@ -120,7 +109,11 @@ impl Link for RdmaSourceLink {
     }
 
     fn register(&mut self, memory: &Arc<GuestMemory>) -> Result<Registration, TransportError> {
-        self.end.register(memory, Access::RemoteRead)
+        let mut cost = self.end.register(memory, Access::RemoteRead)?;
+        let (rails, beside) = Beside::find_all(&self.end, &self.ways, memory)?;
+        self.rails = rails;
+        cost.add(&beside);
+        Ok(cost)
     }
 
     fn interrupter(&self) -> Arc<dyn Interrupt> {
@@ -130,16 +123,20 @@ impl Link for RdmaSourceLink {
 
 impl SourceLink for RdmaSourceLink {
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError> {
-        let Self { inbox, end } = self;
+        let Self { inbox, end, rails, .. } = self;
         end.open(|end, here| {
             // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
-            dial_senders(end, here, channels).map_err(|error| inbox.explain(error))
+            dial_senders(end, here, rails, channels).map_err(|error| inbox.explain(error))
         })
     }
 
-    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
-        let registered = self.end.registered()?;
-        let grant = dial_grant(&self.end, registered);
-        Ok(Box::new(grant.map_err(|error| self.inbox.explain(error))?))
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        let Self { inbox, end, .. } = self;
+        let registered = end.open_reads()?;
+        // The destination may ask for any page.
+        registered.all_now()?;
+        let dial = |lane| dial_lane(end, &registered, lane);
+        let dialled: Result<_, _> = (0..lanes).map(dial).collect();
+        dialled.map_err(|error| inbox.explain(error))
     }
 }

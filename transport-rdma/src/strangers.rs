@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::testing::greeting;
 use pageferry::transport::reception::TurnedAway;
+use pageferry::transport::ways::Way;
 use pageferry::transport::{
     Admission, ControlChannel, ControlReceiver, Link, LinkId, TransportError,
 };
@@ -51,8 +52,9 @@ pub(crate) fn stranger(to: SocketAddr) -> Workshop {
 
 pub(crate) fn stranger_with(to: SocketAddr, options: RdmaOptions) -> Workshop {
     let state = LinkState::new(|| {}).expect("an event counter");
-    let id = resolve(to, &options, &state).expect("a way");
-    Workshop::at(&id, to, options, state).expect("a device")
+    let way = Way { to, from: None };
+    let id = resolve(way, &options, &state).expect("a way");
+    Workshop::at(&id, way, options, state).expect("a device")
 }
 
 /// Says something; why it was refused.
@@ -266,7 +268,7 @@ fn garbage_is_refused_at_once_and_another_version_told_so() {
     };
     assert_eq!(refused(to, changed(4)), "a version that is not spoken here");
     assert_eq!(refused(to, changed(5)), "a request for nothing that is known");
-    assert_eq!(refused(to, changed(26)), "a request with reserved bytes set");
+    assert_eq!(refused(to, changed(26)), "a request for nothing that is known");
     let reason = refused(to, changed(24));
     assert!(reason.contains("path MTU"), "{reason}");
     serve(&acceptor);
@@ -280,8 +282,8 @@ fn requests_of_migrations_that_nobody_serves_are_refused_at_once() {
     for stranger in 0..100 {
         let purpose = match stranger % 3 {
             0 => Purpose::ControlBack,
-            1 => Purpose::Table,
-            _ => Purpose::Pages { channel: 0 },
+            1 => Purpose::Table { rail: 0 },
+            _ => Purpose::Pages { channel: 0, rail: 0 },
         };
         let reason = refused(to, preamble(purpose, LinkId([stranger; 16])));
         assert_eq!(reason, "no migration with this id is being served");
@@ -342,11 +344,11 @@ fn a_second_source_is_told_to_come_later_and_data_channels_must_be_free() {
     let ours = destination.link_id();
     assert_eq!(ours, source.link_id());
     let workshop = stranger(to);
-    let channel = workshop.preamble(Purpose::Pages { channel: 0 }, ours);
+    let channel = workshop.preamble(Purpose::Pages { channel: 0, rail: 0 }, ours);
     thread::scope(|scope| {
         // Nobody takes it.
         let waiting = scope.spawn(|| workshop.dial_outlet(&channel, RemoteAccess::Nothing));
-        let taken = preamble(Purpose::Pages { channel: 0 }, ours);
+        let taken = preamble(Purpose::Pages { channel: 0, rail: 0 }, ours);
         let began = Instant::now();
         loop {
             let workshop = stranger(to);
@@ -362,7 +364,7 @@ fn a_second_source_is_told_to_come_later_and_data_channels_must_be_free() {
                 other => assert!(began.elapsed() < GETS_IN, "{other:?}"),
             }
         }
-        let beyond = preamble(Purpose::Pages { channel: 256 }, ours);
+        let beyond = preamble(Purpose::Pages { channel: 256, rail: 0 }, ours);
         assert_eq!(refused(to, beyond), "data channel 256 of only 256 channels");
         drop((source, destination));
         waiting.join().expect("no panic").map(drop).expect_err("its migration is over");

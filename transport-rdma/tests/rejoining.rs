@@ -16,6 +16,10 @@ use pageferry::transport::{Connector, Interrupt, LinkPurpose, SourceLink, Transp
 use pageferry::{Destination, Source, Statistics};
 use pageferry_identity::testing::shared_key;
 use pageferry_rdma::{RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode, Security};
+use pageferry_vmm::embed::GuestMachine;
+use pageferry_vmm::guest::{Guest, GuestConfig, GuestKind, kvm_available};
+use pageferry_vmm::ram::{Backing, Ram};
+use pageferry_vmm::workload::{WorkloadConfig, WorkloadKind};
 
 const PAGES: u64 = 8192;
 /// How often the link is lost.
@@ -129,4 +133,89 @@ fn a_link_that_is_lost_again_and_again_comes_back_and_nothing_of_it_stays() {
         }
         eprintln!("{registration:?}: {sent} bytes for {all}, {before:?}");
     }
+}
+
+/// In bytes a second.
+fn rate(mib: u64) -> u64 {
+    (mib << 20) / 8
+}
+
+/// A guest that writes, over a link that is lost so often while so many bytes are sent. What was sent.
+fn move_guest(address: &str, mib: u64, losses: u64, spread_over: u64) -> u64 {
+    let written_bytes = (mib - mib / 8) << 20;
+    let kind = if kvm_available().is_ok() { GuestKind::Kvm } else { GuestKind::Process };
+    let config = GuestConfig {
+        kind,
+        regions: Ram::pc_regions(mib << 20),
+        backing: Backing::Memfd,
+        vcpus: 1,
+        cpu: None,
+        workload: WorkloadConfig {
+            kind: WorkloadKind::Sequential,
+            working_set_bytes: written_bytes,
+            dirty_rate_pages_per_second: Some(200),
+            seed: 0x5eed,
+        },
+    };
+    let mut machine = GuestMachine { guest: Guest::create(config.clone()).expect("room for it") };
+    machine.guest.boot().expect("it boots");
+    machine.guest.resume().expect("it runs");
+    let options = RdmaOptions::default();
+    let acceptor = RdmaAcceptor::bind((address, 0), options.clone()).expect("the device listens");
+    let link = Ends::default();
+    let inner = RdmaDialler::new(acceptor.local_addr().to_string(), options);
+    let connector = Box::new(Watched { inner, link: Arc::clone(&link) });
+    let rendezvous = Box::new(acceptor.rendezvous());
+    let (memory, dirty) = machine.described().expect("it tracks what is written");
+    let source = Source::new().channels(2).verify(true).downtime_limit(PATIENCE);
+    let handle = source.handle();
+    // All losses come while pages are on their way.
+    let rate = rate(mib);
+    handle.limit_bandwidth(Some(rate.try_into().expect("more than none")));
+    let (departed, arrived) = thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let offer = Destination::new().negotiate(rendezvous).expect("a source greets");
+            let machine = GuestMachine { guest: Guest::create(config).expect("room for it") };
+            let memory = machine.memory().expect("memory");
+            offer.receive(machine, &memory).expect("it arrives")
+        });
+        let leaving =
+            scope.spawn(|| source.migrate(machine, &memory, dirty, connector).expect("it leaves"));
+        for loss in 1..=losses {
+            let due = loss * spread_over / (losses + 2);
+            let began = Instant::now();
+            while handle.snapshot().landed_bytes < due {
+                assert!(began.elapsed() < PATIENCE, "{:?}", handle.snapshot());
+                thread::yield_now();
+            }
+            let link = link.lock().unwrap_or_else(PoisonError::into_inner);
+            link.as_ref().expect("a link").interrupt();
+        }
+        (leaving.join().expect("no panic"), receiving.join().expect("no panic"))
+    });
+    assert_eq!(u64::from(departed.statistics.rejoins), losses);
+    assert!(arrived.verified, "memory was not compared");
+    let mut guest = arrived.machine.guest;
+    guest.pause().expect("it runs");
+    let report = guest.check_oracle();
+    assert!(report.ok && report.fpu_intact, "{report:?}");
+    eprintln!(
+        "{kind} guest of {mib} MiB, {losses} losses: {} MiB sent, {:.1?}",
+        departed.statistics.wire_bytes >> 20,
+        departed.statistics.total
+    );
+    departed.statistics.wire_bytes
+}
+
+/// `PAGEFERRY_MEMORY_MIB=1024` for more of a guest.
+#[test]
+fn little_of_a_guest_is_sent_twice_over_a_link_that_is_lost_twenty_times() {
+    let Some(address) = address() else { return };
+    let mib = std::env::var("PAGEFERRY_MEMORY_MIB").ok().and_then(|mib| mib.parse().ok());
+    let mib = mib.unwrap_or(64);
+    let undisturbed = move_guest(&address, mib, 0, 0);
+    let lost = move_guest(&address, mib, 20, undisturbed);
+    // What is under way for an eighth of a second at that rate.
+    let under_way = UNDER_WAY_BYTES.max(rate(mib) / 8);
+    assert!(lost <= undisturbed + undisturbed / 10 + 20 * under_way, "{lost}, {undisturbed}");
 }

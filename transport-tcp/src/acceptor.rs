@@ -11,7 +11,7 @@ use pageferry::transport::reception::{Desk, spawn_named};
 use pageferry::transport::{Interrupt, TransportError, addresses};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::channels::DataChannels;
+use crate::channels::Joined;
 use crate::destination::TcpDestinationLink;
 use crate::newcomer::Newcomer;
 use crate::options::TcpOptions;
@@ -38,7 +38,7 @@ const BACKLOG: i32 = 128;
 /// thread and frees the port.
 #[derive(Debug)]
 pub struct TcpAcceptor {
-    pub(crate) desk: Arc<Desk<Newcomer, DataChannels>>,
+    pub(crate) desk: Arc<Desk<Newcomer, Joined>>,
     local_addr: SocketAddr,
 }
 

@@ -8,9 +8,24 @@ use crate::MAX_CHANNELS;
 use crate::incoming::{Incoming, Unwanted};
 use crate::preamble::Status;
 
-/// Of one migration.
+/// Of one migration: those that wait for their link.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    pub(crate) channels: DataChannels,
+    pub(crate) lanes: DataChannels,
+}
+
+impl Default for Joined {
+    fn default() -> Self {
+        Self { channels: DataChannels::of("data channel"), lanes: DataChannels::of("lane") }
+    }
+}
+
+/// Data channels, or lanes, which are joined alike.
 #[derive(Debug)]
 pub(crate) struct DataChannels {
+    /// What one is.
+    kind: &'static str,
     /// How many there will be; [`MAX_CHANNELS`] until it is known.
     channels: u16,
     came: BTreeMap<u16, DataChannel>,
@@ -22,13 +37,11 @@ enum DataChannel {
     Taken,
 }
 
-impl Default for DataChannels {
-    fn default() -> Self {
-        Self { channels: MAX_CHANNELS, came: BTreeMap::new() }
-    }
-}
-
 impl DataChannels {
+    fn of(kind: &'static str) -> Self {
+        Self { kind, channels: MAX_CHANNELS, came: BTreeMap::new() }
+    }
+
     /// Takes a connection, and says so to its other side; or gives it back.
     pub(crate) fn join(
         &mut self,
@@ -37,11 +50,11 @@ impl DataChannels {
         warnings: &Warnings,
     ) -> Result<(), Unwanted> {
         if channel >= self.channels {
-            let reason = format!("data channel {channel} of only {} channels", self.channels);
+            let reason = format!("{} {channel} of only {}", self.kind, self.channels);
             return Err(Unwanted { incoming, status: Status::ChannelOutOfRange, reason });
         }
         if self.came.contains_key(&channel) {
-            let reason = format!("data channel {channel} is connected already");
+            let reason = format!("{} {channel} is connected already", self.kind);
             return Err(Unwanted { incoming, status: Status::ChannelTaken, reason });
         }
         let peer = incoming.peer;
@@ -59,7 +72,7 @@ impl DataChannels {
     pub(crate) fn set(&mut self, channels: u16) {
         self.channels = channels;
         for (channel, _) in self.came.split_off(&channels) {
-            tracing::warn!("closed data channel {channel}: there are only {channels}");
+            tracing::warn!("closed {} {channel}: there are only {channels}", self.kind);
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pageferry::transport::race::Race;
+use pageferry::transport::ways::resolve_any;
 use pageferry::transport::{Interrupt, LinkId, TransportError, addresses};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -84,16 +85,8 @@ impl TcpConnector {
     /// By certificates the destination's name is that of the first, unless [`Tls::peer_name`](crate::Tls::peer_name) says.
     pub fn connect_by_any(self, addrs: &[String]) -> Result<TcpSourceLink, TransportError> {
         let address = addrs.join(",");
-        let (mut found, mut last) = (Vec::new(), io::Error::from(io::ErrorKind::NotFound));
-        for addr in addrs {
-            match addresses::resolve(&addr.as_str()) {
-                Ok(more) => found.push(more),
-                Err(cause) => last = cause,
-            }
-        }
-        if found.is_empty() {
-            return Err(TransportError::Connect { address, cause: last });
-        }
+        let found = resolve_any(addrs)
+            .map_err(|cause| TransportError::Connect { address: address.clone(), cause })?;
         self.connect_to(&address, &found)
     }
 
@@ -139,18 +132,7 @@ impl TcpConnector {
             }
         };
         options.check_buffers(control.socket()).map_err(unreachable)?;
-        // Of a name with addresses of both kinds that which is known to work here.
-        let peer = control.peer();
-        let alike = |addr: &&SocketAddr| addr.is_ipv4() == peer.is_ipv4();
-        let best = |to: &Vec<SocketAddr>| {
-            let reached = to.contains(&peer).then_some(&peer);
-            reached.or_else(|| to.iter().find(alike)).or(to.first()).copied()
-        };
-        let ends: Vec<_> = found.iter().filter_map(best).collect();
-        let own = options.way(peer, turn);
-        let all = (0..ends.len().max(turns)).map(|way| options.way(ends[way % ends.len()], way));
-        let mut ways = vec![own];
-        ways.extend(all.filter(|way| *way != own));
+        let ways = options.way(control.peer(), turn).and_others(found, &options.source_addresses);
         Ok(TcpSourceLink::new(id, options, trust, state, &control, ways))
     }
 }

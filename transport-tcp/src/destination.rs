@@ -8,18 +8,20 @@ use std::time::Duration;
 use pageferry::memory::GuestMemory;
 use pageferry::transport::reception::Seat;
 use pageferry::transport::{
-    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReceiver,
+    Capabilities, ControlChannel, DestinationLink, Interrupt, Link, LinkId, PageReceiver, ReadLane,
     Registration, Returning, TransportError,
 };
 
-use crate::channels::DataChannels;
+use crate::channels::{DataChannels, Joined};
 use crate::connection::{Connection, LinkState};
 use crate::data_socket::DataSocket;
 use crate::end::End;
 use crate::hearing::GivenChannels;
 use crate::inbox::{Inbox, Side};
 use crate::incoming::Incoming;
+use crate::lanes::TcpPageRequests;
 use crate::newcomer::Newcomer;
+use crate::preamble::Kind;
 use crate::receiver::TcpPageReceiver;
 use crate::waiting::deadline_after;
 use crate::{CAPABILITIES, NAME};
@@ -42,7 +44,7 @@ pub struct TcpDestinationLink {
 #[derive(Debug)]
 enum Data {
     /// They are accepted.
-    Seat(Seat<Newcomer, DataChannels>),
+    Seat(Seat<Newcomer, Joined>),
     /// They are there.
     Given(GivenChannels),
 }
@@ -50,7 +52,7 @@ enum Data {
 impl TcpDestinationLink {
     pub(crate) fn new(
         newcomer: Newcomer,
-        seat: Seat<Newcomer, DataChannels>,
+        seat: Seat<Newcomer, Joined>,
     ) -> Result<Self, TransportError> {
         let Newcomer { id, incoming, greeting, state, .. } = newcomer;
         let control = state.adopt(incoming.wire, incoming.peer)?;
@@ -112,24 +114,39 @@ impl TcpDestinationLink {
     ) -> Result<Vec<Arc<Connection>>, TransportError> {
         let Self { end, data } = self;
         end.open(channels, |end| {
-            let seat = match data {
-                Data::Seat(seat) => seat,
-                Data::Given(given) => return given.open(end.link_id(), channels, timeout),
-            };
-            let deadline = deadline_after(Some(timeout));
-            seat.connections(|came| came.set(channels));
-            let sockets = seat.take(deadline, || end.check(), DataChannels::take_all)?;
-            let sockets = sockets.ok_or(TransportError::TimedOut {
-                operation: "accept data channels",
-                after: timeout,
-            })?;
-            let adopt = |incoming: Incoming| {
-                let connection = end.state().adopt(incoming.wire, incoming.peer)?;
-                connection.leave_to_kernel()?;
-                Ok(connection)
-            };
-            sockets.into_iter().map(adopt).collect()
+            let kind = |channel| Kind::Data { channel };
+            data.take(end, kind, channels, timeout, |joined| &mut joined.channels)
         })
+    }
+}
+
+impl Data {
+    /// So many connections of a kind, once all are there; which kind, `of` says too.
+    fn take(
+        &mut self,
+        end: &End,
+        kind: impl Fn(u16) -> Kind,
+        count: u16,
+        timeout: Duration,
+        of: impl Fn(&mut Joined) -> &mut DataChannels,
+    ) -> Result<Vec<Arc<Connection>>, TransportError> {
+        let seat = match self {
+            Self::Seat(seat) => seat,
+            Self::Given(given) => return given.open(end.link_id(), kind, count, timeout),
+        };
+        let deadline = deadline_after(Some(timeout));
+        seat.connections(|joined| of(joined).set(count));
+        let sockets = seat.take(deadline, || end.check(), |joined| of(joined).take_all())?;
+        let sockets = sockets.ok_or(TransportError::TimedOut {
+            operation: "accept data channels",
+            after: timeout,
+        })?;
+        let adopt = |incoming: Incoming| {
+            let connection = end.state().adopt(incoming.wire, incoming.peer)?;
+            connection.leave_to_kernel()?;
+            Ok(connection)
+        };
+        sockets.into_iter().map(adopt).collect()
     }
 }
 
@@ -180,5 +197,23 @@ impl DestinationLink for TcpDestinationLink {
                     as Box<dyn PageReceiver>
             })
             .collect())
+    }
+
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
+        let Self { end, data } = self;
+        let (_, connections) = end.open_reads(lanes, |end| {
+            let kind = |lane| Kind::Lane { lane };
+            data.take(end, kind, lanes, timeout, |joined| &mut joined.lanes)
+        })?;
+        let lane = |connection: Arc<Connection>| ReadLane {
+            requests: Box::new(TcpPageRequests::new(Arc::clone(&connection), Arc::clone(into))),
+            landings: Box::new(TcpPageReceiver::of_lane(connection, Arc::clone(into))),
+        };
+        Ok(connections.into_iter().map(lane).collect())
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use pageferry::transport::TransportError;
 use pageferry::transport::race::{Attempt, Progress};
+use pageferry::transport::ways::Way;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -13,7 +14,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::connection::{Connection, LinkState};
 use crate::hearing::Given;
-use crate::options::{TcpOptions, Way};
+use crate::options::TcpOptions;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use crate::trust::Trust;
 use crate::waiting::{deadline_after, is_past};
@@ -189,7 +190,7 @@ impl Dialled {
         }
         match Answer::decode(&bytes) {
             Ok(Answer { status: Status::Ok, .. }) => {
-                if let Kind::Data { .. } = kind {
+                if kind != Kind::Control {
                     connection.leave_to_kernel()?;
                 }
                 Ok(connection)
@@ -201,7 +202,9 @@ impl Dialled {
             Ok(Answer { reason, .. }) => {
                 let reason = match kind {
                     Kind::Control => reason,
-                    Kind::Data { .. } => format!("{}, and then: {reason}", connected(kind)),
+                    Kind::Data { .. } | Kind::Lane { .. } => {
+                        format!("{}, and then: {reason}", connected(kind))
+                    }
                 };
                 Err(TransportError::Refused { address: address(), reason })
             }
@@ -215,6 +218,7 @@ fn connected(kind: Kind) -> String {
     match kind {
         Kind::Control => "it is connected".to_owned(),
         Kind::Data { channel } => format!("data channel {channel} is connected"),
+        Kind::Lane { lane } => format!("lane {lane} is connected"),
     }
 }
 

@@ -98,10 +98,7 @@ impl End {
         connect: impl FnOnce(&Self) -> Result<Vec<Arc<Connection>>, TransportError>,
     ) -> Result<Vec<Arc<Connection>>, TransportError> {
         self.check()?;
-        if channels > MAX_CHANNELS {
-            let (size, limit) = (u64::from(channels), u64::from(MAX_CHANNELS));
-            return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
-        }
+        check_number(channels)?;
         self.stages.check_closed()?;
         let connections = connect(self)?;
         self.stages.open();
@@ -109,9 +106,31 @@ impl End {
         Ok(connections)
     }
 
+    /// Opens lanes for reads, once, by connections that `connect` makes. With the memory that is registered.
+    pub(crate) fn open_reads(
+        &mut self,
+        lanes: u16,
+        connect: impl FnOnce(&Self) -> Result<Vec<Arc<Connection>>, TransportError>,
+    ) -> Result<(Arc<GuestMemory>, Vec<Arc<Connection>>), TransportError> {
+        self.check()?;
+        check_number(lanes)?;
+        let memory = self.stages.open_reads()?;
+        let connections = connect(self)?;
+        self.connections.extend(connections.iter().cloned());
+        Ok((memory, connections))
+    }
+
     pub(crate) fn interrupter(&self) -> Arc<dyn Interrupt> {
         Arc::clone(&self.state) as Arc<dyn Interrupt>
     }
+}
+
+fn check_number(channels: u16) -> Result<(), TransportError> {
+    if channels <= MAX_CHANNELS {
+        return Ok(());
+    }
+    let (size, limit) = (u64::from(channels), u64::from(MAX_CHANNELS));
+    Err(TransportError::TooLarge { what: "number of data channels", size, limit })
 }
 
 impl Drop for End {

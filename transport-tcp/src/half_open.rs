@@ -180,10 +180,15 @@ impl HalfOpen {
     fn welcome(mut self, preamble: Preamble, board: &Arc<TcpBoard>, rules: &Rules<'_>) -> Step {
         let answered = Instant::now();
         match (preamble.kind, rules.admission) {
-            (Kind::Data { channel }, _) => {
-                let joined = board.connections(preamble.id, |channels| match channels {
-                    Some(channels) => channels.join(channel, self.incoming, rules.warnings),
-                    None => Err(Unwanted::unknown(self.incoming)),
+            (kind @ (Kind::Data { channel: number } | Kind::Lane { lane: number }), _) => {
+                let joined = board.connections(preamble.id, |joined| match (joined, kind) {
+                    (Some(joined), Kind::Lane { .. }) => {
+                        joined.lanes.join(number, self.incoming, rules.warnings)
+                    }
+                    (Some(joined), _) => {
+                        joined.channels.join(number, self.incoming, rules.warnings)
+                    }
+                    (None, _) => Err(Unwanted::unknown(self.incoming)),
                 });
                 match joined {
                     Ok(()) => Step::Done,

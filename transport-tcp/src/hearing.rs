@@ -46,15 +46,14 @@ impl Given {
     }
 }
 
-/// So many of the sockets, for as many data channels; the rest is closed.
-pub(crate) fn enough<T>(given: &mut Vec<T>, channels: u16) -> Result<(), TransportError> {
+/// Fails where there are fewer sockets than data channels or lanes to be opened.
+pub(crate) fn enough<T>(given: &[T], channels: u16) -> Result<(), TransportError> {
     let wanted = usize::from(channels);
     if given.len() < wanted {
-        let why = format!("{} sockets were given, for {channels} data channels", given.len());
+        let why = format!("{} sockets are left, for {channels} data channels", given.len());
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         return Err(TransportError::Io { operation: "open data channels", cause });
     }
-    given.truncate(wanted);
     Ok(())
 }
 
@@ -63,28 +62,29 @@ pub(crate) fn enough<T>(given: &mut Vec<T>, channels: u16) -> Result<(), Transpo
 pub(crate) struct GivenChannels(pub(crate) Vec<Hearing>);
 
 impl GivenChannels {
-    /// Waits until the source has opened them all, in their order.
+    /// Waits until the source has opened so many, in their order: first the data channels, and then lanes.
     pub(crate) fn open(
         &mut self,
         id: LinkId,
-        channels: u16,
+        kind: impl Fn(u16) -> Kind,
+        count: u16,
         timeout: Duration,
     ) -> Result<Vec<Arc<Connection>>, TransportError> {
-        enough(&mut self.0, channels)?;
+        enough(&self.0, count)?;
         let deadline = deadline_after(Some(timeout));
-        for channel in 0..channels {
-            let hearing = &mut self.0[usize::from(channel)];
+        for number in 0..count {
+            let hearing = &mut self.0[usize::from(number)];
             if hearing.answered {
                 continue;
             }
             let preamble = hearing.hear(deadline, timeout)?;
-            if preamble != (Preamble { id, kind: Kind::Data { channel } }) {
+            if preamble != (Preamble { id, kind: kind(number) }) {
                 return Err(self.refuse());
             }
             hearing.answer()?;
             hearing.connection.leave_to_kernel()?;
         }
-        Ok(self.0.iter().map(|hearing| Arc::clone(&hearing.connection)).collect())
+        Ok(self.0.drain(..usize::from(count)).map(|hearing| hearing.connection).collect())
     }
 
     /// The source waits for one answer after the other.

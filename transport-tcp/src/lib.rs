@@ -82,6 +82,7 @@ mod half_open;
 mod hearing;
 mod inbox;
 mod incoming;
+mod lanes;
 mod newcomer;
 mod options;
 mod outstanding;

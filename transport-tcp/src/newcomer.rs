@@ -8,12 +8,12 @@ use std::time::Duration;
 use pageferry::transport::reception::{Arrived, Board, Served};
 use pageferry::transport::{Greeted, LinkId, Standing};
 
-use crate::channels::DataChannels;
+use crate::channels::Joined;
 use crate::connection::LinkState;
 use crate::incoming::Incoming;
 
 /// What the acceptor's thread and the links tell each other.
-pub(crate) type TcpBoard = Board<Newcomer, DataChannels>;
+pub(crate) type TcpBoard = Board<Newcomer, Joined>;
 
 #[derive(Debug)]
 pub(crate) struct Newcomer {

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use pageferry::transport::Admission;
+use pageferry::transport::ways::Way;
 use pageferry_identity::Security;
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive};
 
@@ -46,14 +47,6 @@ pub(crate) fn stays_within_host(socket: &Socket) -> io::Result<bool> {
     };
     let [local, peer] = [local, peer].map(|address| address.ip().to_canonical());
     Ok(local == peer || (local.is_loopback() && peer.is_loopback()))
-}
-
-/// A way to a destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Way {
-    pub(crate) to: SocketAddr,
-    /// An address here, if that is not left to the kernel.
-    pub(crate) from: Option<IpAddr>,
 }
 
 /// When a silent connection is probed, and given up. The kernel counts whole seconds, 1 to 32,767, and
@@ -232,14 +225,7 @@ impl TcpOptions {
 
     /// The way to an address, from one address here after the other.
     pub(crate) fn way(&self, to: SocketAddr, turn: usize) -> Way {
-        let alike = |from: &&IpAddr| from.is_ipv4() == to.is_ipv4();
-        let count = self.source_addresses.iter().filter(alike).count();
-        let from = match count {
-            // Of another kind: an error that names it.
-            0 => self.source_addresses.first(),
-            count => self.source_addresses.iter().filter(alike).nth(turn % count),
-        };
-        Way { to, from: from.copied() }
+        Way::by_turns(to, &self.source_addresses, turn)
     }
 
     /// Has a connection come from where it is to.

@@ -10,10 +10,10 @@
 //! |-------:|------:|-----------------------------------------------------------|
 //! |      0 |     8 | magic, `PFTCPREQ`                                         |
 //! |      8 |     2 | version, 1                                                |
-//! |     10 |     1 | kind: 1 control channel, 2 data channel                   |
+//! |     10 |     1 | kind: 1 control channel, 2 data channel, 3 lane for reads  |
 //! |     11 |     1 | reserved, 0                                               |
 //! |     12 |    16 | id of the link: random, made by the source                |
-//! |     28 |     2 | index of the data channel, from 0; 0 for a control channel |
+//! |     28 |     2 | index of the data channel or the lane, from 0; else 0      |
 //! |     30 |     2 | reserved, 0                                               |
 //!
 //! # Answer, destination to source: 128 bytes
@@ -47,6 +47,7 @@ const VERSION_AT: usize = 8;
 const REASON_AT: usize = 12;
 const KIND_CONTROL: u8 = 1;
 const KIND_DATA: u8 = 2;
+const KIND_LANE: u8 = 3;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +58,11 @@ pub enum Kind {
     Data {
         /// Index of the channel.
         channel: u16,
+    },
+    /// A lane by which the destination reads, likewise.
+    Lane {
+        /// Index of the lane.
+        lane: u16,
     },
 }
 
@@ -158,6 +164,7 @@ impl Preamble {
         let (kind, channel) = match self.kind {
             Kind::Control => (KIND_CONTROL, 0),
             Kind::Data { channel } => (KIND_DATA, channel),
+            Kind::Lane { lane } => (KIND_LANE, lane),
         };
         let mut bytes = [0; PREAMBLE_BYTES];
         bytes[..8].copy_from_slice(&PREAMBLE_MAGIC);
@@ -175,6 +182,7 @@ impl Preamble {
         let kind = match bytes[10] {
             KIND_CONTROL => Kind::Control,
             KIND_DATA => Kind::Data { channel },
+            KIND_LANE => Kind::Lane { lane: channel },
             other => return Err(PreambleError::Kind(other)),
         };
         let reserved_are_zero = bytes[11] == 0 && bytes[30..] == [0, 0];
@@ -263,7 +271,11 @@ mod tests {
     use super::*;
 
     fn a_kind() -> impl Strategy<Value = Kind> {
-        prop_oneof![Just(Kind::Control), any::<u16>().prop_map(|channel| Kind::Data { channel })]
+        prop_oneof![
+            Just(Kind::Control),
+            any::<u16>().prop_map(|channel| Kind::Data { channel }),
+            any::<u16>().prop_map(|lane| Kind::Lane { lane })
+        ]
     }
 
     /// Any bytes, often with a good beginning so that the checks behind it are reached.

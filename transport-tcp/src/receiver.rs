@@ -53,6 +53,8 @@ pub(crate) struct TcpPageReceiver {
     watch: LandingWatch,
     landed: Ticket,
     acks: AckWriter,
+    /// Whether more follows each record soon, if only a request for an acknowledgement: not where batches are answers.
+    reads_ahead: bool,
     ended: bool,
     broken: Option<StreamError>,
     /// Failed, perhaps in the middle of a batch: what comes next would be misread.
@@ -72,11 +74,19 @@ impl TcpPageReceiver {
             watch: LandingWatch::default(),
             landed: 0,
             acks: AckWriter::default(),
+            reads_ahead: true,
             ended: false,
             broken: None,
             lost: false,
             counters: ChannelCounters::default(),
         }
+    }
+
+    /// Of a lane, whose batches are answers.
+    pub(crate) fn of_lane(connection: Arc<Connection>, memory: Arc<GuestMemory>) -> Self {
+        let mut receiver = Self::new(connection, memory);
+        receiver.reads_ahead = false;
+        receiver
     }
 
     /// The other side sent what no peer sends; it stays said.
@@ -102,7 +112,7 @@ impl TcpPageReceiver {
 
     /// How much of the next record is received with the rest of this one.
     fn ahead_bytes(&self) -> usize {
-        if self.acks.is_stuck() { 0 } else { LEAD_BYTES }
+        if self.acks.is_stuck() || !self.reads_ahead { 0 } else { LEAD_BYTES }
     }
 
     /// Receives the lead of a record, as far as it is not there.

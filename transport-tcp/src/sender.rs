@@ -101,6 +101,17 @@ impl TcpPageSender {
         })
     }
 
+    /// Of a lane, whose batches are answers.
+    pub(crate) fn of_lane(
+        connection: Arc<Connection>,
+        memory: Arc<GuestMemory>,
+        options: &TcpOptions,
+    ) -> Result<Self, TransportError> {
+        let mut sender = Self::new(connection, memory, options)?;
+        sender.schedule = AckSchedule::never();
+        Ok(sender)
+    }
+
     /// Sends what is owed, the head, and what the vectors hold for this batch.
     fn send_all(&mut self, ticket: Ticket, runs: &[Run]) -> Result<(), TransportError> {
         if !self.owed.is_empty() {

@@ -10,7 +10,7 @@ use pageferry::transport::{
 };
 
 use crate::acceptor::TcpAcceptor;
-use crate::channels::DataChannels;
+use crate::channels::Joined;
 use crate::connector::TcpConnector;
 use crate::destination::TcpDestinationLink;
 use crate::newcomer::Newcomer;
@@ -61,7 +61,7 @@ impl Connector for TcpDialler {
 
 /// Where the links of one migration come in: made by [`TcpAcceptor::rendezvous`], and keeps its thread and port.
 #[derive(Debug)]
-pub struct TcpRendezvous(Entrance<Newcomer, DataChannels>);
+pub struct TcpRendezvous(Entrance<Newcomer, Joined>);
 
 impl TcpAcceptor {
     /// Waits for the links of one migration, which may be several. Interrupted, the acceptor goes on.

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
+use pageferry::transport::ways::Way;
 use pageferry::transport::{
-    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, Registration, SourceLink,
-    TransportError,
+    Capabilities, ControlChannel, Interrupt, Link, LinkId, PageSender, PageServer, Registration,
+    SourceLink, TransportError,
 };
 
 use crate::connection::{Connection, LinkState};
@@ -15,7 +16,8 @@ use crate::dial::Dialled;
 use crate::end::End;
 use crate::hearing::{Given, enough};
 use crate::inbox::{Inbox, Side};
-use crate::options::{TcpOptions, Way, ZeroCopy};
+use crate::lanes::TcpPageServer;
+use crate::options::{TcpOptions, ZeroCopy};
 use crate::preamble::{Kind, Preamble};
 use crate::sender::TcpPageSender;
 use crate::trust::Trust;
@@ -100,29 +102,46 @@ impl TcpSourceLink {
     fn open(&mut self, channels: u16) -> Result<Vec<Arc<Connection>>, TransportError> {
         let Self { end, options, trust, inbox, ways, given } = self;
         end.open(channels, |end| {
-            let connected = match given {
-                None => dial(end, ways.clone(), channels, options, trust),
-                Some(sockets) => enough(sockets, channels)
-                    .and_then(|()| greet(end, std::mem::take(sockets), options, trust)),
-            };
-            connected.map_err(|error| {
-                // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
-                inbox.look_for_the_end();
-                end.check().err().unwrap_or(error)
-            })
+            let kind = |channel| Kind::Data { channel };
+            connect(end, options, trust, inbox, ways, given, (kind, channels))
         })
     }
+}
+
+/// Connects so many of a kind.
+fn connect(
+    end: &End,
+    options: &TcpOptions,
+    trust: &Trust,
+    inbox: &Inbox,
+    ways: &[Way],
+    given: &mut Option<Vec<Given>>,
+    wanted: (impl Fn(u16) -> Kind, u16),
+) -> Result<Vec<Arc<Connection>>, TransportError> {
+    let connected = match given {
+        None => dial(end, ways.to_vec(), wanted, options, trust),
+        Some(sockets) => enough(sockets, wanted.1).and_then(|()| {
+            let sockets = sockets.drain(..usize::from(wanted.1)).collect();
+            greet(end, sockets, wanted.0, options, trust)
+        }),
+    };
+    connected.map_err(|error| {
+        // Whoever is turned away meanwhile has no migration there, and is told that for each of them.
+        inbox.look_for_the_end();
+        end.check().err().unwrap_or(error)
+    })
 }
 
 /// On connections that there are.
 fn greet(
     end: &End,
     sockets: Vec<Given>,
+    kind: impl Fn(u16) -> Kind,
     options: &TcpOptions,
     trust: &Trust,
 ) -> Result<Vec<Arc<Connection>>, TransportError> {
-    let begun = (0..).zip(sockets).map(|(channel, socket)| {
-        let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
+    let begun = (0..).zip(sockets).map(|(number, socket)| {
+        let preamble = Preamble { id: end.link_id(), kind: kind(number) };
         Dialled::over(socket, &preamble, options, trust, end.state())
     });
     let begun = begun.collect::<Result<Vec<_>, _>>()?;
@@ -133,13 +152,13 @@ fn greet(
 fn dial(
     end: &End,
     mut ways: Vec<Way>,
-    channels: u16,
+    (kind, channels): (impl Fn(u16) -> Kind, u16),
     options: &TcpOptions,
     trust: &Trust,
 ) -> Result<Vec<Arc<Connection>>, TransportError> {
     let brief = options.for_one_of_several();
     let begin = |way, channel, options| {
-        let preamble = Preamble { id: end.link_id(), kind: Kind::Data { channel } };
+        let preamble = Preamble { id: end.link_id(), kind: kind(channel) };
         Dialled::begin(way, &preamble, options, trust, end.state())
     };
     let done_without = |way: Way, error: &TransportError| {
@@ -215,5 +234,17 @@ impl SourceLink for TcpSourceLink {
                 Ok(Box::new(sender) as Box<dyn PageSender>)
             })
             .collect()
+    }
+
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        let Self { end, options, trust, inbox, ways, given } = self;
+        let (memory, connections) = end.open_reads(lanes, |end| {
+            let kind = |lane| Kind::Lane { lane };
+            connect(end, options, trust, inbox, ways, given, (kind, lanes))
+        })?;
+        let serve = |connection| -> Result<Box<dyn PageServer>, TransportError> {
+            Ok(Box::new(TcpPageServer::new(connection, &memory, &self.options)?))
+        };
+        connections.into_iter().map(serve).collect()
     }
 }

@@ -58,7 +58,7 @@ pub struct LinkArgs {
     #[arg(long, value_name = "SIZE", value_parser = buffer)]
     pub receive_buffer: Option<usize>,
     /// This host's addresses that connections come from, with commas between them, over which data channels are dealt
-    /// out [default: by the kernel's routes].
+    /// out [default: by the kernel's routes]. Over RDMA they choose the devices too.
     #[arg(long, value_name = "IP", value_delimiter = ',')]
     pub source_address: Vec<IpAddr>,
     /// Interface that connections are bound to, at either side: eth1 [default: any].

@@ -1,6 +1,6 @@
 //! The transport that was chosen, and links by it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use pageferry::transport::{Connector, DestinationLink, Interrupt, Rendezvous, TransportError};
@@ -57,18 +57,14 @@ impl Transport {
         let asked_for = match meant {
             Self::Tcp => return Ok(Chosen::Tcp(tcp)),
             Self::Rdma => {
-                let TcpOptions { source_addresses, interface, dscp, congestion_control, .. } = &tcp;
-                if !source_addresses.is_empty()
-                    || interface.is_some()
-                    || dscp.is_some()
-                    || congestion_control.is_some()
-                {
+                let TcpOptions { interface, dscp, congestion_control, .. } = &tcp;
+                if interface.is_some() || dscp.is_some() || congestion_control.is_some() {
                     return Err(TransportError::Unsupported(
-                        "--source-address, --interface, --dscp or --congestion-control; it has --rdma-device, \
-                         --rdma-port and --rdma-traffic-class",
+                        "--interface, --dscp or --congestion-control; it has --rdma-device, --rdma-port and \
+                         --rdma-traffic-class",
                     ));
                 }
-                return with_rdma(rdma, tcp.security);
+                return with_rdma(rdma, tcp.security, tcp.source_addresses);
             }
             Self::IoUring if in_process => {
                 return Err(TransportError::Unsupported(
@@ -120,7 +116,11 @@ fn encrypts_in_process(tcp: &TcpOptions) -> Result<bool, TransportError> {
 }
 
 #[cfg(feature = "rdma")]
-fn with_rdma(args: &RdmaArgs, security: Security) -> Result<Chosen, TransportError> {
+fn with_rdma(
+    args: &RdmaArgs,
+    security: Security,
+    source_addresses: Vec<IpAddr>,
+) -> Result<Chosen, TransportError> {
     match &security {
         Security::Tls(tls) if tls.kernel != KernelTls::Auto => {
             return Err(TransportError::Unsupported("use for --kernel-tls: it encrypts no pages"));
@@ -153,6 +153,7 @@ fn with_rdma(args: &RdmaArgs, security: Security) -> Result<Chosen, TransportErr
     Ok(Chosen::Rdma(RdmaOptions {
         device: args.rdma_device.clone(),
         port: args.rdma_port,
+        source_addresses,
         gid_index: args.rdma_gid_index,
         mtu,
         traffic_class: args.rdma_traffic_class,
@@ -185,11 +186,11 @@ fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
 
 #[cfg(not(feature = "rdma"))]
 fn rdma_address(args: &RdmaArgs) -> Result<String, TransportError> {
-    with_rdma(args, Security::default()).map(|_| String::new())
+    with_rdma(args, Security::default(), Vec::new()).map(|_| String::new())
 }
 
 #[cfg(not(feature = "rdma"))]
-fn with_rdma(_: &RdmaArgs, _: Security) -> Result<Chosen, TransportError> {
+fn with_rdma(_: &RdmaArgs, _: Security, _: Vec<IpAddr>) -> Result<Chosen, TransportError> {
     let cause = std::io::Error::other(WITHOUT_RDMA);
     Err(TransportError::Io { operation: "use RDMA", cause })
 }

@@ -14,7 +14,7 @@ use super::Random;
 use crate::pages::memory::GuestMemory;
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, Interrupt, Link,
-    PageSender, ReadGrant, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
+    PageSender, PageServer, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
 };
 
 /// Which trouble to make. The default makes none.
@@ -189,8 +189,8 @@ impl SourceLink for FaultySource {
             .collect())
     }
 
-    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
-        self.inner.grant_reads()
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        self.inner.serve_reads(lanes)
     }
 }
 

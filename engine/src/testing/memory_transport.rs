@@ -9,12 +9,14 @@ use crossbeam_channel::{
     Receiver, Sender, TryRecvError, after, at, bounded, never, select, unbounded,
 };
 
-use crate::pages::memory::GuestMemory;
+use crate::pages::memory::{GuestMemory, PageRange};
+use crate::transport::reads::{answer, check_request};
 use crate::transport::{
     Attempts, Capabilities, ChannelCounters, Connector, ControlChannel, ControlReceiver,
     ControlSender, DestinationLink, Interrupt, LandingWatch, Link, LinkPurpose, MAX_BATCH_RUNS,
-    PageCounts, PageReceiver, PageSender, Received, Registration, Rendezvous, Run, RunKind,
-    SourceLink, Stages, Ticket, TransportError, Watermarks, check_frame,
+    PageCounts, PageReceiver, PageRequests, PageSender, PageServer, ReadLane, Received,
+    Registration, Rendezvous, Run, RunKind, SourceLink, Stages, Ticket, TransportError, Watermarks,
+    check_frame,
 };
 
 /// Batches and frames that may wait on a channel before its sender does.
@@ -37,11 +39,12 @@ pub fn pair() -> (MemorySource, MemoryDestination) {
     let (to_destination, from_source) = bounded(DEPTH);
     let (to_source, from_destination) = bounded(DEPTH);
     let (lanes_out, lanes_in) = bounded(1);
+    let (reads_out, reads_in) = bounded(1);
     let source = End::new(to_destination, from_destination);
     let destination = End::new(to_source, from_source);
     (
-        MemorySource { end: source, lanes: lanes_out },
-        MemoryDestination { end: destination, lanes: lanes_in },
+        MemorySource { end: source, lanes: lanes_out, reads: reads_out },
+        MemoryDestination { end: destination, lanes: lanes_in, reads: reads_in },
     )
 }
 
@@ -136,7 +139,10 @@ impl Rendezvous for MemoryRendezvous {
         select! {
             recv(self.links) -> link => match link {
                 Ok(link) => Ok(Box::new(link)),
-                Err(_) => Err(lost("wait for a source")),
+                Err(_) => Err(TransportError::Io {
+                    operation: "wait for a source",
+                    cause: io::Error::other("nobody is left who could dial"),
+                }),
             },
             recv(self.stop.stopped) -> _ => Err(TransportError::Interrupted),
             recv(deadline) -> _ => Err(TransportError::TimedOut {
@@ -160,6 +166,7 @@ impl Rendezvous for MemoryRendezvous {
 pub struct MemorySource {
     end: End,
     lanes: Sender<Vec<LaneOut>>,
+    reads: Sender<Vec<ReadOut>>,
 }
 
 /// The destination's end.
@@ -167,6 +174,7 @@ pub struct MemorySource {
 pub struct MemoryDestination {
     end: End,
     lanes: Receiver<Vec<LaneOut>>,
+    reads: Receiver<Vec<ReadOut>>,
 }
 
 /// What both ends have.
@@ -224,7 +232,7 @@ impl Interrupt for Stop {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct LaneStop {
     end: Arc<Stop>,
     own: Arc<Stop>,
@@ -276,14 +284,8 @@ impl SourceLink for MemorySource {
             let (records, their_records) = bounded(DEPTH);
             let (their_landings, landings) = unbounded();
             theirs.push(LaneOut { records: their_records, landings: their_landings });
-            senders.push(Box::new(LaneSender {
-                records,
-                landings,
-                memory: Arc::clone(&memory),
-                stop: self.end.stop.with_own(),
-                marks: Watermarks::default(),
-                counters: ChannelCounters::default(),
-            }));
+            let stop = self.end.stop.with_own();
+            senders.push(Box::new(LaneSender::new(records, landings, &memory, stop)));
         }
         self.end.stop.check()?;
         select! {
@@ -292,6 +294,28 @@ impl SourceLink for MemorySource {
         }
         self.end.stages.open();
         Ok(senders)
+    }
+
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        self.end.stop.check()?;
+        let memory = self.end.stages.open_reads()?;
+        let mut servers: Vec<Box<dyn PageServer>> = Vec::new();
+        let mut theirs = Vec::new();
+        for _ in 0..lanes {
+            let (records, their_records) = bounded(DEPTH);
+            let (their_landings, landings) = unbounded();
+            let (their_requests, requests) = bounded(DEPTH);
+            let lane = LaneOut { records: their_records, landings: their_landings };
+            theirs.push(ReadOut { requests: their_requests, lane });
+            let stop = self.end.stop.with_own();
+            let answers = LaneSender::new(records, landings, &memory, stop);
+            servers.push(Box::new(LaneServer { requests, answers }));
+        }
+        select! {
+            send(self.reads, theirs) -> sent => sent.map_err(|_| lost("open lanes"))?,
+            recv(self.end.stop.stopped) -> _ => return Err(TransportError::Interrupted),
+        }
+        Ok(servers)
     }
 }
 
@@ -338,19 +362,39 @@ impl DestinationLink for MemoryDestination {
             return Err(TransportError::OutOfOrder("the two sides open different channels"));
         }
         self.end.stages.open();
-        Ok(lanes
-            .into_iter()
-            .map(|lane| -> Box<dyn PageReceiver> {
-                Box::new(LaneReceiver {
-                    lane,
-                    memory: Arc::clone(&memory),
-                    stop: self.end.stop.with_own(),
-                    landed: 0,
-                    watch: LandingWatch::default(),
-                    counters: ChannelCounters::default(),
-                })
-            })
-            .collect())
+        let receiver = |lane| -> Box<dyn PageReceiver> {
+            Box::new(LaneReceiver::new(lane, &memory, self.end.stop.with_own()))
+        };
+        Ok(lanes.into_iter().map(receiver).collect())
+    }
+
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
+        self.end.stop.check()?;
+        self.end.stages.open_reads()?;
+        let came = select! {
+            recv(self.reads) -> came => came.map_err(|_| lost("accept lanes"))?,
+            recv(self.end.stop.stopped) -> _ => return Err(TransportError::Interrupted),
+            default(timeout) => {
+                let operation = "accept lanes";
+                return Err(TransportError::TimedOut { operation, after: timeout });
+            }
+        };
+        if came.len() != usize::from(lanes) {
+            return Err(TransportError::OutOfOrder("the two sides open different lanes"));
+        }
+        let lane = |ReadOut { requests, lane }| {
+            let stop = self.end.stop.with_own();
+            let requests =
+                LaneRequests { requests, memory: Arc::clone(into), stop: stop.clone(), asked: 0 };
+            let landings = LaneReceiver::new(lane, into, stop);
+            ReadLane { requests: Box::new(requests), landings: Box::new(landings) }
+        };
+        Ok(came.into_iter().map(lane).collect())
     }
 }
 
@@ -422,6 +466,16 @@ struct LaneSender {
 }
 
 impl LaneSender {
+    fn new(
+        records: Sender<Record>,
+        landings: Receiver<Ticket>,
+        memory: &Arc<GuestMemory>,
+        stop: LaneStop,
+    ) -> Self {
+        let (memory, marks) = (Arc::clone(memory), Watermarks::default());
+        Self { records, landings, memory, stop, marks, counters: ChannelCounters::default() }
+    }
+
     fn put(&mut self, record: Record) -> Result<(), TransportError> {
         self.stop.check()?;
         select! {
@@ -504,6 +558,13 @@ struct LaneReceiver {
     counters: ChannelCounters,
 }
 
+impl LaneReceiver {
+    fn new(lane: LaneOut, memory: &Arc<GuestMemory>, stop: LaneStop) -> Self {
+        let (memory, watch) = (Arc::clone(memory), LandingWatch::default());
+        Self { lane, memory, stop, landed: 0, watch, counters: ChannelCounters::default() }
+    }
+}
+
 impl PageReceiver for LaneReceiver {
     fn receive(&mut self) -> Result<Received, TransportError> {
         self.stop.check()?;
@@ -553,4 +614,77 @@ impl PageReceiver for LaneReceiver {
 
 fn payload_len(run: &Run) -> usize {
     usize::try_from(run.payload_bytes()).unwrap_or(usize::MAX)
+}
+
+/// What is asked for; `None`, that nothing more is.
+type Asked = Option<Vec<Run>>;
+
+/// The reader's end of a lane for reads.
+struct ReadOut {
+    requests: Sender<Asked>,
+    lane: LaneOut,
+}
+
+struct LaneRequests {
+    requests: Sender<Asked>,
+    memory: Arc<GuestMemory>,
+    stop: LaneStop,
+    asked: Ticket,
+}
+
+impl LaneRequests {
+    fn put(&mut self, asked: Asked) -> Result<(), TransportError> {
+        self.stop.check()?;
+        select! {
+            send(self.requests, asked) -> sent => sent.map_err(|_| lost("ask for pages")),
+            recv(self.stop.end.stopped) -> _ => Err(TransportError::Interrupted),
+            recv(self.stop.own.stopped) -> _ => Err(TransportError::Interrupted),
+        }
+    }
+}
+
+impl PageRequests for LaneRequests {
+    fn request(&mut self, ranges: &[PageRange]) -> Result<Ticket, TransportError> {
+        let runs = check_request(&CAPABILITIES, &self.memory, ranges)?;
+        self.put(Some(runs))?;
+        self.asked += 1;
+        Ok(self.asked)
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.put(None)
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        ChannelCounters::default()
+    }
+}
+
+struct LaneServer {
+    requests: Receiver<Asked>,
+    answers: LaneSender,
+}
+
+impl PageServer for LaneServer {
+    fn serve(&mut self) -> Result<(), TransportError> {
+        loop {
+            self.answers.stop.check()?;
+            let asked = select! {
+                recv(self.requests) -> asked => asked.map_err(|_| lost("serve reads"))?,
+                recv(self.answers.stop.end.stopped) -> _ => return Err(TransportError::Interrupted),
+                recv(self.answers.stop.own.stopped) -> _ => return Err(TransportError::Interrupted),
+            };
+            let Some(asked) = asked else { return self.answers.finish() };
+            let runs = answer(&self.answers.memory, &asked, CAPABILITIES.max_batch_runs)?;
+            self.answers.send(&runs)?;
+        }
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.answers.counters
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.answers.stop.interrupter()
+    }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::pages::memory::GuestMemory;
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, DestinationLink, Interrupt, LandingWatch, Link,
-    PageReader, PageReceiver, PageSender, ReadGrant, Received, Registration, Run, SourceLink,
+    PageReceiver, PageSender, PageServer, ReadLane, Received, Registration, Run, SourceLink,
     Ticket, TransportError, Watermarks,
 };
 
@@ -155,8 +155,8 @@ impl SourceLink for WrappedSource {
         Ok(self.wrap(senders))
     }
 
-    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
-        self.inner.grant_reads()
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        self.inner.serve_reads(lanes)
     }
 }
 
@@ -171,8 +171,13 @@ impl DestinationLink for WrappedDestination {
         Ok(self.wrap(receivers))
     }
 
-    fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
-        self.inner.open_reader(timeout)
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
+        self.inner.open_readers(lanes, into, timeout)
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod frames;
 mod half;
+mod lanes;
 mod pages;
 #[cfg(all(test, not(loom)))]
 mod tests;
@@ -17,11 +18,12 @@ use std::time::Duration;
 
 use super::{
     Capabilities, ControlChannel, DestinationLink, Interrupt, Link, MAX_BATCH_RUNS, PageReceiver,
-    PageSender, Registration, SourceLink, Stages, TransportError,
+    PageSender, PageServer, ReadLane, Registration, SourceLink, Stages, TransportError,
 };
 use crate::pages::memory::GuestMemory;
 use frames::{FrameReceiver, FrameSender};
 use half::{Half, Stop};
+use lanes::{Requests, Server};
 use pages::Pages;
 
 const CAPABILITIES: Capabilities = Capabilities {
@@ -71,7 +73,7 @@ pub struct ByteStreamLink<S: ByteStream> {
 
 impl<S: ByteStream> ByteStreamLink<S> {
     /// From streams that are connected to the other end's, `data[i]` there to `data[i]` here. A
-    /// migration uses as many of `data` as it has channels.
+    /// migration uses as many of `data` as it has channels, and then as many as it has lanes for reads.
     pub fn new(name: &'static str, control: S, data: Vec<S>) -> Self {
         let control = Arc::new(control);
         let data: Vec<Arc<S>> = data.into_iter().map(Arc::new).collect();
@@ -90,15 +92,30 @@ impl<S: ByteStream> ByteStreamLink<S> {
         }
         let memory = self.stages.registered()?;
         self.stages.check_closed()?;
-        if usize::from(channels) > self.data.len() {
-            let (size, limit) = (u64::from(channels), self.data.len() as u64);
+        let halves = self.take(channels)?;
+        self.stages.open();
+        Ok(halves.into_iter().map(|half| Pages::new(half, Arc::clone(&memory))).collect())
+    }
+
+    /// Streams that nobody uses yet.
+    fn take(&mut self, count: u16) -> Result<Vec<Half<S>>, TransportError> {
+        if usize::from(count) > self.data.len() {
+            let (size, limit) = (u64::from(count), self.data.len() as u64);
             return Err(TransportError::TooLarge { what: "number of data channels", size, limit });
         }
-        self.stages.open();
-        let streams = self.data.drain(..usize::from(channels));
-        let pages =
-            streams.map(|stream| Pages::new(Half::new(stream, &self.stop), Arc::clone(&memory)));
-        Ok(pages.collect())
+        let streams = self.data.drain(..usize::from(count));
+        Ok(streams.map(|stream| Half::new(stream, &self.stop)).collect())
+    }
+
+    fn take_lanes(
+        &mut self,
+        lanes: u16,
+    ) -> Result<(Vec<Half<S>>, Arc<GuestMemory>), TransportError> {
+        if self.stop.is_stopped() {
+            return Err(TransportError::Interrupted);
+        }
+        let memory = self.stages.open_reads()?;
+        Ok((self.take(lanes)?, memory))
     }
 }
 
@@ -130,6 +147,12 @@ impl<S: ByteStream> SourceLink for ByteStreamLink<S> {
         let pages = self.take_data(channels)?.into_iter();
         Ok(pages.map(|pages| Box::new(pages) as Box<dyn PageSender>).collect())
     }
+
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        let (halves, memory) = self.take_lanes(lanes)?;
+        let serve = |half| Box::new(Server::new(half, Arc::clone(&memory))) as Box<dyn PageServer>;
+        Ok(halves.into_iter().map(serve).collect())
+    }
 }
 
 impl<S: ByteStream> DestinationLink for ByteStreamLink<S> {
@@ -140,5 +163,19 @@ impl<S: ByteStream> DestinationLink for ByteStreamLink<S> {
     ) -> Result<Vec<Box<dyn PageReceiver>>, TransportError> {
         let pages = self.take_data(channels)?.into_iter();
         Ok(pages.map(|pages| Box::new(pages) as Box<dyn PageReceiver>).collect())
+    }
+
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        _timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
+        let (halves, _) = self.take_lanes(lanes)?;
+        let lane = |half: Half<S>| ReadLane {
+            requests: Box::new(Requests::new(half.clone(), Arc::clone(into))),
+            landings: Box::new(Pages::of_lane(half, Arc::clone(into))),
+        };
+        Ok(halves.into_iter().map(lane).collect())
     }
 }

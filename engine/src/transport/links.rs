@@ -12,7 +12,8 @@ use crate::control::protocol::{Message, MigrationKey};
 pub enum LinkPurpose {
     /// The first one of a migration.
     Begin,
-    /// In place of one that was lost, of which nothing is left at this end.
+    /// In place of one before it. That was lost, or lacks data channels: then it is still there while this one is made, and
+    /// ends afterwards.
     Rejoin {
         /// Which migration.
         migration: MigrationId,
@@ -38,7 +39,8 @@ pub trait Connector: Send {
 /// Waits: what a destination gets its links from.
 pub trait Rendezvous: Send {
     /// Waits for a source, at most `timeout` (`None`: until there is one). It may be anybody: the destination finds
-    /// out, and waits again where it was not the one.
+    /// out, and waits again where it was not the one. [`TransportError::Io`] says that there is nowhere left to wait:
+    /// the migration ends with it.
     fn accept(
         &mut self,
         purpose: LinkPurpose,

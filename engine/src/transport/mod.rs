@@ -25,9 +25,11 @@ mod fate;
 mod landing;
 mod links;
 pub mod race;
+pub mod reads;
 pub mod reception;
 mod stages;
 pub mod stream;
+pub mod ways;
 
 use std::fmt;
 use std::io;
@@ -40,6 +42,7 @@ pub(crate) use error::rounded;
 pub use fate::{Ending, Fate};
 pub use landing::LandingWatch;
 pub use links::{Attempts, Connector, LinkPurpose, OneLink, Rendezvous, Returning};
+pub use reads::{MAX_LANES, PageRequests, PageServer, ReadLane};
 pub use reception::{
     Admission, Greeted, Holder, MAX_GREETING_BYTES, Place, Standing, Turn, WaitingRoom, Warnings,
     check_greeting, first_of_the_most,
@@ -47,7 +50,7 @@ pub use reception::{
 pub use stages::Stages;
 
 pub use crate::control::protocol::MigrationId;
-use crate::pages::memory::{GuestMemory, PageRange};
+use crate::pages::memory::GuestMemory;
 
 /// Largest control frame in bytes. A sender may not pass more, a receiver refuses more before
 /// it allocates.
@@ -84,7 +87,7 @@ impl fmt::Debug for LinkId {
 pub struct Capabilities {
     /// The source writes the destination's memory; its CPU does nothing per page.
     pub one_sided_write: bool,
-    /// The destination can read the source's memory (what post-copy wants).
+    /// The destination [reads](SourceLink::serve_reads) the source's memory, whose CPU does nothing for it.
     pub one_sided_read: bool,
     /// The kernel or NIC reads guest memory after `send` returned. Then *released* matters:
     /// memory may not be unmapped before it.
@@ -228,17 +231,11 @@ pub trait SourceLink: Link {
     /// channel `i` there.
     fn open_senders(&mut self, channels: u16) -> Result<Vec<Box<dyn PageSender>>, TransportError>;
 
-    /// Lets the destination read all of registered memory for as long as the grant is there; the
-    /// destination calls [`DestinationLink::open_reader`] meanwhile. For transports with
-    /// [`Capabilities::one_sided_read`]; memory must have been registered.
-    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
-        Err(TransportError::Unsupported("one-sided reads"))
-    }
+    /// Opens so many lanes by which the destination reads registered memory; it calls
+    /// [`DestinationLink::open_readers`] with the same number meanwhile. Lane `i` here is lane `i` there. Once for a link,
+    /// with data channels or without. Dropping a server ends its lane.
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError>;
 }
-
-/// Held by the source while the destination may read its memory. Dropping it ends that: reads
-/// under way fail at the destination.
-pub trait ReadGrant: Send {}
 
 /// The destination's end of a link.
 pub trait DestinationLink: Link {
@@ -255,23 +252,15 @@ pub trait DestinationLink: Link {
         let _ = returning;
     }
 
-    /// A way to read the source's memory, which the source [grants](SourceLink::grant_reads)
-    /// meanwhile; gives up after `timeout`. Each has its own connection, so that several threads
-    /// can read at once.
-    fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
-        let _ = timeout;
-        Err(TransportError::Unsupported("one-sided reads"))
-    }
-}
-
-/// Reads pages of the source, whose CPU does nothing for it; used by one thread at a time.
-pub trait PageReader: Send {
-    /// Reads pages of the source's memory into the same place of this side's; returns when their
-    /// bytes are there. The ranges are checked before a byte is read.
-    fn read(&mut self, ranges: &[PageRange]) -> Result<(), TransportError>;
-
-    /// What this reader has done.
-    fn counters(&self) -> ChannelCounters;
+    /// Accepts so many lanes for reads, in order of their index; gives up after `timeout`. What is read lands in `into`,
+    /// which is laid out as the memory that is registered, and may be that; a one-sided transport registers it where it is
+    /// not.
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError>;
 }
 
 /// Number of a batch on its channel, from 1.

@@ -8,12 +8,13 @@ pub struct Stages<M> {
     control: Option<ControlChannel>,
     registered: Option<M>,
     opened: bool,
+    reads: bool,
 }
 
 impl<M: Clone> Stages<M> {
     /// Of a link that has just been made.
     pub fn new(control: ControlChannel) -> Self {
-        Self { control: Some(control), registered: None, opened: false }
+        Self { control: Some(control), registered: None, opened: false, reads: false }
     }
 
     /// The control channel, once ([`Link::control`](super::Link::control)).
@@ -43,5 +44,14 @@ impl<M: Clone> Stages<M> {
     /// Data channels are open.
     pub fn open(&mut self) {
         self.opened = true;
+    }
+
+    /// Lanes for reads are opened, once, for the memory that is registered.
+    pub fn open_reads(&mut self) -> Result<M, TransportError> {
+        let registered = self.registered()?;
+        if std::mem::replace(&mut self.reads, true) {
+            return Err(TransportError::OutOfOrder("lanes for reads are open"));
+        }
+        Ok(registered)
     }
 }

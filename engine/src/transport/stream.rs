@@ -51,9 +51,11 @@ const MAGIC: [u8; 4] = *b"PFB1";
 const TYPE_BATCH: u8 = 1;
 const TYPE_END: u8 = 2;
 const TYPE_ACK_REQUEST: u8 = 3;
+const TYPE_READ: u8 = 4;
 const FLAG_ACK: u8 = 1;
 const KIND_DATA: u8 = 0;
 const KIND_ZERO: u8 = 1;
+const TYPE_AT: usize = 4;
 const TABLE_SUM_AT: usize = 24;
 const HEADER_SUM_AT: usize = 28;
 
@@ -181,6 +183,51 @@ pub fn encode_batch(ticket: Ticket, runs: &[Run], ack: bool, into: &mut Vec<u8>)
     seal(into);
 }
 
+/// Writes a request for pages into `into`, replacing what is there: a record of a batch of them that has no payload, sent
+/// by who reads them on a lane of its own, where the batch is the answer. [`encode_end`] ends the lane.
+pub fn encode_read(ticket: Ticket, runs: &[Run], into: &mut Vec<u8>) {
+    encode_batch(ticket, runs, false, into);
+    into[TYPE_AT] = TYPE_READ;
+    seal(into);
+}
+
+/// What comes on a lane from who reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// A request: its [table](decode_table) follows, whose payload is what is asked for.
+    Read(BatchHeader),
+    /// Nothing more is asked for.
+    End,
+}
+
+/// As [`decode_header`], on a lane at who serves.
+pub fn decode_request(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Request, StreamError> {
+    match decode_record(lead, expected, TYPE_READ)? {
+        Header::Batch(header) if header.ack => Err(StreamError::Reserved(u32::from(FLAG_ACK))),
+        Header::Batch(header) => Ok(Request::Read(header)),
+        Header::End => Ok(Request::End),
+        Header::AckRequest => Err(StreamError::UnknownType(TYPE_ACK_REQUEST)),
+    }
+}
+
+/// As [`decode_table`], of a request: nothing but data is asked for, and no more than `most_bytes` of it.
+pub fn decode_asked(
+    header: &BatchHeader,
+    table: &[u8],
+    layout: &Layout,
+    most_bytes: u64,
+    runs: &mut Vec<Run>,
+) -> Result<(), StreamError> {
+    let counts = decode_table(header, table, layout, runs)?;
+    if counts.zero > 0 {
+        return Err(StreamError::ZeroPages(counts.zero));
+    }
+    if header.payload_bytes > most_bytes {
+        return Err(StreamError::Payload { announced: header.payload_bytes, actual: most_bytes });
+    }
+    Ok(())
+}
+
 /// CRC-32 of IEEE 802.3. It finds what was changed by mistake on the way, where TCP's own sum of 16 bits does not. Who
 /// changes bytes on purpose changes the sum as well.
 fn sum(bytes: &[u8]) -> u32 {
@@ -239,6 +286,15 @@ fn encode_header(
 /// Reads the header of a record from its lead. `expected` is the ticket due. The runs of a batch are
 /// left to [`decode_table`].
 pub fn decode_header(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Header, StreamError> {
+    decode_record(lead, expected, TYPE_BATCH)
+}
+
+/// With `batch` for the type of records that have runs.
+fn decode_record(
+    lead: &[u8; LEAD_BYTES],
+    expected: Ticket,
+    batch: u8,
+) -> Result<Header, StreamError> {
     let (magic, rest) = take::<4>(lead);
     let (kind, rest) = take::<1>(rest);
     let (flags, rest) = take::<1>(rest);
@@ -269,7 +325,7 @@ pub fn decode_header(lead: &[u8; LEAD_BYTES], expected: Ticket) -> Result<Header
             }
             Ok(if kind == TYPE_END { Header::End } else { Header::AckRequest })
         }
-        TYPE_BATCH => {
+        kind if kind == batch => {
             if flags & !FLAG_ACK != 0 {
                 return Err(StreamError::Reserved(u32::from(flags)));
             }

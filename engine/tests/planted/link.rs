@@ -10,12 +10,13 @@ use pageferry::testing::conformance::Pair;
 use pageferry::testing::memory_transport;
 use pageferry::transport::{
     Capabilities, ControlChannel, ControlReceiver, ControlSender, DestinationLink, Interrupt, Link,
-    MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, Registration, SourceLink,
-    TransportError,
+    MAX_BATCH_RUNS, MAX_FRAME_BYTES, PageReceiver, PageSender, PageServer, ReadLane, Registration,
+    SourceLink, TransportError,
 };
 
 use crate::channel::{PlantedReceiver, PlantedSender};
 use crate::fault::Fault;
+use crate::lane::{PlantedLandings, PlantedRequests};
 use crate::plot::{Keeping, Plot, lost};
 
 /// Plants a fault in a pair of links.
@@ -73,7 +74,6 @@ impl<L: Link + ?Sized> Link for Planted<L> {
             Fault::NoBytesPerBatch => capabilities.max_batch_bytes = 100,
             Fault::TooManyRunsPerBatch => capabilities.max_batch_runs = MAX_BATCH_RUNS + 1,
             Fault::CapabilitiesChange => capabilities.zero_copy = self.memory.is_some(),
-            Fault::ReadsSupportedInNameOnly => capabilities.one_sided_read = true,
             _ => {}
         }
         capabilities
@@ -134,6 +134,16 @@ impl SourceLink for Planted<dyn SourceLink> {
         };
         Ok((0..).zip(senders).map(planted).collect())
     }
+
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        let mut servers = self.inner.serve_reads(lanes)?;
+        match self.plot.fault {
+            Fault::LanesSwapped => servers.reverse(),
+            Fault::OneLaneTooFew => drop(servers.pop()),
+            _ => {}
+        }
+        Ok(servers)
+    }
 }
 
 impl DestinationLink for Planted<dyn DestinationLink> {
@@ -165,6 +175,25 @@ impl DestinationLink for Planted<dyn DestinationLink> {
             Box::new(PlantedReceiver::new(inner, plot, channel, memory, shadow))
         };
         Ok((0..).zip(receivers).map(planted).collect())
+    }
+
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
+        let elsewhere = self.memory.clone().filter(|_| self.plot.is(Fault::ReadsLandElsewhere));
+        let readers =
+            self.inner.open_readers(lanes, elsewhere.as_ref().unwrap_or(into), timeout)?;
+        let planted = |(lane, ReadLane { requests, landings })| {
+            let plot = || Arc::clone(&self.plot);
+            ReadLane {
+                requests: Box::new(PlantedRequests::new(requests, plot())),
+                landings: Box::new(PlantedLandings::new(landings, plot(), lane)),
+            }
+        };
+        Ok((0..).zip(readers).map(planted).collect())
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod channel;
 mod fault;
+mod lane;
 mod link;
 mod plot;
 
@@ -149,7 +150,18 @@ const PLANTED: &[Planted] = &[
         "what_was_said_before_a_link_broke_is_heard",
         "before the link broke: Err",
     ),
-    (F::ReadsSupportedInNameOnly, "pages_are_read_where_that_is_possible", "Unsupported"),
+    (F::ReadsOnePageTooFar, "pages_are_read_into_place", "of region"),
+    (F::ReadsFromZero, "requests_land_in_order", "number of a request"),
+    (F::ReadsSwapped, "requests_land_in_order", "has landed"),
+    (F::ReadsLandedTooEarly, "requests_land_in_order", "has landed"),
+    (F::UrgentReadsWait, "a_lane_waits_for_no_other", "urgent requests took"),
+    (F::ReadsLandElsewhere, "pages_land_in_the_memory_that_was_given", "of registered memory"),
+    (F::ReadOutsideTaken, "requests_beyond_the_limits_are_refused", "Ok"),
+    (F::TooLargeReadTaken, "requests_beyond_the_limits_are_refused", "Ok"),
+    (F::OneLaneTooFew, "pages_are_read_into_place", "number of lanes"),
+    (F::LanesSwapped, "a_lane_ends_alone", ""),
+    (F::LaneNotWoken, "an_interrupt_ends_all_lanes", "an interrupt ends the wait for a read"),
+    (F::LostLaneNotNoticed, "a_lane_ends_alone", "nobody serves"),
     (
         F::ControlSendNotWoken,
         "cancelling_ends_a_migration_whose_device_state_nobody_takes",

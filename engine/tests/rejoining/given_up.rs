@@ -1,8 +1,8 @@
 //! Links that do not come back.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -136,6 +136,26 @@ fn who_cancels_while_there_is_no_link_has_the_guest_at_once() {
     assert!(matches!(error, Error::Cancelled), "{error:?}");
     assert!(began.elapsed() < Duration::from_secs(60));
     canceller.join().unwrap();
+}
+
+/// The source has given up, and all who knew the way here are gone: no limit, however long, is waited for.
+#[test]
+fn where_nobody_can_come_any_more_nobody_is_waited_for() {
+    let mut scene = Scene::new();
+    scene.source = scene.source.timeouts(short());
+    let long = Timeouts { rejoin: Duration::MAX, ..timeouts() };
+    scene.destination = scene.destination.timeouts(long);
+    let (dialler, rendezvous) = only_link(Kind::Ping);
+    let (ended, seen) = mpsc::channel();
+    thread::spawn(move || {
+        // Who looks at it has given up, perhaps.
+        let _ = ended.send(scene.play_by(Box::new(dialler), Box::new(rendezvous)));
+    });
+    let outcome = seen.recv_timeout(Duration::from_secs(60)).expect("it ends");
+    let (_, there) = outcome.expect_kept();
+    let there = there.expect("it had greeted");
+    assert!(matches!(there, Error::LinkLost { .. }), "{there:?}");
+    assert!(there.chain().to_string().contains("wait for a source"), "{there:?}");
 }
 
 /// Each link is answered, and is lost before anything lands: there is no end of them, but for the limit.

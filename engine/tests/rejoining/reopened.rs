@@ -1,13 +1,15 @@
 //! Data channels that are lost while their link lives: another link has all of them.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use pageferry::protocol::Kind;
 use pageferry::testing::TestMemory;
 use pageferry::testing::faulty::{Faults, FaultySource};
 use pageferry::testing::memory_transport;
-use pageferry::transport::{SourceLink, TransportError};
+use pageferry::transport::{Interrupt, Link, SourceLink, TransportError};
 
 use crate::scene::Scene;
 use crate::support::SoftwareLog;
@@ -28,7 +30,10 @@ fn lost() -> Faults {
 fn a_channel_that_is_lost_is_there_again_on_another_link() {
     let told = Told::default();
     let (dialler, rendezvous) = meeting(|link| if link == 0 { lost() } else { Faults::default() });
-    let outcome = scene(&told).play_by(Box::new(dialler), Box::new(rendezvous));
+    // Of those that are left none counts as lost.
+    let mut scene = scene(&told);
+    scene.source = scene.source.channels(4);
+    let outcome = scene.play_by(Box::new(dialler), Box::new(rendezvous));
     let (departed, arrived) = outcome.expect_moved();
     assert_eq!(told.all(), ["channel 1 lost", "1 reopened by 1", "there"]);
     for statistics in [&departed.statistics, &arrived.statistics] {
@@ -74,7 +79,7 @@ fn a_destination_that_cannot_be_reached_just_then_is_asked_again_later() {
         let link_number = number(purpose);
         if link_number > 0 && counted.fetch_add(1, Ordering::Relaxed) == 0 {
             let address = "of the test".to_owned();
-            let cause = std::io::ErrorKind::ConnectionRefused.into();
+            let cause = ErrorKind::ConnectionRefused.into();
             return Err(TransportError::Connect { address, cause });
         }
         let faults = if link_number == 0 { lost() } else { Faults::default() };
@@ -119,4 +124,30 @@ fn channels_that_are_lost_again_and_again_are_done_without() {
     let statistics = &departed.statistics;
     assert!((1..=3).contains(&statistics.rejoins), "{:?}", told.all());
     assert!(statistics.lost_channels >= statistics.reopened_channels);
+}
+
+/// What ends then is no reason to give up the next links.
+#[test]
+fn a_link_may_be_lost_while_another_is_dialled_for_its_channels() {
+    let told = Told::default();
+    let (dialler, rendezvous) = memory_transport::meeting();
+    let mut first: Option<Arc<dyn Interrupt>> = None;
+    let dialler = dialler.wrapped(move |purpose, link| -> Result<Box<dyn SourceLink>, _> {
+        match number(purpose) {
+            0 => first = Some(link.interrupter()),
+            1 => {
+                first.take().expect("it came before").interrupt();
+                // A way that takes its time, in which whoever listens on the first link sees its end.
+                std::thread::sleep(Duration::from_millis(300));
+                let (address, cause) = ("of the test".to_owned(), ErrorKind::TimedOut.into());
+                return Err(TransportError::Connect { address, cause });
+            }
+            _ => {}
+        }
+        let faults = if number(purpose) == 0 { lost() } else { Faults::default() };
+        Ok(Box::new(FaultySource::new(Box::new(link), faults, 1)))
+    });
+    let outcome = scene(&told).play_by(Box::new(dialler), Box::new(rendezvous));
+    outcome.expect_moved();
+    assert_eq!(told.all(), ["channel 1 lost", "lost", "rejoined 2", "there"]);
 }

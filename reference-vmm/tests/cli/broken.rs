@@ -42,8 +42,10 @@ fn the_link_is_cut_while_the_guest_stands_still() {
 
 #[test]
 fn data_channels_are_cut_while_the_guest_stands_still_and_nobody_says_why() {
-    // Lost or timed out: by which channel has something to send.
-    assert_goes_on(Trouble::DataCut, &["--stall-timeout=3s"], &[], LAST_WORDS_MS);
+    // Lost or timed out, by which channel has something to send; where none has, and state is being loaded, that is
+    // waited for.
+    let more = ["--stall-timeout=3s", "--load-timeout=3s"];
+    assert_goes_on(Trouble::DataCut, &more, &[], LAST_WORDS_MS);
 }
 
 #[test]

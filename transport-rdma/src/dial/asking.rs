@@ -3,6 +3,7 @@
 use std::io;
 
 use pageferry::transport::TransportError;
+use pageferry::transport::ways::Way;
 
 use super::Workshop;
 use super::event::event;
@@ -50,7 +51,7 @@ impl Workshop {
     }
 
     pub(crate) fn way(&self) -> Result<Id, TransportError> {
-        resolve(self.peer, &self.options, &self.state)
+        resolve(Way { to: self.peer, from: self.from }, &self.options, &self.state)
     }
 
     pub(crate) fn ask(

@@ -17,9 +17,7 @@ use crate::preamble::Preamble;
 use crate::seal::Seal;
 
 pub(crate) use device::check_device;
-#[cfg(test)]
-pub(crate) use search::resolve;
-pub(crate) use search::{Found, Search};
+pub(crate) use search::{Found, Search, resolve};
 pub(crate) use workshop::Workshop;
 
 /// Somebody who wants to connect, and is not answered yet. Dropped, it is refused.

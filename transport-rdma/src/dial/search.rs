@@ -4,6 +4,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
 use pageferry::transport::TransportError;
+use pageferry::transport::ways::Way;
 
 use super::event::event;
 use crate::addresses::advise;
@@ -12,7 +13,7 @@ use crate::cm::{Event, Id};
 use crate::options::RdmaOptions;
 use crate::state::LinkState;
 
-/// The search for the way to an address, from the address of the GID that is asked for.
+/// The search for the way to an address, from an address here that is asked for, or the one of a GID.
 #[derive(Debug)]
 pub(crate) struct Search {
     pub(crate) id: Id,
@@ -30,11 +31,9 @@ pub(crate) enum Found {
 }
 
 impl Search {
-    pub(crate) fn begin(
-        address: SocketAddr,
-        options: &RdmaOptions,
-    ) -> Result<Self, TransportError> {
-        Self::begin_from(None, address, options)
+    pub(crate) fn begin(way: Way, options: &RdmaOptions) -> Result<Self, TransportError> {
+        let from = way.from.map(|from| SocketAddr::new(from, 0));
+        Self::begin_from(from, way.to, options)
     }
 
     fn begin_from(
@@ -113,9 +112,7 @@ impl Search {
 
     fn explained(&self, cause: io::Error) -> io::Error {
         match self.from {
-            Some(from) => {
-                io::Error::new(cause.kind(), format!("from {}, the GID's: {cause}", from.ip()))
-            }
+            Some(from) => io::Error::new(cause.kind(), format!("from {}: {cause}", from.ip())),
             None => advise(cause),
         }
     }
@@ -123,12 +120,12 @@ impl Search {
 
 /// Finds the way to an address.
 pub(crate) fn resolve(
-    address: SocketAddr,
+    way: Way,
     options: &RdmaOptions,
     state: &LinkState,
 ) -> Result<Id, TransportError> {
     let deadline = after(options.connect_timeout);
-    let mut search = Search::begin(address, options)?;
+    let mut search = Search::begin(way, options)?;
     loop {
         let event = event(&search.id, state, deadline, "find the way to the destination")?;
         match search.go_on(event, options)? {

@@ -1,10 +1,11 @@
 //! What the connections of one end of a link are made with and registered for.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use pageferry::memory::GuestMemory;
+use pageferry::transport::ways::Way;
 use pageferry::transport::{LinkId, Registration, TransportError};
 use pageferry_identity::Security;
 
@@ -20,7 +21,7 @@ use crate::state::{ChannelState, LinkState};
 use crate::verbs::{Access, Limits, ProtectionDomain, QueuePair};
 
 /// What every connection of one end of a link is made with.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Workshop {
     pub(crate) options: RdmaOptions,
     pub(crate) state: Arc<LinkState>,
@@ -29,6 +30,8 @@ pub(crate) struct Workshop {
     /// The largest path MTU here, as verbs encode it.
     pub(crate) mtu: u32,
     pub(crate) peer: SocketAddr,
+    /// Where connections that are asked for come from, if that is not left to the routes.
+    pub(crate) from: Option<IpAddr>,
     /// Nobody is on the way.
     pub(crate) within_host: bool,
     /// Of a link whose two sides have shown who they are.
@@ -39,16 +42,23 @@ impl Workshop {
     /// For the device of an id.
     pub(crate) fn at(
         id: &Id,
-        peer: SocketAddr,
+        way: Way,
         options: RdmaOptions,
         state: Arc<LinkState>,
     ) -> Result<Self, TransportError> {
+        let Way { to: peer, from } = way;
         let failed = |cause| TransportError::Connect { address: peer.to_string(), cause };
         let context = id.context().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         let (limits, mtu) = check_port(&options, context, id.port()).map_err(failed)?;
         let pd = ProtectionDomain::new(context).map_err(failed)?;
         let within_host = id.is_within_host();
-        Ok(Self { options, state, pd, limits, mtu, peer, within_host, key: None })
+        Ok(Self { options, state, pd, limits, mtu, peer, from, within_host, key: None })
+    }
+
+    /// For the device of an id that leads to the same host another way.
+    pub(crate) fn beside(&self, id: &Id, way: Way) -> Result<Self, TransportError> {
+        let (options, state) = (self.options.clone(), Arc::clone(&self.state));
+        Ok(Self { key: self.key.clone(), ..Self::at(id, way, options, state)? })
     }
 
     /// From here on the link notices what happens to the device.
@@ -126,16 +136,17 @@ impl Workshop {
         ))
     }
 
-    /// Guest memory, to be registered as the options say: all of it now, or none yet.
+    /// Guest memory, to be registered: all of it now, or none yet.
     pub(crate) fn register(
         &self,
         memory: &Arc<GuestMemory>,
         access: Access,
+        when: RegistrationMode,
     ) -> Result<(Arc<Registered>, Registration), TransportError> {
         self.state.check()?;
         let chunk_bytes = self.chunk_bytes(memory.layout().len_bytes());
         let registered = Registered::new(&self.pd, memory, chunk_bytes, access);
-        let cost = match self.options.registration {
+        let cost = match when {
             RegistrationMode::AtStart => registered.all_now()?,
             RegistrationMode::Ahead => Registration::default(),
         };

@@ -8,7 +8,7 @@ use pageferry::transport::TransportError;
 
 use super::credits::Taking;
 use super::{
-    ACK_BYTES, ACKS, KEEPALIVE, RECEIVE, RECEIVES, SLOT_BYTES, TURN, Transfer, failed, lost, span,
+    ACK_BYTES, ACKS, KEEPALIVE, RECEIVE, RECEIVES, SLOT_BYTES, Transfer, failed, lost, span,
 };
 use crate::connection::Connection;
 use crate::verbs::{Access, Completion, MemoryRegion, ProtectionDomain, Request, Verb};
@@ -148,26 +148,45 @@ impl Inlet {
         Ok(())
     }
 
-    /// Reads the other side's memory, and waits until all is here.
-    pub(crate) fn read(&mut self, reads: &[Transfer]) -> Result<(), TransportError> {
-        for some in reads.chunks(ACKS as usize) {
-            while self.posted - self.done > u64::from(ACKS) - some.len() as u64 {
-                self.pump(Some(Instant::now() + TURN))?;
-            }
-            let (posted, count) = (self.posted, some.len() as u64);
-            let requests = (1..).zip(some).map(|(index, read)| Request {
-                work: posted + index,
-                verb: Verb::Read { address: read.address, key: read.key },
-                span: Some(read.span),
-                signalled: index == count,
-            });
+    /// Reads the other side's memory, as far as there is room: so many of them. The last one that is posted ends in a
+    /// completion.
+    pub(crate) fn post_reads(&mut self, reads: &[Transfer]) -> Result<usize, TransportError> {
+        self.pump(None)?;
+        // Words have room too.
+        let room = u64::from(RECEIVES).saturating_sub(self.posted - self.done);
+        let count = usize::try_from(room).unwrap_or(0).min(reads.len());
+        let (posted, last) = (self.posted, count as u64);
+        let requests = (1..).zip(&reads[..count]).map(|(index, read)| Request {
+            work: posted + index,
+            verb: Verb::Read { address: read.address, key: read.key },
+            span: Some(read.span),
+            signalled: index == last,
+        });
+        if count > 0 {
             self.connection.qp.post(requests).map_err(failed)?;
-            self.posted += count;
+            self.posted += last;
         }
-        while self.done < self.posted {
-            self.pump(Some(Instant::now() + TURN))?;
-        }
-        Ok(())
+        Ok(count)
+    }
+
+    /// Work requests posted so far, and those of them that are complete.
+    pub(crate) fn posted(&self) -> u64 {
+        self.posted
+    }
+
+    pub(crate) fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// Takes what there is, without waiting.
+    pub(crate) fn take_completions(&mut self) -> Result<(), TransportError> {
+        self.pump(None)
+    }
+
+    /// Says what was dealt with once more.
+    pub(crate) fn acknowledge_anew(&mut self) -> Result<(), TransportError> {
+        self.credits.ask();
+        self.speak()
     }
 
     /// Waits until the other side's NIC has all acknowledgements, at most for so long.

@@ -73,7 +73,9 @@ impl Peer {
         let preamble = Preamble { id: self.id, kind }.encode();
         let socket = match kind {
             Kind::Control => &mut self.control,
-            Kind::Data { channel } => &mut self.data[usize::from(channel)],
+            Kind::Data { channel } | Kind::Lane { lane: channel } => {
+                &mut self.data[usize::from(channel)]
+            }
         };
         let mut answer = [0; ANSWER_BYTES];
         socket.write_all(&preamble).is_ok()

@@ -65,7 +65,7 @@ fn more_channels_than_sockets_are_refused_on_both_sides() {
         destination.open_receivers(2, PATIENCE).map(drop).expect_err("one socket"),
     ] {
         let text = pageferry::Chain::of(&error).to_string();
-        assert!(text.contains("1 sockets were given, for 2 data channels"), "{text}");
+        assert!(text.contains("1 sockets are left, for 2 data channels"), "{text}");
     }
 }
 

@@ -24,6 +24,11 @@ impl Convergence {
         self.link.sample(now, landed);
     }
 
+    /// Nothing was sent for a while: that says nothing about the link. With what has landed on each channel.
+    pub(crate) fn stood_still(&mut self, now: Duration, landed: &[u64]) {
+        self.link.skip(now, landed);
+    }
+
     /// Page bytes a second that the host allows just now; `None` if as many as the link carries. It
     /// allows all of them while the guest stands still.
     pub fn set_bandwidth_limit(&mut self, limit: Option<NonZeroU64>) {

@@ -67,6 +67,11 @@ impl Link {
         self.free.round_began(now, landed, bytes, round_trip);
     }
 
+    pub(super) fn skip(&mut self, now: Duration, landed: &[u64]) {
+        self.limited.skip(now, landed);
+        self.free.skip(now, landed);
+    }
+
     pub(super) fn sample(&mut self, now: Duration, landed: &[u64]) {
         let (measured, other) = match self.limit {
             Some(_) => (&mut self.limited, &mut self.free),

@@ -307,8 +307,8 @@ fn who_is_turned_away_while_it_opens_channels_hears_why(venue: &dyn Venue) {
         let next = greet(venue, 2);
         until_displaced(&mut *link);
         drop((control, link));
-        let opened = if reads && source.link.capabilities().one_sided_read {
-            source.link.grant_reads().map(drop)
+        let opened = if reads {
+            source.link.serve_reads(2).map(drop)
         } else {
             source.link.open_senders(2).map(drop)
         };

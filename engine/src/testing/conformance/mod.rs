@@ -261,7 +261,13 @@ cases! {
         a_dropped_channel_is_lost_alone
         what_was_said_before_a_link_broke_is_heard;
     reads:
-        pages_are_read_where_that_is_possible;
+        pages_are_read_into_place
+        requests_land_in_order
+        a_lane_waits_for_no_other
+        pages_land_in_the_memory_that_was_given
+        requests_beyond_the_limits_are_refused
+        a_lane_ends_alone
+        an_interrupt_ends_all_lanes;
     cancelling:
         cancelling_ends_a_migration_whose_device_state_nobody_takes;
 }

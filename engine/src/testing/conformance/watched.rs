@@ -8,8 +8,8 @@ use super::watch::Watch;
 use crate::pages::memory::{GuestMemory, PageRange};
 use crate::transport::{
     Capabilities, ChannelCounters, ControlChannel, ControlReceiver, ControlSender, DestinationLink,
-    Interrupt, LandingWatch, Link, PageReader, PageReceiver, PageSender, ReadGrant, Received,
-    Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
+    Interrupt, LandingWatch, Link, PageReceiver, PageRequests, PageSender, PageServer, ReadLane,
+    Received, Registration, Run, SourceLink, Ticket, TransportError, Watermarks,
 };
 
 pub(super) fn watched((source, destination): Pair, watch: &Arc<Watch>) -> Pair {
@@ -84,8 +84,12 @@ impl SourceLink for Watched<dyn SourceLink> {
             .collect())
     }
 
-    fn grant_reads(&mut self) -> Result<Box<dyn ReadGrant>, TransportError> {
-        self.name.on_link("grant_reads", || self.inner.grant_reads())
+    fn serve_reads(&mut self, lanes: u16) -> Result<Vec<Box<dyn PageServer>>, TransportError> {
+        let servers = self.name.on_link("serve_reads", || self.inner.serve_reads(lanes))?;
+        let server = |(lane, inner)| -> Box<dyn PageServer> {
+            Box::new(WatchedChannel { inner, channel: lane, name: self.name.clone() })
+        };
+        Ok((0..).zip(servers).map(server).collect())
     }
 }
 
@@ -106,13 +110,23 @@ impl DestinationLink for Watched<dyn DestinationLink> {
             .collect())
     }
 
-    fn open_reader(&mut self, timeout: Duration) -> Result<Box<dyn PageReader>, TransportError> {
-        let inner = self.name.on_link("open_reader", || self.inner.open_reader(timeout))?;
-        Ok(Box::new(WatchedControl { inner, name: self.name.clone() }))
+    fn open_readers(
+        &mut self,
+        lanes: u16,
+        into: &Arc<GuestMemory>,
+        timeout: Duration,
+    ) -> Result<Vec<ReadLane>, TransportError> {
+        let Self { inner, name } = self;
+        let readers = name.on_link("open_readers", || inner.open_readers(lanes, into, timeout))?;
+        let reader = |(channel, ReadLane { requests, landings })| ReadLane {
+            requests: Box::new(WatchedChannel { inner: requests, channel, name: name.clone() }),
+            landings: Box::new(WatchedChannel { inner: landings, channel, name: name.clone() }),
+        };
+        Ok((0..).zip(readers).map(reader).collect())
     }
 }
 
-/// A half of the control channel, or a reader.
+/// A half of the control channel.
 struct WatchedControl<C: ?Sized> {
     inner: Box<C>,
     name: Name,
@@ -130,17 +144,7 @@ impl ControlReceiver for WatchedControl<dyn ControlReceiver> {
     }
 }
 
-impl PageReader for WatchedControl<dyn PageReader> {
-    fn read(&mut self, ranges: &[PageRange]) -> Result<(), TransportError> {
-        self.name.on_link("read", || self.inner.read(ranges))
-    }
-
-    fn counters(&self) -> ChannelCounters {
-        self.inner.counters()
-    }
-}
-
-/// An end of a data channel.
+/// An end of a data channel, or of a lane for reads.
 struct WatchedChannel<C: ?Sized> {
     inner: Box<C>,
     channel: usize,
@@ -176,6 +180,34 @@ impl PageReceiver for WatchedChannel<dyn PageReceiver> {
 
     fn watch_landings(&mut self, watch: LandingWatch) -> Result<(), TransportError> {
         self.name.on_channel(self.channel, "watch_landings", || self.inner.watch_landings(watch))
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+
+    fn interrupter(&self) -> Arc<dyn Interrupt> {
+        self.inner.interrupter()
+    }
+}
+
+impl PageRequests for WatchedChannel<dyn PageRequests> {
+    fn request(&mut self, ranges: &[PageRange]) -> Result<Ticket, TransportError> {
+        self.name.on_channel(self.channel, "request", || self.inner.request(ranges))
+    }
+
+    fn finish(&mut self) -> Result<(), TransportError> {
+        self.name.on_channel(self.channel, "finish", || self.inner.finish())
+    }
+
+    fn counters(&self) -> ChannelCounters {
+        self.inner.counters()
+    }
+}
+
+impl PageServer for WatchedChannel<dyn PageServer> {
+    fn serve(&mut self) -> Result<(), TransportError> {
+        self.name.on_channel(self.channel, "serve", || self.inner.serve())
     }
 
     fn counters(&self) -> ChannelCounters {

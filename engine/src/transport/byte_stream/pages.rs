@@ -44,6 +44,11 @@ impl<S> Pages<S> {
         }
     }
 
+    /// For a lane, whose batches are answers.
+    pub(super) fn of_lane(half: Half<S>, memory: Arc<GuestMemory>) -> Self {
+        Self { acks: AckSchedule::never(), ..Self::new(half, memory) }
+    }
+
     fn all_counters(&self) -> ChannelCounters {
         ChannelCounters { user_copied_bytes: self.user_copied_bytes, ..self.half.counters }
     }

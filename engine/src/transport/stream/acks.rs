@@ -26,11 +26,21 @@ pub struct AckSchedule {
     flagged: Ticket,
     /// Up to here acknowledgements come without any further record.
     promised: Ticket,
+    /// Where batches are answers: whoever asked knows what has landed.
+    never: bool,
 }
 
 impl AckSchedule {
+    /// On a lane for reads.
+    pub fn never() -> Self {
+        Self { never: true, ..Self::default() }
+    }
+
     /// Whether the batch that is sent next is to have the flag.
     pub fn flag_next(&mut self, ticket: Ticket, runs: &[Run]) -> bool {
+        if self.never {
+            return false;
+        }
         // What was flagged before is answered at the latest when this batch's lead arrives.
         self.promised = self.promised.max(self.flagged);
         let covered_bytes =

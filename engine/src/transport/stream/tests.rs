@@ -50,7 +50,41 @@ fn decode(bytes: &[u8], expected: Ticket) -> Result<(BatchHeader, Vec<Run>), Str
     Ok((header, runs))
 }
 
+/// As a server hears it.
+fn decode_ask(bytes: &[u8], expected: Ticket) -> Result<Vec<Run>, StreamError> {
+    let (lead, _) = take::<LEAD_BYTES>(bytes);
+    let Request::Read(header) = decode_request(&lead, expected)? else { return Ok(Vec::new()) };
+    let mut runs = Vec::new();
+    let table = &bytes[HEADER_BYTES..];
+    let table = &table[..table.len().min(header.table_bytes())];
+    decode_asked(&header, table, &layout(), 1 << 20, &mut runs)?;
+    Ok(runs)
+}
+
 proptest! {
+    /// A request is heard as it was meant, is no batch, and no batch is a request; what is no data, or too much, is refused.
+    #[test]
+    fn what_is_asked_for_is_heard(runs in disjoint_runs(), ticket: u64) {
+        let mut bytes = Vec::new();
+        encode_read(ticket, &runs, &mut bytes);
+        decode(&bytes, ticket).unwrap_err();
+        let bytes_asked: u64 = runs.iter().map(Run::payload_bytes).sum();
+        match decode_ask(&bytes, ticket) {
+            Ok(heard) => {
+                prop_assert_eq!(&heard, &runs);
+                prop_assert!(runs.iter().all(|run| run.kind == RunKind::Data));
+                prop_assert!(bytes_asked <= 1 << 20);
+            }
+            Err(StreamError::ZeroPages(_)) => {
+                prop_assert!(runs.iter().any(|run| run.kind == RunKind::Zero));
+            }
+            Err(StreamError::Payload { .. }) => prop_assert!(bytes_asked > 1 << 20),
+            Err(other) => prop_assert!(false, "{}", other),
+        }
+        encode_batch(ticket, &runs, false, &mut bytes);
+        decode_ask(&bytes, ticket).unwrap_err();
+    }
+
     #[test]
     fn what_is_encoded_is_decoded(
         runs in disjoint_runs(),
@@ -86,9 +120,11 @@ proptest! {
     fn any_bytes_are_decoded_or_refused(
         mut bytes in prop::collection::vec(any::<u8>(), LEAD_BYTES..400),
         like_a_batch: bool,
+        like_a_request: bool,
     ) {
         if like_a_batch {
-            bytes[..5].copy_from_slice(b"PFB1\x01");
+            bytes[..4].copy_from_slice(b"PFB1");
+            bytes[4] = if like_a_request { TYPE_READ } else { TYPE_BATCH };
             bytes[5] &= FLAG_ACK;
             bytes[7] = 0;
             // As far as its table would go.
@@ -100,7 +136,8 @@ proptest! {
         let (head, _) = take::<HEADER_BYTES>(&bytes);
         let ticket = u64::from_le_bytes(take::<8>(&head[16..]).0);
         // An answer, not a panic; what is accepted lies inside the layout.
-        if let Ok((_, runs)) = decode(&bytes, ticket) {
+        let batch = decode(&bytes, ticket).map(|(_, runs)| runs);
+        for runs in [batch, decode_ask(&bytes, ticket)].into_iter().flatten() {
             for Run { range, .. } in runs {
                 let region = layout().regions()[usize::from(range.region)];
                 prop_assert!(range.first_page + u64::from(range.pages) <= region.pages());

@@ -8,7 +8,6 @@ mod case;
 mod model;
 mod path;
 
-use std::collections::BTreeMap;
 use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -20,7 +19,7 @@ use pageferry_tcp::preamble::Kind;
 use crate::support::peer::Noise;
 use crate::support::sides::{BUSY, TIGHT, destination, source_of};
 
-use model::{Case, End};
+use model::{Case, End, table};
 use path::Path;
 
 /// Cases of a sample.
@@ -55,7 +54,8 @@ fn play((case, dice): Thrown) -> (Option<(End, End)>, Result<(), String>) {
     let (source, destination) = outcome.ends;
     eprintln!("{case}: {source:?}, {destination:?} in {:.1?}", outcome.took);
     let may_end = case.may_end(source, destination).then_some(()).ok_or_else(|| {
-        let (here, there) = (case.source_ends(), case.destination_ends());
+        let delivered = case.delivered();
+        let (here, there) = (case.source_ends(delivered), case.destination_ends(delivered));
         format!("{case}: {source:?} and {destination:?}, not of {here:?} and {there:?}")
     });
     (Some(outcome.ends), may_end)
@@ -143,23 +143,4 @@ fn a_data_channel_that_is_reset_is_there_again_by_tcp() {
 #[test]
 fn a_data_channel_that_is_reset_is_there_again_by_io_uring() {
     assert_channels_come_back(&["--transport=auto"]);
-}
-
-/// What became of the guest by what happened, as in docs/reliability.md.
-fn table(ends: &[(Case, (End, End))]) -> String {
-    let mut rows = BTreeMap::<String, [u32; 5]>::new();
-    for (case, ends) in ends {
-        let row = rows.entry(format!("{:?}", case.fault)).or_default();
-        row[0] += 1;
-        row[match ends {
-            (End::Uncertain, End::Uncertain) => 4,
-            (End::Uncertain, _) | (_, End::Uncertain) => 3,
-            (End::AtDestination, _) | (_, End::AtDestination) => 1,
-            _ => 2,
-        }] += 1;
-    }
-    let rows = rows.into_iter().map(|(fault, [cases, there, here, one, both])| {
-        format!("| {fault} | {cases} | {there} | {here} | {one} | {both} |")
-    });
-    rows.collect::<Vec<_>>().join("\n")
 }

@@ -278,7 +278,7 @@ impl Pump {
     fn run(mut self, kind: Kind, first: &[u8]) {
         let passed = match kind {
             Kind::Control => self.pass_frames(first),
-            Kind::Data { .. } => self.pass(first),
+            Kind::Data { .. } | Kind::Lane { .. } => self.pass(first),
         };
         match passed {
             // Fails if it is gone altogether.

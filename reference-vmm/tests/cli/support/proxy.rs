@@ -68,7 +68,7 @@ impl Link {
         let link = Arc::clone(self);
         thread::spawn(move || match kind {
             Kind::Control => drop(link.pass_until_it_stands_still(source, there)),
-            Kind::Data { .. } => link.pass(source, there),
+            Kind::Data { .. } | Kind::Lane { .. } => link.pass(source, there),
         });
         Ok(())
     }

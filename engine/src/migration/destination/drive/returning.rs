@@ -5,6 +5,7 @@
 //! that is here already.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Drive, accept};
@@ -23,6 +24,9 @@ use crate::transport::{DestinationLink, LinkPurpose, Returning};
 
 /// How long somebody who connects may take to say that it is the source.
 const GREETING: Duration = Duration::from_secs(2);
+
+/// Between one attempt to hear of the source and the next: somewhere to wait that fails at once may go on to.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// What others are told meanwhile.
 const TAKEN: &str = "a migration whose link was lost is waited for here; try again later";
@@ -94,14 +98,29 @@ impl Drive {
                 Err(cause) => cause,
             };
             // Until the source has its answer every time limit is the link's.
-            if !is_of_the_link(&cause) && !matches!(cause, Error::TimedOut { .. }) {
+            if is_of_the_link(&cause) || matches!(cause, Error::TimedOut { .. }) {
+                tracing::debug!(error = %cause.chain(), "the source is not back yet");
+                if patience.left().is_zero() {
+                    return Err(Error::LinkLost { why, after: at_most, cause: Box::new(cause) });
+                }
+                self.pause(patience)?;
+            } else if self.link.is_none() && matches!(cause, Error::Transport(_)) {
+                // There is nowhere left to wait.
+                return Err(Error::LinkLost { why, after: lost.elapsed(), cause: Box::new(cause) });
+            } else {
                 return Err(cause);
             }
-            tracing::debug!(error = %cause.chain(), "the source is not back yet");
-            if patience.left().is_zero() {
-                return Err(Error::LinkLost { why, after: at_most, cause: Box::new(cause) });
-            }
         }
+    }
+
+    /// Lets some time pass before the source is waited for again.
+    fn pause(&self, patience: Patience) -> Result<(), Error> {
+        let pause = PAUSE.min(patience.left());
+        if self.may_be_cancelled() {
+            return self.shared().rest(pause);
+        }
+        thread::sleep(pause);
+        Ok(())
     }
 
     /// Nothing is left of the link: no thread that could let anything land.

@@ -1,8 +1,8 @@
 //! Data channels that were lost are there again on another link, which takes the place of the one that lacks them.
 //!
-//! It is dialled while the old one is still there: a destination that cannot be reached just then costs nothing but the
-//! time to find out, and the migration goes on with the channels that are left. All that was sent has landed by then,
-//! so nothing is sent twice.
+//! It is dialled while the old one is still there, so that the migration goes on with the channels that are left where the
+//! destination cannot be reached just then. All that was sent has landed by then, and nothing is sent twice; nothing is
+//! sent meanwhile either.
 
 use std::time::{Duration, Instant};
 
@@ -31,12 +31,14 @@ impl Reopening {
         Self { agreement, next: Instant::now(), pause: FIRST_PAUSE }
     }
 
-    fn begin(&mut self, now: Instant) {
+    /// How long to leave it after an attempt that begins now.
+    fn pause(&mut self, now: Instant) -> Duration {
         if now.saturating_duration_since(self.next) > LONGEST_PAUSE {
             self.pause = FIRST_PAUSE;
         }
-        self.next = now + self.pause;
-        self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+        let pause = self.pause;
+        self.pause = (2 * pause).min(LONGEST_PAUSE);
+        pause
     }
 }
 
@@ -60,9 +62,12 @@ impl Drive<'_> {
         self.await_landings()?;
         let began = Instant::now();
         let Some(reopening) = &mut self.reopening else { return Ok(false) };
-        reopening.begin(began);
-        let agreement = reopening.agreement;
-        let link = match self.dial_again() {
+        let (agreement, pause) = (reopening.agreement, reopening.pause(began));
+        let dialled = self.dial_again();
+        if let Some(reopening) = &mut self.reopening {
+            reopening.next = Instant::now() + pause;
+        }
+        let link = match dialled {
             Ok(link) => link,
             Err(cause) if is_of_the_link(&cause) => {
                 let cause = cause.chain();
@@ -72,6 +77,9 @@ impl Drive<'_> {
             Err(error) => return Err(error),
         };
         let channels = self.channels.missing();
+        // In order, so that the destination does not take those that are left for lost ones too.
+        self.channels.finish();
+        self.await_finish(self.channels.live());
         self.end_epoch()?;
         let patience =
             Patience::now("the destination to answer", self.source.common.timeouts.rejoin);
@@ -109,13 +117,12 @@ mod tests {
         let mut now = reopening.next;
         let mut pauses = Vec::new();
         for _ in 0..9 {
-            reopening.begin(now);
-            pauses.push(reopening.next.duration_since(now).as_secs());
-            now = reopening.next;
+            let pause = reopening.pause(now);
+            pauses.push(pause.as_secs());
+            now += pause;
+            reopening.next = now;
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
-        now += 2 * LONGEST_PAUSE;
-        reopening.begin(now);
-        assert_eq!(reopening.next, now + FIRST_PAUSE);
+        assert_eq!(reopening.pause(now + 2 * LONGEST_PAUSE), FIRST_PAUSE, "that was long ago");
     }
 }

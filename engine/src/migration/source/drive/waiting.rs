@@ -93,8 +93,13 @@ impl Drive<'_> {
                     if self.channels.dirty()?.is_empty() {
                         return Ok(Some(waiting.last));
                     }
-                    if self.reopen_channels()? {
-                        self.announce_round()?;
+                    if self.lacks_channels() {
+                        if self.reopen_channels()? {
+                            self.announce_round()?;
+                        }
+                        // Nothing was sent meanwhile.
+                        let (now, landed) = (self.now(), self.channels.landed());
+                        self.convergence.stood_still(now, &landed);
                     }
                     self.channels.lend(settle)?;
                     *waiting = self.waiting_for_round();
