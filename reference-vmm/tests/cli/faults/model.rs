@@ -1,8 +1,12 @@
 //! What may happen to a migration, and what has to become of it then.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use pageferry::protocol::Message;
+
+/// Where the two sides themselves have to be told of faults.
+pub(super) const RDMA: &str = "rdma";
 
 /// Where something goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -258,12 +262,24 @@ impl Case {
             (End::AtDestination, other) => matches!(other, End::AtDestination | End::Killed),
             _ => true,
         };
-        let (sources, destinations) = (self.source_ends(), self.destination_ends());
-        one_guest && sources.contains(&source) && destinations.contains(&destination)
+        let may_end = |delivered| {
+            self.source_ends(delivered).contains(&source)
+                && self.destination_ends(delivered).contains(&destination)
+        };
+        one_guest && (may_end(self.delivered()) || (self.may_be_lost() && may_end(false)))
     }
 
-    pub(super) fn source_ends(self) -> Vec<End> {
-        let (step, fault, delivered) = (self.step, self.fault, self.delivered());
+    /// Whether the message may be lost that is delivered otherwise: what a process has posted dies with its queue pair.
+    fn may_be_lost(self) -> bool {
+        let by_who_sends = match self.step.way() {
+            Way::ToDestination => Fault::SourceKilled,
+            Way::ToSource => Fault::DestinationKilled,
+        };
+        self.transport == RDMA && self.fault == by_who_sends
+    }
+
+    pub(super) fn source_ends(self, delivered: bool) -> Vec<End> {
+        let (step, fault) = (self.step, self.fault);
         let told = step == Step::Heard || (step == Step::Resumed && delivered);
         match fault {
             Fault::SourceKilled => vec![End::Killed],
@@ -285,8 +301,8 @@ impl Case {
         }
     }
 
-    pub(super) fn destination_ends(self) -> Vec<End> {
-        let (step, fault, delivered) = (self.step, self.fault, self.delivered());
+    pub(super) fn destination_ends(self, delivered: bool) -> Vec<End> {
+        let (step, fault) = (self.step, self.fault);
         let hears_the_commit = match step {
             // One that is lost comes with the link that is made in its place.
             Step::Commit | Step::RejoinCommitted => delivered,
@@ -324,7 +340,26 @@ impl Case {
         }
     }
 
-    fn delivered(self) -> bool {
+    pub(super) fn delivered(self) -> bool {
         self.fault.delivers(self.step.way())
     }
+}
+
+/// What became of the guest by what happened, as in docs/reliability.md.
+pub(super) fn table(ends: &[(Case, (End, End))]) -> String {
+    let mut rows = BTreeMap::<String, [u32; 5]>::new();
+    for (case, ends) in ends {
+        let row = rows.entry(format!("{:?}", case.fault)).or_default();
+        row[0] += 1;
+        row[match ends {
+            (End::Uncertain, End::Uncertain) => 4,
+            (End::Uncertain, _) | (_, End::Uncertain) => 3,
+            (End::AtDestination, _) | (_, End::AtDestination) => 1,
+            _ => 2,
+        }] += 1;
+    }
+    let rows = rows.into_iter().map(|(fault, [cases, there, here, one, both])| {
+        format!("| {fault} | {cases} | {there} | {here} | {one} | {both} |")
+    });
+    rows.collect::<Vec<_>>().join("\n")
 }
