@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use pageferry::memory::{GuestMemory, RawRegion};
+use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
 
 /// Bytes given to one system call, so that the lock on the address space is let go now and then.
 /// A multiple of every huge page size up to 1 GiB; larger ones are taken whole.
@@ -63,4 +63,42 @@ fn cut(
         let first = start + call * step;
         first..end.min(first.saturating_add(step))
     })
+}
+
+/// `pages` of a region, extended to whole pages of its backing.
+pub(crate) fn whole_pages(region: &RawRegion, pages: Range<u64>) -> Range<u64> {
+    let backing = (region.layout.backing_page_bytes / PAGE_BYTES).max(1);
+    let end = pages.end.next_multiple_of(backing).min(region.layout.pages());
+    pages.start / backing * backing..end
+}
+
+/// Where pages of a region are in this process.
+pub(crate) fn page_addresses(region: &RawRegion, pages: &Range<u64>) -> Range<u64> {
+    let start = addresses(region).start;
+    start + pages.start * PAGE_BYTES..start + pages.end * PAGE_BYTES
+}
+
+/// The region that has an address of this process, and the page of it.
+pub(crate) fn page_at(memory: &GuestMemory, address: u64) -> Option<(u16, u64)> {
+    (0..).zip(memory.regions()).find_map(|(index, region)| {
+        let range = addresses(region);
+        range.contains(&address).then(|| (index, (address - range.start) / PAGE_BYTES))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry::memory::RegionLayout;
+
+    #[test]
+    fn pages_are_extended_to_huge_ones() {
+        let layout =
+            RegionLayout { guest_addr: 0, len_bytes: 3 << 21, backing_page_bytes: 2 << 20 };
+        let mut region = RawRegion { layout, host_addr: std::ptr::null_mut(), file: None };
+        assert_eq!(whole_pages(&region, 511..513), 0..1024);
+        assert_eq!(whole_pages(&region, 1535..1536), 1024..1536);
+        region.layout.backing_page_bytes = PAGE_BYTES;
+        assert_eq!(whole_pages(&region, 511..513), 511..513);
+    }
 }

@@ -8,6 +8,7 @@
 //! - [`pagemap`] and [`uffd_wp`] track what anything in this process writes, by userfaultfd
 //!   write-protection; they need no KVM. [`process`] picks one of the two.
 //! - [`foreign`] tracks what *another* process writes, a VMM that is left as it is.
+//! - [`uffd_faults`] holds back who touches a page that is missing, for post-copy.
 //! - `time` (x86-64) reads and sets the time of a guest at one moment for all its vCPUs.
 //! - `cpu` (x86-64) says before anything moves whether a host's KVM has what the guest's virtual CPUs are made of.
 //!
@@ -51,6 +52,7 @@ pub mod process;
 pub mod time;
 mod tracked;
 mod uffd;
+pub mod uffd_faults;
 pub mod uffd_wp;
 
 pub use bitmap::AtomicBitmapSource;
@@ -62,4 +64,5 @@ pub use misuse::MisuseError;
 pub use pagemap::PagemapScan;
 pub use process::process_memory_source;
 pub use tracked::{Tracked, Tracker};
+pub use uffd_faults::UffdFaults;
 pub use uffd_wp::UffdWp;

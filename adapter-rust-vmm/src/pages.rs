@@ -39,6 +39,13 @@ impl AtomicPages {
 
     /// Adds pages of a region, after they were written.
     pub(crate) fn set(&self, region: u16, pages: Range<u64>) {
+        self.each_word(region, pages, |word, bits| {
+            word.fetch_or(bits, Ordering::Release);
+        });
+    }
+
+    /// Each word that has some of these pages, and their bits in it.
+    fn each_word(&self, region: u16, pages: Range<u64>, mut see: impl FnMut(&AtomicU64, u64)) {
         let words = self.region(region);
         let mut at = pages.start;
         while at < pages.end {
@@ -46,10 +53,30 @@ impl AtomicPages {
             let count = pages.end.min(next) - at;
             let bits = (u64::MAX >> (WORD_PAGES - count)) << (at % WORD_PAGES);
             if let Some(word) = usize::try_from(at / WORD_PAGES).ok().and_then(|at| words.get(at)) {
-                word.fetch_or(bits, Ordering::Release);
+                see(word, bits);
             }
             at = next;
         }
+    }
+
+    /// Takes pages of a region away. Of those who do so and then look whether there [are any](Self::any) left of what
+    /// they did together, at least one sees that there are none.
+    pub(crate) fn take(&self, region: u16, pages: Range<u64>) {
+        self.each_word(region, pages, |word, bits| {
+            word.fetch_and(!bits, Ordering::SeqCst);
+        });
+    }
+
+    /// Whether one of these pages is set.
+    pub(crate) fn any(&self, region: u16, pages: Range<u64>) -> bool {
+        let mut any = 0;
+        self.each_word(region, pages, |word, bits| any |= word.load(Ordering::SeqCst) & bits);
+        any != 0
+    }
+
+    /// Pages that are set.
+    pub(crate) fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.load(Ordering::SeqCst).count_ones())).sum()
     }
 
     /// Takes pages of a region away that are about to be read; `words` begin at page `first_page`

@@ -33,7 +33,7 @@ pub mod transport;
 
 pub use control::{convergence, handover, protocol};
 pub use migration::{destination, source};
-pub use pages::{digest, dirty, ledger, memory, partition, sums};
+pub use pages::{digest, dirty, faults, ledger, memory, partition, sums};
 
 pub use config::{MAX_CHANNELS, PageChecks, Timeouts};
 pub use destination::{Arrived, Destination, DestinationFailure, GuestAtDestination, Offer};

@@ -55,7 +55,7 @@ impl Scan {
     pub(crate) fn start(&self, memory: &[Mapped]) -> Result<(), PagemapError> {
         for Mapped { addresses, guest_addr, .. } in memory {
             let guest_addr = *guest_addr;
-            uffd::register(&self.uffd, addresses)
+            uffd::register(&self.uffd, addresses, uffd::UFFDIO_REGISTER_MODE_WP)
                 .map_err(|cause| PagemapError::Register { guest_addr, cause })?;
         }
         for mapped in memory {
@@ -63,7 +63,7 @@ impl Scan {
             for range in mapped.call_ranges() {
                 // Also where nothing is populated: else a mere read of such a page would
                 // report it, and the engine reads all pages.
-                uffd::write_protect(&self.uffd, &range)
+                uffd::protect::write_protect(&self.uffd, &range)
                     .map_err(|cause| PagemapError::Protect { guest_addr, cause })?;
             }
         }

@@ -7,10 +7,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use pageferry::dirty::WORD_PAGES;
-use pageferry::memory::{GuestMemory, PAGE_BYTES, RawRegion};
+use pageferry::memory::GuestMemory;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::addresses::addresses;
+use crate::addresses::{addresses, page_addresses, page_at, whole_pages};
 use crate::bits::words_for;
 use crate::pages::AtomicPages;
 use crate::uffd;
@@ -81,26 +81,21 @@ impl Shared {
             if polled[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) {
                 return Err(io::Error::other("the userfaultfd is in an error state"));
             }
-            let faults = uffd::write_faults(&self.uffd)?;
+            let faults = uffd::faults(&self.uffd)?.filter(|fault| fault.protected);
             let _order = self.order.write().unwrap_or_else(PoisonError::into_inner);
-            faults.into_iter().try_for_each(|address| self.let_go(address))?;
+            faults.into_iter().try_for_each(|fault| self.let_go(fault.address))?;
         }
     }
 
     /// Notes the page at an address, and lets writes to it go on.
     fn let_go(&self, address: u64) -> io::Result<()> {
-        let regions = (0..).zip(self.memory.regions());
-        let found = regions.into_iter().find_map(|(index, region)| {
-            let range = addresses(region);
-            range.contains(&address).then(|| (index, region, address - range.start))
-        });
-        let Some((index, region, offset)) = found else {
+        let Some((index, page)) = page_at(&self.memory, address) else {
             return Err(io::Error::other(format!("a fault at {address:#x}, which is not tracked")));
         };
-        let page = offset / PAGE_BYTES;
+        let region = &self.memory.regions()[usize::from(index)];
         let pages = whole_pages(region, page..page + 1);
         self.dirty.set(index, pages.clone());
-        uffd::allow_writes(&self.uffd, &page_addresses(region, &pages))
+        uffd::protect::allow_writes(&self.uffd, &page_addresses(region, &pages))
     }
 
     /// Clears the pages set in `words` and protects them. `words` lie inside the region.
@@ -132,7 +127,7 @@ impl Shared {
         }
         // In one call: it passes over what is protected already, and to protect a page that
         // stays set does no harm.
-        uffd::write_protect(&self.uffd, &page_addresses(described, &pages))
+        uffd::protect::write_protect(&self.uffd, &page_addresses(described, &pages))
     }
 }
 
@@ -150,22 +145,9 @@ fn heaps(words: &[u64]) -> impl Iterator<Item = Range<usize>> {
     })
 }
 
-/// `pages` of a region, extended to whole pages of its backing.
-fn whole_pages(region: &RawRegion, pages: Range<u64>) -> Range<u64> {
-    let backing = (region.layout.backing_page_bytes / PAGE_BYTES).max(1);
-    let end = pages.end.next_multiple_of(backing).min(region.layout.pages());
-    pages.start / backing * backing..end
-}
-
-fn page_addresses(region: &RawRegion, pages: &Range<u64>) -> Range<u64> {
-    let start = addresses(region).start;
-    start + pages.start * PAGE_BYTES..start + pages.end * PAGE_BYTES
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry::memory::RegionLayout;
 
     #[test]
     fn words_are_protected_in_heaps() {
@@ -173,16 +155,5 @@ mod tests {
         assert_eq!(heaps(&[]), []);
         assert_eq!(heaps(&[0, 0]), []);
         assert_eq!(heaps(&[0, 1, 0, 2, 0, 0, 4, 8, 0]), [1..4, 6..8]);
-    }
-
-    #[test]
-    fn pages_are_extended_to_huge_ones() {
-        let layout =
-            RegionLayout { guest_addr: 0, len_bytes: 3 << 21, backing_page_bytes: 2 << 20 };
-        let mut region = RawRegion { layout, host_addr: std::ptr::null_mut(), file: None };
-        assert_eq!(whole_pages(&region, 511..513), 0..1024);
-        assert_eq!(whole_pages(&region, 1535..1536), 1024..1536);
-        region.layout.backing_page_bytes = PAGE_BYTES;
-        assert_eq!(whole_pages(&region, 511..513), 511..513);
     }
 }

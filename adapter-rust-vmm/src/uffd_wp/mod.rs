@@ -141,7 +141,7 @@ impl UffdTracker {
                 self.read_all(index, region.layout.pages());
             }
             for range in call_ranges(region) {
-                uffd::write_protect(&shared.uffd, &range)
+                uffd::protect::write_protect(&shared.uffd, &range)
                     .map_err(|cause| UffdWpError::Protect { guest_addr, cause })?;
             }
         }
@@ -182,7 +182,7 @@ impl Tracker for UffdTracker {
         let shared = Arc::new(shared.map_err(UffdWpError::Thread)?);
         for region in self.memory.regions() {
             let guest_addr = region.layout.guest_addr;
-            uffd::register(&shared.uffd, &addresses(region))
+            uffd::register(&shared.uffd, &addresses(region), uffd::UFFDIO_REGISTER_MODE_WP)
                 .map_err(|cause| UffdWpError::Register { guest_addr, cause })?;
         }
         // Before anything is protected, for from then on writes wait for it.

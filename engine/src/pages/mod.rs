@@ -3,6 +3,7 @@
 pub(crate) mod ahead;
 pub mod digest;
 pub mod dirty;
+pub mod faults;
 pub mod ledger;
 pub mod memory;
 pub mod partition;

@@ -1,20 +1,31 @@
-//! The userfaultfd calls for write-protection.
+//! The userfaultfd calls.
 //!
-//! The `userfaultfd` crate does not know the later features. Layouts and numbers are those of
-//! linux/userfaultfd.h of Linux 6.7; they are the same on all architectures.
+//! The `userfaultfd` crate does not know the later features. Numbers are those of linux/userfaultfd.h of Linux 6.8;
+//! they are the same on all architectures. [`protect`] has the calls for write-protection, [`fill`] those that give a
+//! page that is missing.
 #![expect(unsafe_code, reason = "system calls on address ranges of this process")]
+
+pub(crate) mod fill;
+pub(crate) mod protect;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use linux_raw_sys::general::{uffdio_api, uffdio_range, uffdio_register};
 use rustix::ioctl::{Opcode, Setter, Updater, opcode};
 
 pub(crate) const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+pub(crate) const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
+pub(crate) const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+pub(crate) const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
+pub(crate) const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
+pub(crate) const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub(crate) const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 pub(crate) const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 pub(crate) const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
+pub(crate) const UFFD_FEATURE_MOVE: u64 = 1 << 16;
 
 const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
@@ -22,8 +33,14 @@ const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 #[cfg(target_arch = "x86_64")]
 pub(crate) const USER_MODE: u64 = (FLAGS | UFFD_USER_MODE_ONLY).cast_unsigned() as u64;
 const UFFD_API: u64 = 0xaa;
-const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
-const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+
+/// What is told of a range: that a page is not mapped and there is none either.
+pub(crate) const UFFDIO_REGISTER_MODE_MISSING: u64 = 1 << 0;
+/// That a page is written to which is protected.
+pub(crate) const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
+/// That a page of a file is not mapped.
+pub(crate) const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
+
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 const UFFD_PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 
@@ -32,39 +49,12 @@ const MESSAGE_BYTES: usize = 32;
 /// Messages read at once: more threads than this rarely fault at the same time.
 const MESSAGES: usize = 16;
 
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioRange {
-    start: u64,
-    len: u64,
-}
-
-#[repr(C)]
-struct UffdioRegister {
-    range: UffdioRange,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioWriteprotect {
-    range: UffdioRange,
-    mode: u64,
-}
-
 /// `_IO(0xaa, 0)`, of /dev/userfaultfd.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
-const UFFDIO_API: Opcode = opcode::read_write::<UffdioApi>(0xaa, 0x3f);
-const UFFDIO_REGISTER: Opcode = opcode::read_write::<UffdioRegister>(0xaa, 0x00);
+const UFFDIO_API: Opcode = opcode::read_write::<uffdio_api>(0xaa, 0x3f);
+const UFFDIO_REGISTER: Opcode = opcode::read_write::<uffdio_register>(0xaa, 0x00);
 // Read, though the kernel reads and nothing is written: a slip its header owns up to.
-const UFFDIO_UNREGISTER: Opcode = opcode::read::<UffdioRange>(0xaa, 0x01);
-const UFFDIO_WRITEPROTECT: Opcode = opcode::read_write::<UffdioWriteprotect>(0xaa, 0x06);
+const UFFDIO_UNREGISTER: Opcode = opcode::read::<uffdio_range>(0xaa, 0x01);
 
 /// Whose faults a userfaultfd is told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +99,7 @@ fn opened(fd: libc::c_long) -> io::Result<OwnedFd> {
 
 /// Chooses features; returns those the kernel has. May be called once for a userfaultfd.
 pub(crate) fn negotiate(uffd: &OwnedFd, features: u64) -> io::Result<u64> {
-    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
+    let mut api = uffdio_api { api: UFFD_API, features, ioctls: 0 };
     // SAFETY: the opcode reads and writes a uffdio_api.
     let call = unsafe { Updater::<UFFDIO_API, _>::new(&mut api) };
     // SAFETY: the call touches nothing but its argument.
@@ -117,14 +107,13 @@ pub(crate) fn negotiate(uffd: &OwnedFd, features: u64) -> io::Result<u64> {
     Ok(api.features)
 }
 
-/// Makes ready to write-protect a range of addresses.
-pub(crate) fn register(uffd: &OwnedFd, range: &Range<u64>) -> io::Result<()> {
-    let mut register =
-        UffdioRegister { range: uffdio_range(range), mode: UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
+/// Has a range of addresses told of, by these modes.
+pub(crate) fn register(uffd: &OwnedFd, range: &Range<u64>, mode: u64) -> io::Result<()> {
+    let mut register = uffdio_register { range: to_kernel(range), mode, ioctls: 0 };
     // SAFETY: the opcode reads and writes a uffdio_register.
     let call = unsafe { Updater::<UFFDIO_REGISTER, _>::new(&mut register) };
-    // SAFETY: registration in write-protect mode changes no byte of the range and, before
-    // anything is protected, how no access to it ends.
+    // SAFETY: registration changes no byte of the range. An access that faults waits for who reads the userfaultfd, and
+    // ends as it would have.
     unsafe { rustix::ioctl::ioctl(uffd, call) }.map_err(io::Error::from)
 }
 
@@ -132,39 +121,24 @@ pub(crate) fn register(uffd: &OwnedFd, range: &Range<u64>) -> io::Result<()> {
 /// served goes on.
 pub(crate) fn unregister(uffd: &OwnedFd, range: &Range<u64>) -> io::Result<()> {
     // SAFETY: the opcode reads a uffdio_range.
-    let call = unsafe { Setter::<UFFDIO_UNREGISTER, _>::new(uffdio_range(range)) };
+    let call = unsafe { Setter::<UFFDIO_UNREGISTER, _>::new(to_kernel(range)) };
     // SAFETY: only what `register` did is undone; no byte changes.
     unsafe { rustix::ioctl::ioctl(uffd, call) }.map_err(io::Error::from)
 }
 
-/// Write-protects a range of addresses. A write goes through all the same, at once and noted in
-/// asynchronous mode, else as soon as the fault was served.
-pub(crate) fn write_protect(uffd: &OwnedFd, range: &Range<u64>) -> io::Result<()> {
-    set_protection(uffd, range, UFFDIO_WRITEPROTECT_MODE_WP)
+/// Somebody waits at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PageFault {
+    /// Of the page, at least.
+    pub(crate) address: u64,
+    /// The kernel's number of the thread, where [`UFFD_FEATURE_THREAD_ID`] was chosen.
+    pub(crate) thread: u32,
+    /// Whether it is for write-protection that it waits.
+    pub(crate) protected: bool,
 }
 
-/// Ends write-protection of a range, and lets writes go on that wait for that.
-pub(crate) fn allow_writes(uffd: &OwnedFd, range: &Range<u64>) -> io::Result<()> {
-    set_protection(uffd, range, 0)
-}
-
-fn set_protection(uffd: &OwnedFd, range: &Range<u64>, mode: u64) -> io::Result<()> {
-    loop {
-        let mut protect = UffdioWriteprotect { range: uffdio_range(range), mode };
-        // SAFETY: the opcode reads a uffdio_writeprotect.
-        let call = unsafe { Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut protect) };
-        // SAFETY: no byte changes, and no access ends differently: a write that faults waits
-        // until it is let through, by the kernel itself or by who reads the userfaultfd.
-        match unsafe { rustix::ioctl::ioctl(uffd, call) } {
-            // A mapping of the process changed meanwhile (fork, mremap); it has to be retried.
-            Err(rustix::io::Errno::AGAIN) => {}
-            result => return result.map_err(io::Error::from),
-        }
-    }
-}
-
-/// Addresses at which writes wait to be let through. Empty if there is none.
-pub(crate) fn write_faults(uffd: &OwnedFd) -> io::Result<impl Iterator<Item = u64> + use<>> {
+/// Who waits. Empty if nobody does.
+pub(crate) fn faults(uffd: &OwnedFd) -> io::Result<impl Iterator<Item = PageFault> + use<>> {
     let mut messages = [0; MESSAGES * MESSAGE_BYTES];
     let read = match rustix::io::read(uffd, &mut messages) {
         Ok(read) => read,
@@ -175,19 +149,23 @@ pub(crate) fn write_faults(uffd: &OwnedFd) -> io::Result<impl Iterator<Item = u6
     let count = read / MESSAGE_BYTES;
     Ok((0..count).filter_map(move |index| {
         let (message, _) = messages[index * MESSAGE_BYTES..].split_first_chunk()?;
-        write_fault(message)
+        page_fault(message)
     }))
 }
 
-fn write_fault(message: &[u8; MESSAGE_BYTES]) -> Option<u64> {
-    // event: u8, 7 bytes reserved, flags: u64, address: u64, thread.
+fn page_fault(message: &[u8; MESSAGE_BYTES]) -> Option<PageFault> {
+    // event: u8, 7 bytes reserved, flags: u64, address: u64, thread: u32.
     let words: [u64; 4] =
         std::array::from_fn(|word| std::array::from_fn(|byte| message[word * 8 + byte]))
             .map(u64::from_ne_bytes);
-    let fault = message[0] == UFFD_EVENT_PAGEFAULT && words[1] & UFFD_PAGEFAULT_FLAG_WP != 0;
-    fault.then_some(words[2])
+    let (thread, _) = message[24..].split_first_chunk()?;
+    (message[0] == UFFD_EVENT_PAGEFAULT).then_some(PageFault {
+        address: words[2],
+        thread: u32::from_ne_bytes(*thread),
+        protected: words[1] & UFFD_PAGEFAULT_FLAG_WP != 0,
+    })
 }
 
-fn uffdio_range(range: &Range<u64>) -> UffdioRange {
-    UffdioRange { start: range.start, len: range.end - range.start }
+fn to_kernel(range: &Range<u64>) -> uffdio_range {
+    uffdio_range { start: range.start, len: range.end - range.start }
 }
