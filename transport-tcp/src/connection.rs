@@ -28,6 +28,8 @@ use crate::wire::{Seal, Wire};
 pub(crate) struct LinkState {
     pub(crate) fate: Fate,
     connections: Mutex<Vec<Weak<Connection>>>,
+    /// The one among them that has room for words of why the link is over.
+    control: OnceLock<Weak<Connection>>,
     /// Wakes whoever waits for something else than a connection.
     wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -43,6 +45,7 @@ impl LinkState {
         Arc::new(Self {
             fate: Fate::default(),
             connections: Mutex::default(),
+            control: OnceLock::new(),
             wake: Box::new(wake),
         })
     }
@@ -58,6 +61,17 @@ impl LinkState {
             connection.shutdown(Shutdown::Both);
         }
         (self.wake)();
+    }
+
+    /// Makes the control connection part of a destination's link.
+    pub(crate) fn adopt_control(
+        self: &Arc<Self>,
+        wire: Wire,
+        peer: SocketAddr,
+    ) -> Result<Arc<Connection>, TransportError> {
+        let connection = self.adopt(wire, peer)?;
+        self.control.get_or_init(|| Arc::downgrade(&connection));
+        Ok(connection)
     }
 
     /// Makes a connection part of the link, so that an interrupt reaches it.
@@ -90,14 +104,14 @@ impl Served for LinkState {
         self.fate.place()
     }
 
-    /// Says so to the source: who has the place has only its control connection.
+    /// Says so to the source, on the control connection: on others it would be taken for what they are for.
     fn displace(&self) {
         let reason = TurnedAway::Displaced.to_string();
         let told = refusal(&Answer { status: Status::Busy, reason });
         let connections = lock(&self.connections);
-        for connection in connections.iter().filter_map(Weak::upgrade) {
+        if let Some(control) = self.control.get().and_then(Weak::upgrade) {
             // Should a frame be half out it is cut short, for somebody who does not read either.
-            let _ = connection.send(&told, SendFlags::DONTWAIT);
+            let _ = control.send(&told, SendFlags::DONTWAIT);
         }
         // Not before: whoever hears of it here may drop the link, and nothing more would go out. With the lock
         // held nobody here learns first that the source is gone; see [`Connection::why_over`].

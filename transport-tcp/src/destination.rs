@@ -55,7 +55,7 @@ impl TcpDestinationLink {
         seat: Seat<Newcomer, Joined>,
     ) -> Result<Self, TransportError> {
         let Newcomer { id, incoming, greeting, state, .. } = newcomer;
-        let control = state.adopt(incoming.wire, incoming.peer)?;
+        let control = state.adopt_control(incoming.wire, incoming.peer)?;
         let inbox = Arc::new(Inbox::new(&control, Side::Destination, greeting));
         Ok(Self { end: End::new(id, state, &inbox), data: Data::Seat(seat) })
     }

@@ -65,11 +65,15 @@ pub struct Returning(Arc<IsBack>);
 type IsBack = dyn Fn(&[u8]) -> bool + Send + Sync;
 
 impl Returning {
-    /// Who has the key of a migration.
-    pub(crate) fn by(key: MigrationKey) -> Self {
-        Self::new(
-            move |frame| matches!(Message::decode(frame), Ok(Message::Rejoin(rejoin)) if rejoin.key == key),
-        )
+    /// Who has the key of a migration, on a later link than that of this epoch: who repeats what was said before is
+    /// not back.
+    pub(crate) fn by(key: MigrationKey, epoch: u32) -> Self {
+        Self::new(move |frame| {
+            matches!(
+                Message::decode(frame),
+                Ok(Message::Rejoin(rejoin)) if rejoin.key == key && rejoin.epoch > epoch
+            )
+        })
     }
 
     /// As `is_back` says.
@@ -204,7 +208,31 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
+    use crate::control::protocol::Rejoin;
     use crate::testing::memory_transport;
+
+    #[test]
+    fn what_was_said_on_a_link_before_is_nobodys_return() {
+        let (ours, other) = (MigrationKey::random().unwrap(), MigrationKey::random().unwrap());
+        let said = |key: &MigrationKey, epoch| {
+            let rejoin = Rejoin {
+                oldest_version: 1,
+                newest_version: 1,
+                key: key.clone(),
+                epoch,
+                rounds: 0,
+                switchovers: 0,
+                committed: false,
+            };
+            Message::Rejoin(rejoin).encode()
+        };
+        let returning = Returning::by(ours.clone(), 3);
+        for (key, epoch, is_back) in
+            [(&ours, 2, false), (&ours, 3, false), (&ours, 4, true), (&other, 4, false)]
+        {
+            assert_eq!(returning.is_back(&said(key, epoch)), is_back, "epoch {epoch}");
+        }
+    }
 
     #[derive(Default)]
     struct Flag(AtomicBool);

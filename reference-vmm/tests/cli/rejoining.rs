@@ -1,9 +1,13 @@
 //! Links that are lost and come back, under real guests.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::Arc;
 
+use pageferry_tcp::preamble::ANSWER_BYTES;
+
 use crate::support::peer::Noise;
-use crate::support::proxy::{Gate, Relay, gated, relayed};
+use crate::support::proxy::{Gate, Relay, Tap, gated, relayed, tapped};
 use crate::support::sides::{BUSY, TIGHT, destination, source_of};
 
 /// How often the link is cut.
@@ -137,6 +141,37 @@ fn a_link_that_only_the_source_has_lost_is_displaced() {
     destination.await_message("displaced");
     let arrived = destination.finish().report(0);
     assert_eq!((departed.count("rejoins"), arrived.count("rejoins")), (1, 1));
+    departed.assert_departed();
+    arrived.assert_arrived();
+}
+
+/// In plain text whoever listened can say it again: it takes nobody's place, while that link is there and after it.
+#[test]
+fn how_a_source_came_back_is_of_no_use_to_others() {
+    const LINKS: u64 = 3;
+    let tap = Arc::new(Tap::default());
+    let (mut destination, address) = destination(&[]);
+    let more = ["--dirty-rate=20000", "--verify", "--run-for=100ms"];
+    let mut source = source_of(&[BUSY, TIGHT, &more].concat());
+    source.say(format!("migrate {}", tapped(&address, &tap)));
+    source.await_message("round 1: ");
+    let mut others = Vec::new();
+    for _ in 0..LINKS {
+        tap.cut();
+        source.await_message("the link is back");
+        let said = tap.newest_control();
+        for _ in 0..5 {
+            let mut other = TcpStream::connect(&address).expect("it listens");
+            other.write_all(&said).expect("it is read");
+            // It is let in, and its first word is looked at.
+            other.read_exact(&mut [0; ANSWER_BYTES]).expect("an answer");
+            others.push(other);
+        }
+    }
+    source.say("downtime-limit 30s");
+    let departed = source.finish().report(0);
+    let arrived = destination.finish().report(0);
+    assert_eq!((departed.count("rejoins"), arrived.count("rejoins")), (LINKS, LINKS));
     departed.assert_departed();
     arrived.assert_arrived();
 }

@@ -6,13 +6,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pageferry::protocol::Message;
-use pageferry::testing::greeting;
+use pageferry::testing::{data, greeting};
 use pageferry::transport::stream::{FRAME_HEADER_BYTES, FrameHeader};
-use pageferry::transport::{ControlChannel, Link, LinkId, MAX_GREETING_BYTES, TransportError};
+use pageferry::transport::{
+    ControlChannel, DestinationLink, Link, LinkId, MAX_GREETING_BYTES, Returning, SourceLink,
+    TransportError,
+};
 use pageferry_tcp::preamble::{ANSWER_BYTES, Answer, Kind, Preamble, Status};
 use pageferry_tcp::{TcpAcceptor, TcpDestinationLink, TcpOptions, TcpSourceLink, connect};
 use socket2::{Domain, Socket, Type};
 
+use crate::support::memory::guest_memory;
 use crate::support::{PATIENCE, log, raw};
 
 /// A source's first word.
@@ -210,6 +214,29 @@ fn who_waits_when_nobody_is_accepted_any_more_is_told_to_come_later() {
     // Whether its greeting was read by then or not.
     let error = control.receiver.receive(Some(PATIENCE)).unwrap_err();
     assert!(matches!(error, TransportError::Refused { .. }), "{error}");
+}
+
+/// A data channel has no place for words: it ends. What was said on it was taken for an acknowledgement, and for the fault
+/// of a destination that breaks the protocol.
+#[test]
+fn a_link_that_is_displaced_is_lost_on_its_data_channels_too() {
+    let acceptor = acceptor(TcpOptions::default());
+    let (mut source, _from) = greet(&acceptor);
+    let (mut link, _to) = accept(&acceptor);
+    link.expect_return(Returning::new(|_| true));
+    let memory = guest_memory(&[4]);
+    source.register(&memory).unwrap();
+    link.register(&memory).unwrap();
+    let mut senders = source.open_senders(1).unwrap();
+    let _receivers = link.open_receivers(1, PATIENCE).unwrap();
+    senders[0].send(&[data(0, 0, 1)]).unwrap();
+    let (_back, _control) = greet(&acceptor);
+    let error = loop {
+        if let Err(error) = senders[0].watermarks(Some(PATIENCE)) {
+            break error;
+        }
+    };
+    assert!(matches!(error, TransportError::Lost { .. } | TransportError::Closed), "{error:?}");
 }
 
 /// As far away as it seems by the time it took to greet.

@@ -132,7 +132,7 @@ pub(super) fn negotiate(
             session.shared().board.set_gauges(Arc::clone(&gauges));
             if agreement.rejoins {
                 session.outlives_its_link();
-                let returning = Returning::by(hello.key.clone());
+                let returning = Returning::by(hello.key.clone(), 0);
                 caught("the transport", || link.expect_return(returning))?;
             }
             Ok(Drive {

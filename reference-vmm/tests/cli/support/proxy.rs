@@ -169,6 +169,64 @@ impl Gate {
     }
 }
 
+/// Somebody on the way who listens, and may cut everything.
+#[derive(Default)]
+pub(crate) struct Tap {
+    /// What was said first on each connection in each direction, in the order in which they began to say something.
+    said: Mutex<Vec<Vec<u8>>>,
+    ends: Mutex<Vec<TcpStream>>,
+}
+
+impl Tap {
+    pub(crate) fn cut(&self) {
+        for end in self.ends.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // It may be gone already.
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// What a source has said first on its newest control connection.
+    pub(crate) fn newest_control(&self) -> Vec<u8> {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_control = |said: &&Vec<u8>| {
+            let preamble = said.first_chunk().map(Preamble::decode);
+            matches!(preamble, Some(Ok(Preamble { kind: Kind::Control, .. })))
+        };
+        said.iter().rev().find(is_control).expect("a source has come").clone()
+    }
+
+    fn pass(&self, mut from: TcpStream, mut to: TcpStream) {
+        const FIRST_BYTES: usize = 256;
+        let mut bytes = vec![0; 64 << 10];
+        let mut place = None;
+        while let Ok(read @ 1..) = from.read(&mut bytes) {
+            let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+            let place = *place.get_or_insert_with(|| {
+                said.push(Vec::new());
+                said.len() - 1
+            });
+            let more = FIRST_BYTES.saturating_sub(said[place].len()).min(read);
+            said[place].extend_from_slice(&bytes[..more]);
+            drop(said);
+            if to.write_all(&bytes[..read]).is_err() {
+                break;
+            }
+        }
+        // Fails if it is gone altogether.
+        let _ = to.shutdown(Shutdown::Write);
+    }
+}
+
+/// By way of a tap.
+pub(crate) fn tapped(destination: &str, tap: &Arc<Tap>) -> String {
+    let (tap, come) = (Arc::clone(tap), Arc::clone(tap));
+    let come = move |source: &TcpStream, there: &TcpStream| {
+        let ends = [source, there].into_iter().filter_map(|end| end.try_clone().ok());
+        come.ends.lock().unwrap_or_else(PoisonError::into_inner).extend(ends);
+    };
+    passing(destination, come, move |from, to| tap.pass(from, to))
+}
+
 /// Listens for a source on its way to `destination`, with its own address, and passes each connection on, both ways.
 fn passing(
     destination: &str,

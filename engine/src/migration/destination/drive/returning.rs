@@ -174,7 +174,7 @@ impl Drive {
             && rejoin.epoch > self.epoch.number
         {
             session.outlives_its_link();
-            let returning = Returning::by(self.hello.key.clone());
+            let returning = Returning::by(self.hello.key.clone(), rejoin.epoch);
             caught("the transport", || link.expect_return(returning))?;
             self.epoch.number = rejoin.epoch;
             (self.session, self.link) = (session, Some(link));
