@@ -96,9 +96,18 @@ fn unusable(reason: String) -> TransportError {
     TransportError::Security { address: "the other side".to_owned(), reason }
 }
 
+/// Before a key is in it. What is left of a core dump is where the threads were and which files are mapped where: bit 4
+/// alone (core(5)).
+fn keep_memory_out_of_core_dumps() {
+    if let Err(error) = std::fs::write("/proc/self/coredump_filter", "0x10") {
+        tracing::warn!(%error, "a core dump of this process would have its keys in it");
+    }
+}
+
 /// Fails where what TLS needs is not there.
 fn check_security(tcp: &TcpOptions) -> Result<(), TransportError> {
     let Security::Tls(tls) = &tcp.security else { return Ok(()) };
+    keep_memory_out_of_core_dumps();
     tls.check().map_err(unusable)
 }
 

@@ -110,3 +110,17 @@ fn what_is_missing_is_said_at_once() {
         source.finish();
     }
 }
+
+/// Nor is anything of the guest.
+#[test]
+fn no_key_is_in_a_core_dump() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let key = option(folder.path(), "shared-key", "key", "0123456789abcdef0123456789abcdef\n");
+    for (options, filter) in [(&[][..], None), (&[key.as_str()][..], Some("00000010"))] {
+        let (destination, _) = destination(options);
+        let seen = fs::read_to_string(format!("/proc/{}/coredump_filter", destination.pid()));
+        let seen = seen.expect("it runs");
+        let ours = fs::read_to_string("/proc/self/coredump_filter").expect("this is Linux");
+        assert_eq!(seen.trim(), filter.unwrap_or_else(|| ours.trim()));
+    }
+}
