@@ -13,7 +13,7 @@ use pageferry::digest::Digest;
 use pageferry::dirty::DirtySources;
 use pageferry::testing::{IdleMachine, TestMemory};
 use pageferry::transport::{Connector, Interrupt, LinkPurpose, SourceLink, TransportError};
-use pageferry::{Destination, Source, Statistics};
+use pageferry::{Destination, MigrationHandle, Source, Statistics};
 use pageferry_identity::testing::shared_key;
 use pageferry_rdma::{RdmaAcceptor, RdmaDialler, RdmaOptions, RegistrationMode, Security};
 use pageferry_vmm::embed::GuestMachine;
@@ -66,6 +66,17 @@ fn resources() -> Option<Vec<(String, u64)>> {
     counts.collect::<Option<Vec<_>>>().filter(|counts| !counts.is_empty())
 }
 
+/// Ends the link that there is once so many bytes have landed in all.
+fn lose_once_landed(handle: &MigrationHandle, due: u64, link: &Ends) {
+    let began = Instant::now();
+    while handle.snapshot().landed_bytes < due {
+        assert!(began.elapsed() < PATIENCE, "{:?}", handle.snapshot());
+        thread::yield_now();
+    }
+    let link = link.lock().unwrap_or_else(PoisonError::into_inner);
+    link.as_ref().expect("a link").interrupt();
+}
+
 /// Moves memory over a link that is lost again and again; what both sides have done.
 fn migrate(address: &str, options: &RdmaOptions) -> (Statistics, Statistics) {
     let (here, there) = (TestMemory::new(&[PAGES]), TestMemory::new(&[PAGES]));
@@ -93,13 +104,7 @@ fn migrate(address: &str, options: &RdmaOptions) -> (Statistics, Statistics) {
         for loss in 1..=LOSSES {
             // More has landed each time.
             let due = loss * here.memory().layout().len_bytes() / (LOSSES + 2);
-            let began = Instant::now();
-            while handle.snapshot().landed_bytes < due {
-                assert!(began.elapsed() < PATIENCE, "{:?}", handle.snapshot());
-                thread::yield_now();
-            }
-            let link = link.lock().unwrap_or_else(PoisonError::into_inner);
-            link.as_ref().expect("a link").interrupt();
+            lose_once_landed(&handle, due, &link);
         }
         (leaving.join().expect("no panic"), receiving.join().expect("no panic"))
     });
@@ -182,14 +187,7 @@ fn move_guest(address: &str, mib: u64, losses: u64, spread_over: u64) -> u64 {
         let leaving =
             scope.spawn(|| source.migrate(machine, &memory, dirty, connector).expect("it leaves"));
         for loss in 1..=losses {
-            let due = loss * spread_over / (losses + 2);
-            let began = Instant::now();
-            while handle.snapshot().landed_bytes < due {
-                assert!(began.elapsed() < PATIENCE, "{:?}", handle.snapshot());
-                thread::yield_now();
-            }
-            let link = link.lock().unwrap_or_else(PoisonError::into_inner);
-            link.as_ref().expect("a link").interrupt();
+            lose_once_landed(&handle, loss * spread_over / (losses + 2), &link);
         }
         (leaving.join().expect("no panic"), receiving.join().expect("no panic"))
     });

@@ -6,6 +6,7 @@ use pageferry::memory::PAGE_BYTES;
 use thiserror::Error;
 
 use crate::misuse::MisuseError;
+use crate::uffd;
 
 /// Why pages cannot be tracked.
 #[derive(Debug, Error)]
@@ -80,14 +81,13 @@ pub enum PagemapError {
     Misuse(#[from] MisuseError),
 }
 
-/// What the kernel means by an error that says something else.
+/// What the kernel means by it.
 fn hint(cause: &io::Error) -> &'static str {
     match cause.raw_os_error() {
-        Some(libc::EBUSY) => " (another userfaultfd has it)",
-        Some(libc::EINVAL) => {
-            " (only anonymous memory, memfds and hugetlbfs can be tracked, in whole huge pages)"
-        }
         Some(libc::EPERM) => " (it was mapped anew since tracking started)",
-        _ => "",
+        _ => uffd::hint(
+            cause,
+            " (only anonymous memory, memfds and hugetlbfs can be tracked, in whole huge pages)",
+        ),
     }
 }

@@ -117,6 +117,16 @@ pub(crate) fn register(uffd: &OwnedFd, range: &Range<u64>, mode: u64) -> io::Res
     unsafe { rustix::ioctl::ioctl(uffd, call) }.map_err(io::Error::from)
 }
 
+/// What the kernel means by an error of [`register`] that says something else; `invalid` where it does not know such
+/// memory.
+pub(crate) fn hint(cause: &io::Error, invalid: &'static str) -> &'static str {
+    match cause.raw_os_error() {
+        Some(libc::EBUSY) => " (another userfaultfd has it)",
+        Some(libc::EINVAL) => invalid,
+        _ => "",
+    }
+}
+
 /// Undoes [`register`] and all write-protection of the range; who waits for a fault there to be
 /// served goes on.
 pub(crate) fn unregister(uffd: &OwnedFd, range: &Range<u64>) -> io::Result<()> {

@@ -6,6 +6,7 @@ use pageferry::memory::{LayoutError, OutOfRange, PAGE_BYTES};
 use thiserror::Error;
 
 use crate::misuse::MisuseError;
+use crate::uffd;
 
 /// Why a guest cannot run, or go on, while pages are missing.
 #[derive(Debug, Error)]
@@ -120,13 +121,7 @@ pub enum UffdFaultsError {
     Misuse(#[from] MisuseError),
 }
 
-/// What the kernel means by an error that says something else.
+/// What the kernel means by it.
 fn hint(cause: &io::Error) -> &'static str {
-    match cause.raw_os_error() {
-        Some(libc::EBUSY) => " (another userfaultfd has it)",
-        Some(libc::EINVAL) => {
-            " (it can be anonymous memory, a memfd, or a file of tmpfs or hugetlbfs)"
-        }
-        _ => "",
-    }
+    uffd::hint(cause, " (it can be anonymous memory, a memfd, or a file of tmpfs or hugetlbfs)")
 }

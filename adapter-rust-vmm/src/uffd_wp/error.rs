@@ -7,6 +7,7 @@ use pageferry::memory::PAGE_BYTES;
 use thiserror::Error;
 
 use crate::misuse::MisuseError;
+use crate::uffd;
 
 /// Why pages cannot be tracked by write faults.
 #[derive(Debug, Error)]
@@ -76,14 +77,11 @@ pub enum UffdWpError {
     Misuse(#[from] MisuseError),
 }
 
-/// What the kernel means by an error that says something else.
+/// What the kernel means by it.
 fn hint(cause: &io::Error) -> &'static str {
-    match cause.raw_os_error() {
-        Some(libc::EBUSY) => " (another userfaultfd has it)",
-        Some(libc::EINVAL) => {
-            " (anonymous memory can be tracked, and since Linux 5.19 memfds and hugetlbfs, in \
-             whole huge pages)"
-        }
-        _ => "",
-    }
+    uffd::hint(
+        cause,
+        " (anonymous memory can be tracked, and since Linux 5.19 memfds and hugetlbfs, in \
+             whole huge pages)",
+    )
 }
